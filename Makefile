@@ -1,0 +1,66 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. `make help` lists the rest.
+
+VENV ?= .venv
+CORE_VENV ?= .venv-core
+PYTHONS ?= python3.11 python3.12 python3.13 python3
+FRAMEWORKS := torch tensorflow keras jax flax transformers
+
+# One thread per test worker: workers that each start a thread per core only wait for one another.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+PYTEST := -m pytest -q -n auto --maxprocesses 8
+
+.PHONY: help demo test lint core-test format clean
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed-torch ## Install what text generation needs and let the embedded model write
+	$(VENV)/bin/opt-lm generate "ROMEO:" --max-new-tokens 120
+
+test: $(VENV)/.installed-test ## Install everything and run the whole suite
+	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) $(ARGS)
+
+core-test: $(CORE_VENV)/.installed-test-core ## Run the core's tests where no framework is installed
+	@$(CORE_VENV)/bin/python -c "import importlib.util as u, sys; \
+	  found = [name for name in sys.argv[1:] if u.find_spec(name)]; \
+	  sys.exit(f'$(CORE_VENV) must hold no framework, found: {found}' if found else 0)" $(FRAMEWORKS)
+	$(TEST_ENV) $(CORE_VENV)/bin/python $(PYTEST) --confcutdir tests/core tests/core $(ARGS)
+
+lint: $(VENV)/.installed-test $(VENV)/.installed-lint ## Check style, spelling and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
+	$(VENV)/bin/pyright
+
+format: $(VENV)/.installed-lint ## Rewrite the sources the way `make lint` wants them
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## Remove environments, caches and build outputs
+	rm -rf $(VENV) $(CORE_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+%/.made:
+	@for python in $(PYTHON) $(PYTHONS); do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    echo "making $* with $$($$python --version)"; \
+	    $$python -m venv $* && touch $@; exit; \
+	  fi; \
+	done; \
+	echo "error: Python 3.11 or newer is needed and none of these is: $(strip $(PYTHON) $(PYTHONS));" \
+	  "name one with: make PYTHON=/path/to/python" >&2; exit 1
+
+# A stamp means "this extra is installed as pyproject.toml asks": a second make installs nothing.
+define install_rule
+$(1)/.installed-%: $(1)/.made pyproject.toml
+	@echo "installing opt-lm[$$*] into $(1)"
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$$*]"
+	@touch $$@
+endef
+$(eval $(call install_rule,$(VENV)))
+$(eval $(call install_rule,$(CORE_VENV)))
+
+.PRECIOUS: %/.made $(VENV)/.installed-% $(CORE_VENV)/.installed-%

@@ -1,0 +1,228 @@
+"""What a checkpoint is, from its headers alone: configuration, tensors, sizes, and problems."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from opt_core.checkpoint import Checkpoint, open_checkpoint, plan_load
+from opt_core.config import OPTConfig
+from opt_core.errors import CheckpointError, OPTError
+from opt_core.generation import GenerationConfig
+from opt_core.hub import resolve
+from opt_core.params import Head
+from opt_core.tokenizer import OPTTokenizer
+
+_LM_HEAD = "lm_head.weight"
+_STALE = {
+    "model.safetensors.index.json": "model.safetensors",
+    "pytorch_model.bin.index.json": "pytorch_model.bin",
+}
+_PARTS = (
+    (r"model\.decoder\.embed_tokens\.", "token embedding"),
+    (r"model\.decoder\.embed_positions\.", "position embedding"),
+    (r"model\.decoder\.project_(in|out)\.", "embedding projections"),
+    (r"model\.decoder\.layers\.\d+\.self_attn\.", "layers: attention"),
+    (r"model\.decoder\.layers\.\d+\.fc[12]\.", "layers: feed-forward"),
+    (r"model\.decoder\.layers\.\d+\.", "layers: norms"),
+    (r"model\.decoder\.final_layer_norm\.", "final norm"),
+    (r"(lm_head|score|qa_outputs)\.", "head"),
+)
+_COPIED_HEAD = "head (a copy of the token embedding)"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One stored tensor.
+
+    Attributes:
+        name: Canonical name, such as "model.decoder.layers.0.fc1.weight".
+        shape: Shape in the canonical (torch) layout.
+        dtype: Type it is stored in.
+        nbytes: Its bytes.
+        file: Name of the file that holds it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    file: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tensors of one part of the model, summed up.
+
+    Attributes:
+        name: What they are, such as "layers: attention".
+        tensors: How many there are.
+        parameters: Their elements.
+        nbytes: Their bytes.
+    """
+
+    name: str
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` found.
+
+    Attributes:
+        path: Where the checkpoint is on disk.
+        format: "safetensors" or "torch-bin"; None if no weights can be read.
+        files: Name and bytes of each weight file.
+        config: The configuration; None if it cannot be read.
+        head: What sits on the decoder, as in `opt_core.params.Head`.
+        parameters: Number of distinct parameters stored: a copy of the embedding is not counted.
+        nbytes: Bytes of all tensors.
+        dtypes: Stored type -> number of tensors.
+        parts: The tensors by part of the model.
+        tensors: Every tensor.
+        vocabulary: Ids the tokenizer knows; None without a tokenizer.
+        problems: What is wrong, one line each; empty if the model loads as it should.
+    """
+
+    path: Path
+    format: str | None
+    files: dict[str, int]
+    config: OPTConfig | None
+    head: Head | None
+    parameters: int
+    nbytes: int
+    dtypes: dict[str, int]
+    parts: tuple[Part, ...]
+    tensors: tuple[Tensor, ...]
+    vocabulary: int | None
+    problems: tuple[str, ...]
+
+
+def describe(path_or_hub_id: str | PathLike[str], **hub: Any) -> Description:
+    """Looks at a checkpoint without loading it.
+
+    What is wrong inside it becomes an entry of `problems` instead of an error.
+
+    Args:
+        path_or_hub_id: Folder, weight file, hub id, or "mini".
+        **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+
+    Raises:
+        CheckpointError: There is no such folder or repository, or no model in it.
+    """
+    path = resolve(path_or_hub_id, **hub)
+    folder = path if path.is_dir() else path.parent
+    problems: list[str] = []
+    config = checkpoint = head = vocabulary = None
+    try:
+        config = OPTConfig.from_pretrained(folder)
+    except OPTError as error:
+        problems.append(str(error))
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as error:
+        if config is None:  # nothing here is a model: most likely a wrong path
+            raise CheckpointError(f"{error}; {problems[0]}") from None
+        problems.append(str(error))
+    if checkpoint is not None:
+        head = _head(checkpoint)
+        problems += _weight_problems(checkpoint, config, head)
+    if any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):
+        try:
+            tokenizer = OPTTokenizer.from_pretrained(folder)
+            vocabulary = tokenizer.vocab_size
+            problems += _tokenizer_problems(tokenizer, config) if config is not None else ()
+        except OPTError as error:
+            problems.append(str(error))
+    problems += _folder_problems(folder, path)
+    tensors = _tensors(checkpoint)
+    copied = {_LM_HEAD} if config is not None and config.tie_word_embeddings else set[str]()
+    return Description(
+        path=path,
+        format=checkpoint.format if checkpoint is not None else None,
+        files={file.name: file.stat().st_size for file in checkpoint.files} if checkpoint else {},
+        config=config,
+        head=head,
+        parameters=sum(math.prod(t.shape) for t in tensors if t.name not in copied),
+        nbytes=sum(t.nbytes for t in tensors),
+        dtypes=dict(Counter(t.dtype for t in tensors)),
+        parts=tuple(_parts(tensors, copied)),
+        tensors=tensors,
+        vocabulary=vocabulary,
+        problems=tuple(problems),
+    )
+
+
+def _tensors(checkpoint: Checkpoint | None) -> tuple[Tensor, ...]:
+    if checkpoint is None:
+        return ()
+    return tuple(
+        Tensor(name, stored.shape, stored.dtype.name, stored.nbytes, stored.file.name)
+        for name, stored in checkpoint.tensors.items()
+    )
+
+
+def _head(checkpoint: Checkpoint) -> Head:
+    names = checkpoint.tensors.keys()
+    if "score.weight" in names:
+        return "sequence_classification"
+    return "question_answering" if "qa_outputs.weight" in names else "causal_lm"
+
+
+def _parts(tensors: Iterable[Tensor], copied: set[str]) -> Iterator[Part]:
+    order = [*(name for _, name in _PARTS), _COPIED_HEAD, "other"]
+    found: dict[str, list[Tensor]] = {name: [] for name in order}
+    for tensor in tensors:
+        part = next((name for rule, name in _PARTS if re.match(rule, tensor.name)), "other")
+        found[_COPIED_HEAD if tensor.name in copied else part].append(tensor)
+    for name, members in found.items():
+        if members:
+            parameters = sum(math.prod(t.shape) for t in members)
+            yield Part(name, len(members), parameters, sum(t.nbytes for t in members))
+
+
+def _weight_problems(checkpoint: Checkpoint, config: OPTConfig | None, head: Head) -> Iterator[str]:
+    if config is None:
+        return
+    try:
+        plan = plan_load(checkpoint, config, head)
+    except CheckpointError as error:
+        yield str(error)
+        return
+    if plan.config.tie_word_embeddings != config.tie_word_embeddings:
+        yield (
+            f"{checkpoint.folder}: lm_head.weight differs from the token embedding, but "
+            "config.json ties them; it is loaded as stored: set tie_word_embeddings to false"
+        )
+
+
+def _tokenizer_problems(tokenizer: OPTTokenizer, config: OPTConfig) -> Iterator[str]:
+    if tokenizer.vocab_size > config.vocab_size:
+        yield (
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but config.json has "
+            f"vocab_size={config.vocab_size}: they belong to different models"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        here, there = getattr(config, name), getattr(tokenizer, name)
+        if here is not None and there is not None and here != there:
+            yield f"config.json has {name}={here}, but the tokenizer has {there}"
+
+
+def _folder_problems(folder: Path, path: Path) -> Iterator[str]:
+    for index, single in _STALE.items():
+        if path.is_dir() and (folder / index).exists() and (folder / single).exists():
+            yield (
+                f"{folder / single}: not read: {index} beside it lists the shards that are; "
+                "remove the single file, it is stale"
+            )
+    if (folder / "generation_config.json").exists():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except OPTError as error:
+            yield str(error)

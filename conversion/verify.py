@@ -1,0 +1,208 @@
+"""Whether two checkpoints, or two backends, compute the same: logits, then greedy tokens."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conversion.backends import inference, load_backend, to_numpy
+from opt_core.config import OPTConfig
+from opt_core.errors import InputError
+from opt_core.generation import GenerationConfig
+from opt_core.hub import resolve
+from opt_core.tokenizer import OPTTokenizer
+
+PROMPTS = (
+    "The capital of France is",
+    "In 1905, a clerk at the patent office in Bern wrote that",
+    "def fibonacci(n):\n    ",
+)
+"""What is compared where the caller names no prompts and the first checkpoint has a tokenizer."""
+
+TOLERANCE = 1e-4
+_RANDOM_PROMPTS, _RANDOM_LENGTH = 3, 16
+
+
+@dataclass(frozen=True)
+class Side:
+    """One checkpoint on one backend.
+
+    Attributes:
+        path: Folder or hub id, as the caller wrote it.
+        backend: Name of the backend.
+    """
+
+    path: str
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.backend})"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one side answers one prompt, compared with the reference.
+
+    Attributes:
+        side: The side compared.
+        prompt: The prompt's text, or its token ids where there is no text.
+        max_difference: Largest |difference| of two logits over all positions of the prompt.
+        max_logit: Largest |logit| of the reference: what `max_difference` is measured against.
+        tokens: Greedy tokens compared.
+        first_difference: Index of the first greedy token that differs; None if all agree.
+    """
+
+    side: Side
+    prompt: str
+    max_difference: float
+    max_logit: float
+    tokens: int
+    first_difference: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a comparison.
+
+    Attributes:
+        reference: The side that the others are compared with.
+        tolerance: Largest allowed |difference| of logits, relative to the largest |logit| or 1.
+        differences: One entry per other side and prompt.
+        notes: Remarks, such as vocabularies of different sizes.
+    """
+
+    reference: Side
+    tolerance: float
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def max_difference(self) -> float:
+        """Largest |difference| of logits over all sides and prompts."""
+        return float(np.max([d.max_difference for d in self.differences]))
+
+    @property
+    def equal(self) -> bool:
+        """Whether all logits are within the tolerance and all greedy tokens agree."""
+        return all(self.agrees(difference) for difference in self.differences)
+
+    def agrees(self, difference: Difference) -> bool:
+        """Whether one entry is within the tolerance (NaN never is) and its tokens agree."""
+        limit = self.tolerance * max(1.0, difference.max_logit)
+        return difference.max_difference <= limit and difference.first_difference is None
+
+
+def verify(
+    a: str | PathLike[str],
+    b: str | PathLike[str],
+    backends: Sequence[str] = ("torch",),
+    prompts: Sequence[str] | None = None,
+    max_new_tokens: int = 16,
+    tolerance: float = TOLERANCE,
+    progress: Callable[[Side, int, int], None] | None = None,
+) -> Report:
+    """Runs the same prompts through both checkpoints on each backend, in float32, and compares.
+
+    One model is in memory at a time. The reference is `a` on the first backend.
+
+    Args:
+        a: Folder, hub id or "mini".
+        b: The same; it may be `a` where several backends are compared.
+        backends: Names of backends: "torch", "tf", "flax".
+        prompts: Texts, encoded with the tokenizer of `a`. By default `PROMPTS`, or seeded
+            random ids where `a` has no tokenizer.
+        max_new_tokens: Greedy tokens to compare after each prompt.
+        tolerance: Largest |difference| of logits that counts as equal, times the largest |logit|
+            where that exceeds 1.
+        progress: Called with (side, bytes loaded, bytes in all) while models load.
+
+    Raises:
+        OPTError: A checkpoint or backend cannot be loaded, or there are no prompts to compare.
+    """
+    if not backends or (prompts is not None and not prompts):
+        raise InputError(f"verify needs a backend and a prompt, received {backends!r}, {prompts!r}")
+    names = [os.fspath(a), os.fspath(b)]
+    if names[0] == names[1] and len(backends) > 1:
+        names = names[:1]
+    sides = [Side(name, backend) for name in names for backend in backends]
+    labels, encoded = _encode(names[0], prompts, max_new_tokens)
+    reference, *others = (_answers(side, encoded, max_new_tokens, progress) for side in sides)
+    differences = [
+        _compare(side, label, expected, received)
+        for side, answers in zip(sides[1:], others, strict=True)
+        for label, expected, received in zip(labels, reference, answers, strict=True)
+    ]
+    return Report(sides[0], tolerance, tuple(differences), tuple(_notes(names)))
+
+
+@dataclass(frozen=True)
+class _Answer:
+    logits_TV: NDArray[Any]
+    tokens: list[int]
+
+
+def _encode(
+    name: str, prompts: Sequence[str] | None, max_new_tokens: int
+) -> tuple[list[str], list[NDArray[np.int32]]]:
+    """The prompts as they are called in the report, and each as (1, T) ids."""
+    path = resolve(name)
+    folder = path if path.is_dir() else path.parent
+    if prompts is not None:
+        tokenizer = OPTTokenizer.from_pretrained(folder)
+        return list(prompts), [tokenizer([text]).input_ids for text in prompts]
+    config = OPTConfig.from_pretrained(folder)
+    room = max(1, config.max_position_embeddings - max_new_tokens)
+    if any((folder / file).exists() for file in ("vocab.json", "tokenizer.json")):
+        tokenizer = OPTTokenizer.from_pretrained(folder)
+        return list(PROMPTS), [tokenizer([text]).input_ids[:, :room] for text in PROMPTS]
+    shape = (_RANDOM_PROMPTS, 1, min(_RANDOM_LENGTH, room))
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
+    return [" ".join(map(str, row)) for row in ids[:, 0].tolist()], list(ids)
+
+
+def _answers(
+    side: Side,
+    encoded: list[NDArray[np.int32]],
+    max_new_tokens: int,
+    progress: Callable[[Side, int, int], None] | None,
+) -> list[_Answer]:
+    """Loads one side, lets it answer every prompt, and lets go of it."""
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress(side, done, total)
+
+    model = load_backend(side.backend).from_pretrained(side.path, progress=report)
+    settings = GenerationConfig.from_model(model.config).replace(max_new_tokens=max_new_tokens)
+    answers: list[_Answer] = []
+    with inference(side.backend):
+        for ids in encoded:
+            logits = to_numpy(model(ids).logits)[0]
+            rows = model.generate(ids, generation_config=settings)
+            answers.append(_Answer(logits, to_numpy(rows)[0, ids.shape[1] :].tolist()))
+    return answers
+
+
+def _compare(side: Side, prompt: str, expected: _Answer, received: _Answer) -> Difference:
+    shared = min(expected.logits_TV.shape[-1], received.logits_TV.shape[-1])
+    reference = expected.logits_TV[:, :shared].astype(np.float64)
+    pairs = zip_longest(expected.tokens, received.tokens)
+    return Difference(
+        side=side,
+        prompt=prompt,
+        max_difference=float(np.abs(reference - received.logits_TV[:, :shared]).max()),
+        max_logit=float(np.abs(reference).max()),
+        tokens=max(len(expected.tokens), len(received.tokens)),
+        first_difference=next((i for i, (x, y) in enumerate(pairs) if x != y), None),
+    )
+
+
+def _notes(names: Sequence[str]) -> Iterator[str]:
+    sizes = [OPTConfig.from_pretrained(name).vocab_size for name in names]
+    if len(set(sizes)) > 1:
+        yield f"vocabularies of {sizes[0]} and {sizes[1]} ids: the first {min(sizes)} are compared"

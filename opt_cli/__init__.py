@@ -1,0 +1,1 @@
+"""The `opt-lm` command: thin, and importing a backend only when a command needs one."""

@@ -1,0 +1,148 @@
+"""What every command shares: errors as one line, quiet ends, progress only on a terminal."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from opt_core.errors import OPTError
+
+EXIT_DIFFERENT = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 128 + 2
+EXIT_BROKEN_PIPE = 128 + 13
+
+# What a terminal would act on instead of showing: all control characters but tab and line feed.
+_CONTROLS = {c: 0x2400 + c for c in range(0x20) if chr(c) not in "\t\n"} | dict.fromkeys(
+    range(0x7F, 0xA0), 0xFFFD
+)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # rich would end the process itself, with exit code 1
+
+
+stderr = _Console(stderr=True, highlight=False)
+stdout = _Console(highlight=False)
+
+
+class _BrokenPipe(Exception):
+    """Stands for BrokenPipeError on its way through typer, which would make it exit code 1."""
+
+
+class PipeGroup(TyperGroup):
+    """A group of commands whose broken pipes reach `run`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the subcommand."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _BrokenPipe from None
+
+
+def run(app: typer.Typer, arguments: list[str] | None) -> int:
+    """Runs an application and turns whatever ends it into an exit code.
+
+    Args:
+        app: The application.
+        arguments: Command-line arguments; None takes those of the process.
+
+    Returns:
+        The exit code. A user's error has been told in one line on stderr.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        code = app(args=arguments, prog_name="opt-lm", standalone_mode=False)
+        sys.stdout.flush()
+    except (OPTError, typer.TyperException) as error:
+        message = str(error) if isinstance(error, OPTError) else error.format_message()
+        return _fail(message)
+    except (_BrokenPipe, BrokenPipeError):
+        # What is still buffered has nowhere to go; the interpreter must not try again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return code or 0
+
+
+def _fail(message: str) -> int:
+    line = " ".join(message.split())
+    stderr.print("error:", style="bold red", end=" ")
+    stderr.out(line)
+    return EXIT_USER_ERROR
+
+
+def write(text: str, style: str | None = None) -> None:
+    """Writes text to stdout as it is and at once; a terminal gets no control characters from it.
+
+    Args:
+        text: What a model or a user wrote: never markup.
+        style: How a terminal shows it, in rich's words, such as "bold".
+    """
+    if stdout.is_terminal:
+        text = text.translate(_CONTROLS)
+    if style is not None and stdout.is_terminal:
+        stdout.out(text, style=style, end="")
+    else:
+        sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Writes one line about the run itself to stderr."""
+    stderr.out(text, style="dim")
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """Writes one JSON object to stdout, on one line."""
+    sys.stdout.write(json.dumps(values) + "\n")
+
+
+def option(name: str) -> str:
+    """The command line's spelling of a setting: "top_p" is --top-p."""
+    return "--" + name.replace("_", "-")
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[..., None]]:
+    """Shows on stderr that something is under way, if stderr is a terminal.
+
+    Args:
+        what: What is under way, such as "loading mini".
+
+    Yields:
+        A function to call with (bytes done, bytes in all) and, where it changes, what is under way.
+        Until it is called, the bar only pulses.
+    """
+    if not stderr.is_terminal:
+        yield lambda *_: None
+        return
+    from rich.filesize import decimal
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+    )
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task(what, total=None, amount="")
+
+        def update(done: int, total: int, what: str = what) -> None:
+            amount = f"{decimal(done)} of {decimal(total)}"
+            bar.update(task, completed=done, total=total, description=what, amount=amount)
+
+        yield update

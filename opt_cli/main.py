@@ -1,0 +1,46 @@
+"""The command's entry point and the list of its subcommands."""
+
+from typing import Annotated, NoReturn
+
+import typer
+
+from opt_cli import console, generate, info, verify
+
+app = typer.Typer(
+    cls=console.PipeGroup,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("generate")(generate.generate)
+app.command("info")(info.info)
+app.command("verify")(verify.verify)
+
+
+@app.callback(invoke_without_command=True)
+def opt_lm(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """OPT language models in PyTorch, TensorFlow and Flax.
+
+    A model is a folder, a hub id such as facebook/opt-125m, or the embedded "mini".
+    """
+    if version:
+        from opt_core import __version__
+
+        typer.echo(f"opt-lm {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs `opt-lm` and ends the process.
+
+    Exit codes: 0 success, 1 a comparison that failed or problems found, 2 a user's error (one line
+    on stderr), 130 interrupted, 141 the reader of the output went away.
+
+    Args:
+        arguments: Command-line arguments; None takes those of the process.
+    """
+    raise SystemExit(console.run(app, arguments))

@@ -1,0 +1,15 @@
+"""The framework-neutral half of the project: no torch, tensorflow or jax is imported here, ever.
+
+Shapes are written as letters, in names (`q_BHTK`) and docstrings alike:
+
+    B batch          T new tokens       S cache slots     D hidden_size     H heads       K head size
+    F ffn_dim        P embedding width  V vocabulary      W beams           N layers
+"""
+
+from opt_core.config import OPTConfig
+from opt_core.generation import GenerationConfig
+from opt_core.tokenizer import OPTTokenizer
+from opt_core.training import TrainConfig
+
+__version__ = "0.1.0"
+__all__ = ["GenerationConfig", "OPTConfig", "OPTTokenizer", "TrainConfig"]

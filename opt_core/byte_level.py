@@ -1,0 +1,50 @@
+"""Byte-level BPE's alphabet: which bytes a token of the vocabulary stands for."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def token_table(backend: "Tokenizer") -> list[bytes | None]:
+    """The bytes of every token, by id; None for an id that no token has."""
+    added = set(backend.get_added_tokens_decoder())
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    table: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
+    for token, index in vocabulary.items():
+        table[index] = token.encode("utf-8") if index in added else _spelled(token)
+    return table
+
+
+def lost_bytes(backend: "Tokenizer") -> frozenset[int]:
+    """Bytes that would silently vanish from a text: no token spells them, none means unknown."""
+    if backend.normalizer is not None or backend.model.unk_token is not None:
+        return frozenset()
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    return frozenset(byte for char, byte in _BYTE_OF_CHAR.items() if char not in vocabulary)
+
+
+def _alphabet() -> Iterator[tuple[str, int]]:
+    """The character for each byte: printable ones stand for themselves, others get U+0100 and up.
+
+    Defined by GPT-2's encoder (Radford et al. 2019, "Language Models are Unsupervised Multitask
+    Learners"), which OPT's vocabulary was made with.
+    """
+    others = 0
+    for byte in range(256):
+        if byte in range(0x21, 0x7F) or (byte >= 0xA1 and byte != 0xAD):
+            yield chr(byte), byte
+        else:
+            yield chr(0x100 + others), byte
+            others += 1
+
+
+_BYTE_OF_CHAR = dict(_alphabet())
+
+
+def _spelled(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_OF_CHAR[char] for char in token])
+    except KeyError:  # not written in that alphabet: an entry that stands for itself
+        return token.encode("utf-8")

@@ -1,0 +1,28 @@
+"""Every failure a user can cause, under one base class, so that a caller can catch them all at once.
+
+Each message is one line that names the file or field, what was expected and what was received.
+"""
+
+
+class OPTError(Exception):
+    """Base of every error this project raises for a user's input, file or setting."""
+
+
+class ConfigError(OPTError, ValueError):
+    """A model configuration that is malformed, contradictory or not supported."""
+
+
+class CheckpointError(OPTError, ValueError):
+    """A weight file or folder that is missing, damaged, or does not fit its configuration."""
+
+
+class TokenizerError(OPTError, ValueError):
+    """Tokenizer files that are missing or damaged, or ids that no token has."""
+
+
+class GenerationError(OPTError, ValueError):
+    """Generation settings, or a prompt, that cannot be honoured."""
+
+
+class InputError(OPTError, ValueError):
+    """Model inputs of the wrong shape or range: ids outside the vocabulary, masks of another size."""

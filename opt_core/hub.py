@@ -1,0 +1,248 @@
+"""From what a user calls a model to a folder on disk: a path, "mini", or a hub repository.
+
+A repository often holds the same weights in several formats; only one of them is fetched.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from opt_core.errors import CheckpointError
+
+MINI = "mini"
+"""The name of the model that comes with the package."""
+
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_WEIGHT_FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
+_OTHER_WEIGHTS = re.compile(r"(tf_model.*\.h5|flax_model.*\.msgpack)(\.index\.json)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_TIMEOUT = 10.0  # seconds the hub may take to say what a repository holds
+_EXPECTED = f'expected a folder, "{MINI}", or a hub id such as "facebook/opt-125m"'
+
+
+def resolve(
+    path_or_hub_id: str | PathLike[str],
+    *,
+    files: tuple[str, ...] | None = None,
+    optional: tuple[str, ...] = (),
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Finds the folder of a model, downloading what is needed of it when it is on the hub.
+
+    What exists on disk is taken for a path before anything else. With HF_HUB_OFFLINE=1, or when the
+    hub cannot be reached, the local cache answers.
+
+    Args:
+        path_or_hub_id: A folder or file, "mini" (the model inside this package), or a hub id.
+        files: Names to fetch from the hub, all of which must be there. None fetches everything a
+            model needs: configuration, tokenizer, and the weights in one format (safetensors before
+            pytorch_model.bin, an index with its shards before a single file).
+        optional: With `files`, names to fetch as well where the repository has them.
+        revision: Branch, tag or commit on the hub; None means its default branch.
+        token: Access token, True for the one `hf auth login` stored, False for none, None for the
+            stored one if there is one.
+        local_files_only: Whether to use the hub's local cache only, without any network access.
+
+    Returns:
+        A folder that holds the files, or the path itself where it names a file.
+
+    Raises:
+        CheckpointError: There is no such folder or repository, or it cannot be had.
+    """
+    name = os.fspath(path_or_hub_id)
+    path = Path(name).expanduser() if name else None
+    on_disk = path is not None and path.exists()
+    if on_disk or name == MINI:
+        if revision is not None:
+            raise CheckpointError(f"{name}: revision={revision!r} is for hub ids; this is on disk")
+        return path if path is not None and on_disk else _mini()
+    if _HUB_ID.fullmatch(name):
+        from huggingface_hub import constants
+
+        repository = _Repository(name, revision, token)
+        if local_files_only or constants.HF_HUB_OFFLINE:
+            return repository.cached(files, optional)
+        return repository.fetch(files, optional)
+    if path is not None and (name.startswith((".", "~")) or "/" in name or os.sep in name):
+        raise CheckpointError(f"{name}: no such folder or file")
+    raise CheckpointError(f"{name!r}: no such folder; {_EXPECTED}")
+
+
+def model_files(names: Iterable[str], source: str) -> list[str]:
+    """Chooses, of the files of a repository, those that one model needs.
+
+    Args:
+        names: Paths relative to the repository's root.
+        source: What to call the repository in messages.
+
+    Raises:
+        CheckpointError: No configuration, no weights that can be read, or missing shards.
+    """
+    found = set(names)
+    if "config.json" not in found:
+        raise CheckpointError(f"{source}: no config.json; expected the repository of an OPT model")
+    wanted = ["config.json", "generation_config.json", *TOKENIZER_FILES]
+    return [name for name in wanted if name in found] + _weight_files(found, source)
+
+
+def _weight_files(found: set[str], source: str) -> list[str]:
+    for stem, suffix in _WEIGHT_FORMATS:
+        index, single = f"{stem}.{suffix}.index.json", f"{stem}.{suffix}"
+        if index in found:
+            shards = [
+                (name, match[1])
+                for name in sorted(found)
+                if (match := re.fullmatch(rf"{stem}-\d+-of-(\d+)\.{suffix}", name))
+            ]
+            expected = int(shards[0][1]) if shards else 1
+            if len(shards) != expected:
+                raise CheckpointError(
+                    f"{source}: {index}: expected {expected} or more shards, found {len(shards)}"
+                )
+            return [index, *(name for name, _ in shards)]
+        if single in found:
+            return [single]
+    others = sorted(name for name in found if _OTHER_WEIGHTS.fullmatch(name))
+    raise CheckpointError(
+        f"{source}: no model.safetensors or pytorch_model.bin, "
+        + (f"only {', '.join(others)}; convert them first" if others else "no weights at all")
+    )
+
+
+def _choose(
+    names: Iterable[str], files: tuple[str, ...] | None, optional: tuple[str, ...], source: str
+) -> list[str]:
+    found = set(names)
+    if files is None:
+        return model_files(found, source)
+    if missing := [name for name in files if name not in found]:
+        raise CheckpointError(f"{source}: no {', '.join(missing)}")
+    return [*files, *(name for name in optional if name in found)]
+
+
+def _mini() -> Path:
+    folder = Path(__file__).parent / MINI
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: the embedded model is missing; reinstall the package")
+    return folder
+
+
+@dataclass(frozen=True)
+class _Repository:
+    name: str
+    revision: str | None
+    token: str | bool | None
+
+    @property
+    def label(self) -> str:
+        return self.name if self.revision is None else f"{self.name} (revision {self.revision!r})"
+
+    def fetch(self, files: tuple[str, ...] | None, optional: tuple[str, ...]) -> Path:
+        from huggingface_hub import HfApi
+
+        try:
+            # list_repo_files would do, but retries for 20 seconds where there is no network.
+            api = HfApi(token=self.token)
+            info = api.model_info(self.name, revision=self.revision, timeout=_TIMEOUT)
+            names = [sibling.rfilename for sibling in info.siblings or []]
+            return self.snapshot(_choose(names, files, optional, self.label))
+        except CheckpointError:
+            raise
+        except _hub_failures() as failure:
+            error = failure
+            if not _is_unreachable(error):
+                raise self.explained(error) from error
+            try:
+                return self.cached(files, optional)
+            except CheckpointError as missing:
+                reason = f"the hub cannot be reached ({_first_line(error)})"
+                raise CheckpointError(f"{missing}; {reason}") from error
+
+    def cached(self, files: tuple[str, ...] | None, optional: tuple[str, ...]) -> Path:
+        advice = "run it once with network access (no HF_HUB_OFFLINE, no local_files_only)"
+        try:
+            folder = self.snapshot([], local_files_only=True)
+        except _hub_failures() as error:
+            raise CheckpointError(f"{self.label}: not in the local cache; {advice}") from error
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+        try:
+            _choose(names, files, optional, f"{self.label} in the local cache")
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {advice}") from None
+        return folder
+
+    def snapshot(self, names: list[str], local_files_only: bool = False) -> Path:
+        import huggingface_hub
+
+        return Path(
+            huggingface_hub.snapshot_download(  # pyright: ignore[reportUnknownMemberType]
+                self.name,
+                revision=self.revision,
+                token=self.token,
+                local_files_only=local_files_only,
+                allow_patterns=names,
+            )
+        )
+
+    def explained(self, error: Exception) -> CheckpointError:
+        from huggingface_hub import constants, errors
+
+        site, login = constants.ENDPOINT, "pass token= or run `hf auth login`"
+        if isinstance(error, errors.GatedRepoError):
+            what = f"access is gated; ask for it at {site}/{self.name}, then {login}"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            what = f"no such folder, and no such repository on {site}; if it is private, {login}"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            what = f"the repository has no such revision; see {site}/{self.name}/tree/main"
+        elif isinstance(error, errors.LocalTokenNotFoundError):
+            what = "token=True, but no token is stored; run `hf auth login`"
+        elif isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+            what = f"access denied (HTTP {error.response.status_code}); {login}"
+        elif isinstance(error, errors.HFValidationError):
+            what = f"no such folder, and not a valid hub id; {_EXPECTED}"
+        else:
+            what = f"the download failed ({_first_line(error)}); run it again, what came is kept"
+        return CheckpointError(f"{self.label}: {what}")
+
+
+def _hub_failures() -> tuple[type[Exception], ...]:
+    """What huggingface_hub may raise for the network, the server or the disk."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Its releases use different HTTP clients (httpx, then httpx2), whose transport errors share no
+    # other base than this; a broken transfer of its own protocol is a bare RuntimeError.
+    http = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
+    return (*http, OSError, RuntimeError, ValueError)
+
+
+def _actual(error: Exception) -> Exception:
+    """The server's own answer, where huggingface_hub says "not found locally" because of it."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        return error.__cause__
+    return error
+
+
+def _is_unreachable(error: Exception) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500
+    return isinstance(error, (_hub_failures()[0], ConnectionError, TimeoutError))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

@@ -1,0 +1,156 @@
+"""Beam search on the same prefill and decode step as everything else; results equal `transformers` 5's."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opt_core.errors import GenerationError
+from opt_core.generation import GenerationConfig
+from opt_torch import generation, sampling
+
+if TYPE_CHECKING:
+    from opt_torch.generation import Request
+    from opt_torch.modeling import OPTForCausalLM
+
+NEVER = -1.0e9
+"""Score of a place that holds no beam yet: finite, so that sums of it stay comparable."""
+
+
+class Beams(NamedTuple):
+    """A set of W hypotheses per prompt.
+
+    Attributes:
+        ids: (B, W, L) generated tokens, `pad` beyond a beam's length.
+        scores: (B, W), best first.
+        lengths: (B, W) tokens generated; 0 where there is no beam.
+    """
+
+    ids: Tensor
+    scores: Tensor
+    lengths: Tensor
+
+    def pick(self, index_BX: Tensor) -> "Beams":
+        """The hypotheses at some places of each prompt."""
+        ids = self.ids.gather(1, index_BX[..., None].expand(-1, -1, self.ids.shape[2]))
+        return Beams(ids, self.scores.gather(1, index_BX), self.lengths.gather(1, index_BX))
+
+    def best(self, count: int) -> tuple["Beams", Tensor]:
+        """The `count` best hypotheses, best first, and where they were."""
+        index = self.scores.topk(count)[1]
+        return self.pick(index), index
+
+
+@torch.inference_mode()
+def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
+    """Finds likely continuations by keeping the W best of them at every step.
+
+    Args:
+        model: The language model.
+        request: A checked request with `num_beams` > 1.
+
+    Returns:
+        (B * num_return_sequences, T + new) ids, each prompt's best first.
+
+    Raises:
+        GenerationError: Stop strings were asked for.
+    """
+    settings = request.settings
+    if settings.stops:
+        raise GenerationError("stop_strings with num_beams > 1 is not supported; use eos_token_id")
+    (B, prompt), W, L = request.ids.shape, settings.num_beams, request.new_tokens
+    device = model.device
+    rows = torch.arange(B, device=device).repeat_interleave(W)
+    logits, cache = generation.prefill(
+        model, request.ids, request.mask, model.init_cache(B, prompt + L - 1)
+    )
+    logits, cache = logits[rows], cache.select(rows)
+    prompts = request.ids[rows]
+    real = torch.ones_like(prompts).bool() if request.mask is None else request.mask[rows]
+    real = torch.cat([real, real.new_ones(B * W, L)], 1)
+    eos = torch.tensor(settings.eos_ids, dtype=torch.long, device=device)
+
+    empty = Beams(
+        torch.full((B, W, L), request.pad, device=device),
+        torch.full((B, W), NEVER, device=device),
+        torch.zeros((B, W), dtype=torch.long, device=device),
+    )
+    # All beams start alike: only the first may be continued, or the same text would come W times.
+    running = empty._replace(scores=F.pad(empty.scores[:, 1:], (1, 0)))
+    finished = empty
+    is_open = torch.ones((B, 1), dtype=torch.bool, device=device)
+    for made in range(L):
+        history = torch.cat([prompts, running.ids[:, :, :made].flatten(0, 1)], 1)
+        scores = F.log_softmax(generation.allowed(logits, request.vocabulary), -1)
+        scores = sampling.constrain(scores, history, real[:, : prompt + made], made, settings)
+        grown, parents = grow(running, scores, made, settings)
+        ends = torch.isin(grown.ids[:, :, made], eos) | (made + 1 == L)
+        finished = settle(finished, grown, ends, made, is_open, settings)
+        running, index = grown._replace(scores=grown.scores + ends * NEVER).best(W)
+        is_open = is_open & can_improve(running, finished, made + 1, L, settings)
+        full = settings.early_stopping is True and bool((finished.lengths > 0).all())
+        if full or bool(ends.all()) or not bool(is_open.any()):
+            break
+        parents = parents.gather(1, index) + W * torch.arange(B, device=device)[:, None]
+        last = running.ids[:, :, made].flatten()
+        logits, cache = generation.decode_step(model, last, cache.select(parents.flatten()))
+    count = settings.num_return_sequences
+    best = finished.ids[:, :count, : int(finished.lengths[:, :count].max())].flatten(0, 1)
+    return torch.cat([request.ids.repeat_interleave(count, 0), best], 1)
+
+
+def grow(
+    running: Beams, scores_RV: Tensor, made: int, settings: GenerationConfig
+) -> tuple[Beams, Tensor]:
+    """The best continuations of the running beams by one token.
+
+    There are enough of them for W to remain should all others end.
+
+    Args:
+        running: The beams so far.
+        scores_RV: Log-probabilities of the next token of each of the B * W beams.
+        made: Tokens each beam has.
+        settings: Number of beams and of EOS ids.
+
+    Returns:
+        The grown beams, (B, C), and the number of the beam each came from, (B, C).
+    """
+    B, W = running.scores.shape
+    V = scores_RV.shape[1]
+    totals = (scores_RV.view(B, W, V) + running.scores[..., None]).view(B, W * V)
+    count = min(max(2, 1 + len(settings.eos_ids)) * W, W * V)
+    scores, index = totals.topk(count)
+    grown = running.pick(index // V)._replace(scores=scores)
+    grown.ids[:, :, made] = index % V
+    return grown._replace(lengths=torch.full_like(grown.lengths, made + 1)), index // V
+
+
+def settle(
+    finished: Beams, grown: Beams, ends_BC: Tensor, made: int, is_open: Tensor, settings: GenerationConfig
+) -> Beams:
+    """The W best finished beams after some of the grown ones ended.
+
+    Only a beam among the W best continuations may finish; the others are reserves.
+    """
+    W = finished.scores.shape[1]
+    ends_BC = ends_BC & (torch.arange(ends_BC.shape[1], device=ends_BC.device) < W)
+    closed = ~is_open
+    if settings.early_stopping is True:
+        closed = closed | (finished.lengths > 0).all(1, keepdim=True)
+    scores = grown.scores / (made + 1) ** settings.length_penalty
+    scores = scores + closed * NEVER + ~ends_BC * NEVER
+    grown = Beams(grown.ids, scores, grown.lengths * ends_BC)
+    both = Beams(*(torch.cat(pair, 1) for pair in zip(finished, grown, strict=True)))
+    return both.best(W)[0]
+
+
+def can_improve(running: Beams, finished: Beams, made: int, limit: int, settings: GenerationConfig) -> Tensor:
+    """Whether a running beam could still beat a finished one, (B, 1).
+
+    `early_stopping="never"` assumes the length that favours it most; otherwise its present one.
+    """
+    is_longer_better = settings.early_stopping == "never" and settings.length_penalty > 0
+    best = running.scores[:, :1] / (limit if is_longer_better else made) ** settings.length_penalty
+    worst = finished.scores.min(1, keepdim=True).values
+    return (best > torch.where(finished.lengths > 0, worst, NEVER)).any(1, keepdim=True)

@@ -1,0 +1,121 @@
+"""The key-value cache: buffers of a fixed size, and the positions that follow from what they hold."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opt_core.config import OPTConfig
+from opt_core.errors import InputError
+from opt_core.params import POSITION_OFFSET
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far.
+
+    The buffers are written in place and shared between a cache and its successors; `length` says how
+    much of them a cache owns. Pass each call the cache that the previous call returned.
+
+    Attributes:
+        keys: One (B, H, S, K) buffer per layer.
+        values: One (B, H, S, K) buffer per layer.
+        length: Slots filled.
+        mask: (B, S) bool, True where a filled slot holds a token and False where it holds padding;
+            None while no padding was seen.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    length: int = 0
+    mask: Tensor | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Slots S there are."""
+        return self.keys[0].shape[2]
+
+    def write(self, layer: int, key_BHTK: Tensor, value_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one layer's new keys and values behind the present ones.
+
+        Returns:
+            All keys and values of the layer so far, (B, H, length + T, K) each.
+        """
+        end = self.length + key_BHTK.shape[2]
+        keys, values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        keys[:, :, self.length :] = key_BHTK
+        values[:, :, self.length :] = value_BHTK
+        return keys, values
+
+    def advance(self, count: int, mask_BT: Tensor | None) -> "KVCache":
+        """The cache after `count` more tokens.
+
+        Args:
+            count: New tokens T.
+            mask_BT: bool, False where a new token is padding; None if none is.
+        """
+        mask_BS = self.mask
+        if mask_BS is None and mask_BT is not None:
+            mask_BS = mask_BT.new_ones(mask_BT.shape[0], self.max_length)
+        if mask_BS is not None and mask_BT is not None:
+            mask_BS = mask_BS.clone()
+            mask_BS[:, self.length : self.length + count] = mask_BT
+        return replace(self, length=self.length + count, mask=mask_BS)
+
+    def select(self, rows: Tensor) -> "KVCache":
+        """The cache of other rows: `rows[i]` becomes row i. More or fewer rows get buffers of their own.
+
+        Args:
+            rows: (any,) integer row numbers.
+        """
+        used = slice(0, self.length)
+        if len(rows) == self.keys[0].shape[0]:
+            for buffer in (*self.keys, *self.values):
+                buffer[:, :, used] = buffer[rows, :, used]
+            keys, values = self.keys, self.values
+        else:
+            keys = tuple(buffer[rows] for buffer in self.keys)
+            values = tuple(buffer[rows] for buffer in self.values)
+        return replace(self, keys=keys, values=values, mask=None if self.mask is None else self.mask[rows])
+
+
+def init_cache(
+    config: OPTConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    """An empty cache.
+
+    Args:
+        config: The model's configuration.
+        batch_size: Rows B.
+        max_length: Slots S, for the prompt and everything after it.
+        dtype: Type of the keys and values: the model's.
+        device: Where the model is.
+    """
+    if batch_size < 1 or max_length < 1:
+        raise InputError(f"a cache needs at least 1 row and 1 slot, received {batch_size} x {max_length}")
+    shape = (batch_size, config.num_attention_heads, max_length, config.head_dim)
+    # Zeros, not empty: a masked slot is multiplied by a zero weight, and 0 * NaN is NaN.
+    buffers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * config.num_hidden_layers)]
+    return KVCache(tuple(buffers[::2]), tuple(buffers[1::2]))
+
+
+def position_rows(mask_BS: Tensor | None, past: int, count: int, device: torch.device) -> Tensor:
+    """Rows of the position table for the newest tokens.
+
+    A token's position is the number of real tokens before it, so padding never shifts one; a padded
+    token reads row 1 (transformers' `cumsum(mask) * mask - 1 + 2`).
+
+    Args:
+        mask_BS: bool (B, past + count), False at padding; None if there is none.
+        past: Tokens already in the cache.
+        count: New tokens T.
+        device: Where the ids are.
+
+    Returns:
+        Row numbers (B, T), or (1, T) without a mask.
+    """
+    if mask_BS is None:
+        start = past + POSITION_OFFSET
+        return torch.arange(start, start + count, device=device)[None]
+    counts_BS = mask_BS.cumsum(1) * mask_BS
+    return counts_BS[:, past:] - 1 + POSITION_OFFSET

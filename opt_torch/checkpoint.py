@@ -1,0 +1,134 @@
+"""Weights in and out of a model, through the parameter list and the torch dialect."""
+
+import warnings
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from opt_core import checkpoint as files
+from opt_core.config import DTYPES, OPTConfig
+from opt_core.checkpoint_writer import save_checkpoint
+from opt_core.dialects import TORCH
+from opt_core.errors import ConfigError
+from opt_core.generation import GenerationConfig
+from opt_core.hub import resolve
+from opt_core.initialization import initial_value
+from opt_core.params import ParamSpec, param_specs
+from opt_torch.attention import check_flash
+
+if TYPE_CHECKING:
+    from opt_torch.modeling import OPTPreTrainedModel
+
+M = TypeVar("M", bound="OPTPreTrainedModel")
+
+
+def initialize(model: "OPTPreTrainedModel", seed: int) -> None:
+    """Gives every parameter its starting value, float32 on the CPU."""
+    for spec in param_specs(model.config, model.head):
+        set_parameter(model, spec, torch.from_numpy(initial_value(spec, model.config, seed)))
+    tie(model)
+
+
+def from_pretrained(
+    cls: type[M],
+    path_or_hub_id: str | PathLike[str],
+    dtype: str,
+    device: str | torch.device,
+    attn_implementation: str,
+    progress: Callable[[int, int], None] | None,
+    config: OPTConfig | None,
+    **hub: Any,
+) -> M:
+    """Loads a checkpoint tensor by tensor; see `OPTPreTrainedModel.from_pretrained`."""
+    if dtype not in (*DTYPES, "auto"):
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)} or auto, received {dtype!r}")
+    folder = resolve(path_or_hub_id, **hub)
+    home = folder if folder.is_dir() else folder.parent
+    config = config or OPTConfig.from_pretrained(home)
+    plan = files.plan_load(files.open_checkpoint(folder), config, cls.head)
+    target = torch.device(device)
+    if attn_implementation == "flash_attention_2":
+        check_flash(target, wanted_dtype(dtype, plan))
+    model = cls(plan.config, seed=None, attn_implementation=attn_implementation)
+    for spec, array in plan.stream(progress=progress):
+        set_parameter(model, spec, as_tensor(array).to(target, wanted_dtype(dtype, plan)))
+    for spec in plan.fresh:
+        value = torch.from_numpy(initial_value(spec, plan.config, seed=0))
+        set_parameter(model, spec, value.to(target, wanted_dtype(dtype, plan)))
+        warnings.warn(
+            f"{folder}: no {spec.name} in this checkpoint; it is freshly initialised and needs training",
+            stacklevel=3,
+        )
+    tie(model)
+    if (home / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(home)
+    return model
+
+
+def save_pretrained(model: "OPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int) -> None:
+    """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`."""
+    specs = param_specs(model.config, model.head)
+    save_checkpoint(
+        Path(folder),
+        model.config,
+        {spec.name: lambda spec=spec: as_array(get_parameter(model, spec)) for spec in specs},
+        specs,
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_shard_size=max_shard_size,
+        architecture=type(model).__name__,
+    )
+    model.generation_config.save_pretrained(folder)
+
+
+def locate(model: "OPTPreTrainedModel", spec: ParamSpec) -> tuple[nn.Module, str]:
+    """The module that owns a parameter, and the parameter's name there."""
+    path = TORCH.path(spec)
+    if model.head == "none":
+        path = path[1:]  # a bare OPTModel is what the others keep as `model`
+    return model.get_submodule(".".join(path[:-1])), path[-1]
+
+
+def get_parameter(model: "OPTPreTrainedModel", spec: ParamSpec) -> Tensor:
+    """A parameter's values."""
+    module, leaf = locate(model, spec)
+    return getattr(module, leaf).detach()
+
+
+def set_parameter(model: "OPTPreTrainedModel", spec: ParamSpec, values: Tensor) -> None:
+    """Makes a tensor a parameter, without copying it."""
+    module, leaf = locate(model, spec)
+    setattr(module, leaf, nn.Parameter(values))
+
+
+def tie(model: "OPTPreTrainedModel") -> None:
+    """Makes a tied language-model head the token embedding itself."""
+    if model.head == "causal_lm" and model.config.tie_word_embeddings:
+        model.lm_head.weight = model.get_decoder().embed_tokens.weight  # type: ignore[union-attr]
+
+
+def wanted_dtype(dtype: str, plan: files.LoadPlan) -> torch.dtype:
+    """The type to load as; "auto" is the stored one."""
+    stored = plan.entries[0][1].dtype.name
+    return getattr(torch, stored if dtype == "auto" else dtype)
+
+
+def as_tensor(array: NDArray[Any]) -> Tensor:
+    """A tensor over an array's memory; NumPy has no bfloat16 of its own, hence the detour."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """An array over a tensor's memory (copied from a device); the inverse of `as_tensor`."""
+    tensor = tensor.cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

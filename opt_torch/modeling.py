@@ -1,0 +1,370 @@
+"""The models: the decoder alone, and with each head."""
+
+from collections.abc import Callable, Iterator
+from os import PathLike
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from opt_core.config import OPTConfig
+from opt_core.errors import ConfigError
+from opt_core.generation import GenerationConfig
+from opt_core.params import Head
+from opt_core.tokenizer import OPTTokenizer
+from opt_torch import checkpoint, generation, losses
+from opt_torch.attention import IMPLEMENTATIONS
+from opt_torch.cache import KVCache, init_cache
+from opt_torch.decoder import OPTDecoder, OPTOutput
+from opt_torch.inputs import check_inputs, check_window, full_mask
+
+class OPTPreTrainedModel(nn.Module):
+    """What the model and its heads share: making, loading, saving and counting."""
+
+    head: ClassVar[Head]
+
+    def __init__(self, config: OPTConfig, seed: int | None = 0, attn_implementation: str = "sdpa"):
+        """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
+
+        Args:
+            config: The model's configuration.
+            seed: Seed of the weights; None leaves them on the meta device, for a loader to fill.
+            attn_implementation: "sdpa", "eager" or "flash_attention_2".
+
+        Raises:
+            ConfigError: No such attention implementation.
+        """
+        super().__init__()
+        if attn_implementation not in IMPLEMENTATIONS:
+            raise ConfigError(
+                f"attn_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, "
+                f"received {attn_implementation!r}"
+            )
+        self.config = config
+        self.generation_config = GenerationConfig.from_model(config)
+        with torch.device("meta"):
+            self._build(attn_implementation)
+        if seed is not None:
+            checkpoint.initialize(self, seed)
+        self.eval()
+
+    def _build(self, implementation: str) -> None:
+        self.model = OPTModel(self.config, None, implementation)
+
+    def get_decoder(self) -> OPTDecoder:
+        """The decoder, wherever the class keeps it."""
+        return self.model.decoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.get_decoder().embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.get_decoder().embed_tokens.weight.dtype
+
+    def num_parameters(self) -> int:
+        """Number of parameters, a tied head counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training, keep only each layer's input and compute the rest again when it is needed."""
+        self.get_decoder().gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """In training, keep every activation (the default)."""
+        self.get_decoder().gradient_checkpointing = False
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for `batch_size` rows of at most `max_length` tokens."""
+        return init_cache(self.config, batch_size, max_length, self.dtype, self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | PathLike[str],
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+        attn_implementation: str = "sdpa",
+        progress: Callable[[int, int], None] | None = None,
+        config: OPTConfig | None = None,
+        **hub: Any,
+    ) -> Self:
+        """Loads a checkpoint.
+
+        On the CPU, weights already stored in `dtype` are mapped from the file, not copied.
+
+        Args:
+            path_or_hub_id: Folder, weight file, hub id such as "facebook/opt-125m", or "mini".
+            dtype: "float32", "bfloat16", "float16", "float64", or "auto" for the stored one.
+            device: Where to put the weights.
+            attn_implementation: "sdpa", "eager" or "flash_attention_2".
+            progress: Called with (bytes loaded, bytes in all) after each tensor.
+            config: Replaces the checkpoint's config.json, for example to set `num_labels`.
+            **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+
+        Raises:
+            CheckpointError: Files are missing or damaged, or do not fit the configuration.
+            ConfigError: The configuration is malformed, or an option is not one of the above.
+        """
+        return checkpoint.from_pretrained(
+            cls, path_or_hub_id, dtype, device, attn_implementation, progress, config, **hub
+        )
+
+    def save_pretrained(self, folder: str | PathLike[str], max_shard_size: str | int = "5GB") -> None:
+        """Writes config.json, generation_config.json and safetensors, as `transformers` reads them.
+
+        Args:
+            folder: Made if missing; other files in it stay.
+            max_shard_size: Larger models are split into files of at most this size.
+        """
+        checkpoint.save_pretrained(self, folder, max_shard_size)
+
+    def _decode(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        past_key_values: KVCache | None,
+        output_hidden_states: bool,
+        output_attentions: bool,
+    ) -> OPTOutput:
+        """Checks the inputs, embeds them and runs the decoder."""
+        input_ids, attention_mask, position_ids, inputs_embeds = check_inputs(
+            self.config, self.device, input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
+        )
+        if inputs_embeds is None:
+            inputs_embeds = self.get_decoder().embed_tokens(input_ids)
+        count = inputs_embeds.shape[1]
+        mask = full_mask(attention_mask, count, past_key_values)
+        if position_ids is None:
+            check_window(self.config, mask, count + (past_key_values.length if past_key_values else 0))
+        return self.get_decoder()(
+            inputs_embeds, position_ids, mask, past_key_values, output_hidden_states, output_attentions
+        )
+
+
+class OPTModel(OPTPreTrainedModel):
+    """The decoder without a head."""
+
+    head = "none"
+
+    def _build(self, implementation: str) -> None:
+        self.decoder = OPTDecoder(self.config, implementation)
+
+    def get_decoder(self) -> OPTDecoder:
+        """The decoder."""
+        return self.decoder
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> OPTOutput:
+        """Computes the hidden states.
+
+        Args:
+            input_ids: (B, T) token ids; NumPy arrays and lists are accepted too.
+            attention_mask: (B, T), or (B, past + T) with a cache: 1 for tokens, 0 for padding.
+            position_ids: (B, T) positions, -1 for padding; by default they follow from the mask.
+            inputs_embeds: (B, T, P) embeddings in place of `input_ids`.
+            past_key_values: A cache (`init_cache`): these tokens follow the ones it holds.
+            output_hidden_states: Return `hidden_states`.
+            output_attentions: Return `attentions`.
+
+        Raises:
+            InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
+        """
+        return self._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
+            output_hidden_states, output_attentions,
+        )  # fmt: skip
+
+
+class OPTForCausalLM(OPTPreTrainedModel):
+    """The language model: the next token's logits."""
+
+    head = "causal_lm"
+
+    def _build(self, implementation: str) -> None:
+        super()._build(implementation)
+        self.lm_head = nn.Linear(self.config.embed_dim, self.config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        logits_to_keep: int = 0,
+    ) -> OPTOutput:
+        """Computes logits, and the loss where labels are given.
+
+        Args:
+            input_ids: As in `OPTModel.forward`, like the other arguments not listed here.
+            attention_mask: See there.
+            position_ids: See there.
+            inputs_embeds: See there.
+            past_key_values: See there.
+            labels: (B, T) ids, -100 to ignore one; the model shifts them. Usually `input_ids`.
+            output_hidden_states: Return `hidden_states`.
+            output_attentions: Return `attentions`.
+            logits_to_keep: Compute logits for this many last tokens only; 0 for all.
+        """
+        out = self._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
+            output_hidden_states, output_attentions,
+        )  # fmt: skip
+        assert out.last_hidden_state is not None
+        out.logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
+        if labels is not None:
+            out.loss = losses.causal_lm(out.logits, losses.as_tensor(labels, self.device))
+        return out
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        generation_config: GenerationConfig | None = None,
+        seed: int = 0,
+        tokenizer: OPTTokenizer | None = None,
+        **overrides: Any,
+    ) -> Tensor:
+        """Continues prompts: greedily, by sampling or by beam search.
+
+        Args:
+            input_ids: (B, T) prompts, padded on the left.
+            attention_mask: (B, T): 1 for tokens, 0 for padding.
+            generation_config: Settings; by default the checkpoint's.
+            seed: Seed of sampling.
+            tokenizer: Needed for `stop_strings`; where given, ids it does not know are never generated.
+            **overrides: Fields of `GenerationConfig`, such as `max_new_tokens=20`.
+
+        Returns:
+            (B * num_return_sequences, T + new) ids: the prompt, then what was generated, then
+            `pad_token_id` to the end of the longest row.
+
+        Raises:
+            GenerationError: A setting or prompt that cannot be honoured.
+        """
+        return generation.generate(
+            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
+        )
+
+    def stream(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        generation_config: GenerationConfig | None = None,
+        seed: int = 0,
+        tokenizer: OPTTokenizer | None = None,
+        **overrides: Any,
+    ) -> Iterator[Tensor]:
+        """Yields the tokens of `generate` as they are made, (B * num_return_sequences,) ids at a time."""
+        return generation.stream(
+            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
+        )
+
+
+class OPTForSequenceClassification(OPTPreTrainedModel):
+    """A classifier or regressor over whole texts."""
+
+    head = "sequence_classification"
+
+    def _build(self, implementation: str) -> None:
+        super()._build(implementation)
+        self.score = nn.Linear(self.config.embed_dim, self.config.num_labels, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> OPTOutput:
+        """Scores each text at its last token that is not `pad_token_id` (transformers' rule).
+
+        Args:
+            input_ids: As in `OPTModel.forward`, like the other arguments not listed here.
+            attention_mask: See there.
+            position_ids: See there.
+            inputs_embeds: See there; the very last token is scored then.
+            past_key_values: See there.
+            labels: (B,) class numbers, (B,) or (B, num_labels) floats for regression, or
+                (B, num_labels) floats in 0..1 for several labels at once.
+            output_hidden_states: Return `hidden_states`.
+            output_attentions: Return `attentions`.
+        """
+        out = self._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
+            output_hidden_states, output_attentions,
+        )  # fmt: skip
+        assert out.last_hidden_state is not None
+        last = losses.last_token(input_ids, out.last_hidden_state, self.config.pad_token_id)
+        rows = torch.arange(len(last), device=last.device)
+        out.logits = self.score(out.last_hidden_state[rows, last])
+        if labels is not None:
+            labels = losses.as_tensor(labels, self.device)
+            out.loss = losses.classification(out.logits, labels, self.config)
+        return out
+
+
+class OPTForQuestionAnswering(OPTPreTrainedModel):
+    """Extractive question answering: where the answer starts and ends."""
+
+    head = "question_answering"
+
+    def _build(self, implementation: str) -> None:
+        super()._build(implementation)
+        self.qa_outputs = nn.Linear(self.config.embed_dim, 2)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> OPTOutput:
+        """Computes start and end logits, and the loss where both positions are given.
+
+        Args:
+            input_ids: As in `OPTModel.forward`, like the other arguments not listed here.
+            attention_mask: See there.
+            position_ids: See there.
+            inputs_embeds: See there.
+            past_key_values: See there.
+            start_positions: (B,) first token of the answer; beyond the sequence: ignored.
+            end_positions: (B,) last token of the answer; beyond the sequence: ignored.
+            output_hidden_states: Return `hidden_states`.
+            output_attentions: Return `attentions`.
+        """
+        out = self._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
+            output_hidden_states, output_attentions,
+        )  # fmt: skip
+        out.start_logits, out.end_logits = self.qa_outputs(out.last_hidden_state).unbind(-1)
+        if start_positions is not None and end_positions is not None:
+            positions = [losses.as_tensor(p, self.device) for p in (start_positions, end_positions)]
+            out.loss = losses.question_answering(out.start_logits, out.end_logits, *positions)
+        return out

@@ -1,0 +1,155 @@
+"""Choosing the next token: filters of logits and draws, all pure functions.
+
+The order of the filters and their meanings are those of `transformers`. What a row has so far is given as
+ids (B, S) with a bool mask (B, S) that is False at padding, so that padding never changes a result.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opt_core.generation import GenerationConfig
+
+BANNED = float("-inf")
+
+
+def constrain(
+    logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, made: int, settings: GenerationConfig
+) -> Tensor:
+    """Applies what holds for greedy search, sampling and beams alike.
+
+    Args:
+        logits_BV: float32 logits, or log-probabilities in beam search.
+        ids_BS: Prompt and generated tokens.
+        mask_BS: bool, False at padding.
+        made: How many of the tokens were generated.
+        settings: What to apply.
+    """
+    if settings.repetition_penalty != 1:
+        logits_BV = repetition_penalty(logits_BV, ids_BS, mask_BS, settings.repetition_penalty)
+    if settings.no_repeat_ngram_size:
+        logits_BV = no_repeat_ngram(logits_BV, ids_BS, mask_BS, settings.no_repeat_ngram_size)
+    for word in settings.bad_words_ids or ():
+        if word not in {(i,) for i in settings.eos_ids}:
+            logits_BV = ban_word(logits_BV, ids_BS, mask_BS, word)
+    if settings.min_length or settings.min_new_tokens:
+        is_short_B = (mask_BS.sum(1) < settings.min_length) | (made < (settings.min_new_tokens or 0))
+        logits_BV = torch.where(is_short_B[:, None], ban_tokens(logits_BV, settings.eos_ids), logits_BV)
+    if settings.suppress_tokens:
+        logits_BV = ban_tokens(logits_BV, settings.suppress_tokens)
+    if settings.begin_suppress_tokens and made == 0:
+        logits_BV = ban_tokens(logits_BV, settings.begin_suppress_tokens)
+    return logits_BV
+
+
+def repetition_penalty(logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, penalty: float) -> Tensor:
+    """Makes tokens that the row already has less likely (CTRL, arXiv 1909.05858)."""
+    seen_BV = torch.zeros_like(logits_BV, dtype=torch.int32)
+    seen_BV.scatter_add_(1, ids_BS, mask_BS.to(torch.int32))
+    penalised = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    return torch.where(seen_BV > 0, penalised, logits_BV)
+
+
+def no_repeat_ngram(logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, size: int) -> Tensor:
+    """Bans every token that would complete an n-gram the row already has."""
+    S, before = ids_BS.shape[1], size - 1
+    if S < size:
+        return logits_BV
+    tail = ids_BS[:, S - before :]
+    # Window i is ids[i : i + size]: its first `before` ids are compared with the tail, its last is banned.
+    windows, real = ids_BS.unfold(1, size, 1), mask_BS.unfold(1, size, 1).all(-1)
+    repeats = real & (windows[..., :before] == tail[:, None]).all(-1)
+    banned_BV = torch.zeros_like(logits_BV, dtype=torch.int32)
+    banned_BV.scatter_add_(1, windows[..., -1], repeats.to(torch.int32))
+    return logits_BV.masked_fill(banned_BV > 0, BANNED)
+
+
+def ban_word(logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, word: Sequence[int]) -> Tensor:
+    """Bans the last token of a word wherever the row ends in the rest of it."""
+    *start, last = word
+    S = ids_BS.shape[1]
+    if len(start) > S:
+        return logits_BV
+    tail = ids_BS[:, S - len(start) :]
+    matches = (tail == torch.tensor(start, dtype=tail.dtype, device=tail.device)).all(1)
+    matches &= mask_BS[:, S - len(start) :].all(1)
+    logits_BV = logits_BV.clone()
+    logits_BV[:, last].masked_fill_(matches, BANNED)
+    return logits_BV
+
+
+def ban_tokens(logits_BV: Tensor, ids: Sequence[int]) -> Tensor:
+    """Bans tokens in every row."""
+    logits_BV = logits_BV.clone()
+    logits_BV[:, list(ids)] = BANNED
+    return logits_BV
+
+
+def candidates(logits_BV: Tensor, settings: GenerationConfig) -> tuple[Tensor, Tensor]:
+    """The tokens to draw among.
+
+    Args:
+        logits_BV: float32 logits.
+        settings: temperature, top_k, top_p, min_p and typical_p, applied in this order.
+
+    Returns:
+        Their logits, likeliest first and -inf for what the filters left out, and their ids, (B, C) each.
+    """
+    V = logits_BV.shape[-1]
+    logits_BC, ids_BC = top_k(logits_BV / settings.temperature, min(settings.top_k or V, V))
+    if settings.top_p < 1:
+        logits_BC = top_p(logits_BC, settings.top_p)
+    if settings.min_p is not None:
+        logits_BC = min_p(logits_BC, settings.min_p)
+    if settings.typical_p < 1:
+        logits_BC = typical_p(logits_BC, settings.typical_p)
+    return logits_BC, ids_BC
+
+
+def top_k(logits_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits, in descending order, and their ids."""
+    return torch.topk(logits_BV, k)
+
+
+def top_p(logits_BC: Tensor, p: float) -> Tensor:
+    """Keeps the fewest likeliest tokens whose probabilities reach p; logits in descending order."""
+    probabilities = F.softmax(logits_BC, -1)
+    before = probabilities.cumsum(-1) - probabilities
+    kept = before < p
+    kept[:, 0] = True
+    return logits_BC.masked_fill(~kept, BANNED)
+
+
+def min_p(logits_BC: Tensor, p: float) -> Tensor:
+    """Keeps tokens at least p times as likely as the likeliest; logits in descending order."""
+    probabilities = F.softmax(logits_BC, -1)
+    return logits_BC.masked_fill(probabilities < p * probabilities[:, :1], BANNED)
+
+
+def typical_p(logits_BC: Tensor, p: float) -> Tensor:
+    """Keeps the tokens of nearly expected information, until their probabilities exceed p."""
+    information = -F.log_softmax(logits_BC, -1)
+    probabilities = F.softmax(logits_BC, -1)
+    entropy = torch.where(probabilities > 0, probabilities * information, 0).sum(-1, keepdim=True)
+    distance, order = (information - entropy).abs().sort(dim=-1, stable=True)
+    count = (probabilities.gather(-1, order).cumsum(-1) < p).sum(-1, keepdim=True)
+    furthest = distance.gather(-1, count.clamp(max=logits_BC.shape[-1] - 1))
+    return logits_BC.masked_fill((information - entropy).abs() > furthest, BANNED)
+
+
+def draw(logits_BC: Tensor, ids_BC: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws one of the candidates in each row, (B,) ids."""
+    probabilities = F.softmax(logits_BC, -1)
+    # argmax(p / Exp(1)) draws from p without asking the device for a result, unlike multinomial.
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    choice = (probabilities / noise).argmax(-1, keepdim=True)
+    return ids_BC.gather(-1, choice)[:, 0]
+
+
+def choose(logits_BV: Tensor, settings: GenerationConfig, generator: torch.Generator) -> Tensor:
+    """The next token of each row, (B,): the likeliest, or drawn where `do_sample` is set."""
+    if not settings.do_sample:
+        return logits_BV.argmax(-1)
+    return draw(*candidates(logits_BV, settings), generator)

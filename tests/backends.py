@@ -1,0 +1,77 @@
+"""One adapter per framework, NumPy in and NumPy out, so that a test is written once and runs on all.
+
+Models come from disk through `from_pretrained`: the adapters know nothing of a model's inside.
+"""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from opt_core.params import Head, param_specs
+from tests.oracle import Array
+
+BACKENDS = ("torch",)
+"""The frameworks whose package exists; the test of the layout checks that none is forgotten."""
+
+CLASSES: dict[Head, str] = {
+    "none": "OPTModel",
+    "causal_lm": "OPTForCausalLM",
+    "sequence_classification": "OPTForSequenceClassification",
+    "question_answering": "OPTForQuestionAnswering",
+}
+PREFIXES = {"torch": "", "tf": "TF", "flax": "Flax"}
+
+ORACLE_TOLERANCE = 2e-5
+"""|logits - float64 oracle|, float32 on the CPU: what the project promises."""
+GRADIENT_TOLERANCE = 1e-5
+"""Of gradients, relative to the largest entry of each tensor."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One framework."""
+
+    name: str
+
+    def model_class(self, head: Head) -> Any:
+        """The class with a head."""
+        return getattr(importlib.import_module(f"opt_{self.name}"), PREFIXES[self.name] + CLASSES[head])
+
+    def load(self, path: Path, head: Head = "causal_lm", **options: Any) -> Any:
+        """A model in evaluation mode."""
+        return self.model_class(head).from_pretrained(path, **options)
+
+    def numpy(self, value: Any) -> Any:
+        """Arrays for tensors, in any nesting."""
+        if isinstance(value, tuple | list):
+            return [self.numpy(v) for v in value]
+        if value is None or isinstance(value, np.ndarray):
+            return value
+        return np.asarray(value.detach().cpu()) if hasattr(value, "detach") else np.asarray(value)
+
+    def run(self, model: Any, **inputs: Any) -> SimpleNamespace:
+        """The output's fields as arrays; the cache stays what it is."""
+        out = vars(model(**inputs))
+        return SimpleNamespace(
+            **{k: v if k == "past_key_values" else self.numpy(v) for k, v in out.items()}
+        )
+
+    def generate(self, model: Any, input_ids: Any, **settings: Any) -> Any:
+        """Generated ids."""
+        return self.numpy(model.generate(input_ids, **settings))
+
+    def gradients(self, model: Any, head: Head, **inputs: Any) -> dict[str, Array]:
+        """The gradient of the loss for each parameter, by canonical name and in canonical shape."""
+        return getattr(self, f"_{self.name}_gradients")(model, head, **inputs)
+
+    def _torch_gradients(self, model: Any, head: Head, **inputs: Any) -> dict[str, Array]:
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        grads = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
+        prefix = "model." if head == "none" else ""
+        specs = param_specs(model.config, head)
+        return {spec.name: grads[spec.name.removeprefix(prefix)] for spec in specs}

@@ -1,0 +1,45 @@
+"""What every test shares: the frameworks set to full precision, and tiny models on disk."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from opt_core.checkpoint_writer import save_checkpoint
+from opt_core.config import OPTConfig
+from opt_core.params import Head, param_specs
+from tests.configs import CONFIGS
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes (once) the folder of a tiny model: `folder("pre_ln")`, `folder(config, head, seed=1)`.
+
+    Its weights are `tests.oracle.random_params(config, head, seed)`.
+    """
+    from tests.oracle import random_params
+
+    made: dict[tuple[OPTConfig, Head, int], Path] = {}
+
+    def make(config: str | OPTConfig, head: Head = "causal_lm", seed: int = 0) -> Path:
+        config = CONFIGS[config] if isinstance(config, str) else config
+        key = (config, head, seed)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("model")
+            params = random_params(config, head, seed)
+            fetch = {name: lambda value=value: value for name, value in params.items()}
+            save_checkpoint(made[key], config, fetch, param_specs(config, head), "float32")
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(autouse=True, scope="session")
+def torch_is_quiet() -> Iterator[None]:
+    """One thread: tiny models gain nothing from more, and two test workers share two cores."""
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        torch.set_num_threads(1)
+    yield
