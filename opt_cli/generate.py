@@ -240,15 +240,16 @@ def _stream(session: _Session, prompt: str) -> _Completion:
     detokenizer = Detokenizer(session.tokenizer)
     ids: list[int] = []
     pieces: list[str] = []
-    console.write(prompt, style="bold")
+    tokens = session.model.stream(
+        encoded.input_ids,
+        attention_mask=encoded.attention_mask,
+        generation_config=session.settings,
+        seed=session.seed,
+        tokenizer=session.tokenizer,
+    )
+    console.write(prompt, style="bold")  # only now: a setting that does not fit has raised above
     try:
-        for token in session.model.stream(
-            encoded.input_ids,
-            attention_mask=encoded.attention_mask,
-            generation_config=session.settings,
-            seed=session.seed,
-            tokenizer=session.tokenizer,
-        ):
+        for token in tokens:
             ids.append(int(np.asarray(token)[0]))
             pieces.append(detokenizer.push(ids[-1]))
             console.write(pieces[-1])

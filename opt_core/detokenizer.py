@@ -37,9 +37,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """Ends the row: the rest of it, U+FFFD for a character that was never finished."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+        return self._decoder.decode(b"", final=True)
 
 
 class StopStringTracker:

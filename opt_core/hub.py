@@ -69,10 +69,8 @@ def resolve(
             raise CheckpointError(f"{name}: revision={revision!r} is for hub ids; this is on disk")
         return path if path is not None and on_disk else _mini()
     if _HUB_ID.fullmatch(name):
-        from huggingface_hub import constants
-
         repository = _Repository(name, revision, token)
-        if local_files_only or constants.HF_HUB_OFFLINE:
+        if local_files_only:
             return repository.cached(files, optional)
         return repository.fetch(files, optional)
     if path is not None and (name.startswith((".", "~")) or "/" in name or os.sep in name):
@@ -161,7 +159,7 @@ class _Repository:
         except CheckpointError:
             raise
         except _hub_failures() as failure:
-            error = failure
+            error = _actual(failure)
             if not _is_unreachable(error):
                 raise self.explained(error) from error
             try:

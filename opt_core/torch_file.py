@@ -140,7 +140,7 @@ class _Archive:
             raise CheckpointError(f"{path}: {info.filename} is not where the archive says")
         _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-        if start + needed > self.source.size:
+        if start + info.file_size > self.source.size:
             raise CheckpointError(f"{path}: {info.filename} reaches past the end of the file")
         return start, needed
 

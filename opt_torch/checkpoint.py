@@ -21,7 +21,7 @@ from opt_core.generation import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
-from opt_torch.attention import check_flash
+from opt_torch import attention
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
@@ -55,7 +55,7 @@ def from_pretrained(
     plan = files.plan_load(files.open_checkpoint(folder), config, cls.head)
     target = torch.device(device)
     if attn_implementation == "flash_attention_2":
-        check_flash(target, wanted_dtype(dtype, plan))
+        attention.check_flash(target, wanted_dtype(dtype, plan))
     model = cls(plan.config, seed=None, attn_implementation=attn_implementation)
     for spec, array in plan.stream(progress=progress):
         set_parameter(model, spec, as_tensor(array).to(target, wanted_dtype(dtype, plan)))

@@ -53,6 +53,10 @@ class Backend:
             return value
         return np.asarray(value.detach().cpu()) if hasattr(value, "detach") else np.asarray(value)
 
+    def array(self, value: Any) -> Any:
+        """The framework's tensor for an array."""
+        return importlib.import_module("torch").tensor(value)
+
     def run(self, model: Any, **inputs: Any) -> SimpleNamespace:
         """The output's fields as arrays; the cache stays what it is."""
         out = vars(model(**inputs))

@@ -9,7 +9,14 @@ import pytest
 from opt_core.checkpoint_writer import save_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.params import Head, param_specs
+from tests.backends import BACKENDS, Backend
 from tests.configs import CONFIGS
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each framework in turn."""
+    return Backend(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -6,18 +6,12 @@ import numpy as np
 import pytest
 
 from tests import oracle, oracle_generation
-from tests.backends import BACKENDS, Backend
 from tests.configs import CONFIGS
 from tests.oracle_generation import Settings
 from tests.reference import make_mask, make_prompts
 
 EOS = list(range(40, 56))
 """Many ends of text, so that beams really finish."""
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> Backend:
-    return Backend(request.param)
 
 
 def expected(config, prompt, settings, count, **search):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from opt_core.errors import InputError
-from tests.backends import BACKENDS, Backend
 from tests.configs import CONFIGS
 from tests.reference import make_mask, make_prompts
 
@@ -16,11 +15,6 @@ MASKS = {
     "left": make_mask("left", [LENGTH, 7, 2]),
     "holes": np.array([[1] * LENGTH, [0, 1, 1, 0] * 3, [1, 1, 0] * 4]),
 }
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> Backend:
-    return Backend(request.param)
 
 
 def in_pieces(backend, model, ids, mask, cuts, whole_mask, slots=LENGTH):

@@ -1,4 +1,4 @@
-"""Describing checkpoints and comparing models: what is right is called right, what is wrong is named."""
+"""Checkpoints described, models compared: what is right is called right, what is wrong is named."""
 
 import json
 from collections.abc import Callable
@@ -126,7 +126,7 @@ def truncate(folder: Path) -> None:
     ("damage", "named"),
     [
         (lose_final_norm, "June 2022"),
-        (lose_position_offset, "lacks its first 2 rows"),
+        (lose_position_offset, "first 2 rows"),
         (untie_head, "lm_head.weight differs"),
         (leave_stale_file, "stale"),
         (shrink_vocabulary, "vocab_size=280"),

@@ -7,7 +7,7 @@ import pytest
 
 from opt_core.errors import ConfigError, InputError, OPTError
 from tests import oracle
-from tests.backends import BACKENDS, ORACLE_TOLERANCE, Backend
+from tests.backends import ORACLE_TOLERANCE
 from tests.configs import CONFIGS
 from tests.reference import make_mask, make_prompts
 
@@ -35,11 +35,6 @@ INPUTS = {
         "position_ids": np.random.default_rng(1).integers(-1, 500, (3, 9)),
     },
 }
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> Backend:
-    return Backend(request.param)
 
 
 def attended(ids, inputs):

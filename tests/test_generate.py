@@ -5,18 +5,12 @@ import pytest
 
 from opt_core.errors import GenerationError, InputError
 from tests import oracle, oracle_generation
-from tests.backends import BACKENDS, Backend
 from tests.configs import CONFIGS
 from tests.oracle_generation import Settings
 from tests.reference import make_mask, make_prompts
 
 PAD = 1
 PLAIN = {"eos_token_id": None, "max_new_tokens": 24}
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> Backend:
-    return Backend(request.param)
 
 
 @pytest.mark.parametrize("variant", CONFIGS)

@@ -73,7 +73,9 @@ def write_plain_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> 
             "data_offsets": [begin, end],
         }
     data = b"".join(array.tobytes() for array in tensors.values())
-    path.write_bytes(safetensors_bytes(header, data))
+    text = json.dumps(header)
+    text += " " * (-len(text) % 8)
+    path.write_bytes(safetensors_bytes(text.encode(), data))
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,9 @@ TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json"]
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 REPOSITORIES = {
     "org/full": [
-        "config.json",
-        "generation_config.json",
-        *TOKENIZER,
-        "README.md",
-        "model.safetensors",
-    ]
-    + [
-        "pytorch_model.bin",
-        "tf_model.h5",
-        "flax_model.msgpack",
+        *("config.json", "generation_config.json", *TOKENIZER, "README.md", "x.safetensors"),
+        *("model.safetensors", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack"),
         "onnx/model.onnx",
-        "x.safetensors",
     ],
     "org/sharded": ["config.json", "model.safetensors.index.json", *SHARDS, "model.safetensors"],
     "org/torch": ["config.json", *TOKENIZER, "pytorch_model.bin", "flax_model.msgpack"],

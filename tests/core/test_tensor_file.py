@@ -196,5 +196,5 @@ def test_a_value_out_of_range_is_an_error_and_infinity_is_not(source):
 
 
 def test_a_data_type_weights_cannot_have():
-    with pytest.raises(CheckpointError, match="expected one of float32, .* received 'int8'"):
+    with pytest.raises(CheckpointError, match=r"expected one of float32, .* received 'int8'"):
         float_dtype("int8")
