@@ -27,7 +27,7 @@ core-test: $(CORE_VENV)/.installed-test-core ## Run the core's tests where no fr
 	@$(CORE_VENV)/bin/python -c "import importlib.util as u, sys; \
 	  found = [name for name in sys.argv[1:] if u.find_spec(name)]; \
 	  sys.exit(f'$(CORE_VENV) must hold no framework, found: {found}' if found else 0)" $(FRAMEWORKS)
-	$(TEST_ENV) $(CORE_VENV)/bin/python $(PYTEST) --confcutdir tests/core tests/core $(ARGS)
+	$(TEST_ENV) $(CORE_VENV)/bin/python $(PYTEST) tests/core $(ARGS)
 
 lint: $(VENV)/.installed-test $(VENV)/.installed-lint ## Check style, spelling and types
 	$(VENV)/bin/ruff check .

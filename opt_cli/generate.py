@@ -247,8 +247,8 @@ def _stream(session: _Session, prompt: str) -> _Completion:
         seed=session.seed,
         tokenizer=session.tokenizer,
     )
-    console.write(prompt, style="bold")  # only now: a setting that does not fit has raised above
     try:
+        console.write(prompt, style="bold")  # a setting that does not fit has raised above
         for token in tokens:
             ids.append(int(np.asarray(token)[0]))
             pieces.append(detokenizer.push(ids[-1]))

@@ -76,17 +76,18 @@ def _random(spec: ParamSpec, seed: int) -> NDArray[np.float32]:
     rng = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
     noise = rng.standard_normal(spec.shape)
     # Small token rows, large position rows, strong layers: with the usual proportions a tied head
-    # makes greedy text repeat its last token, and then every cache looks right.
+    # makes greedy text repeat its last token, and then every cache looks right. Larger ones would
+    # raise float32's own rounding, about 1e-5 here, above the parity that is promised.
     if spec.name.endswith(".bias"):
         values = 0.2 * noise
     elif spec.kind == "norm":
         values = 1.0 + 0.3 * noise
     elif spec.axes[0] == "vocab":
-        values = 0.5 * noise
+        values = 0.35 * noise
     elif spec.axes[0] == "position":
         values = 1.5 * noise
     else:
-        values = 1.5 * noise / math.sqrt(spec.shape[1])
+        values = 1.3 * noise / math.sqrt(spec.shape[1])
     return values.astype(np.float32)
 
 

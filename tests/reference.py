@@ -36,8 +36,6 @@ def reference(
     """
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    # For matrices this small a second thread only waits; on a busy machine, for seconds.
-    torch.set_num_threads(1)
     values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "torch_dtype")}
     theirs = transformers.OPTConfig(**values, attn_implementation=attention)
     model = getattr(transformers, kind)(theirs).double().eval()

@@ -36,7 +36,7 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=4096)
 
 
@@ -54,10 +54,10 @@ def opt_lm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
-def expected_text(folder: Path, prompt: str, **settings: Any) -> str:
+def expected_text(tiny: Path, prompt: str, **settings: Any) -> str:
     """What the library itself writes for a prompt."""
-    model = opt_torch.OPTForCausalLM.from_pretrained(folder)
-    tokenizer = OPTTokenizer.from_pretrained(folder)
+    model = opt_torch.OPTForCausalLM.from_pretrained(tiny)
+    tokenizer = OPTTokenizer.from_pretrained(tiny)
     ids = tokenizer([prompt]).input_ids
     rows = model.generate(ids, tokenizer=tokenizer, **settings)
     return prompt + tokenizer.decode(np.asarray(rows)[0, ids.shape[1] :])
@@ -83,27 +83,27 @@ def test_help_names_every_setting(opt_lm: Run):
 
 
 @pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
-def test_generate_prints_prompt_and_text(stream: str, opt_lm: Run, folder: Path):
-    expected = expected_text(folder, "Now is", max_new_tokens=20)
-    code, out, err = opt_lm("generate", "Now is", "-m", folder, "-n", 20, stream)
+def test_generate_prints_prompt_and_text(stream: str, opt_lm: Run, tiny: Path):
+    expected = expected_text(tiny, "Now is", max_new_tokens=20)
+    code, out, err = opt_lm("generate", "Now is", "-m", tiny, "-n", 20, stream)
     assert (code, out) == (0, expected + "\n")
     assert re.search(r"loaded in [\d.]+ s, \d+ tokens in [\d.]+ s, [\d.]+ tokens/s\n$", err)
 
 
-def test_generate_passes_its_options_on(opt_lm: Run, folder: Path):
+def test_generate_passes_its_options_on(opt_lm: Run, tiny: Path):
     settings = {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.95}
     settings |= {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     settings |= {"do_sample": True, "max_new_tokens": 24}
-    expected = expected_text(folder, "York", seed=5, **settings)
+    expected = expected_text(tiny, "York", seed=5, **settings)
     options += ["--do-sample", "--seed=5", "-n", "24"]
-    assert opt_lm("generate", "York", "-m", folder, *options).out == expected + "\n"
-    other = opt_lm("generate", "York", "-m", folder, *options, "--seed=6").out
+    assert opt_lm("generate", "York", "-m", tiny, *options).out == expected + "\n"
+    other = opt_lm("generate", "York", "-m", tiny, *options, "--seed=6").out
     assert other != expected + "\n"
 
 
-def test_generate_json_tells_all(opt_lm: Run, folder: Path):
-    arguments = ["-m", folder, "-n", 6, "--num-beams", 3, "--num-return-sequences", 2, "--json"]
+def test_generate_json_tells_all(opt_lm: Run, tiny: Path):
+    arguments = ["-m", tiny, "-n", 6, "--num-beams", 3, "--num-return-sequences", 2, "--json"]
     code, out, _ = opt_lm("generate", "Now", "the [b]sun[/b]", *arguments)
     assert code == 0
     assert out.count("\n") == 1
@@ -113,36 +113,36 @@ def test_generate_json_tells_all(opt_lm: Run, folder: Path):
     completions = report["completions"]
     assert [c["prompt"] for c in completions] == ["Now"] * 2 + ["the [b]sun[/b]"] * 2
     assert report["tokens"] == sum(len(c["ids"]) for c in completions)
-    tokenizer = OPTTokenizer.from_pretrained(folder)
+    tokenizer = OPTTokenizer.from_pretrained(tiny)
     assert all(c["text"] == tokenizer.decode(c["ids"]) for c in completions)
 
 
-def test_several_prompts_give_what_each_gives_alone(opt_lm: Run, folder: Path):
+def test_several_prompts_give_what_each_gives_alone(opt_lm: Run, tiny: Path):
     prompts = ["Now", "the winter of our discontent"]
-    out = opt_lm("generate", *prompts, "-m", folder, "-n", 12, "--json").out
+    out = opt_lm("generate", *prompts, "-m", tiny, "-n", 12, "--json").out
     together = [c["text"] for c in json.loads(out)["completions"]]
-    alone = [expected_text(folder, p, max_new_tokens=12).removeprefix(p) for p in prompts]
+    alone = [expected_text(tiny, p, max_new_tokens=12).removeprefix(p) for p in prompts]
     assert together == alone
 
 
-def test_several_texts_are_numbered(opt_lm: Run, folder: Path):
-    out = opt_lm("generate", "Now", "the [b]sun[/b]", "-m", folder, "-n", 1).out
+def test_several_texts_are_numbered(opt_lm: Run, tiny: Path):
+    out = opt_lm("generate", "Now", "the [b]sun[/b]", "-m", tiny, "-n", 1).out
     assert out.startswith("[1/2] Now")
     assert "\n[2/2] the [b]sun[/b]" in out
 
 
-def test_stop_ends_the_text(opt_lm: Run, folder: Path):
-    text = expected_text(folder, "Now is", max_new_tokens=30).removeprefix("Now is")
+def test_stop_ends_the_text(opt_lm: Run, tiny: Path):
+    text = expected_text(tiny, "Now is", max_new_tokens=30).removeprefix("Now is")
     stop = next(c for c in text if c.isascii() and c.isprintable())
-    out = opt_lm("generate", "Now is", "-m", folder, "-n", 30, "--stop", stop, "--stop", "zzz").out
+    out = opt_lm("generate", "Now is", "-m", tiny, "-n", 30, "--stop", stop, "--stop", "zzz").out
     assert text.startswith(out.removeprefix("Now is").rstrip("\n"))
     assert stop in out
     assert len(out) < len("Now is" + text)
 
 
 @pytest.mark.parametrize("arguments", [[], ["-"]])
-def test_generate_reads_stdin(arguments: list[str], opt_lm: Run, folder: Path):
-    out = opt_lm("generate", *arguments, "-m", folder, "-n", 3, "--json", stdin=b"two\nlines\n").out
+def test_generate_reads_stdin(arguments: list[str], opt_lm: Run, tiny: Path):
+    out = opt_lm("generate", *arguments, "-m", tiny, "-n", 3, "--json", stdin=b"two\nlines\n").out
     assert json.loads(out)["completions"][0]["prompt"] == "two\nlines"
 
 
@@ -167,9 +167,9 @@ def test_generate_reads_stdin(arguments: list[str], opt_lm: Run, folder: Path):
     ],
 )
 def test_generate_refuses_in_one_line(
-    arguments: list[str], stdin: bytes, message: str, opt_lm: Run, folder: Path
+    arguments: list[str], stdin: bytes, message: str, opt_lm: Run, tiny: Path
 ):
-    code, out, err = opt_lm("generate", "-m", folder, *arguments, stdin=stdin)
+    code, out, err = opt_lm("generate", "-m", tiny, *arguments, stdin=stdin)
     assert (code, out) == (2, "")
     assert message in err
     assert re.fullmatch(r"error: .+\n", err)
@@ -198,50 +198,50 @@ def test_an_error_is_not_read_as_markup(opt_lm: Run):
 
 
 def test_a_file_that_may_not_be_read_is_an_error_of_one_line(
-    opt_lm: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+    opt_lm: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "secret.bin")
 
     monkeypatch.setattr("conversion.describe", refuse)
-    code, _, err = opt_lm("info", folder)
+    code, _, err = opt_lm("info", tiny)
     assert (code, err) == (2, "error: [Errno 13] Permission denied: 'secret.bin'\n")
 
 
-def test_info_shows_the_model(opt_lm: Run, folder: Path):
-    code, out, err = opt_lm("info", folder)
+def test_info_shows_the_model(opt_lm: Run, tiny: Path):
+    code, out, err = opt_lm("info", tiny)
     assert (code, err) == (0, "")
-    for expected in ("safetensors, 1 file", "float32 (52 tensors)", "290 token ids", "pre-LN"):
+    for expected in ("safetensors, 1 file", "float32 (52 tensors)", "320 token ids", "pre-LN"):
         assert expected in out
     assert "model.decoder.layers.0.fc1.weight" not in out
-    assert "model.decoder.layers.0.fc1.weight" in opt_lm("info", folder, "--tensors").out
+    assert "model.decoder.layers.0.fc1.weight" in opt_lm("info", tiny, "--tensors").out
 
 
-def test_info_json_is_whole(opt_lm: Run, folder: Path):
-    report = json.loads(opt_lm("info", folder, "--json").out)
+def test_info_json_is_whole(opt_lm: Run, tiny: Path):
+    report = json.loads(opt_lm("info", tiny, "--json").out)
     assert report["config"]["hidden_size"] == 32
     assert len(report["tensors"]) == 52
     assert report["parameters"] == sum(part["parameters"] for part in report["parts"])
 
 
-def test_info_of_a_broken_model_exits_1(opt_lm: Run, folder: Path, tmp_path: Path):
-    for file in folder.iterdir():
+def test_info_of_a_broken_model_exits_1(opt_lm: Run, tiny: Path, tmp_path: Path):
+    for file in tiny.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[:9000])
     code, out, _ = opt_lm("info", tmp_path)
     assert code == 1
     assert "problem: " in out
 
 
-def test_verify_says_equal_or_different(opt_lm: Run, folder: Path, tmp_path: Path):
-    code, out, _ = opt_lm("verify", folder, folder, "-n", 4)
+def test_verify_says_equal_or_different(opt_lm: Run, tiny: Path, tmp_path: Path):
+    code, out, _ = opt_lm("verify", tiny, tiny, "-n", 4)
     assert code == 0
     assert "\nequal: largest difference 0.00e+00" in out
     other = save_model(tmp_path, seed=1)
-    code, out, _ = opt_lm("verify", folder, other, "-n", 4, "--prompt", "Now [b]is[/b]")
+    code, out, _ = opt_lm("verify", tiny, other, "-n", 4, "--prompt", "Now [b]is[/b]")
     assert code == 1
     assert "\ndifferent: " in out
     assert "[b]is[/b]" in out
-    code, out, _ = opt_lm("verify", folder, other, "-n", 4, "--json")
+    code, out, _ = opt_lm("verify", tiny, other, "-n", 4, "--json")
     report = json.loads(out)
     assert (code, report["equal"]) == (1, False)
     assert len(report["differences"]) == 3
@@ -280,9 +280,9 @@ def test_the_embedded_model_writes(opt_lm: Run):
     assert opt_lm("verify", "mini", "mini", "-n", 2).code == 0
 
 
-def test_as_a_module_with_a_pipe_on_either_side(folder: Path):
+def test_as_a_module_with_a_pipe_on_either_side(tiny: Path):
     done = subprocess.run(
-        [*COMMAND, "generate", "-m", folder, "-n", "5"],
+        [*COMMAND, "generate", "-m", tiny, "-n", "5"],
         cwd=ROOT,
         input="Now is\n",
         capture_output=True,
@@ -290,18 +290,18 @@ def test_as_a_module_with_a_pipe_on_either_side(folder: Path):
         check=False,
     )
     assert done.returncode == 0
-    assert done.stdout == expected_text(folder, "Now is", max_new_tokens=5) + "\n"
+    assert done.stdout == expected_text(tiny, "Now is", max_new_tokens=5) + "\n"
     assert "\x1b" not in done.stdout + done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def start_long_generation(folder: Path) -> subprocess.Popen[bytes]:
-    command = [*COMMAND, "generate", "Now is", "-m", str(folder), "-n", "4000", "--do-sample"]
+def start_long_generation(tiny: Path) -> subprocess.Popen[bytes]:
+    command = [*COMMAND, "generate", "Now is", "-m", str(tiny), "-n", "4000", "--do-sample"]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_a_broken_pipe_ends_quietly(folder: Path):
-    process = start_long_generation(folder)
+def test_a_broken_pipe_ends_quietly(tiny: Path):
+    process = start_long_generation(tiny)
     assert process.stdout
     assert process.stderr
     assert process.stdout.read(3) == b"Now"
@@ -310,8 +310,8 @@ def test_a_broken_pipe_ends_quietly(folder: Path):
     assert process.stderr.read() == b""
 
 
-def test_an_interrupt_ends_quietly(folder: Path):
-    process = start_long_generation(folder)
+def test_an_interrupt_ends_quietly(tiny: Path):
+    process = start_long_generation(tiny)
     assert process.stdout
     assert process.stdout.read(3) == b"Now"
     process.send_signal(signal.SIGINT)
@@ -321,12 +321,12 @@ def test_an_interrupt_ends_quietly(folder: Path):
     assert err == b""
 
 
-def test_a_terminal_gets_style_but_nothing_from_the_model_to_act_on(folder: Path):
+def test_a_terminal_gets_style_but_nothing_from_the_model_to_act_on(tiny: Path):
     # A prompt with an escape sequence stands for a model that writes one.
     main_end, terminal = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
     done = subprocess.run(
-        [*COMMAND, "generate", "Now\x1b[2J[b]is[/b]", "-m", folder, "-n", "2"],
+        [*COMMAND, "generate", "Now\x1b[2J[b]is[/b]", "-m", tiny, "-n", "2"],
         cwd=ROOT,
         env=environment,
         stdout=terminal,

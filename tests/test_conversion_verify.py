@@ -32,7 +32,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
+def copy(original: Path, tmp_path: Path) -> Path:
     """A copy of the original that a test may damage."""
     for file in original.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -66,7 +66,7 @@ def test_describe_counts_what_the_specification_counts(name: str, tmp_path: Path
 def test_describe_reads_a_single_weight_file(original: Path):
     found = conversion.describe(original / "model.safetensors")
     assert not found.problems
-    assert found.vocabulary == 290
+    assert found.vocabulary == 320
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,10 @@ def test_describe_knows_the_head(model: Any, head: str, tmp_path: Path):
     assert not found.problems
 
 
-def test_describe_does_not_count_a_copy_of_the_embedding(folder: Path):
-    before = conversion.describe(folder).parameters
-    edit_weights(folder, lambda w: w.update({"lm_head.weight": w[EMBEDDING].copy()}))
-    found = conversion.describe(folder)
+def test_describe_does_not_count_a_copy_of_the_embedding(copy: Path):
+    before = conversion.describe(copy).parameters
+    edit_weights(copy, lambda w: w.update({"lm_head.weight": w[EMBEDDING].copy()}))
+    found = conversion.describe(copy)
     assert found.parameters == before
     assert "copy" in found.parts[-1].name
     assert not found.problems
@@ -139,19 +139,19 @@ def truncate(folder: Path) -> None:
         (lambda f: edit_json(f / "generation_config.json", penalty_alpha=0.6), "penalty_alpha"),
     ],
 )
-def test_describe_names_the_problem(damage: Callable[[Path], Any], named: str, folder: Path):
-    assert not conversion.describe(folder).problems
-    damage(folder)
-    (problem,) = conversion.describe(folder).problems
+def test_describe_names_the_problem(damage: Callable[[Path], Any], named: str, copy: Path):
+    assert not conversion.describe(copy).problems
+    damage(copy)
+    (problem,) = conversion.describe(copy).problems
     assert named in problem
     assert "\n" not in problem
 
 
-def test_describe_collects_several_problems(folder: Path):
-    lose_final_norm(folder)
-    leave_stale_file(folder)
-    edit_json(folder / "config.json", bos_token_id=0)
-    assert len(conversion.describe(folder).problems) == 3
+def test_describe_collects_several_problems(copy: Path):
+    lose_final_norm(copy)
+    leave_stale_file(copy)
+    edit_json(copy / "config.json", bos_token_id=0)
+    assert len(conversion.describe(copy).problems) == 3
 
 
 def test_describe_of_no_model_raises(tmp_path: Path):
@@ -161,10 +161,10 @@ def test_describe_of_no_model_raises(tmp_path: Path):
         conversion.describe(tmp_path / "nowhere")
 
 
-def test_verify_finds_a_model_equal_to_itself(original: Path, folder: Path):
+def test_verify_finds_a_model_equal_to_itself(original: Path, copy: Path):
     # How the model would generate on its own is no part of the comparison.
-    edit_json(folder / "generation_config.json", do_sample=True, max_new_tokens=3)
-    report = conversion.verify(original, folder, max_new_tokens=8)
+    edit_json(copy / "generation_config.json", do_sample=True, max_new_tokens=3)
+    report = conversion.verify(original, copy, max_new_tokens=8)
     assert report.equal
     assert report.max_difference == 0
     assert [d.prompt for d in report.differences] == list(PROMPTS)
@@ -173,33 +173,33 @@ def test_verify_finds_a_model_equal_to_itself(original: Path, folder: Path):
     assert str(report.reference) == f"{original} (torch)"
 
 
-def test_verify_measures_the_difference(original: Path, folder: Path):
+def test_verify_measures_the_difference(original: Path, copy: Path):
     # With the last norm's bias moved along one axis, a logit moves by the embedding's entry there.
     def move(weights: Weights) -> None:
         weights[f"{FINAL_NORM}.bias"][3] += 0.5
 
-    edit_weights(folder, move)
-    report = conversion.verify(original, folder)
-    embedding = load_file(folder / "model.safetensors")[EMBEDDING]
+    edit_weights(copy, move)
+    report = conversion.verify(original, copy)
+    embedding = load_file(copy / "model.safetensors")[EMBEDDING]
     assert report.max_difference == pytest.approx(0.5 * np.abs(embedding[:, 3]).max(), rel=1e-4)
     assert not report.equal
     assert any(d.first_difference is not None for d in report.differences)
 
 
-def test_verify_allows_what_the_tolerance_allows(original: Path, folder: Path):
+def test_verify_allows_what_the_tolerance_allows(original: Path, copy: Path):
     def nudge(weights: Weights) -> None:
         weights[f"{FINAL_NORM}.bias"][0] += 1e-5
 
-    edit_weights(folder, nudge)
-    report = conversion.verify(original, folder, max_new_tokens=1)
+    edit_weights(copy, nudge)
+    report = conversion.verify(original, copy, max_new_tokens=1)
     assert report.max_difference > 0
     assert report.equal
-    assert not conversion.verify(original, folder, max_new_tokens=1, tolerance=1e-9).equal
+    assert not conversion.verify(original, copy, max_new_tokens=1, tolerance=1e-9).equal
 
 
-def test_verify_never_calls_nan_equal(original: Path, folder: Path):
-    edit_weights(folder, lambda w: w[f"{FINAL_NORM}.bias"].fill(np.nan))
-    report = conversion.verify(original, folder, max_new_tokens=1)
+def test_verify_never_calls_nan_equal(original: Path, copy: Path):
+    edit_weights(copy, lambda w: w[f"{FINAL_NORM}.bias"].fill(np.nan))
+    report = conversion.verify(original, copy, max_new_tokens=1)
     assert np.isnan(report.max_difference)
     assert not report.equal
 
@@ -214,11 +214,11 @@ def test_verify_without_a_tokenizer_uses_the_same_random_ids_each_time(tmp_path:
         conversion.verify(tmp_path, tmp_path, prompts=["text"])
 
 
-def test_verify_compares_the_ids_that_both_vocabularies_have(original: Path, folder: Path):
-    edit_weights(folder, lambda w: w.update({EMBEDDING: w[EMBEDDING][:291].copy()}))
-    edit_json(folder / "config.json", vocab_size=291)
-    report = conversion.verify(original, folder, max_new_tokens=1)
-    assert report.notes == ("vocabularies of 293 and 291 ids: the first 291 are compared",)
+def test_verify_compares_the_ids_that_both_vocabularies_have(original: Path, copy: Path):
+    edit_weights(copy, lambda w: w.update({EMBEDDING: w[EMBEDDING][:321].copy()}))
+    edit_json(copy / "config.json", vocab_size=321)
+    report = conversion.verify(original, copy, max_new_tokens=1)
+    assert report.notes == ("vocabularies of 323 and 321 ids: the first 321 are compared",)
     assert report.max_difference == 0
 
 
@@ -229,17 +229,17 @@ def test_verify_shortens_its_own_prompts_to_the_window(tmp_path: Path):
         conversion.verify(tmp_path, tmp_path, prompts=[PROMPTS[0]])
 
 
-def test_verify_reports_progress_by_side(original: Path, folder: Path):
+def test_verify_reports_progress_by_side(original: Path, copy: Path):
     seen: list[tuple[str, int, int]] = []
     conversion.verify(
         original,
-        folder,
+        copy,
         prompts=["a"],
         max_new_tokens=1,
         progress=lambda side, done, total: seen.append((side.path, done, total)),
     )
     ends = [(path, done) for path, done, total in seen if done == total]
-    assert [path for path, _ in ends] == [str(original), str(folder)]
+    assert [path for path, _ in ends] == [str(original), str(copy)]
     assert all(done > 0 for _, done in ends)
 
 

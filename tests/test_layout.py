@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import tests.backends
+
 ROOT = Path(__file__).parents[1]
 BACKENDS = {"opt_torch": "", "opt_tf": "TF", "opt_flax": "Flax"}
 """Every backend and the prefix of its classes; the others are held to opt_torch, the first."""
@@ -127,7 +129,7 @@ def test_the_import_rule_itself(package: str, source: str, count: int):
     assert len(breaches(source, RULES[package])) == count
 
 
-@pytest.mark.parametrize("backend", PRESENT[1:])
+@pytest.mark.parametrize("backend", PRESENT)
 def test_backends_have_the_same_files_and_names(backend: str):
     reference, other = (
         {str(p.relative_to(ROOT / name)): p for p in python_files(name)}
@@ -136,6 +138,10 @@ def test_backends_have_the_same_files_and_names(backend: str):
     assert list(other) == list(reference)
     for name, path in reference.items():
         assert public_names(other[name], BACKENDS[backend]) == public_names(path, ""), name
+
+
+def test_tests_run_on_every_backend():
+    assert [f"opt_{name}" for name in tests.backends.BACKENDS] == PRESENT
 
 
 def test_public_names_are_compared_without_the_prefix_of_classes(tmp_path: Path):

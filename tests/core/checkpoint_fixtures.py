@@ -3,7 +3,7 @@
 import json
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.checkpoint import LoadPlan, open_checkpoint, plan_load
 from opt_core.config import OPTConfig
 from opt_core.params import Head, param_specs
 
@@ -24,7 +25,11 @@ TINY = OPTConfig(
     max_position_embeddings=10,
 )
 PROJECTED = TINY.replace(do_layer_norm_before=False, word_embed_proj_dim=6)
+UNTIED = TINY.replace(tie_word_embeddings=False)
 BARE = TINY.replace(enable_bias=False, layer_norm_elementwise_affine=False)
+
+EMBEDDING = "model.decoder.embed_tokens.weight"
+Weights = dict[str, NDArray[Any]]
 
 STORAGE_NAMES = {
     "float64": "Double",
@@ -195,3 +200,47 @@ def write_torch_file(path: Path, tensors: Mapping[str, NDArray[Any] | Cut], **la
 def whole(name: str, array: NDArray[Any]) -> Cut:
     steps = tuple(int(n) // array.itemsize for n in np.ascontiguousarray(array).strides)
     return Cut(name, 0, array.shape, steps if array.ndim else ())
+
+
+WRITERS: dict[str, Callable[..., None]] = {
+    "model.safetensors": write_plain_safetensors,
+    "pytorch_model.bin": write_torch_file,
+}
+
+
+def write(folder: Path, weights: Mapping[str, Any], name: str = "model.safetensors") -> Path:
+    folder.mkdir(exist_ok=True)
+    WRITERS[name](folder / name, weights)
+    return folder
+
+
+def write_sharded(folder: Path, weights: Weights, name: str = "model.safetensors") -> Path:
+    """Two shards and their index, as the hub has them."""
+    folder.mkdir(exist_ok=True)
+    stem, _, suffix = name.partition(".")
+    names = list(weights)
+    weight_map: dict[str, str] = {}
+    for i, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        shard = f"{stem}-0000{i}-of-00002.{suffix}"
+        WRITERS[name](folder / shard, {n: weights[n] for n in part})
+        weight_map |= dict.fromkeys(part, shard)
+    write_index(folder / f"{name}.index.json", weight_map)
+    return folder
+
+
+def write_index(path: Path, weight_map: object) -> None:
+    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+
+
+def plan(folder: Path, config: OPTConfig = TINY, head: Head = "causal_lm") -> LoadPlan:
+    return plan_load(open_checkpoint(folder), config, head)
+
+
+def loaded(plan: LoadPlan, dtype: str | None = None) -> Weights:
+    return {spec.name: array for spec, array in plan.stream(dtype)}
+
+
+def assert_same(found: Weights, expected: Weights) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)

@@ -54,6 +54,22 @@ def test_reading_takes_no_memory_of_its_own_and_gives_the_pages_back(numbers):
     assert resident("RssFile") - mapped < 4 * MIB
 
 
+@linux_only
+def test_a_neighbour_in_the_same_page_does_not_keep_the_rest(numbers):
+    _, stored = numbers
+    first, second = stored.rows(0, 2000), stored.rows(2000, 2001)
+    second = StoredTensor("y", (100,), FLOAT32, stored.source, second.offset + 4)
+    gc.collect()
+    before = resident("RssFile")
+    kept, view = second.read(), first.read()
+    kept[0] = -1
+    view[:, ::512].sum()
+    del view
+    gc.collect()
+    assert resident("RssFile") - before < 4 * MIB
+    assert kept[0] == -1
+
+
 def test_pages_are_kept_while_any_view_of_them_lives(numbers):
     array, stored = numbers
     view = stored.read()

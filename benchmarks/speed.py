@@ -1,0 +1,107 @@
+"""Times one backend on one task and prints one JSON line.
+
+    python -m benchmarks.speed --backend torch --model DIR --task decode --dtype float32
+
+Tasks: prefill (1 x 512), decode (1 x 32, then 64 new tokens), batch (8 x 32, then 64 new ones each),
+train (4 x 256, AdamW), load. Figures: `tok_s` and `best`, tokens per second, median and best of the
+repetitions, counting new tokens (decode, batch) or processed ones (prefill, train); `first_s`, the first
+call with everything it has to set up; `load_s`; `rss_gib`, peak resident memory.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opt_core.training import TrainConfig
+
+SHAPES = {"prefill": (1, 512), "decode": (1, 32), "batch": (8, 32), "train": (4, 256), "load": (1, 8)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a backend can be asked to do; each returns after the numbers are really there."""
+
+    prefill: Callable[[], Any]
+    generate: Callable[[int], Any]
+    train: Callable[[], Any]
+
+
+def torch_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
+    """Loads a model into PyTorch."""
+    import torch
+
+    from opt_torch import OPTForCausalLM
+    from opt_torch.training import make_optimizer, train_step
+
+    model = OPTForCausalLM.from_pretrained(path, dtype=dtype)
+    batch, mask = torch.tensor(ids), torch.ones(ids.shape, dtype=torch.long)
+    config = TrainConfig(lr_schedule="constant")
+    optimizer: Any = None
+
+    def prefill() -> float:
+        with torch.inference_mode():
+            return model(batch, attention_mask=mask).logits[0, -1, 0].item()
+
+    def generate(new: int) -> None:
+        out = model.generate(batch, attention_mask=mask, max_new_tokens=new, eos_token_id=None, do_sample=False)
+        assert out.shape[1] == batch.shape[1] + new
+
+    def train() -> float:
+        nonlocal optimizer
+        optimizer = optimizer or make_optimizer(model.train(), config)
+        return train_step(model, optimizer, batch, config, step=0)[0]
+
+    return Work(prefill, generate, train)
+
+
+BACKENDS = {"torch": torch_work}
+
+
+def main() -> None:
+    """Runs the command line above."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=BACKENDS, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--task", choices=SHAPES, required=True)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--reps", type=int, default=3)
+    parser.add_argument("--new", type=int, default=64)
+    args = parser.parse_args()
+    shape = SHAPES[args.task]
+    ids = np.random.default_rng(0).integers(4, 50000, shape)
+    ids[:, 0] = 2
+    start = time.time()
+    work = BACKENDS[args.backend](args.model, args.dtype, ids)
+    result: dict[str, Any] = {
+        "system": f"opt-lm-{args.backend}", "model": args.model.resolve().name, "task": args.task,
+        "dtype": args.dtype, "load_s": round(time.time() - start, 2),
+    }  # fmt: skip
+    if args.task != "load":
+        generates = args.task in ("decode", "batch")
+        call = (lambda: work.generate(args.new)) if generates else getattr(work, args.task)
+        tokens = shape[0] * (args.new if generates else shape[1])
+        seconds = [timed(call) for _ in range(args.reps + 1)]
+        result["first_s"] = round(seconds[0], 2)
+        result["tok_s"] = round(tokens / statistics.median(seconds[1:]), 1)
+        result["best"] = round(tokens / min(seconds[1:]), 1)
+    result["rss_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    print(json.dumps(result))
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds one call takes."""
+    start = time.time()
+    call()
+    return time.time() - start
+
+
+if __name__ == "__main__":
+    main()
