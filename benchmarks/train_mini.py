@@ -34,13 +34,13 @@ MODEL = OPTConfig(
     num_attention_heads=4,
     ffn_dim=1024,
     max_position_embeddings=256,
-    dropout=0.1,
+    dropout=0.2,
 )
 TRAINING = TrainConfig(
-    max_steps=1600,
+    max_steps=1200,
     batch_size=16,
     sequence_length=256,
-    learning_rate=2e-3,
+    learning_rate=1.5e-3,
     warmup_steps=100,
     min_lr_ratio=0.05,
     adam_beta2=0.98,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from opt_core.params import Head, param_specs
+from opt_core.training import TrainConfig
 from tests.oracle import Array
 
 BACKENDS = ("torch",)
@@ -71,6 +72,27 @@ class Backend:
     def gradients(self, model: Any, head: Head, **inputs: Any) -> dict[str, Array]:
         """The gradient of the loss for each parameter, by canonical name and in canonical shape."""
         return getattr(self, f"_{self.name}_gradients")(model, head, **inputs)
+
+    def train(self, model: Any, batches: list[Any], config: TrainConfig) -> dict[str, Array]:
+        """The parameters after one optimizer step per batch."""
+        training = importlib.import_module(f"opt_{self.name}.training")
+        checkpoint = importlib.import_module(f"opt_{self.name}.checkpoint")
+        optimizer = training.make_optimizer(model, config)
+        for step, batch in enumerate(batches):
+            training.train_step(model, optimizer, batch, config, step)
+        specs = param_specs(model.config, "causal_lm")
+        return {s.name: self.numpy(checkpoint.get_parameter(model, s)) for s in specs}
+
+    def fit(self, model: Any, batches: Any, config: TrainConfig) -> list[float]:
+        """Trains a model and returns the losses."""
+        losses: list[float] = []
+        training = importlib.import_module(f"opt_{self.name}.training")
+        training.fit(model, batches, config, lambda step, loss: losses.append(loss))
+        return losses
+
+    def evaluate(self, model: Any, batches: Any) -> float:
+        """Mean loss over batches."""
+        return importlib.import_module(f"opt_{self.name}.training").evaluate(model, batches)
 
     def _torch_gradients(self, model: Any, head: Head, **inputs: Any) -> dict[str, Array]:
         model.zero_grad()
