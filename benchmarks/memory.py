@@ -2,9 +2,10 @@
 
     python -m benchmarks.memory --model DIR --dtype bfloat16 [--system transformers]
 
-A child process loads the model while its RssAnon (/proc/PID/status: memory that belongs to the process
-alone, pages of mapped files left out) is sampled every few milliseconds. `imports_gib` is what there was
-before loading; `peak_gib` is the largest value seen and `model_gib` what stayed, imports included.
+A child process loads the model while its RssAnon (/proc/PID/status: memory that belongs to the
+process alone, pages of mapped files left out) is sampled every few milliseconds. `imports_gib` is
+what there was before loading; `peak_gib` is the largest value seen and `model_gib` what stayed,
+imports included.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import time
 from pathlib import Path
 
 LOADERS = {
-    "opt-lm": "import opt_torch as m; load = m.OPTForCausalLM.from_pretrained; kw = dict(dtype={dtype!r})",
+    "opt-lm": "import opt_torch as m; load = m.OPTForCausalLM.from_pretrained; "
+    "kw = dict(dtype={dtype!r})",
     "transformers": "import torch, transformers as m; load = m.OPTForCausalLM.from_pretrained; "
     "kw = dict(dtype=torch.{dtype})",
 }
@@ -68,7 +70,7 @@ def measure(system: str, model: str, dtype: str) -> dict[str, float]:
 
 def main() -> None:
     """Runs the command line above."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--system", choices=LOADERS, default="opt-lm")

@@ -2,10 +2,11 @@
 
     python -m benchmarks.speed --backend torch --model DIR --task decode --dtype float32
 
-Tasks: prefill (1 x 512), decode (1 x 32, then 64 new tokens), batch (8 x 32, then 64 new ones each),
-train (4 x 256, AdamW), load. Figures: `tok_s` and `best`, tokens per second, median and best of the
-repetitions, counting new tokens (decode, batch) or processed ones (prefill, train); `first_s`, the first
-call with everything it has to set up; `load_s`; `rss_gib`, peak resident memory.
+Tasks: prefill (1 x 512), decode (1 x 32, then 64 new tokens), batch (8 x 32, then 64 new tokens
+each), train (4 x 256, AdamW), load. Figures: `tok_s` and `best`, tokens per second, median and best
+of the repetitions, counting new tokens (decode, batch) or processed ones (prefill, train);
+`first_s`, the first call with everything it has to set up; `load_s`; `rss_gib`, peak resident
+memory.
 """
 
 import argparse
@@ -22,7 +23,13 @@ import numpy as np
 
 from opt_core.training import TrainConfig
 
-SHAPES = {"prefill": (1, 512), "decode": (1, 32), "batch": (8, 32), "train": (4, 256), "load": (1, 8)}
+SHAPES = {
+    "prefill": (1, 512),
+    "decode": (1, 32),
+    "batch": (8, 32),
+    "train": (4, 256),
+    "load": (1, 8),
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,9 @@ def torch_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
             return model(batch, attention_mask=mask).logits[0, -1, 0].item()
 
     def generate(new: int) -> None:
-        out = model.generate(batch, attention_mask=mask, max_new_tokens=new, eos_token_id=None, do_sample=False)
+        out = model.generate(
+            batch, attention_mask=mask, max_new_tokens=new, eos_token_id=None, do_sample=False
+        )
         assert out.shape[1] == batch.shape[1] + new
 
     def train() -> float:
@@ -67,7 +76,7 @@ BACKENDS = {"torch": torch_work}
 
 def main() -> None:
     """Runs the command line above."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backend", choices=BACKENDS, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--task", choices=SHAPES, required=True)

@@ -30,7 +30,7 @@ def seconds(arguments: list[str]) -> float:
 
 def main() -> None:
     """Runs the command line above."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--reps", type=int, default=5)
     reps = parser.parse_args().reps
     medians = {

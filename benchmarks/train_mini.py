@@ -2,9 +2,10 @@
 
     python -m benchmarks.train_mini --text tinyshakespeare.txt --out opt_core/mini
 
-The text is karpathy/char-rnn's data/tinyshakespeare/input.txt (1,115,394 bytes, public domain); its last
-tenth is held out. Everything is seeded. Writes the model as float16, its tokenizer, and next to this file
-results/mini.json with the loss curve (and results/mini.svg where matplotlib is installed).
+The text is karpathy/char-rnn's data/tinyshakespeare/input.txt (1,115,394 bytes, public domain); its
+last tenth is held out. Everything is seeded. Writes the model as float16, its tokenizer, and next
+to this file results/mini.json with the loss curve (and results/mini.svg where matplotlib is
+installed).
 """
 
 import argparse
@@ -60,14 +61,21 @@ def train_tokenizer(text: str, folder: Path) -> OPTTokenizer:
     special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     write_json(
         folder / "tokenizer_config.json",
-        {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "add_prefix_space": False, **special},
+        {
+            "tokenizer_class": "GPT2Tokenizer",
+            "add_bos_token": True,
+            "add_prefix_space": False,
+            **special,
+        },
     )
     return OPTTokenizer.from_pretrained(folder)
 
 
 def speeches(text: str, tokenizer: OPTTokenizer) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """The text as one stream of ids, and where in it a speech begins."""
-    parts = [tokenizer.encode(f"{part}\n\n", add_special_tokens=False) for part in text.split("\n\n")]
+    parts = [
+        tokenizer.encode(f"{part}\n\n", add_special_tokens=False) for part in text.split("\n\n")
+    ]
     starts = np.cumsum([0, *map(len, parts[:-1])])
     return np.concatenate([np.array(part, np.int32) for part in parts]), starts
 
@@ -85,14 +93,14 @@ def batches(
 
 
 def held_out_rows(stream: NDArray[np.int32], bos: int, length: int) -> Iterator[NDArray[np.int32]]:
-    """Every token of a stream once, in rows of </s> and `length` - 1 tokens; the last row is shorter."""
+    """Every token once, in rows of </s> and `length` - 1 tokens; the last row is shorter."""
     for start in range(0, len(stream), length - 1):
         yield np.pad(stream[start : start + length - 1], (1, 0), constant_values=bos)[None]
 
 
 def main() -> None:
     """Trains, evaluates, writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=TRAINING.max_steps)
@@ -103,6 +111,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(text[:cut], args.out)
     bos = tokenizer.bos_token_id
+    assert bos is not None  # `train_tokenizer` names it
     stream, starts = speeches(text[:cut], tokenizer)
     held_out = np.array(tokenizer.encode(text[cut:], add_special_tokens=False), np.int32)
     held_out_bytes = len(text[cut:].encode())
@@ -137,10 +146,11 @@ def main() -> None:
     model.generation_config = SAMPLING
     model.half().save_pretrained(args.out)
     results = Path(__file__).parent / "results"
+    trained_tokens = config.max_steps * config.batch_size * config.sequence_length
     summary = {
         "parameters": model.num_parameters(), "training": vars(config),
         "training_tokens": len(stream), "held_out_bytes": held_out_bytes,
-        "epochs": round(config.max_steps * config.batch_size * config.sequence_length / len(stream), 1),
+        "epochs": round(trained_tokens / len(stream), 1),
         "seconds": round(time.time() - start), "torch": torch.__version__, "curve": curve,
     }  # fmt: skip
     write_json(results / "mini.json", summary)

@@ -113,9 +113,9 @@ def _row_hints(config: OPTConfig, tensors: Mapping[str, StoredTensor]) -> Iterat
     positions = tensors[_POSITIONS].shape if _POSITIONS in tensors else ()
     if len(positions) == 2 and positions[0] == config.max_position_embeddings:
         yield (
-            f"conversions to some other tools drop the position table's first {POSITION_OFFSET} rows: "
-            "use the original weights, or, if these are, set max_position_embeddings to "
-            f"{positions[0] - POSITION_OFFSET} in config.json"
+            "conversions to some other tools drop the position table's first "
+            f"{POSITION_OFFSET} rows: use the original weights, or, if these are, set "
+            f"max_position_embeddings to {positions[0] - POSITION_OFFSET} in config.json"
         )
     elif len(positions) == 2 and positions[0] != config.max_position_embeddings + POSITION_OFFSET:
         yield f"set max_position_embeddings to {positions[0] - POSITION_OFFSET} in config.json"

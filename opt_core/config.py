@@ -6,12 +6,12 @@ dropped key is how two implementations come to give different numbers for one ch
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, get_args, get_origin, get_type_hints
 
 from opt_core.errors import ConfigError
 from opt_core.presets import PRESETS
@@ -20,7 +20,7 @@ ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# Keys that older conversions wrote for the same thing (OPT_FACTS: hub configs of May 2022).
+# Keys that older conversions wrote for the same thing (the hub's config.json files of May 2022).
 _ALIASES = {
     "d_model": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -30,7 +30,7 @@ _ALIASES = {
     "torch_dtype": "dtype",
 }
 # Keys that ask for another architecture unless they have this value.
-_FIXED = {
+_FIXED: dict[str, object] = {
     "model_type": "opt",
     "is_encoder_decoder": False,
     "add_cross_attention": False,
@@ -42,21 +42,21 @@ _FIXED = {
 }
 # Keys with no bearing on what the model computes: bookkeeping, and the generation defaults that old
 # configs carried (generation reads generation_config.json).
-_IGNORED = frozenset(
-    """
-    _name_or_path activation_dropout architectures attn_implementation _attn_implementation
-    _attn_implementation_autoset auto_map chunk_size_feed_forward cross_attention_hidden_size
-    decoder_layernorm decoder_start_token_id finetuning_task is_decoder label2id num_classes output_attentions output_hidden_states
-    output_projection prefix return_dict sep_token_id task_specific_params tf_legacy_loss
-    tokenizer_class torchscript transformers_version use_bfloat16 use_return_dict
-    tie_encoder_decoder bad_words_ids begin_suppress_tokens diversity_penalty do_sample
-    early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
-    forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores
-    remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature
-    top_k top_p typical_p
-    """.split()
-)
+_IGNORED = frozenset([
+    "_name_or_path", "activation_dropout", "architectures", "attn_implementation",
+    "_attn_implementation", "_attn_implementation_autoset", "auto_map", "chunk_size_feed_forward",
+    "cross_attention_hidden_size", "decoder_layernorm", "decoder_start_token_id", "finetuning_task",
+    "is_decoder", "label2id", "num_classes", "output_attentions", "output_hidden_states",
+    "output_projection", "prefix", "return_dict", "sep_token_id", "task_specific_params",
+    "tf_legacy_loss", "tokenizer_class", "torchscript", "transformers_version", "use_bfloat16",
+    "use_return_dict", "tie_encoder_decoder", "bad_words_ids", "begin_suppress_tokens",
+    "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "max_new_tokens", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
+    "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
+    "temperature", "top_k", "top_p", "typical_p",
+])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class OPTConfig:
         bos_token_id: First token of every text (the same id as the last one, for OPT).
         eos_token_id: Token that ends a text.
         enable_bias: Whether the linear layers have biases (False: Galactica 30b, 120b).
-        layer_norm_elementwise_affine: Whether norms have gamma and beta (False: Galactica 30b, 120b).
+        layer_norm_elementwise_affine: Whether norms have gamma and beta (False: Galactica 30b,
+            120b).
         tie_word_embeddings: Whether the language-model head is the token embedding.
         num_labels: Classes of the sequence-classification head.
         id2label: Class names, by index; None means LABEL_0, LABEL_1, ...
@@ -141,7 +142,10 @@ class OPTConfig:
 
     @property
     def has_projections(self) -> bool:
-        """Whether the embedding is narrower (or wider) than the model: `project_in`, `project_out`."""
+        """Whether the embedding is narrower (or wider) than the model.
+
+        Such a model has a `project_in` and a `project_out`.
+        """
         return self.embed_dim != self.hidden_size
 
     @property
@@ -154,7 +158,8 @@ class OPTConfig:
         """Makes the configuration of an official checkpoint.
 
         Args:
-            name: Exact name, such as "opt-125m" or "galactica-6.7b"; see `opt_core.presets.PRESETS`.
+            name: Exact name, such as "opt-125m" or "galactica-6.7b"; all of them are in
+                `opt_core.presets.PRESETS`.
 
         Raises:
             ConfigError: No preset has this name; the message lists those there are.
@@ -183,7 +188,8 @@ class OPTConfig:
                 name = _ALIASES[key]
                 if found.setdefault(name, value) != value and key != "torch_dtype":
                     raise ConfigError(
-                        f"{source}: {key}={value!r} contradicts {name}={found[name]!r}; keep one of them"
+                        f"{source}: {key}={value!r} contradicts {name}={found[name]!r}; "
+                        "keep one of them"
                     )
             elif key in _FIXED:
                 if value is not None and value != _FIXED[key]:
@@ -199,10 +205,10 @@ class OPTConfig:
 
     @classmethod
     def _from_file_values(cls, found: dict[str, Any], source: str) -> "OPTConfig":
-        labels = found.get("id2label")
+        labels: Mapping[Any, Any] | Sequence[Any] | float | None = found.get("id2label")
         if isinstance(labels, Mapping):
             try:
-                found["id2label"] = {int(k): str(v) for k, v in labels.items()}  # type: ignore[misc]
+                found["id2label"] = {int(k): str(v) for k, v in labels.items()}
             except ValueError:
                 raise ConfigError(f"{source}: id2label keys must be integers: {labels!r}") from None
             found.setdefault("num_labels", len(found["id2label"]))
@@ -220,7 +226,8 @@ class OPTConfig:
         """Reads config.json from a folder or a hub repository.
 
         Args:
-            path_or_hub_id: Folder, path of a config.json, hub id such as "facebook/opt-125m", or "mini".
+            path_or_hub_id: Folder, path of a config.json, hub id such as "facebook/opt-125m",
+                or "mini".
             **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
 
         Raises:
@@ -237,7 +244,7 @@ class OPTConfig:
         write_json(Path(folder) / "config.json", self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of config.json: every field, and what `transformers` needs to know it as OPT."""
+        """Contents of config.json: every field, and what `transformers` needs to know it as OPT."""
         values: dict[str, Any] = {"model_type": "opt"}
         values |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         # transformers derives num_labels from id2label, and before 4.56 knew only torch_dtype.
@@ -268,18 +275,19 @@ class OPTConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object, or says in one line why it cannot."""
     try:
-        values: object = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] | list[Any] | str | float | None
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, received {type(values).__name__}")
-    return values  # type: ignore[return-value]
+    return values
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON object beside its place and renames it there, so that no reader sees half of it."""
+    """Writes a JSON object beside its place, then renames it there: no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.tmp")
     part.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -291,14 +299,14 @@ def _default_labels(count: int) -> dict[int, str]:
 
 
 def _check_types(config: OPTConfig) -> None:
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        options = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
-        kinds = [get_origin(option) or option for option in options]
+    for name, hint in get_type_hints(OPTConfig).items():
+        value = getattr(config, name)
+        options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        kinds: list[type[Any]] = [get_origin(option) or option for option in options]
         if float in kinds:
             kinds.append(int)
         if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
-            raise ConfigError(f"{f.name}: expected {kinds[0].__name__}, received {value!r}")
+            raise ConfigError(f"{name}: expected {kinds[0].__name__}, received {value!r}")
 
 
 def _check_ranges(config: OPTConfig) -> None:
@@ -326,9 +334,11 @@ def _check_ranges(config: OPTConfig) -> None:
             raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, received {value!r}")
     if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
         raise ConfigError(
-            f"pad_token_id={config.pad_token_id} is outside the vocabulary (vocab_size={config.vocab_size})"
+            f"pad_token_id={config.pad_token_id} is outside the vocabulary "
+            f"(vocab_size={config.vocab_size})"
         )
     if config.id2label is not None and set(config.id2label) != set(range(config.num_labels)):
         raise ConfigError(
-            f"id2label: expected keys 0..{config.num_labels - 1} (num_labels), received {sorted(config.id2label)}"
+            f"id2label: expected keys 0..{config.num_labels - 1} (num_labels), "
+            f"received {sorted(config.id2label)}"
         )

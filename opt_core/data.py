@@ -28,7 +28,9 @@ def token_batches(
     """
     places = len(tokens) - sequence_length + 1
     if places < 1:
-        raise InputError(f"a stream of {len(tokens)} tokens is shorter than sequence_length={sequence_length}")
+        raise InputError(
+            f"a stream of {len(tokens)} tokens is shorter than sequence_length={sequence_length}"
+        )
     rng = np.random.default_rng(seed)
     while True:
         starts = rng.integers(0, places, batch_size)
@@ -38,7 +40,9 @@ def token_batches(
 def token_windows(
     tokens: NDArray[np.integer[Any]], batch_size: int, sequence_length: int
 ) -> Iterator[NDArray[np.int32]]:
-    """Cuts a token stream into consecutive windows, for evaluation; the shorter remainder is dropped.
+    """Cuts a token stream into consecutive windows, for evaluation.
+
+    A remainder shorter than a window is dropped.
 
     Args:
         tokens: One stream of ids, (length,).

@@ -1,8 +1,8 @@
-"""How each framework spells a parameter: a path rule and a leaf rule, instead of a table per backend.
+"""How each framework spells a parameter: a path rule and a leaf rule, not a table per backend.
 
 Module names agree everywhere (they are Hugging Face's), so only the last part differs (`weight`,
-`kernel`, `embedding`, `scale`, `gamma`, `beta`), whether a linear weight is transposed, and what the
-list of layers is called.
+`kernel`, `embedding`, `scale`, `gamma`, `beta`), whether a linear weight is transposed, and what
+the list of layers is called.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Every failure a user can cause, under one base class, so that a caller can catch them all at once.
+"""Every failure a user can cause, under one base class: a caller can catch them all at once.
 
 Each message is one line that names the file or field, what was expected and what was received.
 """
@@ -25,4 +25,4 @@ class GenerationError(OPTError, ValueError):
 
 
 class InputError(OPTError, ValueError):
-    """Model inputs of the wrong shape or range: ids outside the vocabulary, masks of another size."""
+    """Model inputs of wrong shape or range: ids outside the vocabulary, masks of another size."""

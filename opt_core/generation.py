@@ -1,4 +1,7 @@
-"""What to generate and when to stop: `transformers`' names and meanings, checked before anything runs."""
+"""What to generate and when to stop, under `transformers`' names and with their meanings.
+
+Everything is checked before anything runs.
+"""
 
 import dataclasses
 import difflib
@@ -11,18 +14,17 @@ from typing import Any
 from opt_core.config import OPTConfig, read_json, write_json
 from opt_core.errors import GenerationError
 
-# Keys of generation_config.json that change nothing here. The other features of `transformers` raise
-# unless they are switched off, which is what _NEUTRAL lists.
-_IGNORED = frozenset(
-    """
-    _from_model_config transformers_version cache_implementation cache_config use_cache
-    output_attentions output_hidden_states output_scores output_logits return_dict_in_generate
-    return_legacy_cache renormalize_logits remove_invalid_values decoder_start_token_id
-    is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
-    assistant_lookbehind target_lookbehind max_matching_ngram_size prefill_chunk_size
-    disable_compile compile_config generation_kwargs low_memory
-    """.split()
-)
+# Keys of generation_config.json that change nothing here. The other features of `transformers`
+# raise unless they are switched off, which is what _NEUTRAL lists.
+_IGNORED = frozenset([
+    "_from_model_config", "transformers_version", "cache_implementation", "cache_config",
+    "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+    "return_dict_in_generate", "return_legacy_cache", "renormalize_logits", "remove_invalid_values",
+    "decoder_start_token_id", "is_assistant", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
+    "target_lookbehind", "max_matching_ngram_size", "prefill_chunk_size", "disable_compile",
+    "compile_config", "generation_kwargs", "low_memory",
+])  # fmt: skip
 _NEUTRAL: dict[str, Any] = {
     "num_beam_groups": 1, "diversity_penalty": 0.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "penalty_alpha": 0.0,
@@ -43,21 +45,24 @@ class GenerationConfig:
         temperature: Divides the logits before drawing; below 1 is more conservative.
         top_k: Draw among this many likeliest tokens; 0 or None for all.
         top_p: Draw among the fewest likeliest tokens whose probabilities reach this sum.
-        min_p: Draw among tokens at least this many times as likely as the likeliest (arXiv 2407.01082).
-        typical_p: Draw among the tokens whose information is nearest the expected one, up to this sum
-            of probabilities (arXiv 2202.00666).
-        repetition_penalty: Divides the positive and multiplies the negative scores of tokens that the
-            row, prompt included, already has (arXiv 1909.05858); 1 is off.
+        min_p: Draw among tokens at least this many times as likely as the likeliest (arXiv
+            2407.01082).
+        typical_p: Draw among the tokens whose information is nearest the expected one, up to this
+            sum of probabilities (arXiv 2202.00666).
+        repetition_penalty: Divides the positive and multiplies the negative scores of tokens that
+            the row, prompt included, already has (arXiv 1909.05858); 1 is off.
         no_repeat_ngram_size: No n-gram of this size occurs twice in a row; 0 is off.
         suppress_tokens: Ids never generated.
         begin_suppress_tokens: Ids not generated as the first new token.
         bad_words_ids: Sequences of ids never generated.
         num_beams: Beams W of beam search; 1 is greedy search or sampling.
-        length_penalty: A beam's score is its log-likelihood divided by its new length to this power.
-        early_stopping: True stops when enough beams are finished; False when the best open one cannot
-            win at its present length; "never" when it cannot win at any length.
+        length_penalty: A beam's score is its log-likelihood divided by its new length to this
+            power.
+        early_stopping: True stops when enough beams are finished; False when the best open one
+            cannot win at its present length; "never" when it cannot win at any length.
         num_return_sequences: Rows returned per prompt, at most `num_beams` in beam search.
-        eos_token_id: Id or ids that end a row. Only generated tokens end one (OPT's BOS is its EOS).
+        eos_token_id: Id or ids that end a row. Only generated tokens end one (OPT's BOS is its
+            EOS).
         pad_token_id: Id that fills a row after its end.
         bos_token_id: First id of a text; kept for other readers of the file.
         stop_strings: Texts that end a row once generated; they need `tokenizer=`.
@@ -114,7 +119,7 @@ class GenerationConfig:
 
     @classmethod
     def from_model(cls, config: OPTConfig) -> "GenerationConfig":
-        """The defaults of a model without generation_config.json: its special ids, greedy search."""
+        """The defaults of a model without generation_config.json: special ids, greedy search."""
         return cls(
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
@@ -148,13 +153,18 @@ class GenerationConfig:
         """A copy with some settings changed.
 
         Raises:
-            GenerationError: A name that is no setting (the nearest one is suggested), or a bad value.
+            GenerationError: A name that is no setting (the nearest one is suggested), or a bad
+                value.
         """
         names = [f.name for f in dataclasses.fields(self)]
         for name in overrides:
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(names)}"
+                hint = (
+                    f"; did you mean {near[0]!r}?"
+                    if near
+                    else f"; expected one of {', '.join(names)}"
+                )
                 raise GenerationError(f"unknown generation option {name!r}{hint}")
         if "max_length" in overrides and "max_new_tokens" not in overrides:
             overrides["max_new_tokens"] = None  # the caller's length counts, not the file's
@@ -170,12 +180,14 @@ class GenerationConfig:
             return self.max_new_tokens
         if self.max_length <= prompt_length:
             raise GenerationError(
-                f"max_length={self.max_length} leaves no room after a prompt of {prompt_length} tokens; "
-                "pass max_new_tokens"
+                f"max_length={self.max_length} leaves no room after a prompt of "
+                f"{prompt_length} tokens; pass max_new_tokens"
             )
         return self.max_length - prompt_length
 
-    def check(self, config: OPTConfig, prompt_length: int, longest: int, has_tokenizer: bool) -> None:
+    def check(
+        self, config: OPTConfig, prompt_length: int, longest: int, has_tokenizer: bool
+    ) -> None:
         """Checks the settings against a model and a prompt, before anything is computed.
 
         Args:
@@ -212,7 +224,10 @@ class GenerationConfig:
                     )
 
 
-def _as_tuples(value: Any) -> Any:
+_Setting = tuple[Any, ...] | list[Any] | str | float | None
+
+
+def _as_tuples(value: _Setting) -> _Setting:
     return tuple(_as_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
@@ -245,7 +260,8 @@ def _check(config: GenerationConfig) -> None:
         raise GenerationError(
             f'early_stopping: expected True, False or "never", received {config.early_stopping!r}'
         )
-    if any(not isinstance(s, str) or not s for s in config.stops):
+    stops: tuple[Any, ...] = config.stops  # whatever the file or the caller put there
+    if any(not isinstance(s, str) or not s for s in stops):
         raise GenerationError(f"stop_strings: expected non-empty texts, received {config.stops!r}")
     if type(config.do_sample) is not bool:
         raise GenerationError(f"do_sample: expected True or False, received {config.do_sample!r}")
@@ -253,24 +269,34 @@ def _check(config: GenerationConfig) -> None:
         raise GenerationError("num_beams > 1 with do_sample=True is not supported; choose one")
     if config.is_beam_search and config.num_return_sequences > config.num_beams:
         raise GenerationError(
-            f"num_return_sequences={config.num_return_sequences} exceeds num_beams={config.num_beams}"
+            f"num_return_sequences={config.num_return_sequences} exceeds "
+            f"num_beams={config.num_beams}"
         )
     if not config.is_beam_search and not config.do_sample and config.num_return_sequences > 1:
         raise GenerationError(
-            "num_return_sequences > 1 needs do_sample=True or num_beams > 1: greedy rows are all the same"
+            "num_return_sequences > 1 needs do_sample=True or num_beams > 1: "
+            "greedy rows are all the same"
         )
 
 
 def _check_ids(config: GenerationConfig) -> None:
-    for name in ("suppress_tokens", "begin_suppress_tokens", "eos_token_id", "pad_token_id", "bad_words_ids"):
-        value = getattr(config, name)
+    for name in (
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "eos_token_id",
+        "pad_token_id",
+        "bad_words_ids",
+    ):
+        value: _Setting = getattr(config, name)
         if value is None or (name.endswith("token_id") and type(value) is int):
             continue
-        rows = value if name == "bad_words_ids" else (value,)
-        is_ids = isinstance(rows, tuple) and all(
-            isinstance(row, tuple) and row != () and all(type(i) is int for i in row)
-            for row in rows
-            if row != () or name == "bad_words_ids"
-        )
-        if not is_ids or name == "pad_token_id":
+        if name == "bad_words_ids":
+            is_right = isinstance(value, tuple) and all(_is_ids(row) and row for row in value)
+        else:
+            is_right = _is_ids(value) and name != "pad_token_id"
+        if not is_right:
             raise GenerationError(f"{name}: expected token ids, received {value!r}")
+
+
+def _is_ids(value: _Setting) -> bool:
+    return isinstance(value, tuple) and all(type(i) is int for i in value)

@@ -12,8 +12,9 @@ from opt_core.params import ParamSpec
 def initial_value(spec: ParamSpec, config: OPTConfig, seed: int) -> NDArray[np.float32]:
     """The starting value of one parameter, as `transformers` initialises OPT.
 
-    Weights are N(0, `init_std`), norms are 1 and biases 0; the padding row of the token embedding is 0.
-    Every tensor has a random stream of its own, named by the tensor, so the order of calls is free.
+    Weights are N(0, `init_std`), norms are 1 and biases 0; the padding row of the token embedding
+    is 0. Every tensor has a random stream of its own, named by the tensor, so the order of calls
+    is free.
 
     Args:
         spec: The parameter.

@@ -1,8 +1,8 @@
 """The truth about parameters: which tensors a model has, their shapes, kinds and logical axes.
 
-Loading, saving, conversion, counting, initialisation, weight decay, sharding and error reports are all
-derived from this list, so that a tensor cannot be known to one of them and forgotten by another.
-Names are those of `transformers`' `OPTForCausalLM` and its sibling heads.
+Loading, saving, conversion, counting, initialisation, weight decay, sharding and error reports are
+all derived from this list, so that a tensor cannot be known to one of them and forgotten by
+another. Names are those of `transformers`' `OPTForCausalLM` and its sibling heads.
 """
 
 import math
@@ -24,7 +24,7 @@ HEAD_PARAMETERS: dict[Head, tuple[str, ...]] = {
     "sequence_classification": ("score.weight",),
     "question_answering": ("qa_outputs.weight", "qa_outputs.bias"),
 }
-"""Tensors that belong to a head: the only ones a checkpoint of another head may lack, or have to spare."""
+"""Tensors of each head: the only ones a checkpoint of another head may lack, or have to spare."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class ParamSpec:
     Attributes:
         name: Canonical name, such as "model.decoder.layers.0.fc1.weight".
         shape: Shape in the canonical (torch) layout: a linear weight is [out, in].
-        kind: Kind of the layer that owns it; with the last part of the name it decides how a framework
-            spells it (`opt_core.dialects`) and whether weight decay applies.
+        kind: Kind of the layer that owns it; with the last part of the name it decides how a
+            framework spells it (`opt_core.dialects`) and whether weight decay applies.
         axes: One logical axis per dimension, for sharding: "vocab", "position", "hidden", "embed",
             "heads", "ffn" or "labels".
     """
@@ -61,7 +61,8 @@ def param_specs(config: OPTConfig, head: Head = "causal_lm") -> list[ParamSpec]:
 
     Args:
         config: The model's configuration.
-        head: Which head sits on the decoder. A tied language-model head has no parameter of its own.
+        head: Which head sits on the decoder. A tied language-model head has no parameter of its
+            own.
     """
     return [*_decoder(config), *_head(config, head)]
 
@@ -71,7 +72,9 @@ def count_parameters(config: OPTConfig, head: Head = "causal_lm") -> int:
     return sum(spec.size for spec in param_specs(config, head))
 
 
-def _linear(name: str, out: tuple[int, str], into: tuple[int, str], bias: bool) -> Iterator[ParamSpec]:
+def _linear(
+    name: str, out: tuple[int, str], into: tuple[int, str], bias: bool
+) -> Iterator[ParamSpec]:
     yield ParamSpec(f"{name}.weight", (out[0], into[0]), "linear", (out[1], into[1]))
     if bias:
         yield ParamSpec(f"{name}.bias", (out[0],), "linear", (out[1],))

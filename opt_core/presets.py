@@ -1,7 +1,7 @@
 """The official sizes, one line each.
 
-Sources: the hub's config.json of facebook/opt-* and facebook/galactica-*; opt-175b from the OPT paper
-(arXiv 2205.01068, table 1). Parameter counts are asserted in tests/core/test_params.py.
+Sources: the hub's config.json of facebook/opt-* and facebook/galactica-*; opt-175b from the OPT
+paper (arXiv 2205.01068, table 1). Parameter counts are asserted in tests/core/test_params.py.
 """
 
 from typing import Any

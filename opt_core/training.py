@@ -1,4 +1,4 @@
-"""What a training run is made of, whatever framework computes it: settings and the learning rate."""
+"""What a training run is made of, whatever framework computes it: settings and learning rate."""
 
 import math
 from dataclasses import dataclass
@@ -46,19 +46,32 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("max_steps", 1), ("batch_size", 1), ("sequence_length", 2), ("warmup_steps", 0)):
+        for name, least in (
+            ("max_steps", 1),
+            ("batch_size", 1),
+            ("sequence_length", 2),
+            ("warmup_steps", 0),
+        ):
             if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise ConfigError(f"{name}: expected an integer >= {least}, received {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"{name}: expected an integer >= {least}, received {getattr(self, name)!r}"
+                )
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: expected a number > 0, received {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"{name}: expected a number > 0, received {getattr(self, name)!r}"
+                )
         for name in ("min_lr_ratio", "adam_beta1", "adam_beta2", "weight_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: expected 0 <= x <= 1, received {getattr(self, name)!r}")
         if self.lr_schedule not in ("cosine", "linear", "constant"):
-            raise ConfigError(f"lr_schedule: expected cosine, linear or constant, received {self.lr_schedule!r}")
+            raise ConfigError(
+                f"lr_schedule: expected cosine, linear or constant, received {self.lr_schedule!r}"
+            )
         if self.warmup_steps > self.max_steps:
-            raise ConfigError(f"warmup_steps={self.warmup_steps} exceeds max_steps={self.max_steps}")
+            raise ConfigError(
+                f"warmup_steps={self.warmup_steps} exceeds max_steps={self.max_steps}"
+            )
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of one step.

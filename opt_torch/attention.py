@@ -22,8 +22,11 @@ class OPTAttention(nn.Module):
         self.implementation = implementation
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.dropout = config.attention_dropout
-        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size, bias=config.enable_bias))
+        D, bias = config.hidden_size, config.enable_bias
+        self.k_proj = nn.Linear(D, D, bias=bias)
+        self.v_proj = nn.Linear(D, D, bias=bias)
+        self.q_proj = nn.Linear(D, D, bias=bias)
+        self.out_proj = nn.Linear(D, D, bias=bias)
 
     def forward(
         self,
@@ -79,8 +82,8 @@ def make_bias(
         device: Where the scores are.
 
     Returns:
-        (B or 1, 1, T, S): 0 where a query may look and -inf where not. A query with nothing to look at
-        (padding before the first token) looks at everything, so that its row is finite.
+        (B or 1, 1, T, S): 0 where a query may look and -inf where not. A query with nothing to
+        look at (padding before the first token) looks at everything, so that its row is finite.
     """
     if mask_BS is None and (count == length or count == 1):
         return None
@@ -135,8 +138,8 @@ def flash(
             )
     if dropout:
         raise ConfigError(
-            "flash_attention_2 has no attention_dropout for padded batches; set attention_dropout=0 "
-            'or attn_implementation="sdpa"'
+            "flash_attention_2 has no attention_dropout for padded batches; "
+            'set attention_dropout=0 or attn_implementation="sdpa"'
         )
     if mask_BS is None:
         mask_BS = q_BHTK.new_ones(q_BHTK.shape[0], S, dtype=torch.bool)
@@ -157,13 +160,15 @@ def packed(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask_BS: Tensor) -> T
         x.transpose(1, 2)[mask]
         for x, mask in ((q_BHTK, new_BT), (k_BHSK, mask_BS), (v_BHSK, mask_BS))
     )
-    starts = [F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32) for mask in (new_BT, mask_BS)]
-    # (-1, 0): a query sees every earlier key, the last query being aligned with the last key.
-    mixed = varlen_attn(
-        query, key, value, *starts, new_BT.shape[1], mask_BS.shape[1], window_size=(-1, 0)
+    q_starts, k_starts = (
+        F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32) for mask in (new_BT, mask_BS)
     )
+    T, S = new_BT.shape[1], mask_BS.shape[1]
+    # (-1, 0): a query sees every earlier key, the last query being aligned with the last key.
+    mixed = varlen_attn(query, key, value, q_starts, k_starts, T, S, window_size=(-1, 0))
+    assert isinstance(mixed, Tensor)  # a tuple comes only where `return_aux` asks for it
     out = torch.zeros_like(q_BHTK.transpose(1, 2))
-    out[new_BT] = mixed  # type: ignore[call-overload]
+    out[new_BT] = mixed
     return out.transpose(1, 2)
 
 

@@ -1,4 +1,7 @@
-"""Beam search on the same prefill and decode step as everything else; results equal `transformers` 5's."""
+"""Beam search on the same prefill and decode step as everything else.
+
+Its results equal those of `transformers` 5.
+"""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -127,7 +130,12 @@ def grow(
 
 
 def settle(
-    finished: Beams, grown: Beams, ends_BC: Tensor, made: int, is_open: Tensor, settings: GenerationConfig
+    finished: Beams,
+    grown: Beams,
+    ends_BC: Tensor,
+    made: int,
+    is_open: Tensor,
+    settings: GenerationConfig,
 ) -> Beams:
     """The W best finished beams after some of the grown ones ended.
 
@@ -145,7 +153,9 @@ def settle(
     return both.best(W)[0]
 
 
-def can_improve(running: Beams, finished: Beams, made: int, limit: int, settings: GenerationConfig) -> Tensor:
+def can_improve(
+    running: Beams, finished: Beams, made: int, limit: int, settings: GenerationConfig
+) -> Tensor:
     """Whether a running beam could still beat a finished one, (B, 1).
 
     `early_stopping="never"` assumes the length that favours it most; otherwise its present one.

@@ -1,4 +1,4 @@
-"""The key-value cache: buffers of a fixed size, and the positions that follow from what they hold."""
+"""The key-value cache: buffers of a fixed size, and positions that follow from what they hold."""
 
 from dataclasses import dataclass, replace
 
@@ -14,8 +14,8 @@ from opt_core.params import POSITION_OFFSET
 class KVCache:
     """Keys and values of the tokens seen so far.
 
-    The buffers are written in place and shared between a cache and its successors; `length` says how
-    much of them a cache owns. Pass each call the cache that the previous call returned.
+    The buffers are written in place and shared between a cache and its successors; `length` says
+    how much of them a cache owns. Pass each call the cache that the previous call returned.
 
     Attributes:
         keys: One (B, H, S, K) buffer per layer.
@@ -63,7 +63,9 @@ class KVCache:
         return replace(self, length=self.length + count, mask=mask_BS)
 
     def select(self, rows: Tensor) -> "KVCache":
-        """The cache of other rows: `rows[i]` becomes row i. More or fewer rows get buffers of their own.
+        """The cache of other rows: `rows[i]` becomes row i.
+
+        More or fewer rows than there were get buffers of their own.
 
         Args:
             rows: (any,) integer row numbers.
@@ -76,7 +78,9 @@ class KVCache:
         else:
             keys = tuple(buffer[rows] for buffer in self.keys)
             values = tuple(buffer[rows] for buffer in self.values)
-        return replace(self, keys=keys, values=values, mask=None if self.mask is None else self.mask[rows])
+        return replace(
+            self, keys=keys, values=values, mask=None if self.mask is None else self.mask[rows]
+        )
 
 
 def init_cache(
@@ -92,10 +96,14 @@ def init_cache(
         device: Where the model is.
     """
     if batch_size < 1 or max_length < 1:
-        raise InputError(f"a cache needs at least 1 row and 1 slot, received {batch_size} x {max_length}")
+        raise InputError(
+            f"a cache needs at least 1 row and 1 slot, received {batch_size} x {max_length}"
+        )
     shape = (batch_size, config.num_attention_heads, max_length, config.head_dim)
     # Zeros, not empty: a masked slot is multiplied by a zero weight, and 0 * NaN is NaN.
-    buffers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * config.num_hidden_layers)]
+    buffers = [
+        torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * config.num_hidden_layers)
+    ]
     return KVCache(tuple(buffers[::2]), tuple(buffers[1::2]))
 
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from opt_core import checkpoint as files
-from opt_core.config import DTYPES, OPTConfig
 from opt_core.checkpoint_writer import save_checkpoint
+from opt_core.config import DTYPES, OPTConfig
 from opt_core.dialects import TORCH
 from opt_core.errors import ConfigError
 from opt_core.generation import GenerationConfig
@@ -63,7 +63,8 @@ def from_pretrained(
         value = torch.from_numpy(initial_value(spec, plan.config, seed=0))
         set_parameter(model, spec, value.to(target, wanted_dtype(dtype, plan)))
         warnings.warn(
-            f"{folder}: no {spec.name} in this checkpoint; it is freshly initialised and needs training",
+            f"{folder}: no {spec.name} in this checkpoint; "
+            "it is freshly initialised and needs training",
             stacklevel=3,
         )
     tie(model)
@@ -72,7 +73,9 @@ def from_pretrained(
     return model
 
 
-def save_pretrained(model: "OPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int) -> None:
+def save_pretrained(
+    model: "OPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
+) -> None:
     """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`."""
     specs = param_specs(model.config, model.head)
     save_checkpoint(
@@ -110,7 +113,7 @@ def set_parameter(model: "OPTPreTrainedModel", spec: ParamSpec, values: Tensor) 
 def tie(model: "OPTPreTrainedModel") -> None:
     """Makes a tied language-model head the token embedding itself."""
     if model.head == "causal_lm" and model.config.tie_word_embeddings:
-        model.lm_head.weight = model.get_decoder().embed_tokens.weight  # type: ignore[union-attr]
+        model.get_submodule("lm_head").weight = model.get_decoder().embed_tokens.weight
 
 
 def wanted_dtype(dtype: str, plan: files.LoadPlan) -> torch.dtype:

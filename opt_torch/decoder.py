@@ -35,7 +35,8 @@ class OPTOutput:
         loss: Scalar, where labels were given.
         hidden_states: N + 1 tensors: the embeddings and each layer's output; the last one is
             `last_hidden_state`.
-        attentions: N tensors (B, H, T, S): the attention weights, before dropout is applied to them.
+        attentions: N tensors (B, H, T, S): the attention weights, before dropout is applied to
+            them.
         past_key_values: The cache that includes these tokens, where one was passed.
     """
 
@@ -154,7 +155,9 @@ class OPTDecoder(nn.Module):
             last_hidden_state=hidden,
             hidden_states=(*states, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
-            past_key_values=cache.advance(count, None if mask is None else mask[:, past:]) if cache else None,
+            past_key_values=cache.advance(count, None if mask is None else mask[:, past:])
+            if cache
+            else None,
         )
 
 

@@ -1,4 +1,7 @@
-"""Generation: one prefill, then one decode step per token; `generate` drains what `stream` yields."""
+"""Generation: one prefill, then one decode step per token.
+
+`generate` drains what `stream` yields.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from opt_core.detokenizer import StopStringTracker
 from opt_core.errors import GenerationError
 from opt_core.generation import GenerationConfig
 from opt_core.tokenizer import OPTTokenizer
-from opt_torch import beam, sampling
+from opt_torch import sampling
 from opt_torch.cache import KVCache
 from opt_torch.inputs import check_inputs, full_mask
 
@@ -51,12 +54,15 @@ def prepare(
     """Checks prompts and settings against the model, before anything is computed.
 
     Raises:
-        GenerationError: Padding on the right, a row without tokens, or a setting that cannot be honoured.
+        GenerationError: Padding on the right, a row without tokens, or a setting that cannot
+            be honoured.
         InputError: Ids outside the vocabulary, or shapes that do not fit.
     """
     config = model.config
     settings = (generation_config or model.generation_config).replace(**overrides)
-    ids, mask, _, _ = check_inputs(config, model.device, input_ids, attention_mask, None, None, None)
+    ids, mask, _, _ = check_inputs(
+        config, model.device, input_ids, attention_mask, None, None, None
+    )
     assert ids is not None
     mask = full_mask(mask, ids.shape[1], None)
     longest = ids.shape[1]
@@ -64,14 +70,22 @@ def prepare(
         longest = int(mask.sum(1).max())
         for row in (~mask[:, -1]).nonzero()[:1, 0].tolist():
             raise GenerationError(
-                f"prompt {row} ends in padding; pad on the left: tokenizer(..., padding_side='left')"
+                f"prompt {row} ends in padding; "
+                "pad on the left: tokenizer(..., padding_side='left')"
             )
     settings.check(config, ids.shape[1], longest, tokenizer is not None)
     vocabulary = config.vocab_size
     if tokenizer is not None:
-        # OPT's embedding has rows that no token has and that were never trained (transformers #18268).
+        # OPT's embedding has rows that no token has, never trained (transformers #18268).
         vocabulary = min(vocabulary, tokenizer.vocab_size)
-    pad = next((i for i in (settings.pad_token_id, config.pad_token_id, *settings.eos_ids) if i is not None), 0)
+    pad = next(
+        (
+            i
+            for i in (settings.pad_token_id, config.pad_token_id, *settings.eos_ids)
+            if i is not None
+        ),
+        0,
+    )
     return Request(ids.long(), mask, settings, settings.new_tokens(ids.shape[1]), vocabulary, pad)
 
 
@@ -98,55 +112,31 @@ def decode_step(model: "OPTForCausalLM", ids_B: Tensor, cache: KVCache) -> tuple
     return prefill(model, ids_B[:, None], mask, cache)
 
 
+@torch.inference_mode()
 def stream(
-    model: "OPTForCausalLM",
-    input_ids: Any,
-    attention_mask: Any = None,
-    generation_config: GenerationConfig | None = None,
-    seed: int = 0,
-    tokenizer: OPTTokenizer | None = None,
-    **overrides: Any,
+    model: "OPTForCausalLM", request: Request, seed: int, tokenizer: OPTTokenizer | None
 ) -> Iterator[Tensor]:
-    """Yields tokens as they are made; arguments as in `OPTForCausalLM.generate`.
+    """Chooses, yields and decodes until every row has ended.
+
+    Args:
+        model: The language model.
+        request: What to generate, checked; not by beam search, which is certain of no token
+            before the end.
+        seed: Seed of sampling.
+        tokenizer: For stop strings.
 
     Yields:
         (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
     """
-    request = prepare(model, input_ids, attention_mask, generation_config, tokenizer, **overrides)
-    if request.settings.is_beam_search:
-        raise GenerationError("beam search cannot stream: no token is certain before the end; use generate")
-    return steps(model, request, seed, tokenizer)
-
-
-def generate(
-    model: "OPTForCausalLM",
-    input_ids: Any,
-    attention_mask: Any = None,
-    generation_config: GenerationConfig | None = None,
-    seed: int = 0,
-    tokenizer: OPTTokenizer | None = None,
-    **overrides: Any,
-) -> Tensor:
-    """Prompts and what follows them; see `OPTForCausalLM.generate`."""
-    request = prepare(model, input_ids, attention_mask, generation_config, tokenizer, **overrides)
-    if request.settings.is_beam_search:
-        return beam.search(model, request)
-    new = list(steps(model, request, seed, tokenizer))
-    prompts = request.ids.repeat_interleave(request.settings.num_return_sequences, 0)
-    return torch.cat([prompts, torch.stack(new, 1)], 1)
-
-
-@torch.inference_mode()
-def steps(
-    model: "OPTForCausalLM", request: Request, seed: int, tokenizer: OPTTokenizer | None
-) -> Iterator[Tensor]:
-    """The loop behind `stream`: choose, yield, decode, until every row has ended."""
     settings, copies = request.settings, request.settings.num_return_sequences
     B, prompt = request.ids.shape
     generator = torch.Generator(model.device).manual_seed(seed)
     cache = model.init_cache(B, prompt + request.new_tokens - 1)
     logits, cache = prefill(model, request.ids, request.mask, cache)
-    ids, mask = request.ids, request.mask if request.mask is not None else torch.ones_like(request.ids).bool()
+    ids, mask = (
+        request.ids,
+        request.mask if request.mask is not None else torch.ones_like(request.ids).bool(),
+    )
     if copies > 1:
         rows = torch.arange(B, device=model.device).repeat_interleave(copies)
         logits, ids, mask, cache = logits[rows], ids[rows], mask[rows], cache.select(rows)
@@ -154,7 +144,11 @@ def steps(
     real = torch.cat([mask, mask.new_ones(len(ids), request.new_tokens)], 1)
     eos = torch.tensor(settings.eos_ids, dtype=torch.long, device=model.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
-    trackers = [StopStringTracker(tokenizer, settings.stops) for _ in ids] if tokenizer and settings.stops else []
+    trackers = (
+        [StopStringTracker(tokenizer, settings.stops) for _ in ids]
+        if tokenizer and settings.stops
+        else []
+    )
     for made in range(request.new_tokens):
         end = prompt + made
         logits = allowed(logits, request.vocabulary)
@@ -169,6 +163,15 @@ def steps(
         if made + 1 == request.new_tokens or ((len(eos) or trackers) and bool(ended.all())):
             return
         logits, cache = decode_step(model, token, cache)
+
+
+def generate(
+    model: "OPTForCausalLM", request: Request, seed: int, tokenizer: OPTTokenizer | None
+) -> Tensor:
+    """The prompts and all that `stream` yields after them."""
+    new = list(stream(model, request, seed, tokenizer))
+    prompts = request.ids.repeat_interleave(request.settings.num_return_sequences, 0)
+    return torch.cat([prompts, torch.stack(new, 1)], 1)
 
 
 def allowed(logits_BV: Tensor, vocabulary: int) -> Tensor:

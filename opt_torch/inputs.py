@@ -46,7 +46,8 @@ def check_inputs(
         inputs_embeds = torch.as_tensor(inputs_embeds, device=device)
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.embed_dim:
             raise InputError(
-                f"inputs_embeds: expected shape (B, T, {config.embed_dim}), received {tuple(inputs_embeds.shape)}"
+                f"inputs_embeds: expected shape (B, T, {config.embed_dim}), "
+                f"received {tuple(inputs_embeds.shape)}"
             )
         B, T = inputs_embeds.shape[:2]
     if T == 0:
@@ -55,7 +56,9 @@ def check_inputs(
     positions = as_integers("position_ids", position_ids, device)
     if positions is not None:
         if positions.shape[1] != T or positions.shape[0] not in (1, B):
-            raise InputError(f"position_ids: expected shape ({B}, {T}), received {tuple(positions.shape)}")
+            raise InputError(
+                f"position_ids: expected shape ({B}, {T}), received {tuple(positions.shape)}"
+            )
         window = config.max_position_embeddings
         check_range("position_ids", positions, -1, window - 1, f"max_position_embeddings={window}")
     mask = as_integers("attention_mask", attention_mask, device)
@@ -70,10 +73,13 @@ def check_inputs(
         mask = mask.bool()
     if cache is not None:
         if cache.keys[0].shape[0] != B:
-            raise InputError(f"past_key_values holds {cache.keys[0].shape[0]} rows, the input has {B}")
+            raise InputError(
+                f"past_key_values holds {cache.keys[0].shape[0]} rows, the input has {B}"
+            )
         if past + T > cache.max_length:
             raise InputError(
-                f"past_key_values has {cache.max_length} slots; {past} are taken and {T} more are needed"
+                f"past_key_values has {cache.max_length} slots; "
+                f"{past} are taken and {T} more are needed"
             )
     return ids, mask, positions, inputs_embeds
 
@@ -93,7 +99,9 @@ def full_mask(mask_BT: Tensor | None, count: int, cache: KVCache | None) -> Tens
     if mask_BT is None:
         return None if cache is None or cache.mask is None else cache.mask[:, : past + count]
     if mask_BT.shape[1] == count and cache is not None and past:
-        before = mask_BT.new_ones(mask_BT.shape[0], past) if cache.mask is None else cache.mask[:, :past]
+        before = (
+            mask_BT.new_ones(mask_BT.shape[0], past) if cache.mask is None else cache.mask[:, :past]
+        )
         mask_BT = torch.cat([before, mask_BT], 1)
     # A mask of ones would only keep the fast causal kernels from running.
     return None if is_known(mask_BT) and bool(mask_BT.all()) else mask_BT
@@ -125,7 +133,8 @@ def as_integers(name: str, values: Any, device: torch.device) -> Tensor | None:
         raise InputError(f"{name}: expected integers of shape (B, T): {error}") from None
     if tensor.is_floating_point() or tensor.is_complex() or tensor.ndim != 2:
         raise InputError(
-            f"{name}: expected integers of shape (B, T), received {tensor.dtype} of shape {tuple(tensor.shape)}"
+            f"{name}: expected integers of shape (B, T), "
+            f"received {tensor.dtype} of shape {tuple(tensor.shape)}"
         )
     return tensor
 
@@ -136,11 +145,13 @@ def check_range(name: str, values: Tensor, low: int, high: int, why: str) -> Non
         return
     least, most = (int(x) for x in values.to(torch.int64).aminmax())
     if least < low or most > high:
-        raise InputError(f"{name}: expected values in {low}..{high} ({why}), received {least}..{most}")
+        raise InputError(
+            f"{name}: expected values in {low}..{high} ({why}), received {least}..{most}"
+        )
 
 
 def is_known(tensor: Tensor) -> bool:
-    """Whether values can be read now: not while tracing or capturing, and not on the meta device."""
+    """Whether values can be read now: not while tracing or capturing, nor on the meta device."""
     if torch.compiler.is_compiling() or tensor.is_meta:
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

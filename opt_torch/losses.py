@@ -31,7 +31,10 @@ def causal_lm(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         labels_BT: Ids, unshifted.
     """
     if logits_BTV.shape[:2] != labels_BT.shape:
-        raise InputError(f"labels: expected shape {tuple(logits_BTV.shape[:2])}, received {tuple(labels_BT.shape)}")
+        raise InputError(
+            f"labels: expected shape {tuple(logits_BTV.shape[:2])}, "
+            f"received {tuple(labels_BT.shape)}"
+        )
     targets = labels_BT[:, 1:].reshape(-1).long()
     return F.cross_entropy(widen(logits_BTV[:, :-1]).flatten(0, 1), targets, ignore_index=IGNORED)
 
@@ -42,19 +45,25 @@ def classification(logits: Tensor, labels: Tensor, config: OPTConfig) -> Tensor:
     Args:
         logits: (B, num_labels).
         labels: Class numbers (B,), or floats.
-        config: Its `problem_type`; where None: one label is a regression, integer labels are classes,
-            float labels are several independent ones.
+        config: Its `problem_type`; where None: one label is a regression, integer labels are
+            classes, float labels are several independent ones.
     """
     logits = widen(logits)
     kind = config.problem_type
     if kind is None and config.num_labels == 1:
         kind = "regression"
     elif kind is None:
-        kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        kind = (
+            "multi_label_classification"
+            if labels.is_floating_point()
+            else "single_label_classification"
+        )
     if kind == "single_label_classification":
         return F.cross_entropy(logits, labels.reshape(-1).long())
     if labels.numel() != logits.numel():
-        raise InputError(f"labels: expected {tuple(logits.shape)} values, received {tuple(labels.shape)}")
+        raise InputError(
+            f"labels: expected {tuple(logits.shape)} values, received {tuple(labels.shape)}"
+        )
     labels = labels.reshape(logits.shape).to(logits.dtype)
     if kind == "regression":
         return F.mse_loss(logits, labels)
@@ -74,7 +83,9 @@ def question_answering(
     """
     length = start_BT.shape[1]
     parts = [
-        F.cross_entropy(widen(logits), positions.reshape(-1).long().clamp(0, length), ignore_index=length)
+        F.cross_entropy(
+            widen(logits), positions.reshape(-1).long().clamp(0, length), ignore_index=length
+        )
         for logits, positions in ((start_BT, start_positions), (end_BT, end_positions))
     ]
     return (parts[0] + parts[1]) / 2

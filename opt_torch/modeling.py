@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError
+from opt_core.errors import ConfigError, GenerationError
 from opt_core.generation import GenerationConfig
 from opt_core.params import Head
 from opt_core.tokenizer import OPTTokenizer
-from opt_torch import checkpoint, generation, losses
+from opt_torch import beam, checkpoint, generation, losses
 from opt_torch.attention import IMPLEMENTATIONS
 from opt_torch.cache import KVCache, init_cache
 from opt_torch.decoder import OPTDecoder, OPTOutput
 from opt_torch.inputs import check_inputs, check_window, full_mask
+
 
 class OPTPreTrainedModel(nn.Module):
     """What the model and its heads share: making, loading, saving and counting."""
@@ -70,7 +71,7 @@ class OPTPreTrainedModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def gradient_checkpointing_enable(self) -> None:
-        """In training, keep only each layer's input and compute the rest again when it is needed."""
+        """In training, keep only each layer's input and compute the rest again when needed."""
         self.get_decoder().gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -113,7 +114,9 @@ class OPTPreTrainedModel(nn.Module):
             cls, path_or_hub_id, dtype, device, attn_implementation, progress, config, **hub
         )
 
-    def save_pretrained(self, folder: str | PathLike[str], max_shard_size: str | int = "5GB") -> None:
+    def save_pretrained(
+        self, folder: str | PathLike[str], max_shard_size: str | int = "5GB"
+    ) -> None:
         """Writes config.json, generation_config.json and safetensors, as `transformers` reads them.
 
         Args:
@@ -134,16 +137,29 @@ class OPTPreTrainedModel(nn.Module):
     ) -> OPTOutput:
         """Checks the inputs, embeds them and runs the decoder."""
         input_ids, attention_mask, position_ids, inputs_embeds = check_inputs(
-            self.config, self.device, input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
+            self.config,
+            self.device,
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
         )
-        if inputs_embeds is None:
-            inputs_embeds = self.get_decoder().embed_tokens(input_ids)
-        count = inputs_embeds.shape[1]
+        decoder = self.get_decoder()
+        embeds = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        count = embeds.shape[1]
         mask = full_mask(attention_mask, count, past_key_values)
         if position_ids is None:
-            check_window(self.config, mask, count + (past_key_values.length if past_key_values else 0))
-        return self.get_decoder()(
-            inputs_embeds, position_ids, mask, past_key_values, output_hidden_states, output_attentions
+            check_window(
+                self.config, mask, count + (past_key_values.length if past_key_values else 0)
+            )
+        return decoder(
+            embeds,
+            position_ids,
+            mask,
+            past_key_values,
+            output_hidden_states,
+            output_attentions,
         )
 
 
@@ -228,9 +244,9 @@ class OPTForCausalLM(OPTPreTrainedModel):
             output_hidden_states, output_attentions,
         )  # fmt: skip
         assert out.last_hidden_state is not None
-        out.logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
+        out.logits = logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
         if labels is not None:
-            out.loss = losses.causal_lm(out.logits, losses.as_tensor(labels, self.device))
+            out.loss = losses.causal_lm(logits, losses.as_tensor(labels, self.device))
         return out
 
     def generate(
@@ -249,7 +265,8 @@ class OPTForCausalLM(OPTPreTrainedModel):
             attention_mask: (B, T): 1 for tokens, 0 for padding.
             generation_config: Settings; by default the checkpoint's.
             seed: Seed of sampling.
-            tokenizer: Needed for `stop_strings`; where given, ids it does not know are never generated.
+            tokenizer: Needed for `stop_strings`; where given, ids it does not know are
+                never generated.
             **overrides: Fields of `GenerationConfig`, such as `max_new_tokens=20`.
 
         Returns:
@@ -259,9 +276,12 @@ class OPTForCausalLM(OPTPreTrainedModel):
         Raises:
             GenerationError: A setting or prompt that cannot be honoured.
         """
-        return generation.generate(
-            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
+        request = generation.prepare(
+            self, input_ids, attention_mask, generation_config, tokenizer, **overrides
         )
+        if request.settings.is_beam_search:
+            return beam.search(self, request)
+        return generation.generate(self, request, seed, tokenizer)
 
     def stream(
         self,
@@ -272,10 +292,17 @@ class OPTForCausalLM(OPTPreTrainedModel):
         tokenizer: OPTTokenizer | None = None,
         **overrides: Any,
     ) -> Iterator[Tensor]:
-        """Yields the tokens of `generate` as they are made, (B * num_return_sequences,) ids at a time."""
-        return generation.stream(
-            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
+        """Yields the tokens of `generate`, whose arguments these are, as they are made.
+
+        Yields:
+            (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
+        """
+        request = generation.prepare(
+            self, input_ids, attention_mask, generation_config, tokenizer, **overrides
         )
+        if request.settings.is_beam_search:
+            raise GenerationError("beam search cannot stream: no token is certain before its end")
+        return generation.stream(self, request, seed, tokenizer)
 
 
 class OPTForSequenceClassification(OPTPreTrainedModel):
@@ -318,10 +345,10 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         assert out.last_hidden_state is not None
         last = losses.last_token(input_ids, out.last_hidden_state, self.config.pad_token_id)
         rows = torch.arange(len(last), device=last.device)
-        out.logits = self.score(out.last_hidden_state[rows, last])
+        out.logits = logits = self.score(out.last_hidden_state[rows, last])
         if labels is not None:
             labels = losses.as_tensor(labels, self.device)
-            out.loss = losses.classification(out.logits, labels, self.config)
+            out.loss = losses.classification(logits, labels, self.config)
         return out
 
 
@@ -363,8 +390,9 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
             output_hidden_states, output_attentions,
         )  # fmt: skip
-        out.start_logits, out.end_logits = self.qa_outputs(out.last_hidden_state).unbind(-1)
+        start_BT, end_BT = self.qa_outputs(out.last_hidden_state).unbind(-1)
+        out.start_logits, out.end_logits = start_BT, end_BT
         if start_positions is not None and end_positions is not None:
             positions = [losses.as_tensor(p, self.device) for p in (start_positions, end_positions)]
-            out.loss = losses.question_answering(out.start_logits, out.end_logits, *positions)
+            out.loss = losses.question_answering(start_BT, end_BT, *positions)
         return out

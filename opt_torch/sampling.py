@@ -1,7 +1,8 @@
 """Choosing the next token: filters of logits and draws, all pure functions.
 
-The order of the filters and their meanings are those of `transformers`. What a row has so far is given as
-ids (B, S) with a bool mask (B, S) that is False at padding, so that padding never changes a result.
+The order of the filters and their meanings are those of `transformers`. What a row has so far is
+given as ids (B, S) with a bool mask (B, S) that is False at padding, so that padding never changes
+a result.
 """
 
 from collections.abc import Sequence
@@ -35,8 +36,12 @@ def constrain(
         if word not in {(i,) for i in settings.eos_ids}:
             logits_BV = ban_word(logits_BV, ids_BS, mask_BS, word)
     if settings.min_length or settings.min_new_tokens:
-        is_short_B = (mask_BS.sum(1) < settings.min_length) | (made < (settings.min_new_tokens or 0))
-        logits_BV = torch.where(is_short_B[:, None], ban_tokens(logits_BV, settings.eos_ids), logits_BV)
+        is_short_B = (mask_BS.sum(1) < settings.min_length) | (
+            made < (settings.min_new_tokens or 0)
+        )
+        logits_BV = torch.where(
+            is_short_B[:, None], ban_tokens(logits_BV, settings.eos_ids), logits_BV
+        )
     if settings.suppress_tokens:
         logits_BV = ban_tokens(logits_BV, settings.suppress_tokens)
     if settings.begin_suppress_tokens and made == 0:
@@ -44,7 +49,9 @@ def constrain(
     return logits_BV
 
 
-def repetition_penalty(logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, penalty: float) -> Tensor:
+def repetition_penalty(
+    logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, penalty: float
+) -> Tensor:
     """Makes tokens that the row already has less likely (CTRL, arXiv 1909.05858)."""
     seen_BV = torch.zeros_like(logits_BV, dtype=torch.int32)
     seen_BV.scatter_add_(1, ids_BS, mask_BS.to(torch.int32))
@@ -55,10 +62,11 @@ def repetition_penalty(logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, penal
 def no_repeat_ngram(logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, size: int) -> Tensor:
     """Bans every token that would complete an n-gram the row already has."""
     S, before = ids_BS.shape[1], size - 1
-    if S < size:
+    if size > S:
         return logits_BV
     tail = ids_BS[:, S - before :]
-    # Window i is ids[i : i + size]: its first `before` ids are compared with the tail, its last is banned.
+    # Window i is ids[i : i + size]: its first `before` ids are compared with the tail, and
+    # its last one is banned.
     windows, real = ids_BS.unfold(1, size, 1), mask_BS.unfold(1, size, 1).all(-1)
     repeats = real & (windows[..., :before] == tail[:, None]).all(-1)
     banned_BV = torch.zeros_like(logits_BV, dtype=torch.int32)
@@ -95,7 +103,8 @@ def candidates(logits_BV: Tensor, settings: GenerationConfig) -> tuple[Tensor, T
         settings: temperature, top_k, top_p, min_p and typical_p, applied in this order.
 
     Returns:
-        Their logits, likeliest first and -inf for what the filters left out, and their ids, (B, C) each.
+        Their logits, likeliest first and -inf for what the filters left out, and their ids,
+        (B, C) each.
     """
     V = logits_BV.shape[-1]
     logits_BC, ids_BC = top_k(logits_BV / settings.temperature, min(settings.top_k or V, V))

@@ -1,4 +1,4 @@
-"""One adapter per framework, NumPy in and NumPy out, so that a test is written once and runs on all.
+"""One adapter per framework, NumPy in and NumPy out: a test is written once and runs on all.
 
 Models come from disk through `from_pretrained`: the adapters know nothing of a model's inside.
 """
@@ -40,7 +40,9 @@ class Backend:
 
     def model_class(self, head: Head) -> Any:
         """The class with a head."""
-        return getattr(importlib.import_module(f"opt_{self.name}"), PREFIXES[self.name] + CLASSES[head])
+        return getattr(
+            importlib.import_module(f"opt_{self.name}"), PREFIXES[self.name] + CLASSES[head]
+        )
 
     def load(self, path: Path, head: Head = "causal_lm", **options: Any) -> Any:
         """A model in evaluation mode."""

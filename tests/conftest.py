@@ -1,7 +1,7 @@
 """What every test shares: the frameworks set to full precision, and tiny models on disk."""
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,10 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def torch_is_quiet() -> Iterator[None]:
+def torch_is_quiet() -> None:
     """One thread: tiny models gain nothing from more, and two test workers share two cores."""
     if importlib.util.find_spec("torch"):
         import torch
 
         torch.set_num_threads(1)
-    yield

@@ -43,7 +43,11 @@ def test_beams_equal_the_oracle(backend, folder, num_beams, length_penalty, earl
         "early_stopping": early_stopping, "max_new_tokens": 10,
     }  # fmt: skip
     out = backend.generate(
-        backend.load(folder(variant)), ids, num_return_sequences=num_beams, eos_token_id=EOS, **search
+        backend.load(folder(variant)),
+        ids,
+        num_return_sequences=num_beams,
+        eos_token_id=EOS,
+        **search,
     )
     ours = list(without_padding(out[:, 6:], EOS))
     for row, prompt in enumerate(ids):
@@ -65,7 +69,9 @@ def test_filters_act_on_beams(backend, folder, settings):
     config = CONFIGS["pre_ln"]
     ids = make_prompts(config, 2, 6)
     search = {"num_beams": 3, "max_new_tokens": 9}
-    out = backend.generate(backend.load(folder("pre_ln")), ids, eos_token_id=EOS, **search, **settings)
+    out = backend.generate(
+        backend.load(folder("pre_ln")), ids, eos_token_id=EOS, **search, **settings
+    )
     ours = list(without_padding(out[:, 6:], EOS))
     for row, prompt in enumerate(ids):
         theirs = expected(config, prompt, {"eos_token_id": EOS, **settings}, 1, **search)

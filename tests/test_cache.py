@@ -23,7 +23,7 @@ def in_pieces(backend, model, ids, mask, cuts, whole_mask, slots=LENGTH):
     for end in [*cuts, ids.shape[1]]:
         given = {}
         if mask is not None:
-            given = {"attention_mask": mask[:, : end] if whole_mask else mask[:, start:end]}
+            given = {"attention_mask": mask[:, :end] if whole_mask else mask[:, start:end]}
         out = backend.run(model, input_ids=ids[:, start:end], past_key_values=cache, **given)
         cache, start = out.past_key_values, end
         logits.append(out.logits)
@@ -70,12 +70,20 @@ def test_explicit_positions_with_a_cache(backend, folder):
     model = backend.load(folder("pre_ln"))
     whole = backend.run(model, input_ids=ids, position_ids=positions).logits
     first = backend.run(
-        model, input_ids=ids[:, :8], position_ids=positions[:, :8], past_key_values=model.init_cache(2, 20)
+        model,
+        input_ids=ids[:, :8],
+        position_ids=positions[:, :8],
+        past_key_values=model.init_cache(2, 20),
     )
     second = backend.run(
-        model, input_ids=ids[:, 8:], position_ids=positions[:, 8:], past_key_values=first.past_key_values
+        model,
+        input_ids=ids[:, 8:],
+        position_ids=positions[:, 8:],
+        past_key_values=first.past_key_values,
     )
-    np.testing.assert_allclose(np.concatenate([first.logits, second.logits], 1), whole, rtol=0, atol=SAME)
+    np.testing.assert_allclose(
+        np.concatenate([first.logits, second.logits], 1), whole, rtol=0, atol=SAME
+    )
 
 
 def test_a_full_cache_is_an_error(backend, folder):

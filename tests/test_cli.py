@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import opt_torch
-from opt_cli.generate import DEFAULT_NEW_TOKENS, resolve_settings
+from opt_cli.generate import DEFAULT_NEW_TOKENS, _without_padding, resolve_settings
 from opt_cli.main import main
 from opt_core import GenerationConfig, OPTTokenizer, __version__
 from opt_core.errors import GenerationError
@@ -88,6 +88,27 @@ def test_generate_prints_prompt_and_text(stream: str, opt_lm: Run, tiny: Path):
     code, out, err = opt_lm("generate", "Now is", "-m", tiny, "-n", 20, stream)
     assert (code, out) == (0, expected + "\n")
     assert re.search(r"loaded in [\d.]+ s, \d+ tokens in [\d.]+ s, [\d.]+ tokens/s\n$", err)
+
+
+def test_a_stream_that_ends_inside_a_character_is_flushed(opt_lm: Run, tiny: Path):
+    for length in range(1, 9):
+        expected = expected_text(tiny, "Now is", max_new_tokens=length)
+        assert opt_lm("generate", "Now is", "-m", tiny, "-n", length).out == expected + "\n"
+
+
+@pytest.mark.parametrize(
+    ("ids", "kept"),
+    [
+        ([5, 2, 1, 1], [5, 2]),
+        ([5, 6, 1, 1], [5, 6]),
+        ([5, 1, 6], [5, 1, 6]),
+        ([2, 2], [2]),
+        ([], []),
+    ],
+)
+def test_padding_after_the_end_is_no_text(ids: list[int], kept: list[int]):
+    settings = GenerationConfig(eos_token_id=(2, 9), pad_token_id=1)
+    assert _without_padding(ids, settings) == kept
 
 
 def test_generate_passes_its_options_on(opt_lm: Run, tiny: Path):

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import conversion
 import opt_torch
 from conversion import backends
-from conversion.verify import PROMPTS
+from conversion.verify import PROMPTS, Difference, Report, Side
 from opt_core import OPTConfig
 from opt_core.errors import CheckpointError, ConfigError, InputError, OPTError, TokenizerError
 from opt_core.params import count_parameters
@@ -202,6 +202,26 @@ def test_verify_never_calls_nan_equal(original: Path, copy: Path):
     report = conversion.verify(original, copy, max_new_tokens=1)
     assert np.isnan(report.max_difference)
     assert not report.equal
+
+
+@pytest.mark.parametrize(
+    ("difference", "largest", "first", "equal"),
+    [
+        (0.009, 10.0, None, True),
+        (0.011, 10.0, None, False),
+        (0.0009, 0.1, None, True),
+        (0.0011, 0.1, None, False),
+        (0.0, 10.0, 0, False),
+        (float("nan"), 10.0, None, False),
+    ],
+)
+def test_equal_means_close_logits_and_the_same_tokens(
+    difference: float, largest: float, first: int | None, equal: bool
+):
+    a, b = Side("a", "torch"), Side("b", "torch")
+    same = Difference(b, "x", 0.0, 10.0, 4, None)
+    other = Difference(b, "y", difference, largest, 4, first)
+    assert Report(a, 1e-3, (same, other)).equal is equal
 
 
 def test_verify_without_a_tokenizer_uses_the_same_random_ids_each_time(tmp_path: Path):

@@ -21,7 +21,10 @@ VARIANTS = {
     "projected_pre_ln": PRE_LN.replace(word_embed_proj_dim=24),
     "no_bias": PRE_LN.replace(enable_bias=False),
     "no_affine": PRE_LN.replace(layer_norm_elementwise_affine=False),
-    **{f"activation_{name}": PRE_LN.replace(activation_function=name) for name in oracle.ACTIVATIONS},
+    **{
+        f"activation_{name}": PRE_LN.replace(activation_function=name)
+        for name in oracle.ACTIVATIONS
+    },
 }
 INPUTS = {
     "bare": {},
@@ -89,7 +92,14 @@ def test_embeddings_in_place_of_ids(backend, folder, variant):
 def test_nothing_asked_nothing_returned(backend, folder):
     ids = make_prompts(PRE_LN, 1, 4)
     out = backend.run(backend.load(folder("pre_ln")), input_ids=ids)
-    absent = ("loss", "hidden_states", "attentions", "past_key_values", "start_logits", "end_logits")
+    absent = (
+        "loss",
+        "hidden_states",
+        "attentions",
+        "past_key_values",
+        "start_logits",
+        "end_logits",
+    )
     assert all(getattr(out, name) is None for name in absent)
 
 
@@ -118,8 +128,10 @@ def test_sequence_classification(backend, folder, variant, task):
     labels_count, problem, labels = CLASSIFICATION[task]
     config = CONFIGS[variant].replace(num_labels=labels_count, problem_type=problem)
     ids = make_prompts(config, 3, 9)
-    ids[0, 6:], ids[1, :4] = config.pad_token_id, config.pad_token_id
-    mask = (ids != config.pad_token_id).astype(int)
+    pad = config.pad_token_id
+    assert pad is not None
+    ids[0, 6:], ids[1, :4] = pad, pad
+    mask = (ids != pad).astype(int)
     head = "sequence_classification"
     model = backend.load(folder(config, head), head)
     out = backend.run(model, input_ids=ids, attention_mask=mask, labels=labels)

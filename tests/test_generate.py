@@ -1,4 +1,4 @@
-"""Generation: against the oracle, and against itself cut, padded, batched and streamed differently."""
+"""Generation: against the oracle, and against itself cut, padded, batched and streamed."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ PLAIN = {"eos_token_id": None, "max_new_tokens": 24}
 
 @pytest.mark.parametrize("variant", CONFIGS)
 def test_greedy_equals_the_oracle(backend, folder, variant):
-    """256 tokens, checked in one uncached pass of the oracle: each one is its predecessor's argmax."""
+    """256 tokens, checked in one uncached pass of the oracle: each is its predecessor's argmax."""
     config = CONFIGS[variant]
     ids = make_prompts(config, 2, 9)
     model = backend.load(folder(variant))
@@ -73,7 +73,9 @@ def test_a_batch_is_its_rows(backend, folder, variant):
         np.testing.assert_array_equal(together[row, 11:], alone[0, length:])
 
 
-@pytest.mark.parametrize("settings", [{}, {"do_sample": True}, {"do_sample": True, "num_return_sequences": 3}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"do_sample": True}, {"do_sample": True, "num_return_sequences": 3}]
+)
 def test_stream_equals_generate(backend, folder, settings):
     ids = make_prompts(CONFIGS["pre_ln"], 2, 5)
     model = backend.load(folder("pre_ln"))
@@ -187,7 +189,7 @@ def test_bad_prompts_raise_one_clear_line(backend, folder):
         model.generate(ids, attention_mask=make_mask("right", [5, 3]), max_new_tokens=2)
     with pytest.raises(GenerationError, match="prompt 0 ends in padding"):
         model.generate(ids, attention_mask=np.zeros_like(ids), max_new_tokens=2)
-    with pytest.raises(InputError, match="input_ids.*99"):
+    with pytest.raises(InputError, match=r"input_ids.*99"):
         model.generate(ids * 0 + 99, max_new_tokens=2)
     with pytest.raises(GenerationError, match="beam search cannot stream"):
         model.stream(ids, num_beams=2, max_new_tokens=2)

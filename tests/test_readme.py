@@ -16,7 +16,9 @@ def test_python_blocks(tmp_path, monkeypatch, capsys):
     assert len(BLOCKS) >= 4
     names: dict[str, object] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the classifier's head is new, as the text says
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # the classifier's head is new, as the text says
         for block in BLOCKS:
             exec(compile(block, str(README), "exec"), names)
     printed = capsys.readouterr().out

@@ -9,19 +9,20 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import opt_torch  # noqa: E402
+from opt_core.config import OPTConfig  # noqa: E402
 from opt_core.errors import ConfigError  # noqa: E402
 from opt_torch import attention  # noqa: E402
 from tests.configs import CONFIGS  # noqa: E402
 from tests.reference import make_mask, make_prompts  # noqa: E402
 
 
-def model_of(folder, variant="pre_ln", **options):
+def model_of(folder, variant: str | OPTConfig = "pre_ln", **options):
     return opt_torch.OPTForCausalLM.from_pretrained(folder(variant), **options)
 
 
 @pytest.fixture
 def varlen_on_cpu(monkeypatch):
-    """PyTorch's variable-length kernel runs on CUDA only; this one has its meaning, for the packing."""
+    """PyTorch's variable-length kernel runs on CUDA only; this one means the same, for packing."""
 
     def varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, window_size):
         assert window_size == (-1, 0)
@@ -29,18 +30,22 @@ def varlen_on_cpu(monkeypatch):
         assert longest_k >= starts_k.diff().max()
         out = torch.empty_like(q)
         for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
-            rows = [x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])]
-            out[a:b] = attention.eager(*rows, None, 0.0)[0][0].transpose(0, 1)
+            query, key, value = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+            out[a:b] = attention.eager(query, key, value, None, 0.0)[0][0].transpose(0, 1)
         return out
 
     monkeypatch.setattr(attention, "varlen_attn", varlen)
     monkeypatch.setattr(attention, "check_flash", lambda device, dtype: None)
 
 
-@pytest.mark.parametrize("mask", [make_mask("left", [9, 5, 2]), make_mask("right", [9, 5, 2])], ids=["left", "right"])
+@pytest.mark.parametrize(
+    "mask", [make_mask("left", [9, 5, 2]), make_mask("right", [9, 5, 2])], ids=["left", "right"]
+)
 def test_packing_padding_away_changes_no_token(folder, varlen_on_cpu, mask):
     ids = make_prompts(CONFIGS["pre_ln"], 3, 9)
-    packed = model_of(folder, attn_implementation="flash_attention_2")(ids, attention_mask=mask).logits
+    packed = model_of(folder, attn_implementation="flash_attention_2")(
+        ids, attention_mask=mask
+    ).logits
     plain = model_of(folder)(ids, attention_mask=mask).logits
     seen = torch.tensor(mask).bool()
     torch.testing.assert_close(packed[seen], plain[seen], rtol=0, atol=2e-5)
@@ -54,7 +59,9 @@ def test_packing_works_through_a_cache(folder, varlen_on_cpu):
 
 
 def test_flash_attention_says_where_it_cannot_run(folder):
-    with pytest.raises(ConfigError, match="needs a CUDA device and float16 or bfloat16, received cpu and float32"):
+    with pytest.raises(
+        ConfigError, match="needs a CUDA device and float16 or bfloat16, received cpu and float32"
+    ):
         model_of(folder, attn_implementation="flash_attention_2")
 
 
@@ -119,7 +126,8 @@ def test_gradient_checkpointing_changes_no_gradient(folder, variant):
 def test_gradient_checkpointing_really_recomputes(folder):
     model = model_of(folder).train()
     calls = []
-    model.get_decoder().layers[0].fc1.register_forward_hook(lambda *_: calls.append(1))
+    fc1 = model.get_decoder().get_submodule("layers.0.fc1")
+    fc1.register_forward_hook(lambda *_: calls.append(1))
     model.gradient_checkpointing_enable()
     ids = make_prompts(CONFIGS["pre_ln"], 1, 4)
     model(ids, labels=ids).loss.backward()
@@ -140,7 +148,10 @@ def test_half_precision_is_near_and_finite(folder, variant, dtype):
 
 
 def test_tied_weights_are_one_parameter(folder):
-    tied, untied = model_of(folder), model_of(folder, CONFIGS["pre_ln"].replace(tie_word_embeddings=False))
+    tied, untied = (
+        model_of(folder),
+        model_of(folder, CONFIGS["pre_ln"].replace(tie_word_embeddings=False)),
+    )
     assert tied.lm_head.weight is tied.get_decoder().embed_tokens.weight
     assert untied.num_parameters() - tied.num_parameters() == 99 * 32
 
@@ -162,8 +173,12 @@ def test_weights_stay_in_the_file_until_changed(folder):
 
 def test_a_fresh_head_warns(folder):
     config = CONFIGS["pre_ln"].replace(num_labels=5)
-    with pytest.warns(UserWarning, match=r"no score\.weight in this checkpoint; it is freshly initialised"):
-        model = opt_torch.OPTForSequenceClassification.from_pretrained(folder("pre_ln"), config=config)
+    with pytest.warns(
+        UserWarning, match=r"no score\.weight in this checkpoint; it is freshly initialised"
+    ):
+        model = opt_torch.OPTForSequenceClassification.from_pretrained(
+            folder("pre_ln"), config=config
+        )
     assert model.score.weight.shape == (5, 32)
     assert 0 < model.score.weight.std() < 0.1
 

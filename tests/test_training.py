@@ -12,12 +12,17 @@ from tests.reference import make_prompts, reference, tensors
 STEP_TOLERANCE = 1e-5
 """Of parameters after three optimizer steps."""
 CONFIG = TrainConfig(
-    max_steps=6, warmup_steps=2, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5, adam_epsilon=1e-6
+    max_steps=6,
+    warmup_steps=2,
+    learning_rate=1e-3,
+    weight_decay=0.1,
+    max_grad_norm=0.5,
+    adam_epsilon=1e-6,
 )
 
 
 def reference_steps(config, batches):
-    """Three AdamW steps of transformers' model in float64, written out by the rules of the config."""
+    """Three AdamW steps of transformers' model in float64, written out by the config's rules."""
     torch = pytest.importorskip("torch")
     model = reference(config).requires_grad_(True)
     decayed = {spec.name for spec in param_specs(config) if spec.decays}
@@ -53,11 +58,13 @@ def test_three_steps_equal_float64(backend, folder, variant):
 
 
 def test_a_small_text_is_learnt(backend):
-    """A period of 16 tokens: the loss must fall to nearly nothing, and generation must continue it."""
+    """A period of 16 tokens: the loss must fall to nearly nothing, and generation continue it."""
     config = CONFIGS["pre_ln"].replace(dropout=0.0, max_position_embeddings=64)
     period = np.random.default_rng(0).permutation(np.arange(10, 26))
     stream = np.tile(period, 20)
-    train = TrainConfig(max_steps=150, batch_size=8, sequence_length=32, learning_rate=5e-3, warmup_steps=10)
+    train = TrainConfig(
+        max_steps=150, batch_size=8, sequence_length=32, learning_rate=5e-3, warmup_steps=10
+    )
     model = backend.model_class("causal_lm")(config, seed=0)
     losses = backend.fit(model, token_batches(stream, 8, 32), train)
     assert losses[0] > 4

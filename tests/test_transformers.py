@@ -1,4 +1,4 @@
-"""Live `transformers` as the second reference: the same files, the same numbers, in both directions."""
+"""Live `transformers` as the second reference: the same files and numbers, in both directions."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,9 @@ def test_what_we_save_they_load(backend, folder, variant, tmp_path):
     model = backend.load(folder(VARIANTS[variant]))
     model.save_pretrained(tmp_path / "ours", max_shard_size="20KB")
     theirs = theirs_from(tmp_path / "ours")(**tensors({"input_ids": ids})).logits.detach().numpy()
-    np.testing.assert_allclose(backend.run(model, input_ids=ids).logits, theirs, rtol=CLOSE, atol=CLOSE)
+    np.testing.assert_allclose(
+        backend.run(model, input_ids=ids).logits, theirs, rtol=CLOSE, atol=CLOSE
+    )
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -66,8 +68,18 @@ SETTINGS = {
     "greedy_eos": {"eos_token_id": EOS},
     "filters": {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "suppress_tokens": [5, 6]},
     "beams": {"num_beams": 3, "num_return_sequences": 3, "eos_token_id": EOS},
-    "beams_long": {"num_beams": 4, "length_penalty": 2.0, "early_stopping": "never", "eos_token_id": EOS},
-    "beams_short": {"num_beams": 4, "length_penalty": 0.3, "early_stopping": True, "eos_token_id": EOS},
+    "beams_long": {
+        "num_beams": 4,
+        "length_penalty": 2.0,
+        "early_stopping": "never",
+        "eos_token_id": EOS,
+    },
+    "beams_short": {
+        "num_beams": 4,
+        "length_penalty": 0.3,
+        "early_stopping": True,
+        "eos_token_id": EOS,
+    },
     "beams_filters": {"num_beams": 3, "no_repeat_ngram_size": 2, "eos_token_id": EOS},
 }
 
@@ -99,7 +111,10 @@ def test_generated_ids_are_identical(backend, folder, variant, name, padded):
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients(backend, folder, variant, side):
-    """Against float64 gradients; the key bias has none, mathematically, so its rounding noise counts."""
+    """Against float64 gradients.
+
+    The key bias has none, mathematically, so its rounding noise is held against all the others.
+    """
     config = VARIANTS[variant]
     ids = make_prompts(config, 3, 9)
     mask = make_mask(side, [9, 5, 3]) if side else np.ones_like(ids)
@@ -114,4 +129,6 @@ def test_gradients(backend, folder, variant, side):
     scale = max(np.abs(g).max() for g in theirs.values())
     for name, gradient in theirs.items():
         size = scale if name.endswith("k_proj.bias") else np.abs(gradient).max()
-        np.testing.assert_allclose(ours[name], gradient, rtol=0, atol=GRADIENT_TOLERANCE * size, err_msg=name)
+        np.testing.assert_allclose(
+            ours[name], gradient, rtol=0, atol=GRADIENT_TOLERANCE * size, err_msg=name
+        )

@@ -14,7 +14,9 @@ from opt_core import OPTTokenizer
 WEIGHTS = os.environ.get("OPT_WEIGHTS")
 pytestmark = [
     pytest.mark.weights,
-    pytest.mark.skipif(WEIGHTS is None, reason="needs real checkpoints, in the folder named by OPT_WEIGHTS"),
+    pytest.mark.skipif(
+        WEIGHTS is None, reason="needs real checkpoints, in the folder named by OPT_WEIGHTS"
+    ),
 ]
 GOLDEN_TOLERANCE = 5e-5
 METASEQ_TOLERANCE = 1e-4
@@ -54,7 +56,9 @@ def test_logits_of_opt_350m_are_metaseqs(backend):
     tokenizer = OPTTokenizer.from_pretrained(checkpoint("opt-350m"))
     batch = tokenizer(PROMPTS, add_special_tokens=False)
     out = backend.run(
-        backend.load(checkpoint("opt-350m")), input_ids=batch.input_ids, attention_mask=batch.attention_mask
+        backend.load(checkpoint("opt-350m")),
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
     )
     np.testing.assert_allclose(out.logits.mean(-1), MEAN_LOGITS, rtol=0, atol=METASEQ_TOLERANCE)
 
@@ -62,11 +66,13 @@ def test_logits_of_opt_350m_are_metaseqs(backend):
 GREEDY = {
     "opt-125m": [
         "Today is a beautiful day and I want to", "In the city of New York, the city",
-        "Paris is the capital of France and the capital", "Computers and mobile phones have taken over the",
+        "Paris is the capital of France and the capital",
+        "Computers and mobile phones have taken over the",
     ],
     "opt-350m": [
         "Today is a beautiful day and I want to", "In the city of San Francisco, the city",
-        "Paris is the capital of France and the capital", "Computers and mobile phones have taken over the",
+        "Paris is the capital of France and the capital",
+        "Computers and mobile phones have taken over the",
     ],
 }  # fmt: skip
 
@@ -89,7 +95,9 @@ def test_a_left_padded_batch(backend):
     model = backend.load(checkpoint("opt-350m"))
     prompts = ["Hello, my dog is a little", "Today, I"]
     batch = tokenizer(prompts, padding_side="left")
-    out = backend.generate(model, batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=10)
+    out = backend.generate(
+        model, batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=10
+    )
     assert tokenizer.batch_decode(out) == [
         "Hello, my dog is a little bit of a dork.\nI'm a",
         "Today, I was in the middle of a conversation with a friend",

@@ -116,6 +116,13 @@ def test_a_lost_final_norm_is_an_error_that_says_so(tmp_path):
     assert_same(loaded(plan(folder, TINY.replace(_remove_final_layer_norm=True))), weights)
 
 
+def test_absent_layers_say_nothing_about_their_biases(tmp_path):
+    weights = {name: array for name, array in random_weights().items() if ".layers." not in name}
+    with pytest.raises(CheckpointError, match="32 missing") as caught:
+        plan(write(tmp_path, weights))
+    assert "config.json" not in str(caught.value)
+
+
 def test_a_hostile_layer_number(tmp_path):
     weights = random_weights()
     weights[f"model.decoder.layers.{'9' * 5000}.fc1.weight"] = np.ones(1, np.float32)

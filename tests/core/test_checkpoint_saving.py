@@ -72,7 +72,8 @@ def test_the_config_names_the_class_and_the_type(tmp_path):
 
 def test_shards_are_no_larger_than_asked_and_the_index_describes_them(tmp_path):
     weights = random_weights()
-    save(tmp_path / "model", weights, max_shard_size=700)
+    assert weights[EMBEDDING].nbytes > 600  # the first tensor alone is more
+    save(tmp_path / "model", weights, max_shard_size=600)
     index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in weights.values())
     shards = sorted(set(index["weight_map"].values()))
@@ -81,7 +82,7 @@ def test_shards_are_no_larger_than_asked_and_the_index_describes_them(tmp_path):
     for shard in shards:
         arrays = load_file(tmp_path / "model" / shard)
         assert all(index["weight_map"][name] == shard for name in arrays)
-        assert len(arrays) == 1 or sum(a.nbytes for a in arrays.values()) <= 700
+        assert len(arrays) == 1 or sum(a.nbytes for a in arrays.values()) <= 600
     assert count > 3
     save(tmp_path / "one", weights, max_shard_size=sum(a.nbytes for a in weights.values()))
     assert names_in(tmp_path / "one") == ["config.json", "model.safetensors"]

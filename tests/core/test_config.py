@@ -1,4 +1,4 @@
-"""The configuration: published sizes, files of every age, and everything that must not be accepted."""
+"""The configuration: published sizes, files of every age, and what must not be accepted."""
 
 import dataclasses
 import json
@@ -31,13 +31,17 @@ def test_defaults_are_opt_125m():
 
 
 def test_official_shapes():
-    """Head sizes and the odd one out: only opt-350m is post-LN, projected and without a last norm."""
+    """Head sizes, and the odd one out: only opt-350m is post-LN, projected, without a last norm."""
     heads = {name: OPTConfig.from_preset(name).head_dim for name in PRESETS}
     assert heads["opt-2.7b"] == 80
     assert heads["opt-1.3b"] == 64
     assert heads["opt-175b"] == 128
     odd = [n for n in PRESETS if OPTConfig.from_preset(n).has_projections]
-    assert odd == [n for n in PRESETS if not OPTConfig.from_preset(n).has_final_layer_norm] == ["opt-350m"]
+    assert (
+        odd
+        == [n for n in PRESETS if not OPTConfig.from_preset(n).has_final_layer_norm]
+        == ["opt-350m"]
+    )
 
 
 def test_a_preset_name_must_match_exactly():
@@ -50,10 +54,23 @@ def test_a_preset_name_must_match_exactly():
     [
         {},
         {"word_embed_proj_dim": 512, "do_layer_norm_before": False},
-        {"enable_bias": False, "layer_norm_elementwise_affine": False, "_remove_final_layer_norm": True},
+        {
+            "enable_bias": False,
+            "layer_norm_elementwise_affine": False,
+            "_remove_final_layer_norm": True,
+        },
         {"num_labels": 5},
-        {"num_labels": 2, "id2label": {0: "no", 1: "yes"}, "problem_type": "single_label_classification"},
-        {"tie_word_embeddings": False, "dtype": "bfloat16", "pad_token_id": None, "bos_token_id": None},
+        {
+            "num_labels": 2,
+            "id2label": {0: "no", 1: "yes"},
+            "problem_type": "single_label_classification",
+        },
+        {
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+            "pad_token_id": None,
+            "bos_token_id": None,
+        },
     ],
     ids=str,
 )
@@ -77,8 +94,16 @@ def test_round_trip_through_a_file(tmp_path, changes):
         ({"share_input_output_embed": True}, "tie_word_embeddings", True),
         ({"bias": False, "enable_bias": False}, "enable_bias", False),
         ({"id2label": {"0": "a", "1": "b", "2": "c"}}, "num_labels", 3),
-        ({"scale_embedding": False, "learned_embeddings": True, "quantization_config": None}, "dropout", 0.1),
-        ({"output_projection": True, "decoder_layernorm": True, "activation_dropout": 0.0}, "dropout", 0.1),
+        (
+            {"scale_embedding": False, "learned_embeddings": True, "quantization_config": None},
+            "dropout",
+            0.1,
+        ),
+        (
+            {"output_projection": True, "decoder_layernorm": True, "activation_dropout": 0.0},
+            "dropout",
+            0.1,
+        ),
         ({"something_new": None}, "dropout", 0.1),
     ],
     ids=str,

@@ -1,6 +1,7 @@
 """Generation settings: transformers' defaults and files, and refusals that name the setting."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,10 @@ def test_the_hubs_file(tmp_path):
 
 
 def test_round_trip(tmp_path):
+    lists: dict[str, Any] = {"eos_token_id": [2, 5], "bad_words_ids": [[3], [4, 5]]}
     config = GenerationConfig(
-        do_sample=True, temperature=0.7, eos_token_id=[2, 5], stop_strings="\n", bad_words_ids=[[3], [4, 5]],
-        max_new_tokens=9, early_stopping="never",
+        do_sample=True, temperature=0.7, stop_strings="\n", max_new_tokens=9,
+        early_stopping="never", **lists,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     assert GenerationConfig.from_pretrained(tmp_path) == config
@@ -38,7 +40,14 @@ def test_round_trip(tmp_path):
 
 
 def test_features_that_are_switched_off_are_accepted(tmp_path):
-    write(tmp_path, num_beam_groups=1, diversity_penalty=0.0, use_cache=True, top_k=None, penalty_alpha=None)
+    write(
+        tmp_path,
+        num_beam_groups=1,
+        diversity_penalty=0.0,
+        use_cache=True,
+        top_k=None,
+        penalty_alpha=None,
+    )
     assert GenerationConfig.from_pretrained(tmp_path) == GenerationConfig()
 
 
@@ -47,7 +56,7 @@ def test_features_that_are_switched_off_are_accepted(tmp_path):
     [
         ({"num_beam_groups": 2}, "num_beam_groups is not supported"),
         ({"penalty_alpha": 0.6}, "penalty_alpha is not supported"),
-        ({"temprature": 0.6}, "unknown generation option 'temprature'; did you mean 'temperature'"),
+        ({"temperatre": 0.6}, "unknown generation option 'temperatre'; did you mean 'temperature'"),
         ({"zzz": 1}, "unknown generation option 'zzz'; expected one of max_length"),
         ({"temperature": 0}, "temperature"),
         ({"do_sample": "yes"}, "do_sample: expected True or False"),

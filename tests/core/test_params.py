@@ -1,12 +1,14 @@
 """The parameter list: published counts, names, and what follows from them."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from opt_core.config import OPTConfig
 from opt_core.dialects import KERAS, NNX, TORCH
 from opt_core.initialization import initial_value
-from opt_core.params import count_parameters, param_specs
+from opt_core.params import Head, count_parameters, param_specs
 from tests.configs import CONFIGS
 
 PUBLISHED = {
@@ -37,7 +39,7 @@ def test_names_are_unique_and_axes_fit(variant):
 
 
 def test_what_each_option_adds_or_removes():
-    def names(head="causal_lm", **changes):
+    def names(head: Head = "causal_lm", **changes: Any) -> set[str]:
         return {s.name for s in param_specs(CONFIGS["pre_ln"].replace(**changes), head)}
 
     base = names()
@@ -45,7 +47,10 @@ def test_what_each_option_adds_or_removes():
     final = {f"model.decoder.final_layer_norm.{leaf}" for leaf in ("weight", "bias")}
     assert base - names(_remove_final_layer_norm=True) == final
     assert base - names(do_layer_norm_before=False) == final
-    assert {n.split(".")[-2] for n in names(word_embed_proj_dim=24) - base} == {"project_in", "project_out"}
+    assert {n.split(".")[-2] for n in names(word_embed_proj_dim=24) - base} == {
+        "project_in",
+        "project_out",
+    }
     assert all("norm" in n for n in base - names(layer_norm_elementwise_affine=False))
     assert all(n.endswith("bias") and "norm" not in n for n in base - names(enable_bias=False))
     assert names("sequence_classification") - base == {"score.weight"}
@@ -96,8 +101,8 @@ def test_initial_values_do_not_depend_on_the_order():
     forwards = {s.name: initial_value(s, config, 1) for s in specs}
     backwards = {s.name: initial_value(s, config, 1) for s in reversed(specs)}
     assert all(np.array_equal(forwards[n], backwards[n]) for n in forwards)
-    weights = [forwards[f"model.decoder.layers.{i}.fc1.weight"] for i in (0, 1)]
-    assert not np.array_equal(*weights)
+    first, second = (forwards[f"model.decoder.layers.{i}.fc1.weight"] for i in (0, 1))
+    assert not np.array_equal(first, second)
     without_pad = config.replace(pad_token_id=None)
     assert initial_value(specs[0], without_pad, 1)[1].any()
     assert not forwards[specs[0].name][1].any()

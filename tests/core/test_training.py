@@ -54,7 +54,9 @@ def test_batches_are_windows_of_the_stream_and_repeatable():
     again = list(itertools.islice(token_batches(stream, 4, 7, seed=1), 50))
     assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
     assert all((np.diff(b) == 1).all() for b in batches)
-    assert {int(row[0]) for b in batches for row in b} >= {0, 93}, "the first or last window is missed"
+    assert {int(row[0]) for b in batches for row in b} >= {0, 93}, (
+        "the first or last window is missed"
+    )
     assert batches[0].dtype == np.int32
 
 
