@@ -1,13 +1,9 @@
 """OPT for PyTorch."""
 
 from opt_torch.cache import KVCache
-from opt_torch.modeling import (
-    OPTForCausalLM,
-    OPTForQuestionAnswering,
-    OPTForSequenceClassification,
-    OPTModel,
-    OPTOutput,
-)
+from opt_torch.decoder import OPTOutput
+from opt_torch.heads import OPTForQuestionAnswering, OPTForSequenceClassification
+from opt_torch.modeling import OPTForCausalLM, OPTModel
 
 __all__ = [
     "KVCache",

@@ -9,6 +9,7 @@ from torch.nn.attention.varlen import varlen_attn
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_torch.cache import KVCache
+from opt_torch.linear import Linear
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
 
@@ -23,10 +24,10 @@ class OPTAttention(nn.Module):
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.dropout = config.attention_dropout
         D, bias = config.hidden_size, config.enable_bias
-        self.k_proj = nn.Linear(D, D, bias=bias)
-        self.v_proj = nn.Linear(D, D, bias=bias)
-        self.q_proj = nn.Linear(D, D, bias=bias)
-        self.out_proj = nn.Linear(D, D, bias=bias)
+        self.k_proj = Linear(D, D, bias=bias)
+        self.v_proj = Linear(D, D, bias=bias)
+        self.q_proj = Linear(D, D, bias=bias)
+        self.out_proj = Linear(D, D, bias=bias)
 
     def forward(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 from opt_core.errors import GenerationError
 from opt_core.generation import GenerationConfig
 from opt_torch import generation, sampling
+from opt_torch.linear import pack
 
 if TYPE_CHECKING:
     from opt_torch.generation import Request
@@ -64,6 +65,7 @@ def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
         raise GenerationError("stop_strings with num_beams > 1 is not supported; use eos_token_id")
     (B, prompt), W, L = request.ids.shape, settings.num_beams, request.new_tokens
     device = model.device
+    pack(model, model.get_decoder().embed_tokens.weight)
     rows = torch.arange(B, device=device).repeat_interleave(W)
     logits, cache = generation.prefill(
         model, request.ids, request.mask, model.init_cache(B, prompt + L - 1)

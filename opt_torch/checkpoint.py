@@ -53,7 +53,7 @@ def from_pretrained(
     home = folder if folder.is_dir() else folder.parent
     config = config or OPTConfig.from_pretrained(home)
     plan = files.plan_load(files.open_checkpoint(folder), config, cls.head)
-    target = torch.device(device)
+    target = usable_device(device)
     if attn_implementation == "flash_attention_2":
         attention.check_flash(target, wanted_dtype(dtype, plan))
     model = cls(plan.config, seed=None, attn_implementation=attn_implementation)
@@ -71,6 +71,15 @@ def from_pretrained(
     if (home / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(home)
     return model
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, if this machine and this build of PyTorch have it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device: {str(device)!r} cannot be used here: {reason}") from None
 
 
 def save_pretrained(

@@ -12,6 +12,7 @@ from opt_core.config import OPTConfig
 from opt_core.params import POSITION_OFFSET
 from opt_torch.attention import OPTAttention, make_bias
 from opt_torch.cache import KVCache, position_rows
+from opt_torch.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -61,8 +62,8 @@ class OPTDecoderLayer(nn.Module):
         self.activation = ACTIVATIONS[config.activation_function]
         self.self_attn = OPTAttention(config, layer, implementation)
         self.self_attn_layer_norm = make_norm(config)
-        self.fc1 = nn.Linear(D, config.ffn_dim, bias=bias)
-        self.fc2 = nn.Linear(config.ffn_dim, D, bias=bias)
+        self.fc1 = Linear(D, config.ffn_dim, bias=bias)
+        self.fc2 = Linear(config.ffn_dim, D, bias=bias)
         self.final_layer_norm = make_norm(config)
 
     def forward(
@@ -101,8 +102,8 @@ class OPTDecoder(nn.Module):
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, P, padding_idx=config.pad_token_id)
         self.embed_positions = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, D)
-        self.project_out = nn.Linear(D, P, bias=False) if config.has_projections else None
-        self.project_in = nn.Linear(P, D, bias=False) if config.has_projections else None
+        self.project_out = Linear(D, P, bias=False) if config.has_projections else None
+        self.project_in = Linear(P, D, bias=False) if config.has_projections else None
         self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None
         self.layers = nn.ModuleList(
             OPTDecoderLayer(config, i, implementation) for i in range(config.num_hidden_layers)

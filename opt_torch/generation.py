@@ -17,6 +17,7 @@ from opt_core.tokenizer import OPTTokenizer
 from opt_torch import sampling
 from opt_torch.cache import KVCache
 from opt_torch.inputs import check_inputs, full_mask
+from opt_torch.linear import pack
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -131,6 +132,7 @@ def stream(
     settings, copies = request.settings, request.settings.num_return_sequences
     B, prompt = request.ids.shape
     generator = torch.Generator(model.device).manual_seed(seed)
+    pack(model, model.get_decoder().embed_tokens.weight)
     cache = model.init_cache(B, prompt + request.new_tokens - 1)
     logits, cache = prefill(model, request.ids, request.mask, cache)
     ids, mask = (

@@ -1,4 +1,4 @@
-"""The models: the decoder alone, and with each head."""
+"""The models: what all share, the decoder alone, and the language model."""
 
 from collections.abc import Callable, Iterator
 from os import PathLike
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, GenerationError
 from opt_core.generation import GenerationConfig
-from opt_core.params import Head
+from opt_core.params import Head, count_parameters
 from opt_core.tokenizer import OPTTokenizer
 from opt_torch import beam, checkpoint, generation, losses
 from opt_torch.attention import IMPLEMENTATIONS
 from opt_torch.cache import KVCache, init_cache
 from opt_torch.decoder import OPTDecoder, OPTOutput
 from opt_torch.inputs import check_inputs, check_window, full_mask
+from opt_torch.linear import Linear, unpack
 
 
 class OPTPreTrainedModel(nn.Module):
@@ -68,7 +69,12 @@ class OPTPreTrainedModel(nn.Module):
 
     def num_parameters(self) -> int:
         """Number of parameters, a tied head counted once."""
-        return sum(p.numel() for p in self.parameters())
+        return count_parameters(self.config, self.head)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters with their names, none of them packed (`opt_torch.linear`)."""
+        unpack(self)
+        return super().named_parameters(*args, **kwargs)
 
     def gradient_checkpointing_enable(self) -> None:
         """In training, keep only each layer's input and compute the rest again when needed."""
@@ -212,7 +218,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
 
     def _build(self, implementation: str) -> None:
         super()._build(implementation)
-        self.lm_head = nn.Linear(self.config.embed_dim, self.config.vocab_size, bias=False)
+        self.lm_head = Linear(self.config.embed_dim, self.config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -303,96 +309,3 @@ class OPTForCausalLM(OPTPreTrainedModel):
         if request.settings.is_beam_search:
             raise GenerationError("beam search cannot stream: no token is certain before its end")
         return generation.stream(self, request, seed, tokenizer)
-
-
-class OPTForSequenceClassification(OPTPreTrainedModel):
-    """A classifier or regressor over whole texts."""
-
-    head = "sequence_classification"
-
-    def _build(self, implementation: str) -> None:
-        super()._build(implementation)
-        self.score = nn.Linear(self.config.embed_dim, self.config.num_labels, bias=False)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-    ) -> OPTOutput:
-        """Scores each text at its last token that is not `pad_token_id` (transformers' rule).
-
-        Args:
-            input_ids: As in `OPTModel.forward`, like the other arguments not listed here.
-            attention_mask: See there.
-            position_ids: See there.
-            inputs_embeds: See there; the very last token is scored then.
-            past_key_values: See there.
-            labels: (B,) class numbers, (B,) or (B, num_labels) floats for regression, or
-                (B, num_labels) floats in 0..1 for several labels at once.
-            output_hidden_states: Return `hidden_states`.
-            output_attentions: Return `attentions`.
-        """
-        out = self._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states, output_attentions,
-        )  # fmt: skip
-        assert out.last_hidden_state is not None
-        last = losses.last_token(input_ids, out.last_hidden_state, self.config.pad_token_id)
-        rows = torch.arange(len(last), device=last.device)
-        out.logits = logits = self.score(out.last_hidden_state[rows, last])
-        if labels is not None:
-            labels = losses.as_tensor(labels, self.device)
-            out.loss = losses.classification(logits, labels, self.config)
-        return out
-
-
-class OPTForQuestionAnswering(OPTPreTrainedModel):
-    """Extractive question answering: where the answer starts and ends."""
-
-    head = "question_answering"
-
-    def _build(self, implementation: str) -> None:
-        super()._build(implementation)
-        self.qa_outputs = nn.Linear(self.config.embed_dim, 2)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-    ) -> OPTOutput:
-        """Computes start and end logits, and the loss where both positions are given.
-
-        Args:
-            input_ids: As in `OPTModel.forward`, like the other arguments not listed here.
-            attention_mask: See there.
-            position_ids: See there.
-            inputs_embeds: See there.
-            past_key_values: See there.
-            start_positions: (B,) first token of the answer; beyond the sequence: ignored.
-            end_positions: (B,) last token of the answer; beyond the sequence: ignored.
-            output_hidden_states: Return `hidden_states`.
-            output_attentions: Return `attentions`.
-        """
-        out = self._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states, output_attentions,
-        )  # fmt: skip
-        start_BT, end_BT = self.qa_outputs(out.last_hidden_state).unbind(-1)
-        out.start_logits, out.end_logits = start_BT, end_BT
-        if start_positions is not None and end_positions is not None:
-            positions = [losses.as_tensor(p, self.device) for p in (start_positions, end_positions)]
-            out.loss = losses.question_answering(start_BT, end_BT, *positions)
-        return out

@@ -61,8 +61,9 @@ class Backend:
         return importlib.import_module("torch").tensor(value)
 
     def run(self, model: Any, **inputs: Any) -> SimpleNamespace:
-        """The output's fields as arrays; the cache stays what it is."""
-        out = vars(model(**inputs))
+        """The output's fields as arrays, no gradient wanted; the cache stays what it is."""
+        with importlib.import_module("torch").inference_mode():
+            out = vars(model(**inputs))
         return SimpleNamespace(
             **{k: v if k == "past_key_values" else self.numpy(v) for k, v in out.items()}
         )

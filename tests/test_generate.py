@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
+from opt_core import OPTTokenizer
 from opt_core.errors import GenerationError, InputError
 from tests import oracle, oracle_generation
 from tests.configs import CONFIGS
 from tests.oracle_generation import Settings
 from tests.reference import make_mask, make_prompts
+from tests.tiny_folder import save_model
 
 PAD = 1
 PLAIN = {"eos_token_id": None, "max_new_tokens": 24}
@@ -193,3 +195,52 @@ def test_bad_prompts_raise_one_clear_line(backend, folder):
         model.generate(ids * 0 + 99, max_new_tokens=2)
     with pytest.raises(GenerationError, match="beam search cannot stream"):
         model.stream(ids, num_beams=2, max_new_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A tiny model with a tokenizer: its folder and the tokenizer."""
+    path = save_model(tmp_path_factory.mktemp("texts") / "model")
+    return path, OPTTokenizer.from_pretrained(path)
+
+
+def test_stop_strings_end_each_row_where_they_occur(backend, texts):
+    path, tokenizer = texts
+    model, prompts = (
+        backend.load(path),
+        tokenizer(["Now is", "this sun", "York"], padding_side="left"),
+    )
+    settings = {
+        "attention_mask": prompts.attention_mask, "max_new_tokens": 40, "eos_token_id": None,
+        "tokenizer": tokenizer,
+    }  # fmt: skip
+    free = backend.generate(model, prompts.input_ids, **settings)
+    width = prompts.input_ids.shape[1]
+    # Stop at something that the rows really write, at different places.
+    stop = tokenizer.decode(free[0, width + 4 : width + 6])
+    out = backend.generate(
+        model, prompts.input_ids, stop_strings=[stop, "never written"], **settings
+    )
+    for row, whole in zip(out[:, width:], free[:, width:], strict=True):
+        ends = [n for n in range(1, 41) if stop in tokenizer.decode(whole[:n])]
+        length = ends[0] if ends else 40
+        np.testing.assert_array_equal(row[:length], whole[:length])
+        assert (row[length:] == PAD).all()
+    assert out.shape[1] < free.shape[1] or (out != free).any()
+
+
+def test_ids_without_a_token_are_never_generated(backend, texts):
+    """The embedding has rows that no token has; with a tokenizer they are out of reach."""
+    path, tokenizer = texts
+    model = backend.load(path)
+    untrained = list(range(tokenizer.vocab_size, model.config.vocab_size))
+    assert untrained
+    ids = tokenizer("Now").input_ids
+    settings = {
+        "max_new_tokens": 5, "eos_token_id": None, "do_sample": True, "num_return_sequences": 8,
+        "top_k": 0, "suppress_tokens": list(range(tokenizer.vocab_size - 1)),
+    }  # fmt: skip
+    free = backend.generate(model, ids, **settings)[:, ids.shape[1] :]
+    assert np.isin(free, untrained).any()
+    known = backend.generate(model, ids, tokenizer=tokenizer, **settings)[:, ids.shape[1] :]
+    assert (known == tokenizer.vocab_size - 1).all()

@@ -210,9 +210,120 @@ def test_dtype_auto_is_the_stored_one(folder, tmp_path):
         opt_torch.OPTForCausalLM.from_pretrained(tmp_path, dtype="fp16")
 
 
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99", "mps:0"])
+def test_a_device_that_is_not_there(folder, device):
+    with pytest.raises(ConfigError, match=f"device: '{device}' cannot be used here"):
+        model_of(folder, device=device)
+
+
 def test_compiles_without_a_graph_break(folder):
     """`torch.compile` users get one graph per shape."""
     model, ids = model_of(folder), torch.tensor(make_prompts(CONFIGS["pre_ln"], 1, 4))
     explanation = torch._dynamo.explain(lambda x: model(x).logits)(ids)
     assert explanation.graph_count == 1
     assert explanation.graph_break_count == 0
+
+
+def packable():
+    """Whether this machine's oneDNN computes in bfloat16, which is what packing is for."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def generated(model):
+    """Generates, which packs a bfloat16 model, and says so."""
+    ids = make_prompts(CONFIGS["pre_ln"], 2, 5)
+    out = model.generate(ids, max_new_tokens=12, eos_token_id=None)
+    if not packable():
+        pytest.skip("oneDNN has no bfloat16 on this processor")
+    assert model.get_decoder().layers[0].fc1.packed is not None
+    return out
+
+
+def test_packed_weights_generate_the_same(folder):
+    model = model_of(folder, dtype="bfloat16")
+    ids = make_prompts(CONFIGS["pre_ln"], 2, 5)
+    with torch.inference_mode():
+        before = model(ids).logits
+    out = generated(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits.float(), before.float(), rtol=0.02, atol=0.05)
+    assert torch.equal(generated(model), out)
+
+
+UNPACKING = {
+    "a gradient": lambda model: model([[2, 5]], labels=[[2, 5]]).loss.backward(),
+    "parameters": lambda model: list(model.parameters()),
+    "state_dict": lambda model: model.state_dict(),
+    "to": lambda model: model.to(torch.bfloat16),
+    "float": lambda model: model.float().bfloat16(),
+    "loading": lambda model: model.load_state_dict(model.state_dict()),
+}
+
+
+@pytest.mark.parametrize("how", UNPACKING)
+def test_packed_weights_come_back(folder, how):
+    model = model_of(folder, dtype="bfloat16")
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    held = dict(model.named_parameters())
+    generated(model)
+    UNPACKING[how](model)
+    decoder = model.get_decoder()
+    assert all(layer.fc1.packed is None for layer in decoder.layers)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, weights[name]), name
+        assert p is held[name], f"{name} is another parameter now: an optimizer would miss it"
+
+
+def test_packed_weights_can_be_looked_at_saved_and_copied(folder, tmp_path):
+    import copy
+
+    model, plain = model_of(folder, dtype="bfloat16"), model_of(folder, dtype="bfloat16")
+    generated(model)
+    assert torch.equal(
+        model.get_decoder().layers[1].fc2.weight, plain.get_decoder().layers[1].fc2.weight
+    )
+    generated(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(generated(twin), generated(plain))
+    generated(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(generated(model_of(folder, dtype="bfloat16")), generated(plain))
+    saved = opt_torch.OPTForCausalLM.from_pretrained(tmp_path, dtype="bfloat16").state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in plain.state_dict().items())
+
+
+def test_a_replaced_weight_is_not_the_packed_one(folder):
+    model = model_of(folder, dtype="bfloat16")
+    before = generated(model)
+    for layer in model.get_decoder().layers:
+        layer.fc1.weight = torch.nn.Parameter(torch.zeros_like(layer.fc1.weight))
+    assert not torch.equal(
+        model.generate(before[:, :5], max_new_tokens=12, eos_token_id=None), before
+    )
+
+
+def test_training_goes_on_after_a_sample(folder):
+    """Generating between two steps changes neither of them."""
+    from opt_core import TrainConfig
+    from opt_torch.training import make_optimizer, train_step
+
+    ids, results = make_prompts(CONFIGS["pre_ln"], 2, 9), []
+    for samples in (False, True):
+        model = model_of(folder, dtype="bfloat16")
+        optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2))
+        for step in range(3):
+            train_step(model, optimizer, ids, TrainConfig(learning_rate=1e-2), step)
+            if samples:
+                generated(model)
+        results.append({name: p.clone() for name, p in model.named_parameters()})
+    for name, value in results[0].items():
+        assert torch.equal(results[1][name], value), name
+
+
+def test_packing_takes_no_second_copy(folder):
+    model = model_of(folder, dtype="bfloat16")
+    generated(model)
+    decoder = model.get_decoder()
+    assert decoder.layers[0].fc1._parameters["weight"].numel() == 0
+    assert decoder.embed_tokens.weight.numel() > 0, "the tied embedding must stay for the lookup"
+    assert model.num_parameters() == sum(p.numel() for p in model.parameters())

@@ -1,0 +1,103 @@
+"""The models with other heads: sequence classification and question answering."""
+
+import torch
+from torch import Tensor
+
+from opt_torch import losses
+from opt_torch.cache import KVCache
+from opt_torch.decoder import OPTOutput
+from opt_torch.linear import Linear
+from opt_torch.modeling import OPTPreTrainedModel
+
+
+class OPTForSequenceClassification(OPTPreTrainedModel):
+    """A classifier or regressor over whole texts."""
+
+    head = "sequence_classification"
+
+    def _build(self, implementation: str) -> None:
+        super()._build(implementation)
+        self.score = Linear(self.config.embed_dim, self.config.num_labels, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> OPTOutput:
+        """Scores each text at its last token that is not `pad_token_id` (transformers' rule).
+
+        Args:
+            input_ids: As in `OPTModel.forward`, like the other arguments not listed here.
+            attention_mask: See there.
+            position_ids: See there.
+            inputs_embeds: See there; the very last token is scored then.
+            past_key_values: See there.
+            labels: (B,) class numbers, (B,) or (B, num_labels) floats for regression, or
+                (B, num_labels) floats in 0..1 for several labels at once.
+            output_hidden_states: Return `hidden_states`.
+            output_attentions: Return `attentions`.
+        """
+        out = self._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
+            output_hidden_states, output_attentions,
+        )  # fmt: skip
+        assert out.last_hidden_state is not None
+        last = losses.last_token(input_ids, out.last_hidden_state, self.config.pad_token_id)
+        rows = torch.arange(len(last), device=last.device)
+        out.logits = logits = self.score(out.last_hidden_state[rows, last])
+        if labels is not None:
+            labels = losses.as_tensor(labels, self.device)
+            out.loss = losses.classification(logits, labels, self.config)
+        return out
+
+
+class OPTForQuestionAnswering(OPTPreTrainedModel):
+    """Extractive question answering: where the answer starts and ends."""
+
+    head = "question_answering"
+
+    def _build(self, implementation: str) -> None:
+        super()._build(implementation)
+        self.qa_outputs = Linear(self.config.embed_dim, 2)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> OPTOutput:
+        """Computes start and end logits, and the loss where both positions are given.
+
+        Args:
+            input_ids: As in `OPTModel.forward`, like the other arguments not listed here.
+            attention_mask: See there.
+            position_ids: See there.
+            inputs_embeds: See there.
+            past_key_values: See there.
+            start_positions: (B,) first token of the answer; beyond the sequence: ignored.
+            end_positions: (B,) last token of the answer; beyond the sequence: ignored.
+            output_hidden_states: Return `hidden_states`.
+            output_attentions: Return `attentions`.
+        """
+        out = self._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
+            output_hidden_states, output_attentions,
+        )  # fmt: skip
+        start_BT, end_BT = self.qa_outputs(out.last_hidden_state).unbind(-1)
+        out.start_logits, out.end_logits = start_BT, end_BT
+        if start_positions is not None and end_positions is not None:
+            positions = [losses.as_tensor(p, self.device) for p in (start_positions, end_positions)]
+            out.loss = losses.question_answering(start_BT, end_BT, *positions)
+        return out
