@@ -39,7 +39,7 @@ def initialize(model: "OPTPreTrainedModel", seed: int) -> None:
 def from_pretrained(
     cls: type[M],
     path_or_hub_id: str | PathLike[str],
-    dtype: str,
+    dtype: str | torch.dtype,
     device: str | torch.device,
     attn_implementation: str,
     progress: Callable[[int, int], None] | None,
@@ -47,6 +47,7 @@ def from_pretrained(
     **hub: Any,
 ) -> M:
     """Loads a checkpoint tensor by tensor; see `OPTPreTrainedModel.from_pretrained`."""
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in (*DTYPES, "auto"):
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)} or auto, received {dtype!r}")
     folder = resolve(path_or_hub_id, **hub)

@@ -92,7 +92,7 @@ class OPTPreTrainedModel(nn.Module):
     def from_pretrained(
         cls,
         path_or_hub_id: str | PathLike[str],
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
         attn_implementation: str = "sdpa",
         progress: Callable[[int, int], None] | None = None,

@@ -206,6 +206,8 @@ def test_dtype_auto_is_the_stored_one(folder, tmp_path):
     loaded = opt_torch.OPTForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert loaded.dtype == torch.bfloat16
     assert loaded.config.dtype == "bfloat16"
+    named = opt_torch.OPTForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    assert named.dtype == torch.float16
     with pytest.raises(ConfigError, match="dtype: expected one of"):
         opt_torch.OPTForCausalLM.from_pretrained(tmp_path, dtype="fp16")
 
