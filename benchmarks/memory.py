@@ -44,7 +44,7 @@ def measure(system: str, model: str, dtype: str) -> dict[str, float]:
     code = CHILD.format(load=LOADERS[system].format(dtype=dtype), model=model)
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True,
+        text=True,
     ) as child:  # fmt: skip
         assert child.stdin is not None
         assert child.stdout is not None

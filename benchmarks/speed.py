@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_core.training import TrainConfig
+from opt_core import OPTConfig, TrainConfig
 
 SHAPES = {
     "prefill": (1, 512),
@@ -95,7 +95,8 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     args = parser.parse_args()
     shape = SHAPES[args.task]
-    ids = np.random.default_rng(0).integers(4, 50000, shape)
+    vocabulary = OPTConfig.from_pretrained(args.model).vocab_size
+    ids = np.random.default_rng(0).integers(4, min(50000, vocabulary), shape)
     ids[:, 0] = 2
     work = BACKENDS[args.backend](args.model, args.dtype, ids)
     result: dict[str, Any] = {

@@ -31,14 +31,14 @@ SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
 MODEL = OPTConfig(
     vocab_size=VOCABULARY,
     hidden_size=256,
-    num_hidden_layers=3,
+    num_hidden_layers=4,
     num_attention_heads=4,
     ffn_dim=1024,
     max_position_embeddings=256,
-    dropout=0.2,
+    dropout=0.25,
 )
 TRAINING = TrainConfig(
-    max_steps=1200,
+    max_steps=1500,
     batch_size=16,
     sequence_length=256,
     learning_rate=1.5e-3,
@@ -47,7 +47,7 @@ TRAINING = TrainConfig(
     adam_beta2=0.98,
 )
 SAMPLING = GenerationConfig(
-    do_sample=True, temperature=0.8, top_k=50, max_new_tokens=160,
+    do_sample=True, temperature=0.7, top_k=50, max_new_tokens=160,
     eos_token_id=2, pad_token_id=1, bos_token_id=2,
 )  # fmt: skip
 EVALUATE_EVERY = 100

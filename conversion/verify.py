@@ -183,8 +183,11 @@ def _answers(
     with inference(side.backend):
         for ids in encoded:
             logits = to_numpy(model(ids).logits)[0]
-            rows = model.generate(ids, generation_config=settings)
-            answers.append(_Answer(logits, to_numpy(rows)[0, ids.shape[1] :].tolist()))
+            tokens: list[int] = []
+            if np.isfinite(logits[-1]).all():  # else there is nothing to choose among
+                rows = model.generate(ids, generation_config=settings)
+                tokens = to_numpy(rows)[0, ids.shape[1] :].tolist()
+            answers.append(_Answer(logits, tokens))
     return answers
 
 

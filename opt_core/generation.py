@@ -5,11 +5,11 @@ Everything is checked before anything runs.
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from opt_core.config import OPTConfig, read_json, write_json
 from opt_core.errors import GenerationError
@@ -28,7 +28,7 @@ _IGNORED = frozenset([
 _NEUTRAL: dict[str, Any] = {
     "num_beam_groups": 1, "diversity_penalty": 0.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "penalty_alpha": 0.0,
-    "token_healing": False, "use_mtp": False,
+    "token_healing": False, "use_mtp": False, "guidance_scale": 1.0,
 }  # fmt: skip
 
 
@@ -97,7 +97,10 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, _as_tuples(getattr(self, f.name)))
+            value = _plain(getattr(self, f.name))
+            # transformers takes None for "not set"; only some settings have a meaning for it.
+            is_unset = value is None and "None" not in str(f.type)
+            object.__setattr__(self, f.name, f.default if is_unset else value)
         _check(self)
 
     @property
@@ -147,6 +150,8 @@ class GenerationConfig:
         """Writes generation_config.json into a folder, only what differs from the defaults."""
         default = GenerationConfig()
         values = {k: v for k, v in vars(self).items() if v != getattr(default, k)}
+        if self.top_k is None:
+            values["top_k"] = 0  # in a file, null would mean "not set"
         write_json(Path(folder) / "generation_config.json", values)
 
     def replace(self, **overrides: Any) -> "GenerationConfig":
@@ -224,11 +229,14 @@ class GenerationConfig:
                     )
 
 
-_Setting = tuple[Any, ...] | list[Any] | str | float | None
+_Setting = tuple[Any, ...] | str | float | None
 
 
-def _as_tuples(value: _Setting) -> _Setting:
-    return tuple(_as_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+def _plain(value: Any) -> _Setting:
+    """Hashable built-in values for lists, ranges, and NumPy's or a framework's numbers."""
+    if isinstance(value, list | tuple | range):
+        return tuple(_plain(v) for v in cast(Iterable[Any], value))
+    return _plain(value.tolist()) if hasattr(value, "tolist") else value
 
 
 _INTEGERS: Mapping[str, int] = {
@@ -236,8 +244,8 @@ _INTEGERS: Mapping[str, int] = {
     "no_repeat_ngram_size": 0, "num_beams": 1, "num_return_sequences": 1,
 }  # fmt: skip
 _NUMBERS: Mapping[str, tuple[float, float]] = {
-    "temperature": (0, float("inf")), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1),
-    "repetition_penalty": (0, float("inf")), "length_penalty": (float("-inf"), float("inf")),
+    "temperature": (0, 1e6), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1),
+    "repetition_penalty": (0, 1e6), "length_penalty": (-100, 100),
 }  # fmt: skip
 _OPEN_BELOW = ("temperature", "top_p", "typical_p", "repetition_penalty")
 
@@ -256,7 +264,7 @@ def _check(config: GenerationConfig) -> None:
             bounds = f"{'>' if name in _OPEN_BELOW else '>='} {low:g} and <= {high:g}"
             raise GenerationError(f"{name}: expected a number {bounds}, received {value!r}")
     _check_ids(config)
-    if config.early_stopping not in (True, False, "never"):
+    if type(config.early_stopping) is not bool and config.early_stopping != "never":
         raise GenerationError(
             f'early_stopping: expected True, False or "never", received {config.early_stopping!r}'
         )

@@ -57,13 +57,15 @@ class TrainConfig:
                     f"{name}: expected an integer >= {least}, received {getattr(self, name)!r}"
                 )
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(
-                    f"{name}: expected a number > 0, received {getattr(self, name)!r}"
-                )
-        for name in ("min_lr_ratio", "adam_beta1", "adam_beta2", "weight_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}: expected 0 <= x <= 1, received {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ConfigError(f"{name}: expected a number > 0, received {value!r}")
+        for name in ("adam_beta1", "adam_beta2", "min_lr_ratio", "weight_decay"):
+            value, is_open = getattr(self, name), name.startswith("adam")
+            is_number = isinstance(value, int | float)
+            if not is_number or not 0 <= value <= 1 or (is_open and value == 1):
+                bound = "<" if is_open else "<="
+                raise ConfigError(f"{name}: expected 0 <= x {bound} 1, received {value!r}")
         if self.lr_schedule not in ("cosine", "linear", "constant"):
             raise ConfigError(
                 f"lr_schedule: expected cosine, linear or constant, received {self.lr_schedule!r}"

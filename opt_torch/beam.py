@@ -12,7 +12,7 @@ from torch import Tensor
 from opt_core.errors import GenerationError
 from opt_core.generation import GenerationConfig
 from opt_torch import generation, sampling
-from opt_torch.linear import pack
+from opt_torch.linear import packed
 
 if TYPE_CHECKING:
     from opt_torch.generation import Request
@@ -46,7 +46,7 @@ class Beams(NamedTuple):
         return self.pick(index), index
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
     """Finds likely continuations by keeping the W best of them at every step.
 
@@ -65,15 +65,9 @@ def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
         raise GenerationError("stop_strings with num_beams > 1 is not supported; use eos_token_id")
     (B, prompt), W, L = request.ids.shape, settings.num_beams, request.new_tokens
     device = model.device
-    pack(model, model.get_decoder().embed_tokens.weight)
     rows = torch.arange(B, device=device).repeat_interleave(W)
-    logits, cache = generation.prefill(
-        model, request.ids, request.mask, model.init_cache(B, prompt + L - 1)
-    )
-    logits, cache = logits[rows], cache.select(rows)
-    prompts = request.ids[rows]
-    real = torch.ones_like(prompts).bool() if request.mask is None else request.mask[rows]
-    real = torch.cat([real, real.new_ones(B * W, L)], 1)
+    prompts, real = generation.room(request, rows)
+    prompts = prompts[:, :prompt]
     eos = torch.tensor(settings.eos_ids, dtype=torch.long, device=device)
 
     empty = Beams(
@@ -85,21 +79,27 @@ def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
     running = empty._replace(scores=F.pad(empty.scores[:, 1:], (1, 0)))
     finished = empty
     is_open = torch.ones((B, 1), dtype=torch.bool, device=device)
-    for made in range(L):
-        history = torch.cat([prompts, running.ids[:, :, :made].flatten(0, 1)], 1)
-        scores = F.log_softmax(generation.allowed(logits, request.vocabulary), -1)
-        scores = sampling.constrain(scores, history, real[:, : prompt + made], made, settings)
-        grown, parents = grow(running, scores, made, settings)
-        ends = torch.isin(grown.ids[:, :, made], eos) | (made + 1 == L)
-        finished = settle(finished, grown, ends, made, is_open, settings)
-        running, index = grown._replace(scores=grown.scores + ends * NEVER).best(W)
-        is_open = is_open & can_improve(running, finished, made + 1, L, settings)
-        full = settings.early_stopping is True and bool((finished.lengths > 0).all())
-        if full or bool(ends.all()) or not bool(is_open.any()):
-            break
-        parents = parents.gather(1, index) + W * torch.arange(B, device=device)[:, None]
-        last = running.ids[:, :, made].flatten()
-        logits, cache = generation.decode_step(model, last, cache.select(parents.flatten()))
+    with packed(model, L):
+        cache = model.init_cache(B, prompt + L - 1)
+        logits, cache = generation.prefill(model, request.ids, request.mask, cache)
+        logits, cache = logits[rows], cache.select(rows)
+        for made in range(L):
+            history = torch.cat([prompts, running.ids[:, :, :made].flatten(0, 1)], 1)
+            scores = F.log_softmax(generation.allowed(logits, request.vocabulary), -1)
+            scores = sampling.constrain(scores, history, real[:, : prompt + made], made, settings)
+            if made == 0:
+                generation.check_possible(scores)
+            grown, parents = grow(running, scores, made, settings)
+            ends = torch.isin(grown.ids[:, :, made], eos) | (made + 1 == L)
+            finished = settle(finished, grown, ends, made, is_open, settings)
+            running, index = grown._replace(scores=grown.scores + ends * NEVER).best(W)
+            is_open = is_open & can_improve(running, finished, made + 1, L, settings)
+            full = settings.early_stopping is True and bool((finished.lengths > 0).all())
+            if full or bool(ends.all()) or not bool(is_open.any()):
+                break
+            parents = parents.gather(1, index) + W * torch.arange(B, device=device)[:, None]
+            last = running.ids[:, :, made].flatten()
+            logits, cache = generation.decode_step(model, last, cache.select(parents.flatten()))
     count = settings.num_return_sequences
     best = finished.ids[:, :count, : int(finished.lengths[:, :count].max())].flatten(0, 1)
     return torch.cat([request.ids.repeat_interleave(count, 0), best], 1)

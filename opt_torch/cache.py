@@ -1,6 +1,6 @@
 """The key-value cache: buffers of a fixed size, and positions that follow from what they hold."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ class KVCache:
     """Keys and values of the tokens seen so far.
 
     The buffers are written in place and shared between a cache and its successors; `length` says
-    how much of them a cache owns. Pass each call the cache that the previous call returned.
+    how much of them a cache owns. Pass each call the cache that the previous call returned: one
+    that was already continued is refused.
 
     Attributes:
         keys: One (B, H, S, K) buffer per layer.
@@ -23,12 +24,14 @@ class KVCache:
         length: Slots filled.
         mask: (B, S) bool, True where a filled slot holds a token and False where it holds padding;
             None while no padding was seen.
+        frontier: The `length` of the newest successor, shared by all of them.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     length: int = 0
     mask: Tensor | None = None
+    frontier: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
 
     @property
     def max_length(self) -> int:
@@ -60,27 +63,26 @@ class KVCache:
         if mask_BS is not None and mask_BT is not None:
             mask_BS = mask_BS.clone()
             mask_BS[:, self.length : self.length + count] = mask_BT
+        self.frontier[0] = self.length + count
         return replace(self, length=self.length + count, mask=mask_BS)
 
     def select(self, rows: Tensor) -> "KVCache":
-        """The cache of other rows: `rows[i]` becomes row i.
+        """The cache of other rows: `rows[i]` becomes row i, and this cache is used up.
 
-        More or fewer rows than there were get buffers of their own.
+        As many rows as before are moved within the buffers; more or fewer get buffers of their own.
 
         Args:
             rows: (any,) integer row numbers.
         """
         used = slice(0, self.length)
+        mask = None if self.mask is None else self.mask[rows]
         if len(rows) == self.keys[0].shape[0]:
             for buffer in (*self.keys, *self.values):
                 buffer[:, :, used] = buffer[rows, :, used]
-            keys, values = self.keys, self.values
-        else:
-            keys = tuple(buffer[rows] for buffer in self.keys)
-            values = tuple(buffer[rows] for buffer in self.values)
-        return replace(
-            self, keys=keys, values=values, mask=None if self.mask is None else self.mask[rows]
-        )
+            return replace(self, mask=mask)
+        keys = tuple(buffer[rows] for buffer in self.keys)
+        values = tuple(buffer[rows] for buffer in self.values)
+        return KVCache(keys, values, self.length, mask, [self.length])
 
 
 def init_cache(

@@ -16,7 +16,7 @@ from opt_core import checkpoint as files
 from opt_core.checkpoint_writer import save_checkpoint
 from opt_core.config import DTYPES, OPTConfig
 from opt_core.dialects import TORCH
-from opt_core.errors import ConfigError
+from opt_core.errors import CheckpointError, ConfigError
 from opt_core.generation import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.initialization import initial_value
@@ -59,7 +59,9 @@ def from_pretrained(
         attention.check_flash(target, wanted_dtype(dtype, plan))
     model = cls(plan.config, seed=None, attn_implementation=attn_implementation)
     for spec, array in plan.stream(progress=progress):
-        set_parameter(model, spec, as_tensor(array).to(target, wanted_dtype(dtype, plan)))
+        values = cast_tensor(spec.name, as_tensor(array), wanted_dtype(dtype, plan))
+        set_parameter(model, spec, values.to(target))
+        del array, values  # or the next tensor would be read while this one is still held
     for spec in plan.fresh:
         value = torch.from_numpy(initial_value(spec, plan.config, seed=0))
         set_parameter(model, spec, value.to(target, wanted_dtype(dtype, plan)))
@@ -69,7 +71,7 @@ def from_pretrained(
             stacklevel=3,
         )
     tie(model)
-    if (home / "generation_config.json").exists():
+    if cls.head == "causal_lm" and (home / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(home)
     return model
 
@@ -87,10 +89,13 @@ def save_pretrained(
     model: "OPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
 ) -> None:
     """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`."""
-    specs = param_specs(model.config, model.head)
+    config = model.config
+    if model.head == "causal_lm" and config.tie_word_embeddings and not is_tied(model):
+        config = config.replace(tie_word_embeddings=False)
+    specs = param_specs(config, model.head)
     save_checkpoint(
         Path(folder),
-        model.config,
+        config,
         {spec.name: lambda spec=spec: as_array(get_parameter(model, spec)) for spec in specs},
         specs,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -124,6 +129,25 @@ def tie(model: "OPTPreTrainedModel") -> None:
     """Makes a tied language-model head the token embedding itself."""
     if model.head == "causal_lm" and model.config.tie_word_embeddings:
         model.get_submodule("lm_head").weight = model.get_decoder().embed_tokens.weight
+
+
+def is_tied(model: "OPTPreTrainedModel") -> bool:
+    """Whether the language-model head still is the token embedding, and was not replaced."""
+    return model.get_submodule("lm_head").weight is model.get_decoder().embed_tokens.weight
+
+
+def cast_tensor(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another type; itself if it has it.
+
+    Raises:
+        CheckpointError: A finite value is out of float16's range.
+    """
+    cast = values.to(dtype)
+    if dtype == torch.float16 and values.dtype != dtype and not torch.isfinite(cast).all():
+        raise CheckpointError(
+            f"{name}: values beyond the range of float16; load it as bfloat16 or float32"
+        )
+    return cast
 
 
 def wanted_dtype(dtype: str, plan: files.LoadPlan) -> torch.dtype:

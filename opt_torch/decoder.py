@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ from opt_torch.linear import Linear
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
     "swish": F.silu,
 }
@@ -99,6 +100,7 @@ class OPTDecoder(nn.Module):
         super().__init__()
         D, P = config.hidden_size, config.embed_dim
         self.config = config
+        self.implementation = implementation
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, P, padding_idx=config.pad_token_id)
         self.embed_positions = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, D)
@@ -135,7 +137,9 @@ class OPTDecoder(nn.Module):
             rows = position_ids + POSITION_OFFSET
         hidden = embeds if self.project_in is None else self.project_in(embeds)
         hidden = hidden + self.embed_positions(rows)
-        bias = make_bias(mask, count, past + count, hidden.dtype, hidden.device)
+        bias = None
+        if self.implementation != "flash_attention_2" or output_attentions:
+            bias = make_bias(mask, count, past + count, hidden.dtype, hidden.device)
         states, attentions = [], []
         for layer in self.layers:
             states.append(hidden)

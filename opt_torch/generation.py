@@ -17,7 +17,7 @@ from opt_core.tokenizer import OPTTokenizer
 from opt_torch import sampling
 from opt_torch.cache import KVCache
 from opt_torch.inputs import check_inputs, full_mask
-from opt_torch.linear import pack
+from opt_torch.linear import packed
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -49,6 +49,7 @@ def prepare(
     input_ids: Any,
     attention_mask: Any,
     generation_config: GenerationConfig | None,
+    seed: int,
     tokenizer: OPTTokenizer | None,
     **overrides: Any,
 ) -> Request:
@@ -59,12 +60,20 @@ def prepare(
             be honoured.
         InputError: Ids outside the vocabulary, or shapes that do not fit.
     """
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise GenerationError(f"seed: expected an integer in 0..2**63 - 1, received {seed!r}")
     config = model.config
-    settings = (generation_config or model.generation_config).replace(**overrides)
+    settings = model_settings(model, generation_config).replace(**overrides)
     ids, mask, _, _ = check_inputs(
-        config, model.device, input_ids, attention_mask, None, None, None
+        config, model.device, model.dtype, input_ids, attention_mask, None, None, None
     )
     assert ids is not None
+    pad = next(
+        (i for i in (settings.pad_token_id, config.pad_token_id) if i is not None),
+        min(settings.eos_ids, default=0),
+    )
+    if mask is None and pad not in settings.eos_ids:
+        mask = ids != pad  # as transformers: a prompt with the padding id in it is a padded one
     mask = full_mask(mask, ids.shape[1], None)
     longest = ids.shape[1]
     if mask is not None:
@@ -79,15 +88,20 @@ def prepare(
     if tokenizer is not None:
         # OPT's embedding has rows that no token has, never trained (transformers #18268).
         vocabulary = min(vocabulary, tokenizer.vocab_size)
-    pad = next(
-        (
-            i
-            for i in (settings.pad_token_id, config.pad_token_id, *settings.eos_ids)
-            if i is not None
-        ),
-        0,
-    )
     return Request(ids.long(), mask, settings, settings.new_tokens(ids.shape[1]), vocabulary, pad)
+
+
+def model_settings(model: "OPTForCausalLM", config: GenerationConfig | None) -> GenerationConfig:
+    """The caller's settings, special ids they leave open taken from the model's; or the model's."""
+    if config is None:
+        return model.generation_config
+    if not isinstance(config, GenerationConfig):
+        raise GenerationError(
+            f"generation_config: expected a GenerationConfig, received {type(config).__name__}"
+        )
+    ids = ("eos_token_id", "pad_token_id", "bos_token_id")
+    open_ids = {n: getattr(model.generation_config, n) for n in ids if getattr(config, n) is None}
+    return config.replace(**open_ids)
 
 
 def prefill(
@@ -113,7 +127,7 @@ def decode_step(model: "OPTForCausalLM", ids_B: Tensor, cache: KVCache) -> tuple
     return prefill(model, ids_B[:, None], mask, cache)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def stream(
     model: "OPTForCausalLM", request: Request, seed: int, tokenizer: OPTTokenizer | None
 ) -> Iterator[Tensor]:
@@ -123,48 +137,58 @@ def stream(
         model: The language model.
         request: What to generate, checked; not by beam search, which is certain of no token
             before the end.
-        seed: Seed of sampling.
+        seed: Seed of sampling, 0 to 2**63 - 1.
         tokenizer: For stop strings.
 
     Yields:
         (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
     """
     settings, copies = request.settings, request.settings.num_return_sequences
-    B, prompt = request.ids.shape
-    generator = torch.Generator(model.device).manual_seed(seed)
-    pack(model, model.get_decoder().embed_tokens.weight)
-    cache = model.init_cache(B, prompt + request.new_tokens - 1)
-    logits, cache = prefill(model, request.ids, request.mask, cache)
-    ids, mask = (
-        request.ids,
-        request.mask if request.mask is not None else torch.ones_like(request.ids).bool(),
-    )
-    if copies > 1:
-        rows = torch.arange(B, device=model.device).repeat_interleave(copies)
-        logits, ids, mask, cache = logits[rows], ids[rows], mask[rows], cache.select(rows)
-    history = torch.cat([ids, ids.new_full((len(ids), request.new_tokens), request.pad)], 1)
-    real = torch.cat([mask, mask.new_ones(len(ids), request.new_tokens)], 1)
-    eos = torch.tensor(settings.eos_ids, dtype=torch.long, device=model.device)
-    ended = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
-    trackers = (
-        [StopStringTracker(tokenizer, settings.stops) for _ in ids]
-        if tokenizer and settings.stops
-        else []
-    )
-    for made in range(request.new_tokens):
-        end = prompt + made
-        logits = allowed(logits, request.vocabulary)
-        logits = sampling.constrain(logits, history[:, :end], real[:, :end], made, settings)
-        token = torch.where(ended, request.pad, sampling.choose(logits, settings, generator))
-        history[:, end] = token
-        ended = ended | torch.isin(token, eos)
-        if trackers:
-            hits = [t.push(i) for t, i in zip(trackers, token.tolist(), strict=True)]
-            ended = ended | torch.tensor(hits, device=model.device)
-        yield token
-        if made + 1 == request.new_tokens or ((len(eos) or trackers) and bool(ended.all())):
-            return
-        logits, cache = decode_step(model, token, cache)
+    (B, prompt), device = request.ids.shape, model.device
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = torch.arange(B, device=device).repeat_interleave(copies)
+    history, real = room(request, rows)
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    eos = torch.tensor(settings.eos_ids, dtype=torch.long, device=device)
+    stops = settings.stops if tokenizer is not None else ()
+    trackers = [StopStringTracker(tokenizer, stops) for _ in rows] if tokenizer and stops else []
+    with packed(model, request.new_tokens):
+        cache = model.init_cache(B, prompt + request.new_tokens - 1)
+        logits, cache = prefill(model, request.ids, request.mask, cache)
+        if copies > 1:
+            logits, cache = logits[rows], cache.select(rows)
+        for made in range(request.new_tokens):
+            end = prompt + made
+            logits = allowed(logits, request.vocabulary)
+            logits = sampling.constrain(logits, history[:, :end], real[:, :end], made, settings)
+            if made == 0:
+                check_possible(logits)
+            token = torch.where(ended, request.pad, sampling.choose(logits, settings, generator))
+            history[:, end] = token
+            ended = ended | torch.isin(token, eos)
+            if trackers:
+                hits = [t.push(i) for t, i in zip(trackers, token.tolist(), strict=True)]
+                ended = ended | torch.tensor(hits, device=device)
+            yield token
+            if made + 1 == request.new_tokens or ((len(eos) or trackers) and bool(ended.all())):
+                return
+            logits, cache = decode_step(model, token, cache)
+
+
+def room(request: Request, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The prompts of some rows with room for new tokens behind them, and where tokens are real."""
+    ids = request.ids[rows]
+    mask = torch.ones_like(ids).bool() if request.mask is None else request.mask[rows]
+    free = ids.new_full((len(ids), request.new_tokens), request.pad)
+    return torch.cat([ids, free], 1), torch.cat([mask, torch.ones_like(free).bool()], 1)
+
+
+def check_possible(logits_BV: Tensor) -> None:
+    """Refuses rows in which no token can come: all are banned, or the model gave NaN."""
+    best = logits_BV.amax(-1)
+    for row in (~torch.isfinite(best)).nonzero()[:1, 0].tolist():
+        reason = "the logits are NaN" if bool(best[row].isnan()) else "every token is banned"
+        raise GenerationError(f"row {row}: no token can be generated: {reason}")
 
 
 def generate(

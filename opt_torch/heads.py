@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from opt_core.errors import InputError
 from opt_torch import losses
 from opt_torch.cache import KVCache
 from opt_torch.decoder import OPTOutput
@@ -52,7 +53,6 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         rows = torch.arange(len(last), device=last.device)
         out.logits = logits = self.score(out.last_hidden_state[rows, last])
         if labels is not None:
-            labels = losses.as_tensor(labels, self.device)
             out.loss = losses.classification(logits, labels, self.config)
         return out
 
@@ -97,7 +97,8 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         )  # fmt: skip
         start_BT, end_BT = self.qa_outputs(out.last_hidden_state).unbind(-1)
         out.start_logits, out.end_logits = start_BT, end_BT
-        if start_positions is not None and end_positions is not None:
-            positions = [losses.as_tensor(p, self.device) for p in (start_positions, end_positions)]
-            out.loss = losses.question_answering(start_BT, end_BT, *positions)
+        if (start_positions is None) != (end_positions is None):
+            raise InputError("start_positions and end_positions belong together, received one")
+        if start_positions is not None:
+            out.loss = losses.question_answering(start_BT, end_BT, start_positions, end_positions)
         return out

@@ -13,6 +13,7 @@ from opt_torch.cache import KVCache
 def check_inputs(
     config: OPTConfig,
     device: torch.device,
+    dtype: torch.dtype,
     input_ids: Any,
     attention_mask: Any,
     position_ids: Any,
@@ -24,6 +25,7 @@ def check_inputs(
     Args:
         config: The model's configuration.
         device: Where the model is.
+        dtype: Type of its weights.
         input_ids: (B, T) ids, or None.
         attention_mask: (B, T) or (B, past + T), or None.
         position_ids: (B, T), or None.
@@ -43,15 +45,17 @@ def check_inputs(
         check_range("input_ids", ids, 0, config.vocab_size - 1, f"vocab_size={config.vocab_size}")
         B, T = ids.shape
     else:
-        inputs_embeds = torch.as_tensor(inputs_embeds, device=device)
+        inputs_embeds = as_tensor("inputs_embeds", inputs_embeds, device).to(dtype)
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.embed_dim:
             raise InputError(
                 f"inputs_embeds: expected shape (B, T, {config.embed_dim}), "
                 f"received {tuple(inputs_embeds.shape)}"
             )
         B, T = inputs_embeds.shape[:2]
-    if T == 0:
-        raise InputError("the sequence is empty: expected at least one token")
+    if B == 0 or T == 0:
+        raise InputError(
+            f"the input is empty: expected rows with tokens, received shape ({B}, {T})"
+        )
     past = 0 if cache is None else cache.length
     positions = as_integers("position_ids", position_ids, device)
     if positions is not None:
@@ -72,16 +76,42 @@ def check_inputs(
         check_range("attention_mask", mask, 0, 1, "1 for tokens and 0 for padding")
         mask = mask.bool()
     if cache is not None:
-        if cache.keys[0].shape[0] != B:
-            raise InputError(
-                f"past_key_values holds {cache.keys[0].shape[0]} rows, the input has {B}"
-            )
-        if past + T > cache.max_length:
-            raise InputError(
-                f"past_key_values has {cache.max_length} slots; "
-                f"{past} are taken and {T} more are needed"
-            )
+        check_cache(config, dtype, cache, B, T)
     return ids, mask, positions, inputs_embeds
+
+
+def check_cache(
+    config: OPTConfig, dtype: torch.dtype, cache: KVCache, rows: int, count: int
+) -> None:
+    """Refuses a cache that another model made, that was continued already, or that is too small.
+
+    Args:
+        config: The model's configuration.
+        dtype: Type of its weights.
+        cache: The cache.
+        rows: Rows B of the input.
+        count: New tokens T.
+    """
+    keys = cache.keys[0]
+    made = (len(cache.keys), keys.shape[1], keys.shape[3], keys.dtype)
+    expected = (config.num_hidden_layers, config.num_attention_heads, config.head_dim, dtype)
+    if made != expected:
+        raise InputError(
+            "past_key_values is of another model: expected (layers, heads, head size, dtype) "
+            f"{expected}, received {made}"
+        )
+    if keys.shape[0] != rows:
+        raise InputError(f"past_key_values holds {keys.shape[0]} rows, the input has {rows}")
+    if cache.frontier[0] != cache.length:
+        raise InputError(
+            f"past_key_values was continued already (it holds {cache.length} tokens, its newest "
+            f"successor {cache.frontier[0]}); pass the one that the last call returned"
+        )
+    if cache.length + count > cache.max_length:
+        raise InputError(
+            f"past_key_values has {cache.max_length} slots; "
+            f"{cache.length} are taken and {count} more are needed"
+        )
 
 
 def full_mask(mask_BT: Tensor | None, count: int, cache: KVCache | None) -> Tensor | None:
@@ -127,23 +157,29 @@ def as_integers(name: str, values: Any, device: torch.device) -> Tensor | None:
     """A 2-D integer tensor on the device, or None."""
     if values is None:
         return None
-    try:
-        tensor = torch.as_tensor(values, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name}: expected integers of shape (B, T): {error}") from None
+    tensor = as_tensor(name, values, device)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.ndim != 2:
         raise InputError(
             f"{name}: expected integers of shape (B, T), "
             f"received {tensor.dtype} of shape {tuple(tensor.shape)}"
         )
-    return tensor
+    return tensor.long()
+
+
+def as_tensor(name: str, values: Any, device: torch.device) -> Tensor:
+    """Numbers as a tensor on the device."""
+    try:
+        return torch.as_tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{name}: expected numbers in a regular shape: {reason}") from None
 
 
 def check_range(name: str, values: Tensor, low: int, high: int, why: str) -> None:
     """Refuses values outside low..high, where they can be looked at."""
     if not is_known(values) or values.numel() == 0:
         return
-    least, most = (int(x) for x in values.to(torch.int64).aminmax())
+    least, most = (int(x) for x in values.aminmax())
     if least < low or most > high:
         raise InputError(
             f"{name}: expected values in {low}..{high} ({why}), received {least}..{most}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError, GenerationError
+from opt_core.errors import ConfigError, GenerationError, InputError
 from opt_core.generation import GenerationConfig
 from opt_core.params import Head, count_parameters
 from opt_core.tokenizer import OPTTokenizer
@@ -17,7 +17,7 @@ from opt_torch.attention import IMPLEMENTATIONS
 from opt_torch.cache import KVCache, init_cache
 from opt_torch.decoder import OPTDecoder, OPTOutput
 from opt_torch.inputs import check_inputs, check_window, full_mask
-from opt_torch.linear import Linear, unpack
+from opt_torch.linear import Linear
 
 
 class OPTPreTrainedModel(nn.Module):
@@ -70,11 +70,6 @@ class OPTPreTrainedModel(nn.Module):
     def num_parameters(self) -> int:
         """Number of parameters, a tied head counted once."""
         return count_parameters(self.config, self.head)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters with their names, none of them packed (`opt_torch.linear`)."""
-        unpack(self)
-        return super().named_parameters(*args, **kwargs)
 
     def gradient_checkpointing_enable(self) -> None:
         """In training, keep only each layer's input and compute the rest again when needed."""
@@ -145,6 +140,7 @@ class OPTPreTrainedModel(nn.Module):
         input_ids, attention_mask, position_ids, inputs_embeds = check_inputs(
             self.config,
             self.device,
+            self.dtype,
             input_ids,
             attention_mask,
             position_ids,
@@ -250,9 +246,11 @@ class OPTForCausalLM(OPTPreTrainedModel):
             output_hidden_states, output_attentions,
         )  # fmt: skip
         assert out.last_hidden_state is not None
+        if logits_to_keep < 0:
+            raise InputError(f"logits_to_keep: expected at least 0, received {logits_to_keep}")
         out.logits = logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
         if labels is not None:
-            out.loss = losses.causal_lm(logits, losses.as_tensor(labels, self.device))
+            out.loss = losses.causal_lm(logits, labels)
         return out
 
     def generate(
@@ -283,7 +281,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
             GenerationError: A setting or prompt that cannot be honoured.
         """
         request = generation.prepare(
-            self, input_ids, attention_mask, generation_config, tokenizer, **overrides
+            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
         )
         if request.settings.is_beam_search:
             return beam.search(self, request)
@@ -304,7 +302,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
             (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
         """
         request = generation.prepare(
-            self, input_ids, attention_mask, generation_config, tokenizer, **overrides
+            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
         )
         if request.settings.is_beam_search:
             raise GenerationError("beam search cannot stream: no token is certain before its end")

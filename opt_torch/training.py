@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import AdamW
 
+from opt_core.errors import InputError
 from opt_core.params import param_specs
 from opt_core.training import TrainConfig
 from opt_torch.checkpoint import locate
@@ -68,6 +69,8 @@ def evaluate(model: "OPTForCausalLM", batches: Iterable[Any]) -> float:
         total += model(batch, labels=batch).loss.item() * predicted
         count += predicted
     model.train(was_training)
+    if count == 0:
+        raise InputError("evaluate: expected batches with at least two tokens a row, received none")
     return total / count
 
 
@@ -85,11 +88,16 @@ def fit(
         config: How to train.
         report: Called after each step with its number and loss.
     """
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # of dropout
     optimizer = make_optimizer(model, config)
     model.train()
-    for step in range(config.max_steps):
-        loss, _ = train_step(model, optimizer, next(batches), config, step)
-        if report is not None:
-            report(step, loss)
-    model.eval()
+    try:
+        for step in range(config.max_steps):
+            batch = next(batches, None)
+            if batch is None:
+                raise InputError(f"fit: the batches ended at step {step} of {config.max_steps}")
+            loss, _ = train_step(model, optimizer, batch, config, step)
+            if report is not None:
+                report(step, loss)
+    finally:
+        model.eval()

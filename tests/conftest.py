@@ -9,6 +9,7 @@ import pytest
 from opt_core.checkpoint_writer import save_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.params import Head, param_specs
+from opt_core.tokenizer import OPTTokenizer
 from tests.backends import BACKENDS, Backend
 from tests.configs import CONFIGS
 
@@ -49,3 +50,12 @@ def torch_is_quiet() -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OPTTokenizer]:
+    """A tiny model with a tokenizer: its folder and the tokenizer."""
+    from tests.tiny_folder import save_model
+
+    path = save_model(tmp_path_factory.mktemp("texts") / "model")
+    return path, OPTTokenizer.from_pretrained(path)

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from opt_core.errors import GenerationError
 from tests import oracle, oracle_generation
 from tests.configs import CONFIGS
 from tests.oracle_generation import Settings
@@ -78,12 +79,18 @@ def test_filters_act_on_beams(backend, folder, settings):
         assert [ours[row]] == theirs
 
 
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[7], [52, 52]]}],
+    ids=["plain", "filters"],
+)
 @pytest.mark.parametrize("variant", CONFIGS)
-def test_a_padded_batch_of_beams_is_its_rows(backend, folder, variant):
+def test_a_padded_batch_of_beams_is_its_rows(backend, folder, variant, filters):
     lengths = [9, 4, 1]
     ids, mask = make_prompts(CONFIGS[variant], 3, 9), make_mask("left", lengths)
     model = backend.load(folder(variant))
     search = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 12, "eos_token_id": EOS}
+    search |= filters
     together = backend.generate(model, ids, attention_mask=mask, **search)
     together = list(without_padding(together[:, 9:], EOS))
     for row, length in enumerate(lengths):
@@ -115,3 +122,9 @@ def test_without_an_end_all_beams_are_full(backend, folder):
     assert out.shape == (6, 11)
     assert len({tuple(row) for row in out[:3].tolist()}) == 3
     np.testing.assert_array_equal(out[:, :4], ids.repeat(3, 0))
+
+
+def test_beams_have_no_stop_strings(backend, texts):
+    path, tokenizer = texts
+    with pytest.raises(GenerationError, match="stop_strings with num_beams > 1 is not supported"):
+        backend.load(path).generate([[2, 5]], num_beams=2, stop_strings="x", tokenizer=tokenizer)

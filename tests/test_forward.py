@@ -188,6 +188,12 @@ BAD_INPUTS = {
     "position width": ({"input_ids": [[2, 3]], "position_ids": [[1]]}, "position_ids"),
     "position too far": ({"input_ids": [[2, 3]], "position_ids": [[0, 512]]}, "position_ids.*511"),
     "too long": ({"input_ids": np.full((1, 513), 5)}, "513.*max_position_embeddings=512"),
+    "no rows": ({"input_ids": np.zeros((0, 3), int)}, "the input is empty"),
+    "label outside": ({"input_ids": [[2, 3]], "labels": [[2, 99]]}, "labels.*0..98.*99"),
+    "label negative": ({"input_ids": [[2, 3]], "labels": [[2, -1]]}, "labels.*-1"),
+    "label floats": ({"input_ids": [[2, 3]], "labels": [[2.0, 3.0]]}, "labels: expected integers"),
+    "texts": ({"input_ids": [["a", "b"]]}, "input_ids: expected numbers"),
+    "logits to keep": ({"input_ids": [[2, 3]], "logits_to_keep": -1}, "logits_to_keep"),
     "labels shape": ({"input_ids": [[2, 3]], "labels": [[2]]}, "labels"),
 }
 
@@ -219,3 +225,36 @@ def test_errors_are_value_errors():
     assert issubclass(InputError, ValueError)
     assert issubclass(InputError, OPTError)
     assert dataclasses.is_dataclass(PRE_LN)
+
+
+def test_any_integers_are_ids(backend, folder):
+    model = backend.load(folder("pre_ln"))
+    expected = backend.run(model, input_ids=np.array([[2, 5, 6]])).logits
+    for kind in (np.int16, np.uint8, np.int32):
+        close(backend.run(model, input_ids=np.array([[2, 5, 6]], kind)).logits, expected, 0)
+
+
+HEAD_ERRORS = {
+    "class outside": ("sequence_classification", {"labels": [2]}, "labels.*0..1.*2"),
+    "classes shape": ("sequence_classification", {"labels": [0, 1]}, "labels: expected integers"),
+    "one position": ("question_answering", {"start_positions": [0]}, "belong together"),
+    "positions shape": (
+        "question_answering", {"start_positions": [0, 1], "end_positions": [1]}, "start_positions",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEAD_ERRORS)
+def test_bad_labels_of_heads(backend, folder, case):
+    head, labels, message = HEAD_ERRORS[case]
+    with pytest.raises(InputError, match=message):
+        backend.load(folder("pre_ln", head), head)([[2, 5, 6]], **labels)
+
+
+def test_a_batch_of_texts_needs_a_padding_id(backend, folder):
+    """transformers' rule: without one, where a text ends cannot be known."""
+    head = "sequence_classification"
+    model = backend.load(folder(PRE_LN.replace(pad_token_id=None), head), head)
+    assert backend.run(model, input_ids=np.array([[2, 5]])).logits.shape == (1, 2)
+    with pytest.raises(InputError, match="needs pad_token_id"):
+        model([[2, 5], [2, 6]])

@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 
-from opt_core import OPTTokenizer
 from opt_core.errors import GenerationError, InputError
+from opt_core.generation import GenerationConfig
 from tests import oracle, oracle_generation
 from tests.configs import CONFIGS
 from tests.oracle_generation import Settings
 from tests.reference import make_mask, make_prompts
-from tests.tiny_folder import save_model
 
 PAD = 1
 PLAIN = {"eos_token_id": None, "max_new_tokens": 24}
@@ -197,13 +196,6 @@ def test_bad_prompts_raise_one_clear_line(backend, folder):
         model.stream(ids, num_beams=2, max_new_tokens=2)
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """A tiny model with a tokenizer: its folder and the tokenizer."""
-    path = save_model(tmp_path_factory.mktemp("texts") / "model")
-    return path, OPTTokenizer.from_pretrained(path)
-
-
 def test_stop_strings_end_each_row_where_they_occur(backend, texts):
     path, tokenizer = texts
     model, prompts = (
@@ -244,3 +236,52 @@ def test_ids_without_a_token_are_never_generated(backend, texts):
     assert np.isin(free, untrained).any()
     known = backend.generate(model, ids, tokenizer=tokenizer, **settings)[:, ids.shape[1] :]
     assert (known == tokenizer.vocab_size - 1).all()
+
+
+def test_callers_settings_keep_the_models_special_ids(backend, folder):
+    model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIGS["pre_ln"], 1, 5)
+    settings = GenerationConfig(max_new_tokens=40)
+    free = backend.generate(model, ids, generation_config=settings, eos_token_id=None)
+    assert free.shape == (1, 45)
+    end = int(free[0, 15])
+    model.generation_config = model.generation_config.replace(eos_token_id=end)
+    ended = backend.generate(model, ids, generation_config=settings)[0]
+    assert ended[-1] == end
+    assert len(ended) <= 16
+    with pytest.raises(GenerationError, match="expected a GenerationConfig, received dict"):
+        model.generate(ids, generation_config={"max_new_tokens": 3})
+
+
+def test_padding_without_a_mask_is_padding(backend, folder):
+    """As in transformers: where the padding id occurs and ends no text, it is no text."""
+    ids, mask = make_prompts(CONFIGS["pre_ln"], 2, 8), make_mask("left", [8, 5])
+    ids = np.where(mask, ids, PAD)
+    model = backend.load(folder("pre_ln"))
+    settings = {**PLAIN, "eos_token_id": 2}
+    guessed = backend.generate(model, ids, **settings)
+    told = backend.generate(model, ids, attention_mask=mask, **settings)
+    np.testing.assert_array_equal(guessed, told)
+
+
+def test_a_row_without_a_possible_token_is_an_error(backend, folder):
+    model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIGS["pre_ln"], 1, 5)
+    for extra in ({}, {"do_sample": True}, {"num_beams": 2}):
+        with pytest.raises(GenerationError, match="row 0: no token can be generated: every token"):
+            model.generate(ids, max_new_tokens=2, suppress_tokens=range(99), **extra)
+
+
+@pytest.mark.parametrize("seed", [None, -1, 1.5, 2**70])
+def test_bad_seeds(backend, folder, seed):
+    with pytest.raises(GenerationError, match="seed: expected an integer"):
+        backend.load(folder("pre_ln")).generate([[2, 5]], max_new_tokens=1, seed=seed)
+
+
+def test_copies_of_padded_prompts(backend, folder):
+    """Sampling several texts per prompt: a padded prompt's copies start where it ends."""
+    ids, mask = make_prompts(CONFIGS["pre_ln"], 2, 8), make_mask("left", [8, 3])
+    model = backend.load(folder("pre_ln"))
+    settings = {**PLAIN, "do_sample": True, "top_k": 1, "num_return_sequences": 2}
+    out = backend.generate(model, ids, attention_mask=mask, **settings)
+    for row, length in enumerate([8, 3]):
+        alone = backend.generate(model, ids[row : row + 1, -length:], **settings)
+        np.testing.assert_array_equal(out[2 * row : 2 * row + 2, 8:], alone[:, length:])

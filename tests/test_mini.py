@@ -76,10 +76,13 @@ def test_held_out_bits_per_byte_are_the_published_ones(backend):
     text = TEXT.read_text(encoding="utf-8")
     held_out = text[len(text) * 9 // 10 :]
     tokenizer = OPTTokenizer.from_pretrained("mini")
-    ids = np.array(tokenizer.encode(held_out, add_special_tokens=False))[: 255 * 60]
-    rows = np.pad(ids.reshape(60, 255), ((0, 0), (1, 0)), constant_values=2)
-    nats = backend.evaluate(backend.load("mini"), [rows])
+    ids = np.array(tokenizer.encode(held_out, add_special_tokens=False))
+    ids = ids[: len(ids) // 255 * 255]
+    rows = np.pad(ids.reshape(-1, 255), ((0, 0), (1, 0)), constant_values=2)
+    nats = backend.evaluate(
+        backend.load("mini"), [rows[i : i + 32] for i in range(0, len(rows), 32)]
+    )
     bits = nats * len(ids) / len(tokenizer.decode(ids).encode()) / math.log(2)
     measured = json.loads(RESULTS.read_text())
     best = min(point["held_out_bits_per_byte"] for point in measured["curve"])
-    assert abs(bits - best) < 0.1
+    assert abs(bits - best) < 0.005

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from opt_core.data import token_batches
 from opt_core.params import param_specs
 from opt_core.training import TrainConfig
 from tests.configs import CONFIGS
@@ -66,7 +65,12 @@ def test_a_small_text_is_learnt(backend):
         max_steps=150, batch_size=8, sequence_length=32, learning_rate=5e-3, warmup_steps=10
     )
     model = backend.model_class("causal_lm")(config, seed=0)
-    losses = backend.fit(model, token_batches(stream, 8, 32), train)
+    rng = np.random.default_rng(0)
+    batches = (
+        np.stack([stream[s : s + 32] for s in rng.integers(0, len(stream) - 32, 8)])
+        for _ in range(train.max_steps)
+    )
+    losses = backend.fit(model, batches, train)
     assert losses[0] > 4
     assert losses[-1] < 0.2
     out = backend.generate(model, stream[None, :8], max_new_tokens=16, eos_token_id=None)

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from opt_core.config import OPTConfig
@@ -88,3 +89,27 @@ def test_the_window():
     settings.check(config, prompt_length=30, longest=7, has_tokenizer=False)
     with pytest.raises(GenerationError, match="8 tokens and 4 new ones do not fit"):
         settings.check(config, prompt_length=8, longest=8, has_tokenizer=False)
+
+
+def test_none_means_not_set(tmp_path):
+    """As in transformers, except for the settings that have a meaning for it."""
+    unset = GenerationConfig(num_beams=None, temperature=None, max_length=None, top_p=None)  # type: ignore[arg-type]
+    assert unset == GenerationConfig()
+    free = GenerationConfig(top_k=None)
+    assert free.top_k is None
+    free.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).top_k == 0
+
+
+def test_numbers_of_numpy():
+    values = {"max_new_tokens": np.int64(4), "eos_token_id": np.array([2, 5])}
+    numpy = GenerationConfig().replace(**values, temperature=np.float32(0.5))
+    assert numpy == GenerationConfig(max_new_tokens=4, eos_token_id=(2, 5), temperature=0.5)
+
+
+@pytest.mark.parametrize(
+    "values", [{"length_penalty": 1000.0}, {"temperature": float("inf")}, {"early_stopping": 1}]
+)
+def test_values_without_a_meaning(values):
+    with pytest.raises(GenerationError, match=next(iter(values))):
+        GenerationConfig(**values)

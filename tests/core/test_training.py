@@ -1,4 +1,4 @@
-"""Training settings and batches."""
+"""Training settings."""
 
 import itertools
 import math
@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from opt_core.data import token_batches, token_windows
-from opt_core.errors import ConfigError, InputError
+from opt_core.errors import ConfigError
 from opt_core.training import TrainConfig
 
 
@@ -38,6 +37,9 @@ def test_other_schedules():
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"weight_decay": 1.5}, "weight_decay"),
         ({"adam_beta2": -0.1}, "adam_beta2"),
+        ({"adam_beta1": 1.0}, "adam_beta1: expected 0 <= x < 1"),
+        ({"learning_rate": "1e-4"}, "learning_rate"),
+        ({"learning_rate": math.inf}, "learning_rate"),
         ({"lr_schedule": "exponential"}, "lr_schedule"),
         ({"warmup_steps": 2000}, "warmup_steps=2000 exceeds max_steps=1000"),
     ],
@@ -46,25 +48,3 @@ def test_other_schedules():
 def test_bad_settings(changes, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**changes)
-
-
-def test_batches_are_windows_of_the_stream_and_repeatable():
-    stream = np.arange(100)
-    batches = list(itertools.islice(token_batches(stream, 4, 7, seed=1), 50))
-    again = list(itertools.islice(token_batches(stream, 4, 7, seed=1), 50))
-    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
-    assert all((np.diff(b) == 1).all() for b in batches)
-    assert {int(row[0]) for b in batches for row in b} >= {0, 93}, (
-        "the first or last window is missed"
-    )
-    assert batches[0].dtype == np.int32
-
-
-def test_windows_cover_the_stream_once():
-    rows = np.concatenate(list(token_windows(np.arange(103), 4, 10)))
-    np.testing.assert_array_equal(rows.ravel(), np.arange(100))
-
-
-def test_a_stream_shorter_than_a_window():
-    with pytest.raises(InputError, match="5 tokens is shorter than sequence_length=7"):
-        next(token_batches(np.arange(5), 1, 7))
