@@ -2,14 +2,16 @@
 
 PyTorch computes small float32 products on the CPU with MKL, which reads the weights at half to
 three quarters of the rate oneDNN reaches; and oneDNN multiplies bfloat16 weights nearly twice as
-fast once they are in its own blocked order. That order is a second copy of the weights, so it lives
-only as long as one generation, and the parameters themselves are never touched.
+fast once they are in its own blocked order. That order is a second copy: it is made where memory
+allows, used while a model generates, kept for the next time, and checked against the parameters
+before every use. The parameters themselves are never touched.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _REORDER = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 WORTHWHILE = 16
-"""Tokens to generate from which on packing costs less than it saves (it costs about three)."""
+"""Tokens to generate from which on packing costs less than it saves."""
 
 
 class Linear(nn.Linear):
@@ -29,6 +31,8 @@ class Linear(nn.Linear):
 
     packed: Tensor | None = None
     """The weight in oneDNN's order, while a model generates (`packed`)."""
+    kept: tuple[Tensor, Tensor] | None = None
+    """The last packed weight and the fingerprint of what was packed; training drops it."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Computes `input @ weight.T + bias`."""
@@ -37,35 +41,65 @@ class Linear(nn.Linear):
             return F.linear(input, weight, bias)
         return _PRODUCT(input, weight if self.packed is None else self.packed, bias, "none", [], "")
 
+    def pack(self) -> None:
+        """Packs the weight, or takes up the packed one from before if the weight is the same."""
+        weight = self.weight.detach()
+        mark = fingerprint(weight)
+        if self.kept is None or not torch.equal(self.kept[1], mark):
+            assert _REORDER is not None
+            self.kept = _REORDER(weight), mark
+        self.packed = self.kept[0]
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches training mode; weights about to change need no packed copy."""
+        self.kept = None if mode else self.kept
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: no packed weight."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("packed", "kept")}
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self.kept = None
+        return super()._apply(fn, recurse)
+
 
 @contextmanager
 def packed(model: nn.Module, new_tokens: int) -> Iterator[None]:
     """Keeps a model's bfloat16 weights in oneDNN's order for the length of a generation.
 
     Nothing happens where that is of no use: on other devices, in other types, for a few tokens, or
-    where the copy would take more than half of the memory there is.
+    where the copies would take more than half of the memory there is.
 
     Args:
         model: The model; its weights must not change meanwhile.
         new_tokens: Tokens to generate.
     """
     layers = [m for m in model.modules() if isinstance(m, Linear)]
-    weights = [layer.weight for layer in layers]
-    size = sum(weight.nbytes for weight in weights)
+    size = sum(layer.weight.nbytes for layer in layers if layer.kept is None)
     useful = (
         _REORDER is not None
         and new_tokens >= WORTHWHILE
-        and all(w.dtype == torch.bfloat16 and _is_cpu_type(w) for w in weights)
-        and size < available_memory() / 2
+        and all(m.weight.dtype == torch.bfloat16 and _is_cpu_type(m.weight) for m in layers)
+        and size <= available_memory() / 2
     )
     try:
-        if useful and _REORDER is not None:
-            for layer, weight in zip(layers, weights, strict=True):
-                layer.packed = _REORDER(weight.detach())
+        for layer in layers if useful else ():
+            layer.pack()
         yield
     finally:
         for layer in layers:
             layer.packed = None
+
+
+def fingerprint(weight: Tensor) -> Tensor:
+    """The sums of a weight's rows, as integers: what changes with any change worth the name.
+
+    It costs about as much as reading the weights for one token. PyTorch's own version counter
+    would be free, but it misses what is written through `.data`.
+    """
+    word = torch.int64 if weight.shape[1] % 4 == 0 else torch.int16
+    return weight.contiguous().view(word).sum(1, dtype=torch.int64)
 
 
 def available_memory() -> float:

@@ -296,10 +296,34 @@ def test_generating_between_backward_and_step_loses_nothing(folder, dtype):
 
 def test_changed_weights_are_used_at_once(folder):
     model, ids = model_of(folder, dtype="bfloat16"), make_prompts(CONFIGS["pre_ln"], 2, 5)
-    model.generate(ids, **LONG)
+    before = model.generate(ids, **LONG)
+    fc1 = model.get_decoder().layers[0].get_parameter("fc1.weight")
+    fc1.data[3] += 1.0  # which no version counter sees
+    after = model.generate(ids, **LONG)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, model_like(model).generate(ids, **LONG))
     model.get_decoder().embed_tokens.weight.data.zero_()
     with torch.no_grad():
         assert model(ids).logits.abs().max() == 0
+
+
+def model_like(model):
+    """Another model with the same weights, which has packed nothing."""
+    other = type(model)(model.config).to(model.dtype)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_packed_weights_are_kept_until_training(folder):
+    model, ids = model_of(folder, dtype="bfloat16"), make_prompts(CONFIGS["pre_ln"], 2, 5)
+    first = model.generate(ids, **LONG)
+    kept = [m.kept for m in model.modules() if isinstance(m, linear.Linear)]
+    assert all((pair is not None) == packs() for pair in kept)
+    assert torch.equal(model.generate(ids, **LONG), first)
+    again = [m.kept for m in model.modules() if isinstance(m, linear.Linear)]
+    assert all(a is b for a, b in zip(again, kept, strict=True))
+    model.train()
+    assert not any(m.kept for m in model.modules() if isinstance(m, linear.Linear))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -343,6 +367,10 @@ def test_models_can_be_copied_and_pickled(folder, variant):
     twins: list[opt_torch.OPTForCausalLM] = [
         copy.deepcopy(model), pickle.loads(pickle.dumps(model)),
     ]  # fmt: skip
+    if variant == "pre_ln":
+        half = model_of(folder, dtype="bfloat16")
+        half.generate(ids, **LONG)
+        assert torch.equal(copy.deepcopy(half).generate(ids, **LONG), half.generate(ids, **LONG))
     for twin in twins:
         assert torch.equal(twin(ids).logits, model(ids).logits)
         assert twin.lm_head.weight is twin.get_decoder().embed_tokens.weight
