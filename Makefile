@@ -18,7 +18,7 @@ help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-torch ## Install what text generation needs and let the embedded model write
-	$(VENV)/bin/opt-lm generate "ROMEO:" --max-new-tokens 120
+	$(VENV)/bin/opt-lm generate "ROMEO:" --max-new-tokens 120 --seed 1
 
 test: $(VENV)/.installed-test ## Install everything and run the whole suite
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) $(ARGS)
