@@ -68,12 +68,11 @@ def prepare(
         config, model.device, model.dtype, input_ids, attention_mask, None, None, None
     )
     assert ids is not None
-    pad = next(
-        (i for i in (settings.pad_token_id, config.pad_token_id) if i is not None),
-        min(settings.eos_ids, default=0),
-    )
-    if mask is None and pad not in settings.eos_ids:
-        mask = ids != pad  # as transformers: a prompt with the padding id in it is a padded one
+    pads = [i for i in (settings.pad_token_id, config.pad_token_id) if i is not None]
+    texts = {config.bos_token_id, config.eos_token_id, *settings.eos_ids}
+    if mask is None and pads and pads[0] not in texts:
+        # As transformers: an id that is nothing but padding is padding. Not so a BOS or EOS.
+        mask = ids != pads[0]
     mask = full_mask(mask, ids.shape[1], None)
     longest = ids.shape[1]
     if mask is not None:
@@ -88,7 +87,8 @@ def prepare(
     if tokenizer is not None:
         # OPT's embedding has rows that no token has, never trained (transformers #18268).
         vocabulary = min(vocabulary, tokenizer.vocab_size)
-    return Request(ids.long(), mask, settings, settings.new_tokens(ids.shape[1]), vocabulary, pad)
+    pad = [*pads, *settings.eos_ids, 0][0]
+    return Request(ids, mask, settings, settings.new_tokens(ids.shape[1]), vocabulary, pad)
 
 
 def model_settings(model: "OPTForCausalLM", config: GenerationConfig | None) -> GenerationConfig:

@@ -22,8 +22,8 @@ from torch.autograd import forward_ad
 _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _REORDER = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
-WORTHWHILE = 16
-"""Tokens to generate from which on packing costs less than it saves."""
+WORTHWHILE = 32
+"""Tokens to generate from which on packing is done; it costs what about 16 tokens save."""
 
 
 class Linear(nn.Linear):
@@ -39,16 +39,18 @@ class Linear(nn.Linear):
         weight, bias = self.weight, self.bias
         if _PRODUCT is None or not _is_plain(input, weight):
             return F.linear(input, weight, bias)
-        return _PRODUCT(input, weight if self.packed is None else self.packed, bias, "none", [], "")
+        packed = self.packed  # read once: a generation in another thread may end in between
+        return _PRODUCT(input, weight if packed is None else packed, bias, "none", [], "")
 
     def pack(self) -> None:
         """Packs the weight, or takes up the packed one from before if the weight is the same."""
         weight = self.weight.detach()
         mark = fingerprint(weight)
-        if self.kept is None or not torch.equal(self.kept[1], mark):
+        kept = self.kept
+        if kept is None or not torch.equal(kept[1], mark):
             assert _REORDER is not None
-            self.kept = _REORDER(weight), mark
-        self.packed = self.kept[0]
+            kept = self.kept = _REORDER(weight), mark
+        self.packed = kept[0]
 
     def train(self, mode: bool = True) -> Self:
         """Switches training mode; weights about to change need no packed copy."""

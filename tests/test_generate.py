@@ -263,6 +263,17 @@ def test_padding_without_a_mask_is_padding(backend, folder):
     np.testing.assert_array_equal(guessed, told)
 
 
+@pytest.mark.parametrize(("pad", "marked"), [(None, 0), (2, 2)])
+def test_ids_of_texts_are_no_padding(backend, folder, pad, marked):
+    """No padding id, or one that begins or ends texts: then nothing is guessed to be padding."""
+    config = CONFIGS["pre_ln"].replace(pad_token_id=pad)
+    model, ids = backend.load(folder(config)), make_prompts(config, 1, 6)
+    ids[0, :2] = marked
+    guessed = backend.generate(model, ids, **PLAIN)
+    told = backend.generate(model, ids, attention_mask=np.ones_like(ids), **PLAIN)
+    np.testing.assert_array_equal(guessed, told)
+
+
 def test_a_row_without_a_possible_token_is_an_error(backend, folder):
     model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIGS["pre_ln"], 1, 5)
     for extra in ({}, {"do_sample": True}, {"num_beams": 2}):

@@ -232,7 +232,7 @@ def packs():
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-LONG = {"max_new_tokens": 24, "eos_token_id": None}
+LONG = {"max_new_tokens": 40, "eos_token_id": None}
 
 
 def is_packed(model):
