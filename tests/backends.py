@@ -1,9 +1,11 @@
-"""One adapter per framework, NumPy in and NumPy out: a test is written once and runs on all.
+"""What the adapters of the frameworks share: NumPy in and NumPy out, one test body for all.
 
 Models come from disk through `from_pretrained`: the adapters know nothing of a model's inside.
+What differs between frameworks is in `backend_torch.py` and its siblings.
 """
 
 import importlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +17,8 @@ from opt_core.params import Head, param_specs
 from opt_core.training import TrainConfig
 from tests.oracle import Array
 
-BACKENDS = ("torch",)
-"""The frameworks whose package exists; the test of the layout checks that none is forgotten."""
+BACKENDS = tuple(os.environ.get("OPT_BACKENDS", "torch").split(","))
+"""Every framework; OPT_BACKENDS=flax, or tf,flax, runs the tests on these alone."""
 
 CLASSES: dict[Head, str] = {
     "none": "OPTModel",
@@ -52,18 +54,23 @@ class Backend:
         """Arrays for tensors, in any nesting."""
         if isinstance(value, tuple | list):
             return [self.numpy(v) for v in value]
-        if value is None or isinstance(value, np.ndarray):
-            return value
-        return np.asarray(value.detach().cpu()) if hasattr(value, "detach") else np.asarray(value)
+        return value if value is None or isinstance(value, np.ndarray) else self.to_array(value)
+
+    def to_array(self, tensor: Any) -> Array:
+        """One tensor as an array."""
+        return np.asarray(tensor)
 
     def array(self, value: Any) -> Any:
         """The framework's tensor for an array."""
-        return importlib.import_module("torch").tensor(value)
+        raise NotImplementedError
+
+    def call(self, model: Any, **inputs: Any) -> Any:
+        """The model's output, no gradient wanted."""
+        return model(**inputs)
 
     def run(self, model: Any, **inputs: Any) -> SimpleNamespace:
-        """The output's fields as arrays, no gradient wanted; the cache stays what it is."""
-        with importlib.import_module("torch").inference_mode():
-            out = vars(model(**inputs))
+        """The output's fields as arrays; the cache stays what it is."""
+        out = vars(self.call(model, **inputs))
         return SimpleNamespace(
             **{k: v if k == "past_key_values" else self.numpy(v) for k, v in out.items()}
         )
@@ -74,7 +81,7 @@ class Backend:
 
     def gradients(self, model: Any, head: Head, **inputs: Any) -> dict[str, Array]:
         """The gradient of the loss for each parameter, by canonical name and in canonical shape."""
-        return getattr(self, f"_{self.name}_gradients")(model, head, **inputs)
+        raise NotImplementedError
 
     def train(self, model: Any, batches: list[Any], config: TrainConfig) -> dict[str, Array]:
         """The parameters after one optimizer step per batch."""
@@ -97,10 +104,8 @@ class Backend:
         """Mean loss over batches."""
         return importlib.import_module(f"opt_{self.name}.training").evaluate(model, batches)
 
-    def _torch_gradients(self, model: Any, head: Head, **inputs: Any) -> dict[str, Array]:
-        model.zero_grad()
-        model(**inputs).loss.backward()
-        grads = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
-        prefix = "model." if head == "none" else ""
-        specs = param_specs(model.config, head)
-        return {spec.name: grads[spec.name.removeprefix(prefix)] for spec in specs}
+
+def make_backend(name: str) -> Backend:
+    """The adapter of a framework."""
+    module = importlib.import_module(f"tests.backend_{name}")
+    return getattr(module, f"{PREFIXES[name] or 'Torch'}Backend")(name)

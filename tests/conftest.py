@@ -10,14 +10,14 @@ from opt_core.checkpoint_writer import save_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.params import Head, param_specs
 from opt_core.tokenizer import OPTTokenizer
-from tests.backends import BACKENDS, Backend
+from tests.backends import BACKENDS, Backend, make_backend
 from tests.configs import CONFIGS
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each framework in turn."""
-    return Backend(request.param)
+    return make_backend(request.param)
 
 
 @pytest.fixture(scope="session")

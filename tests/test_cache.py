@@ -104,15 +104,6 @@ def test_a_cache_needs_room(backend, folder):
         backend.load(folder("pre_ln")).init_cache(2, 0)
 
 
-def test_a_cache_is_continued_once(backend, folder):
-    """Buffers are shared with the successor: a second continuation would overwrite the first."""
-    model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIGS["pre_ln"], 1, 6)
-    first = backend.run(model, input_ids=ids[:, :4], past_key_values=model.init_cache(1, 10))
-    backend.run(model, input_ids=ids[:, 4:5], past_key_values=first.past_key_values)
-    with pytest.raises(InputError, match=r"continued already \(it holds 4 tokens, .* 5\)"):
-        model(ids[:, 5:], past_key_values=first.past_key_values)
-
-
 def test_a_cache_of_another_model(backend, folder):
     cache = backend.load(folder("post_ln")).init_cache(1, 8)
     with pytest.raises(InputError, match="past_key_values is of another model: expected"):

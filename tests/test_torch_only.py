@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 import opt_torch  # noqa: E402
 from opt_core.config import OPTConfig  # noqa: E402
-from opt_core.errors import CheckpointError, ConfigError  # noqa: E402
+from opt_core.errors import CheckpointError, ConfigError, InputError  # noqa: E402
 from opt_torch import attention, linear  # noqa: E402
 from tests.configs import CONFIGS  # noqa: E402
 from tests.reference import make_mask, make_prompts  # noqa: E402
@@ -392,3 +392,15 @@ def test_values_beyond_float16_are_refused(folder, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"layers\.0\.fc2\.weight: values beyond the range"):
         opt_torch.OPTForCausalLM.from_pretrained(tmp_path, dtype="float16")
+
+
+def test_a_cache_is_continued_once(folder):
+    """Buffers are shared with the successor: a second continuation would overwrite the first."""
+    model, ids = (
+        OPTForCausalLM.from_pretrained(folder("pre_ln")),
+        make_prompts(CONFIGS["pre_ln"], 1, 6),
+    )
+    first = model(ids[:, :4], past_key_values=model.init_cache(1, 10))
+    model(ids[:, 4:5], past_key_values=first.past_key_values)
+    with pytest.raises(InputError, match=r"continued already \(it holds 4 tokens, .* 5\)"):
+        model(ids[:, 5:], past_key_values=first.past_key_values)
