@@ -397,7 +397,7 @@ def test_values_beyond_float16_are_refused(folder, tmp_path):
 def test_a_cache_is_continued_once(folder):
     """Buffers are shared with the successor: a second continuation would overwrite the first."""
     model, ids = (
-        OPTForCausalLM.from_pretrained(folder("pre_ln")),
+        model_of(folder),
         make_prompts(CONFIGS["pre_ln"], 1, 6),
     )
     first = model(ids[:, :4], past_key_values=model.init_cache(1, 10))
