@@ -1,0 +1,15 @@
+"""OPT for JAX, on Flax NNX."""
+
+from opt_flax.cache import KVCache
+from opt_flax.decoder import OPTOutput
+from opt_flax.heads import FlaxOPTForQuestionAnswering, FlaxOPTForSequenceClassification
+from opt_flax.modeling import FlaxOPTForCausalLM, FlaxOPTModel
+
+__all__ = [
+    "FlaxOPTForCausalLM",
+    "FlaxOPTForQuestionAnswering",
+    "FlaxOPTForSequenceClassification",
+    "FlaxOPTModel",
+    "KVCache",
+    "OPTOutput",
+]

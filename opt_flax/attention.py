@@ -1,0 +1,142 @@
+"""Causal self-attention: projections, masks and the kernels behind one interface."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from opt_core.config import OPTConfig
+from opt_core.errors import ConfigError
+from opt_flax.cache import KVCache
+from opt_flax.linear import Linear
+
+IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
+
+
+class FlaxOPTAttention(nnx.Module):
+    """Multi-head causal self-attention of one layer."""
+
+    def __init__(self, config: OPTConfig, implementation: str):
+        self.implementation = implementation
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.dropout = config.attention_dropout
+        bias = config.enable_bias
+        self.k_proj = Linear(bias)
+        self.v_proj = Linear(bias)
+        self.q_proj = Linear(bias)
+        self.out_proj = Linear(bias)
+
+    def __call__(
+        self,
+        hidden_BTD: Array,
+        bias_B1TS: Array | None,
+        mask_BS: Array | None,
+        cache: KVCache | None,
+        layer: int,
+        key: Array | None,
+        output_attentions: bool,
+    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
+        """Mixes every token with those before it.
+
+        Args:
+            hidden_BTD: Normalised hidden states.
+            bias_B1TS: Added to the scores (`make_bias`); None: causality alone decides.
+            mask_BS: bool, False at padding, for the kernels that take segments; None: no padding.
+            cache: Where keys and values are kept; None: nothing came before.
+            layer: Which of the cache's layers this is.
+            key: Random key of dropout; None: no dropout.
+            output_attentions: Return the attention weights too (this takes the eager path).
+
+        Returns:
+            The mixed states (B, T, D), the weights (B, H, T, S) or None, and the layer's new cache
+            buffers or None.
+        """
+        B, T, D = hidden_BTD.shape
+        query, key_states, value = (
+            projection(hidden_BTD).reshape(B, T, self.num_heads, self.head_dim).swapaxes(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        buffers = None
+        if cache is not None:
+            buffers = cache.write(layer, key_states, value)
+            if not cache.is_empty:
+                key_states, value = (buffer[:, :, : cache.visible(T)] for buffer in buffers)
+        dropout = self.dropout if key is not None else 0.0
+        weights = None
+        if self.implementation == "flash_attention_2" and T > 1 and not output_attentions:
+            mixed = flash(query, key_states, value, bias_B1TS, mask_BS, dropout)
+        elif self.implementation == "sdpa" and not (dropout or output_attentions):
+            mixed = sdpa(query, key_states, value, bias_B1TS)
+        else:
+            mixed, weights = eager(query, key_states, value, bias_B1TS, dropout, key)
+        mixed = self.out_proj(mixed.swapaxes(1, 2).reshape(B, T, D))
+        return mixed, weights if output_attentions else None, buffers
+
+
+def make_bias(
+    mask_BS: Array | None, count: int, past: int | Array, slots: int, dtype: jnp.dtype
+) -> Array | None:
+    """What to add to the scores, or None where causality alone decides.
+
+    Args:
+        mask_BS: bool (B, S), False at padding; None if there is none.
+        count: New tokens T.
+        past: Slot of the first of them.
+        slots: Slots S that are looked at; those behind the new tokens are not filled yet.
+        dtype: Type of the scores.
+
+    Returns:
+        (B or 1, 1, T, S): 0 where a query may look and the lowest number where not. A query with
+        nothing to look at (padding before the first token) looks at everything, so that its row
+        is finite.
+    """
+    if mask_BS is None and isinstance(past, int) and past + count == slots and 1 in (count, slots):
+        return None
+    if mask_BS is None and isinstance(past, int) and past == 0 and count == slots:
+        return None
+    may = jnp.arange(slots)[None, :] <= past + jnp.arange(count)[:, None]
+    may = may[None, None] if mask_BS is None else may & mask_BS[:, None, None, :]
+    if mask_BS is not None:
+        may = may | ~may.any(-1, keepdims=True)
+    return jnp.where(may, 0, jnp.finfo(dtype).min).astype(dtype)
+
+
+def eager(
+    q_BHTK: Array,
+    k_BHSK: Array,
+    v_BHSK: Array,
+    bias_B1TS: Array | None,
+    dropout: float,
+    key: Array | None,
+) -> tuple[Array, Array]:
+    """Attention spelled out, softmax in float32 or better; returns the weights (B, H, T, S) too."""
+    T, S = q_BHTK.shape[2], k_BHSK.shape[2]
+    # OPT scales the query, not the scores: half precision overflows later that way.
+    scores = jnp.einsum("bhtk,bhsk->bhts", q_BHTK * q_BHTK.shape[-1] ** -0.5, k_BHSK)
+    wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    if bias_B1TS is not None:
+        wide = wide + bias_B1TS
+    elif T > 1:
+        wide = jnp.where(jnp.tri(T, S, S - T, dtype=bool), wide, -jnp.inf)
+    weights = jax.nn.softmax(wide, -1).astype(scores.dtype)
+    mixed = jnp.einsum("bhts,bhsk->bhtk", drop(weights, dropout, key), v_BHSK)
+    return mixed, weights
+
+
+def drop(values: Array, rate: float, key: Array | None) -> Array:
+    """Dropout: zeroes a share of the values and scales up the others; none without a key."""
+    if key is None or rate == 0:
+        return values
+    kept = jax.random.bernoulli(key, 1 - rate, values.shape)
+    return jnp.where(kept, values / (1 - rate), 0).astype(values.dtype)
+
+
+def sdpa(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_B1TS: Array | None) -> Array:
+    """JAX's own attention."""
+    mixed = jax.nn.dot_product_attention(
+        *(x.swapaxes(1, 2) for x in (q_BHTK, k_BHSK, v_BHSK)),
+        bias=bias_B1TS,
+        is_causal=bias_B1TS is None and q_BHTK.shape[2] > 1,
+        implementation="xla",
+    )
+    return mixed.swapaxes(1, 2)

@@ -1,0 +1,144 @@
+"""The key-value cache: buffers of a fixed size, and positions that follow from what they hold."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import Mesh
+
+from opt_core.config import OPTConfig
+from opt_core.errors import InputError
+from opt_core.params import POSITION_OFFSET
+from opt_flax.parallel import constrain_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far.
+
+    A cache is a value: writing gives new buffers (within a compiled program XLA writes in place),
+    so one cache may be continued in several ways.
+
+    Attributes:
+        keys: One (B, H, S, K) buffer per layer.
+        values: One (B, H, S, K) buffer per layer.
+        length: Slots filled; a number, or a traced scalar inside a compiled program.
+        mask: (B, S) bool, True where a filled slot holds a token and False where it holds padding;
+            None while no padding was seen.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    length: int | Array = 0
+    mask: Array | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Slots S there are."""
+        return self.keys[0].shape[2]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is known to hold nothing yet."""
+        return isinstance(self.length, int) and self.length == 0
+
+    def write(self, layer: int, key_BHTK: Array, value_BHTK: Array) -> tuple[Array, Array]:
+        """Stores one layer's new keys and values behind the present ones.
+
+        Returns:
+            The layer's buffers (B, H, S, K) with them.
+        """
+        start = (0, 0, self.length, 0)
+        return (
+            lax.dynamic_update_slice(self.keys[layer], key_BHTK, start),
+            lax.dynamic_update_slice(self.values[layer], value_BHTK, start),
+        )
+
+    def visible(self, count: int) -> int:
+        """Slots to look at with `count` new tokens: the filled ones, or all where unknown."""
+        return self.length + count if isinstance(self.length, int) else self.max_length
+
+    def advance(
+        self,
+        count: int,
+        mask_BT: Array | None,
+        keys: tuple[Array, ...],
+        values: tuple[Array, ...],
+    ) -> "KVCache":
+        """The cache after `count` more tokens.
+
+        Args:
+            count: New tokens T.
+            mask_BT: bool, False where a new token is padding; None if none is.
+            keys: The buffers that `write` returned.
+            values: The buffers that `write` returned.
+        """
+        mask_BS = self.mask
+        if mask_BS is None and mask_BT is not None:
+            mask_BS = jnp.ones((mask_BT.shape[0], self.max_length), bool)
+        if mask_BS is not None and mask_BT is not None:
+            mask_BS = lax.dynamic_update_slice(mask_BS, mask_BT, (0, self.length))
+        return KVCache(keys, values, self.length + count, mask_BS)
+
+    def select(self, rows: Array) -> "KVCache":
+        """The cache of other rows: `rows[i]` becomes row i.
+
+        Args:
+            rows: (any,) integer row numbers.
+        """
+        return replace(
+            self,
+            keys=tuple(buffer[rows] for buffer in self.keys),
+            values=tuple(buffer[rows] for buffer in self.values),
+            mask=None if self.mask is None else self.mask[rows],
+        )
+
+
+def init_cache(
+    config: OPTConfig,
+    batch_size: int,
+    max_length: int,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
+) -> KVCache:
+    """An empty cache.
+
+    Args:
+        config: The model's configuration.
+        batch_size: Rows B.
+        max_length: Slots S, for the prompt and everything after it.
+        dtype: Type of the keys and values: the model's.
+        mesh: Devices to spread the buffers over, by rows and heads; None: one device.
+    """
+    if batch_size < 1 or max_length < 1:
+        raise InputError(
+            f"a cache needs at least 1 row and 1 slot, received {batch_size} x {max_length}"
+        )
+    shape = (batch_size, config.num_attention_heads, max_length, config.head_dim)
+    buffers = [
+        constrain_rows(jnp.zeros(shape, dtype), mesh, heads=True)
+        for _ in range(2 * config.num_hidden_layers)
+    ]
+    return KVCache(tuple(buffers[::2]), tuple(buffers[1::2]))
+
+
+def position_rows(mask_BS: Array | None, past: int | Array, count: int) -> Array:
+    """Rows of the position table for the newest tokens.
+
+    A token's position is the number of real tokens before it, so padding never shifts one; a padded
+    token reads row 1 (transformers' `cumsum(mask) * mask - 1 + 2`).
+
+    Args:
+        mask_BS: bool (B, S), False at padding; None if there is none.
+        past: Tokens already in the cache.
+        count: New tokens T.
+
+    Returns:
+        Row numbers (B, T), or (1, T) without a mask.
+    """
+    if mask_BS is None:
+        return past + POSITION_OFFSET + jnp.arange(count, dtype=jnp.int32)[None]
+    counts_BS = jnp.cumsum(mask_BS, 1, dtype=jnp.int32) * mask_BS
+    return lax.dynamic_slice_in_dim(counts_BS, past, count, 1) - 1 + POSITION_OFFSET

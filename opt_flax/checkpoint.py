@@ -1,0 +1,238 @@
+"""Weights in and out of a model, through the parameter list and the NNX dialect."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from numpy.typing import NDArray
+
+from opt_core import checkpoint as files
+from opt_core.checkpoint_writer import save_checkpoint
+from opt_core.config import DTYPES, OPTConfig
+from opt_core.dialects import NNX
+from opt_core.errors import ConfigError
+from opt_core.generation import GenerationConfig
+from opt_core.hub import resolve
+from opt_core.initialization import initial_value
+from opt_core.params import ParamSpec, param_specs
+from opt_core.tensor_file import cast_array
+from opt_flax import parallel
+
+if TYPE_CHECKING:
+    from opt_flax.modeling import FlaxOPTPreTrainedModel
+
+M = TypeVar("M", bound="FlaxOPTPreTrainedModel")
+
+
+def initialize(model: "FlaxOPTPreTrainedModel", seed: int) -> None:
+    """Gives every parameter its starting value, float32."""
+    for group in _groups(model):
+        values = [initial_value(spec, model.config, seed) for spec in group]
+        _fill(model, group, values, np.dtype(np.float32))
+
+
+def outline(model: "FlaxOPTPreTrainedModel", dtype: np.dtype[Any]) -> None:
+    """Gives every parameter its shape, type and place, as `jax.ShapeDtypeStruct`, and no values."""
+    for group in _groups(model):
+        shape, sharding = _layout(model, group)
+        _assign(model, group, jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
+
+
+def from_pretrained(
+    cls: type[M],
+    path_or_hub_id: str | PathLike[str],
+    dtype: str,
+    mesh: Mesh | None,
+    attn_implementation: str,
+    progress: Callable[[int, int], None] | None,
+    config: OPTConfig | None,
+    scan_layers: bool,
+    **hub: Any,
+) -> M:
+    """Loads a checkpoint tensor by tensor; see `FlaxOPTPreTrainedModel.from_pretrained`."""
+    dtype = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if dtype not in (*DTYPES, "auto"):
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)} or auto, received {dtype!r}")
+    folder = resolve(path_or_hub_id, **hub)
+    home = folder if folder.is_dir() else folder.parent
+    config = config or OPTConfig.from_pretrained(home)
+    plan = files.plan_load(files.open_checkpoint(folder), config, cls.head)
+    wanted = wanted_dtype(dtype, plan)
+    model = cls(plan.config, None, attn_implementation, scan_layers, mesh)
+    groups = {spec.name: group for group in _groups(model) for spec in group}
+    waiting: dict[str, NDArray[Any]] = {}
+    for spec, array in plan.stream(progress=progress):
+        waiting[spec.name] = array  # a view of the file: nothing was read yet
+        group = groups[spec.name]
+        if all(s.name in waiting for s in group):
+            _fill(model, group, [waiting.pop(s.name) for s in group], wanted)
+        del array  # or the next tensor would be read while this one is still held
+    for spec in plan.fresh:
+        _fill(model, [spec], [initial_value(spec, plan.config, seed=0)], wanted)
+        warnings.warn(
+            f"{folder}: no {spec.name} in this checkpoint; "
+            "it is freshly initialised and needs training",
+            stacklevel=3,
+        )
+    if cls.head == "causal_lm" and (home / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(home)
+    return model
+
+
+def save_pretrained(
+    model: "FlaxOPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
+) -> None:
+    """Writes a canonical folder; see `FlaxOPTPreTrainedModel.save_pretrained`."""
+    specs = param_specs(model.config, model.head)
+    if jax.process_index() != 0:
+        for spec in specs:  # what lies on several hosts is gathered by all of them together
+            as_array(get_parameter(model, spec))
+        return
+    save_checkpoint(
+        Path(folder),
+        model.config,
+        {spec.name: lambda spec=spec: as_array(get_parameter(model, spec)) for spec in specs},
+        specs,
+        dtype=model.dtype.name,
+        max_shard_size=max_shard_size,
+        architecture=type(model).__name__.removeprefix("Flax"),
+    )
+    model.generation_config.save_pretrained(folder)
+
+
+def locate(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> tuple[nnx.Param[Any], int | None]:
+    """The variable that holds a parameter, and its place in a stack of layers or None."""
+    path, layer = path_of(model, spec)
+    node: Any = model
+    for part in path:
+        node = node[part] if isinstance(part, int) else getattr(node, part)
+    return node, layer
+
+
+def get_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> Array:
+    """A parameter's values, in the canonical layout (a linear weight is [out, in])."""
+    variable, layer = locate(model, spec)
+    values = variable[...] if layer is None else variable[...][layer]
+    values = values.T if NNX.is_transposed(spec) else values
+    return values[: spec.shape[0]]
+
+
+def set_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec, values: NDArray[Any]) -> None:
+    """Replaces a parameter's values, given in the canonical layout."""
+    variable, layer = locate(model, spec)
+    if layer is None:
+        _fill(model, [spec], [np.asarray(values)], np.dtype(variable.dtype))
+    else:
+        own = values.T if NNX.is_transposed(spec) else values
+        variable.set_value(variable[...].at[layer].set(jnp.asarray(own, variable.dtype)))
+
+
+def wanted_dtype(dtype: str, plan: files.LoadPlan) -> np.dtype[Any]:
+    """The type to load as; "auto" is the stored one.
+
+    Raises:
+        ConfigError: float64, and JAX has it switched off.
+    """
+    wanted = jnp.dtype(plan.entries[0][1].dtype.name if dtype == "auto" else dtype)
+    if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise ConfigError(
+            'dtype: JAX has float64 switched off; jax.config.update("jax_enable_x64", True), '
+            "or load as float32"
+        )
+    return wanted
+
+
+def as_array(values: Array) -> NDArray[Any]:
+    """An array on the host, gathered from all hosts where they share it."""
+    if not values.is_fully_addressable:
+        values = multihost_utils.process_allgather(values, tiled=True)
+    return np.asarray(values)
+
+
+def path_of(
+    model: "FlaxOPTPreTrainedModel", spec: ParamSpec
+) -> tuple[tuple[str | int, ...], int | None]:
+    """Where a parameter lies in the model's state, and its place in a stack of layers or None."""
+    path = [int(part) if part.isdigit() else part for part in NNX.path(spec)]
+    if model.head == "none":
+        path = path[1:]  # a bare OPTModel is what the others keep as `model`
+    layer = None
+    if model.get_decoder().scan_layers:
+        layer = next((part for part in path if isinstance(part, int)), None)
+        path = [part for part in path if not isinstance(part, int)]
+    return tuple(path), layer
+
+
+def _groups(model: "FlaxOPTPreTrainedModel") -> list[list[ParamSpec]]:
+    """The parameters by variable: one each, or those of all layers where they are stacked."""
+    groups: dict[str, list[ParamSpec]] = {}
+    for spec in param_specs(model.config, model.head):
+        parts = spec.name.split(".")
+        if model.get_decoder().scan_layers:
+            parts = ["*" if part.isdigit() else part for part in parts]
+        groups.setdefault(".".join(parts), []).append(spec)
+    return list(groups.values())
+
+
+def _layout(
+    model: "FlaxOPTPreTrainedModel", group: Sequence[ParamSpec]
+) -> tuple[tuple[int, ...], Sharding]:
+    """The shape and place of a variable."""
+    spec, stacked = group[0], locate(model, group[0])[1] is not None
+    shape = tuple(
+        parallel.padded_rows(spec, model.mesh) if axis == "vocab" else size
+        for axis, size in zip(NNX.axes(spec), NNX.shape(spec), strict=True)
+    )
+    shape = (len(group), *shape) if stacked else shape
+    if model.mesh is None:
+        return shape, SingleDeviceSharding(jnp.zeros(()).device)
+    parts = parallel.partition(spec, model.config, model.mesh)
+    return shape, NamedSharding(model.mesh, PartitionSpec(None, *parts) if stacked else parts)
+
+
+def _fill(
+    model: "FlaxOPTPreTrainedModel",
+    group: Sequence[ParamSpec],
+    arrays: Sequence[NDArray[Any]],
+    dtype: np.dtype[Any],
+) -> None:
+    """Gives a variable its values, each device reading its own part.
+
+    Args:
+        model: The model.
+        group: The parameters that the variable holds.
+        arrays: Their values in the canonical layout; they may be views of a file.
+        dtype: Type to keep them in.
+    """
+    shape, sharding = _layout(model, group)
+    stacked = len(shape) > len(group[0].shape)
+
+    def part(index: tuple[slice, ...]) -> NDArray[Any]:
+        """What one device holds, rows beyond the vocabulary being zeros."""
+        layers = range(len(group))[index[0]] if stacked else range(1)
+        places = index[1:] if stacked else index
+        pieces = []
+        for i in layers:
+            array = arrays[i].T if NNX.is_transposed(group[i]) else arrays[i]
+            piece = cast_array(group[i].name, np.ascontiguousarray(array[places]), dtype)
+            sizes = [len(range(n)[s]) for n, s in zip(shape[-array.ndim :], places, strict=True)]
+            free = [(0, size - have) for size, have in zip(sizes, piece.shape, strict=True)]
+            pieces.append(np.pad(piece, free) if any(after for _, after in free) else piece)
+        return np.stack(pieces) if stacked else pieces[0]
+
+    _assign(model, group, jax.make_array_from_callback(shape, sharding, part))
+
+
+def _assign(model: "FlaxOPTPreTrainedModel", group: Sequence[ParamSpec], values: Any) -> None:
+    """Makes an array, or the outline of one, the value of a variable."""
+    variable, _ = locate(model, group[0])
+    variable.set_value(values)

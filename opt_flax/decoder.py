@@ -1,0 +1,256 @@
+"""The decoder: layers, norms, embeddings and projections, and what a model returns."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from opt_core.config import OPTConfig
+from opt_core.params import POSITION_OFFSET
+from opt_flax.attention import FlaxOPTAttention, drop, make_bias
+from opt_flax.cache import KVCache, position_rows
+from opt_flax.linear import Embedding, Linear
+from opt_flax.parallel import constrain_rows
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class OPTOutput:
+    """What a model computed; a field its head does not have, or that was not asked for, is None.
+
+    Attributes:
+        last_hidden_state: (B, T, P) after the last norm and projection.
+        logits: (B, T, V) of the language model, (B, num_labels) of the classifier.
+        start_logits: (B, T), question answering.
+        end_logits: (B, T), question answering.
+        loss: Scalar, where labels were given.
+        hidden_states: N + 1 tensors: the embeddings and each layer's output; the last one is
+            `last_hidden_state`.
+        attentions: N tensors (B, H, T, S): the attention weights, before dropout is applied to
+            them.
+        past_key_values: The cache that includes these tokens, where one was passed.
+    """
+
+    last_hidden_state: Array | None = None
+    logits: Array | None = None
+    start_logits: Array | None = None
+    end_logits: Array | None = None
+    loss: Array | None = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+    past_key_values: KVCache | None = None
+
+
+class FlaxOPTDecoderLayer(nnx.Module):
+    """One block: attention and feed-forward, each with a norm and a residual connection."""
+
+    def __init__(self, config: OPTConfig, implementation: str):
+        bias = config.enable_bias
+        self.norm_first = config.do_layer_norm_before
+        self.dropout = config.dropout
+        self.activation = config.activation_function
+        self.self_attn = FlaxOPTAttention(config, implementation)
+        self.self_attn_layer_norm = make_norm(config)
+        self.fc1 = Linear(bias)
+        self.fc2 = Linear(bias)
+        self.final_layer_norm = make_norm(config)
+
+    def __call__(
+        self,
+        hidden: Array,
+        bias: Array | None,
+        mask: Array | None,
+        cache: KVCache | None,
+        layer: int,
+        key: Array | None,
+        output_attentions: bool,
+    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
+        """Returns the new states (B, T, D), the attention weights if asked for, and the buffers."""
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        residual = hidden
+        if self.norm_first:
+            hidden = self.self_attn_layer_norm(hidden)
+        hidden, weights, buffers = self.self_attn(
+            hidden, bias, mask, cache, layer, keys[0], output_attentions
+        )
+        hidden = residual + drop(hidden, self.dropout, keys[1])
+        if not self.norm_first:
+            hidden = self.self_attn_layer_norm(hidden)
+        residual = hidden
+        if self.norm_first:
+            hidden = self.final_layer_norm(hidden)
+        hidden = self.fc2(ACTIVATIONS[self.activation](self.fc1(hidden)))
+        hidden = residual + drop(hidden, self.dropout, keys[2])
+        if not self.norm_first:
+            hidden = self.final_layer_norm(hidden)
+        return hidden, weights, buffers
+
+
+class FlaxOPTDecoder(nnx.Module):
+    """Embeddings, the layers, the last norm and the projections around them.
+
+    With `scan_layers`, `layers` is one layer whose parameters have a leading axis of N, run by
+    `jax.lax.scan`: a deep model compiles in the time of a shallow one, and decodes more slowly.
+    """
+
+    def __init__(
+        self, config: OPTConfig, implementation: str, scan_layers: bool, mesh: Mesh | None
+    ):
+        self.config = config
+        self.mesh = mesh
+        self.implementation = implementation
+        self.scan_layers = scan_layers
+        self.gradient_checkpointing = False
+        self.deterministic = True
+        self.rngs = nnx.Rngs(dropout=0)
+        self.embed_tokens = Embedding(config.pad_token_id)
+        self.embed_positions = Embedding()
+        self.project_out = Linear(False) if config.has_projections else None
+        self.project_in = Linear(False) if config.has_projections else None
+        self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None
+        count = 1 if scan_layers else config.num_hidden_layers
+        layers = [FlaxOPTDecoderLayer(config, implementation) for _ in range(count)]
+        self.layers = layers[0] if scan_layers else nnx.List(layers)
+
+    def __call__(
+        self,
+        embeds: Array,
+        position_ids: Array | None,
+        mask: Array | None,
+        cache: KVCache | None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> OPTOutput:
+        """Runs the decoder.
+
+        Args:
+            embeds: Token embeddings (B, T, P).
+            position_ids: Positions (B, T), -1 for padding; None: they follow from the mask.
+            mask: bool (B, S), False at padding; None: no padding.
+            cache: What came before; None: nothing.
+            output_hidden_states: Return the states between the layers too.
+            output_attentions: Return the attention weights too.
+            deterministic: No dropout; None: as `model.train()` and `model.eval()` set it.
+            rngs: Source of dropout; None: the model's own.
+        """
+        count, past = embeds.shape[1], cache.length if cache else 0
+        slots = cache.visible(count) if cache else count
+        if position_ids is None:
+            rows = position_rows(mask, past, count)
+        else:
+            rows = position_ids + POSITION_OFFSET
+        hidden = embeds if self.project_in is None else self.project_in(embeds)
+        hidden = hidden + self.embed_positions(rows, "clip")
+        hidden = constrain_rows(hidden, self.mesh)
+        bias = make_bias(mask, count, past, slots, hidden.dtype)
+        keys = self._dropout_keys(deterministic, rngs)
+        run = self._scan if self.scan_layers else self._unroll
+        hidden, states, attentions, buffers = run(
+            hidden, bias, mask, cache, keys, output_attentions
+        )
+        if self.final_layer_norm is not None:
+            hidden = self.final_layer_norm(hidden)
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
+        if cache is not None:
+            new = None if mask is None else jax.lax.dynamic_slice_in_dim(mask, past, count, 1)
+            cache = cache.advance(count, new, *buffers)
+        return OPTOutput(
+            last_hidden_state=hidden,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+            past_key_values=cache,
+        )
+
+    def _dropout_keys(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> Array | None:
+        """One random key per layer, or None where nothing is dropped."""
+        config = self.config
+        if self.deterministic if deterministic is None else deterministic:
+            return None
+        if not (config.dropout or config.attention_dropout or config.layerdrop):
+            return None
+        key = (self.rngs if rngs is None else rngs).dropout()
+        return jax.random.split(key, config.num_hidden_layers)
+
+    def _layer(
+        self, layer, hidden, bias, mask, cache, index, key, output_attentions
+    ):  # fmt: skip
+        """One layer, dropped or recomputed in the backward pass where that is asked for."""
+
+        def run(layer, hidden, bias, mask, cache, key):
+            return layer(hidden, bias, mask, cache, index, key, output_attentions)
+
+        call = nnx.remat(run) if self.gradient_checkpointing and key is not None else run
+        new, weights, buffers = call(layer, hidden, bias, mask, cache, key)
+        new = constrain_rows(new, self.mesh)
+        if key is not None and self.config.layerdrop:
+            dropped = jax.random.bernoulli(jax.random.fold_in(key, 3), self.config.layerdrop)
+            new = jnp.where(dropped, hidden, new)
+        return new, weights, buffers
+
+    def _unroll(self, hidden, bias, mask, cache, keys, output_attentions):
+        """The layers one after the other: the fastest program."""
+        states, attentions, buffers = [], [], []
+        for i, layer in enumerate(self.layers):
+            states.append(hidden)
+            key = None if keys is None else keys[i]
+            hidden, weights, written = self._layer(
+                layer, hidden, bias, mask, cache, i, key, output_attentions
+            )
+            attentions.append(weights)
+            buffers.append(written)
+        buffers = None if cache is None else tuple(zip(*buffers, strict=True))
+        return hidden, states, tuple(attentions), buffers
+
+    def _scan(self, hidden, bias, mask, cache, keys, output_attentions):
+        """One layer's program, run N times."""
+        graph, state = nnx.split(self.layers)
+        stacked = None if cache is None else (jnp.stack(cache.keys), jnp.stack(cache.values))
+
+        def body(hidden, inputs):
+            state, buffers, key = inputs
+            one = None if buffers is None else KVCache(*((b,) for b in buffers), cache.length)
+            new, weights, written = self._layer(
+                nnx.merge(graph, state), hidden, bias, mask, one, 0, key, output_attentions
+            )
+            return new, (hidden, weights, written)
+
+        hidden, (states, weights, written) = jax.lax.scan(body, hidden, (state, stacked, keys))
+        attentions = tuple(weights) if output_attentions else ()
+        buffers = None if cache is None else tuple(tuple(b) for b in written)
+        return hidden, list(states), attentions, buffers
+
+
+class _LayerNorm(nnx.Module):
+    def __init__(self, affine: bool):
+        self.scale = nnx.Param(None) if affine else None
+        self.bias = nnx.Param(None) if affine else None
+
+    def __call__(self, hidden: Array) -> Array:
+        wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+        centred = wide - wide.mean(-1, keepdims=True)
+        out = centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + 1e-5)
+        if self.scale is not None and self.bias is not None:
+            out = out * self.scale[...] + self.bias[...]
+        return out.astype(hidden.dtype)
+
+
+def make_norm(config: OPTConfig) -> _LayerNorm:
+    """A layer norm as OPT has them: epsilon 1e-5, with or without scale and bias."""
+    return _LayerNorm(config.layer_norm_elementwise_affine)

@@ -1,0 +1,400 @@
+"""Generation: one prefill, then one decode step per token, each compiled once.
+
+`stream` runs the step once per token, `generate` runs the same step in a loop on the device.
+Programs depend on the number of rows and on lengths rounded up to a bucket, not on the prompt, the
+seed or the numbers of the settings.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import Mesh
+from numpy.typing import NDArray
+
+from opt_core.detokenizer import StopStringTracker
+from opt_core.errors import GenerationError
+from opt_core.generation import GenerationConfig
+from opt_core.tokenizer import OPTTokenizer
+from opt_flax import sampling
+from opt_flax.cache import KVCache, init_cache
+from opt_flax.inputs import check_inputs
+from opt_flax.parallel import replicate
+
+if TYPE_CHECKING:
+    from opt_flax.modeling import FlaxOPTForCausalLM
+
+BUCKETS = (32, 64, 128, 256)
+"""Lengths a program is compiled for; beyond the last one, its multiples."""
+
+TRACED = {
+    "temperature": None, "top_p": 1, "min_p": None, "typical_p": 1, "repetition_penalty": 1,
+    "min_length": 0, "min_new_tokens": None, "length_penalty": None,
+}  # fmt: skip
+"""Settings whose numbers a program takes as arguments, and the value that switches each off."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request for generation.
+
+    Attributes:
+        ids: (B, T) prompts, int32.
+        mask: bool (B, T), False at padding; None if nothing is padded.
+        settings: What to generate.
+        new_tokens: Most tokens to add.
+        vocabulary: Ids below this one may be generated.
+        pad: Id that fills a finished row.
+    """
+
+    ids: NDArray[Any]
+    mask: NDArray[Any] | None
+    settings: GenerationConfig
+    new_tokens: int
+    vocabulary: int
+    pad: int
+
+    @property
+    def slots(self) -> int:
+        """Slots S of the history and the cache."""
+        return bucket(self.ids.shape[1] + self.new_tokens)
+
+
+@jax.tree_util.register_pytree_node_class
+class TracedSettings:
+    """A `GenerationConfig` whose numbers may be traced: those of `TRACED` that are not off."""
+
+    def __init__(self, fixed: GenerationConfig, numbers: dict[str, Any]):
+        self.fixed, self.numbers = fixed, numbers
+
+    def __getattr__(self, name: str) -> Any:
+        numbers = self.__dict__["numbers"]
+        return numbers[name] if name in numbers else getattr(self.__dict__["fixed"], name)
+
+    def tree_flatten(self) -> tuple[tuple[dict[str, Any]], GenerationConfig]:
+        """The numbers are data, all else belongs to the program."""
+        return (self.numbers,), self.fixed
+
+    @classmethod
+    def tree_unflatten(cls, fixed: GenerationConfig, numbers: Any) -> "TracedSettings":
+        """The inverse of `tree_flatten`."""
+        return cls(fixed, *numbers)
+
+    @classmethod
+    def of(cls, settings: GenerationConfig) -> "TracedSettings":
+        """Takes the numbers out of settings."""
+        numbers = {
+            name: getattr(settings, name)
+            for name, off in TRACED.items()
+            if getattr(settings, name) not in (None, off)
+        }
+        defaults = {f.name: f.default for f in dataclasses.fields(settings)}
+        # What does not reach the program must not tell two programs apart.
+        rest = ("max_length", "max_new_tokens", "stop_strings", "pad_token_id", "bos_token_id")
+        fixed = {name: defaults[name] for name in (*numbers, *rest)}
+        kinds = {"min_length": np.int32, "min_new_tokens": np.int32}
+        values = {name: kinds.get(name, np.float32)(value) for name, value in numbers.items()}
+        return cls(dataclasses.replace(settings, **fixed), values)
+
+
+class Rows(NamedTuple):
+    """The rows being generated.
+
+    Attributes:
+        history: (R, S) prompts, then what was generated, then `pad`.
+        real: bool (R, S), False at the prompts' padding.
+        ended: bool (R,).
+        token: (R,) the newest tokens.
+        cache: Keys and values of all tokens but the newest.
+        made: Tokens generated.
+        prompt: Slots of the prompts.
+    """
+
+    history: Array
+    real: Array
+    ended: Array
+    token: Array
+    cache: KVCache
+    made: int | Array
+    prompt: Array
+
+
+def bucket(length: int) -> int:
+    """The length that programs are compiled for: the next of `BUCKETS`."""
+    step = BUCKETS[-1]
+    return next((b for b in BUCKETS if b >= length), -(-length // step) * step)
+
+
+def prepare(
+    model: "FlaxOPTForCausalLM",
+    input_ids: Any,
+    attention_mask: Any,
+    generation_config: GenerationConfig | None,
+    seed: int,
+    tokenizer: OPTTokenizer | None,
+    **overrides: Any,
+) -> Request:
+    """Checks prompts and settings against the model, before anything is computed.
+
+    Raises:
+        GenerationError: Padding on the right, a row without tokens, or a setting that cannot
+            be honoured.
+        InputError: Ids outside the vocabulary, or shapes that do not fit.
+    """
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise GenerationError(f"seed: expected an integer in 0..2**63 - 1, received {seed!r}")
+    config = model.config
+    settings = model_settings(model, generation_config).replace(**overrides)
+    checked = check_inputs(config, model.dtype, input_ids, attention_mask, None, None, None)
+    ids, mask = (None if x is None else np.asarray(x) for x in checked[:2])
+    assert ids is not None
+    pads = [i for i in (settings.pad_token_id, config.pad_token_id) if i is not None]
+    texts = {config.bos_token_id, config.eos_token_id, *settings.eos_ids}
+    if mask is None and pads and pads[0] not in texts:
+        # As transformers: an id that is nothing but padding is padding. Not so a BOS or EOS.
+        mask = ids != pads[0]
+    mask = None if mask is None or mask.all() else mask
+    longest = ids.shape[1]
+    if mask is not None:
+        longest = int(mask.sum(1).max())
+        for row in (~mask[:, -1]).nonzero()[0][:1].tolist():
+            raise GenerationError(
+                f"prompt {row} ends in padding; "
+                "pad on the left: tokenizer(..., padding_side='left')"
+            )
+    settings.check(config, ids.shape[1], longest, tokenizer is not None)
+    vocabulary = config.vocab_size
+    if tokenizer is not None:
+        # OPT's embedding has rows that no token has, never trained (transformers #18268).
+        vocabulary = min(vocabulary, tokenizer.vocab_size)
+    pad = [*pads, *settings.eos_ids, 0][0]
+    return Request(ids, mask, settings, settings.new_tokens(ids.shape[1]), vocabulary, pad)
+
+
+def model_settings(
+    model: "FlaxOPTForCausalLM", config: GenerationConfig | None
+) -> GenerationConfig:
+    """The caller's settings, special ids they leave open taken from the model's; or the model's."""
+    if config is None:
+        return model.generation_config
+    if not isinstance(config, GenerationConfig):
+        raise GenerationError(
+            f"generation_config: expected a GenerationConfig, received {type(config).__name__}"
+        )
+    ids = ("eos_token_id", "pad_token_id", "bos_token_id")
+    open_ids = {n: getattr(model.generation_config, n) for n in ids if getattr(config, n) is None}
+    return config.replace(**open_ids)
+
+
+def prefill(
+    model: "FlaxOPTForCausalLM",
+    ids_BT: Array,
+    mask_BT: Array | None,
+    cache: KVCache,
+    length: int | Array | None = None,
+) -> tuple[Array, KVCache]:
+    """Reads the prompts.
+
+    Args:
+        model: The language model.
+        ids_BT: Prompts; what lies behind `length` is only there to fill a bucket.
+        mask_BT: bool, False at padding; None if nothing is padded.
+        cache: An empty cache.
+        length: Slots of the prompts; None: T.
+
+    Returns:
+        Logits (B, V) after the last token, and the cache that holds the prompts.
+    """
+    length = ids_BT.shape[1] if length is None else length
+    decoder = model.get_decoder()
+    out = decoder(decoder.embed_tokens(ids_BT), None, mask_BT, cache, deterministic=True)
+    last = lax.dynamic_index_in_dim(out.last_hidden_state, length - 1, 1, keepdims=False)
+    return model.head_logits(last), dataclasses.replace(out.past_key_values, length=length)
+
+
+def decode_step(model: "FlaxOPTForCausalLM", ids_B: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    """Reads one more token per row.
+
+    Returns:
+        Logits (B, V) after it, and the cache that holds it.
+    """
+    decoder = model.get_decoder()
+    mask = None if cache.mask is None else cache.mask[:, : cache.visible(1)]
+    embeds = decoder.embed_tokens(ids_B[:, None])
+    out = decoder(embeds, None, mask, cache, deterministic=True)
+    return model.head_logits(out.last_hidden_state[:, 0]), out.past_key_values
+
+
+def stream(
+    model: "FlaxOPTForCausalLM", request: Request, seed: int, tokenizer: OPTTokenizer | None
+) -> Iterator[Array]:
+    """Chooses, yields and decodes until every row has ended.
+
+    Args:
+        model: The language model.
+        request: What to generate, checked; not by beam search, which is certain of no token
+            before the end.
+        seed: Seed of sampling, 0 to 2**63 - 1.
+        tokenizer: For stop strings.
+
+    Yields:
+        (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
+    """
+    graph, state, rows, numbers = _begin(model, request, seed)
+    stops = request.settings.stops if tokenizer is not None else ()
+    trackers = [StopStringTracker(tokenizer, stops) for _ in rows.ended] if stops else []
+    can_end = bool(request.settings.eos_ids or stops)
+    for made in range(1, request.new_tokens + 1):
+        if trackers:
+            hits = [t.push(i) for t, i in zip(trackers, rows.token.tolist(), strict=True)]
+            rows = rows._replace(ended=rows.ended | np.array(hits))
+        yield rows.token
+        if made == request.new_tokens or (can_end and bool(rows.ended.all())):
+            return
+        rows = _step(graph, state, rows._replace(token=rows.token.copy()), numbers)
+
+
+def room(request: Request, copies: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The prompts, each so many times, with room behind them, and where tokens are real."""
+    ids, mask = request.ids, request.mask
+    mask = np.ones(ids.shape, bool) if mask is None else mask
+    free = ((0, 0), (0, request.slots - ids.shape[1]))
+    return (
+        np.pad(ids, free, constant_values=request.pad).repeat(copies, 0),
+        np.pad(mask, free, constant_values=True).repeat(copies, 0),
+    )
+
+
+def bucketed(request: Request) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """The prompts and their mask, filled up on the right to the length of a bucket.
+
+    What lies on the right is hidden by causality; new tokens take its slots.
+    """
+    T = request.ids.shape[1]
+    free = ((0, 0), (0, bucket(T) - T))
+    mask = None if request.mask is None else np.pad(request.mask, free, constant_values=True)
+    return np.pad(request.ids, free, constant_values=request.pad), mask
+
+
+def check_possible(best_B: Array) -> None:
+    """Refuses rows in which no token can come: all are banned, or the model gave NaN.
+
+    Args:
+        best_B: The highest logit of each row.
+    """
+    best = np.asarray(best_B)
+    for row in (~np.isfinite(best)).nonzero()[0][:1].tolist():
+        reason = "the logits are NaN" if np.isnan(best[row]) else "every token is banned"
+        raise GenerationError(f"row {row}: no token can be generated: {reason}")
+
+
+def generate(
+    model: "FlaxOPTForCausalLM", request: Request, seed: int, tokenizer: OPTTokenizer | None
+) -> Array:
+    """The prompts and all that `stream` yields after them."""
+    if request.settings.stops and tokenizer is not None:  # texts are watched on the host
+        new = [np.asarray(token) for token in stream(model, request, seed, tokenizer)]
+        prompts = request.ids.repeat(request.settings.num_return_sequences, 0)
+        return jnp.asarray(np.concatenate([prompts, np.stack(new, 1)], 1))
+    graph, state, rows, numbers = _begin(model, request, seed)
+    rows = _loop(graph, state, rows, numbers, request.new_tokens)
+    length = request.ids.shape[1] + int(rows.made)
+    return jnp.asarray(np.asarray(rows.history)[:, :length])
+
+
+def allowed(logits_BV: Array, vocabulary: int | Array) -> Array:
+    """Logits in float32, ids from `vocabulary` on banned."""
+    known = jnp.arange(logits_BV.shape[1]) < vocabulary
+    return jnp.where(known, logits_BV.astype(jnp.float32), sampling.BANNED)
+
+
+class _Numbers(NamedTuple):
+    """What a program takes as arguments besides the model and the rows."""
+
+    settings: TracedSettings
+    key: Array
+    vocabulary: int
+    pad: int
+
+
+def _begin(
+    model: "FlaxOPTForCausalLM", request: Request, seed: int
+) -> tuple[Any, Any, Rows, _Numbers]:
+    """Reads the prompts and chooses the first token; the model comes back in its two parts."""
+    graph, state = nnx.split(model)
+    settings, (_, T) = request.settings, request.ids.shape
+    key = jax.random.fold_in(jax.random.key(seed % 2**31), seed // 2**31)
+    numbers = _Numbers(TracedSettings.of(settings), key, request.vocabulary, request.pad)
+    history, real = room(request, settings.num_return_sequences)
+    ids, mask = bucketed(request)
+    rows, best = _first(graph, state, ids, mask, history, real, np.int32(T), numbers)
+    check_possible(best)
+    return graph, state, rows, numbers
+
+
+@partial(jax.jit, static_argnames="graph")
+def _first(
+    graph: Any,
+    state: Any,
+    ids_BT: Array,
+    mask_BT: Array | None,
+    history_RS: Array,
+    real_RS: Array,
+    length: Array,
+    numbers: _Numbers,
+) -> tuple[Rows, Array]:
+    """The rows with their first token, and the highest logit of each."""
+    model = nnx.merge(graph, state)
+    (B, _), (R, S) = ids_BT.shape, history_RS.shape
+    cache = init_cache(model.config, B, S, model.dtype, model.mesh)
+    logits, cache = prefill(model, ids_BT, mask_BT, cache, length)
+    if R > B:
+        copies = jnp.repeat(jnp.arange(B), R // B)
+        logits, cache = logits[copies], cache.select(copies)
+    rows = Rows(history_RS, real_RS, jnp.zeros(R, bool), jnp.zeros(R, jnp.int32), cache, 0, length)
+    rows, scores = _choose(rows, logits, numbers, model.mesh)
+    return rows, replicate(scores.max(-1), model.mesh)
+
+
+def _choose(rows: Rows, logits: Array, numbers: _Numbers, mesh: Mesh | None) -> tuple[Rows, Array]:
+    """Gives every row its next token; returns the constrained logits too."""
+    settings, end = numbers.settings, rows.prompt + rows.made
+    real = rows.real & (jnp.arange(rows.real.shape[1]) < end)
+    scores = allowed(logits, numbers.vocabulary)
+    scores = sampling.constrain(scores, rows.history, real, end, rows.made, settings)
+    token = sampling.choose(scores, settings, jax.random.fold_in(numbers.key, rows.made))
+    token = replicate(jnp.where(rows.ended, numbers.pad, token), mesh)
+    ended = rows.ended | jnp.isin(token, jnp.array(settings.eos_ids, jnp.int32))
+    history = lax.dynamic_update_slice(rows.history, token[:, None], (0, end))
+    rows = rows._replace(history=history, ended=ended, token=token, made=rows.made + 1)
+    return rows, scores
+
+
+def _advance(model: Any, rows: Rows, numbers: _Numbers) -> Rows:
+    """Reads the newest token of every row and chooses the next."""
+    logits, cache = decode_step(model, rows.token, rows.cache)
+    return _choose(rows._replace(cache=cache), logits, numbers, model.mesh)[0]
+
+
+@partial(jax.jit, static_argnames="graph", donate_argnames="rows")
+def _step(graph: Any, state: Any, rows: Rows, numbers: _Numbers) -> Rows:
+    """One more token per row."""
+    return _advance(nnx.merge(graph, state), rows, numbers)
+
+
+@partial(jax.jit, static_argnames="graph", donate_argnames="rows")
+def _loop(graph: Any, state: Any, rows: Rows, numbers: _Numbers, limit: int) -> Rows:
+    """Tokens until there are `limit` of them or every row has ended."""
+    model = nnx.merge(graph, state)
+
+    def goes_on(rows: Rows) -> Array:
+        return (rows.made < limit) & ~rows.ended.all()
+
+    return lax.while_loop(goes_on, lambda rows: _advance(model, rows, numbers), rows)

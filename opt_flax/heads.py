@@ -1,0 +1,116 @@
+"""The models with other heads: sequence classification and question answering."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from opt_core.errors import InputError
+from opt_flax import losses
+from opt_flax.cache import KVCache
+from opt_flax.decoder import OPTOutput
+from opt_flax.linear import Linear
+from opt_flax.modeling import FlaxOPTPreTrainedModel
+
+
+class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
+    """A classifier or regressor over whole texts."""
+
+    head = "sequence_classification"
+
+    def _build(self, implementation: str, scan_layers: bool) -> None:
+        super()._build(implementation, scan_layers)
+        self.score = Linear(False)
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        past_key_values: KVCache | None = None,
+        labels: Any = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> OPTOutput:
+        """Scores each text at its last token that is not `pad_token_id` (transformers' rule).
+
+        Args:
+            input_ids: As in `FlaxOPTModel.__call__`, like the other arguments not listed here.
+            attention_mask: See there.
+            position_ids: See there.
+            inputs_embeds: See there; the very last token is scored then.
+            past_key_values: See there.
+            labels: (B,) class numbers, (B,) or (B, num_labels) floats for regression, or
+                (B, num_labels) floats in 0..1 for several labels at once.
+            output_hidden_states: Return `hidden_states`.
+            output_attentions: Return `attentions`.
+            deterministic: See there.
+            rngs: See there.
+        """
+        out = self._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
+            output_hidden_states, output_attentions, deterministic, rngs,
+        )  # fmt: skip
+        assert out.last_hidden_state is not None
+        last = losses.last_token(input_ids, out.last_hidden_state, self.config.pad_token_id)
+        rows = jnp.arange(len(last))
+        out.logits = logits = self.score(out.last_hidden_state[rows, last])
+        if labels is not None:
+            out.loss = losses.classification(logits, labels, self.config)
+        return out
+
+
+class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
+    """Extractive question answering: where the answer starts and ends."""
+
+    head = "question_answering"
+
+    def _build(self, implementation: str, scan_layers: bool) -> None:
+        super()._build(implementation, scan_layers)
+        self.qa_outputs = Linear(True)
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        past_key_values: KVCache | None = None,
+        start_positions: Any = None,
+        end_positions: Any = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> OPTOutput:
+        """Computes start and end logits, and the loss where both positions are given.
+
+        Args:
+            input_ids: As in `FlaxOPTModel.__call__`, like the other arguments not listed here.
+            attention_mask: See there.
+            position_ids: See there.
+            inputs_embeds: See there.
+            past_key_values: See there.
+            start_positions: (B,) first token of the answer; beyond the sequence: ignored.
+            end_positions: (B,) last token of the answer; beyond the sequence: ignored.
+            output_hidden_states: Return `hidden_states`.
+            output_attentions: Return `attentions`.
+            deterministic: See there.
+            rngs: See there.
+        """
+        out = self._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
+            output_hidden_states, output_attentions, deterministic, rngs,
+        )  # fmt: skip
+        logits_BT2 = self.qa_outputs(out.last_hidden_state)
+        start_BT, end_BT = logits_BT2[..., 0], logits_BT2[..., 1]
+        out.start_logits, out.end_logits = start_BT, end_BT
+        if (start_positions is None) != (end_positions is None):
+            raise InputError("start_positions and end_positions belong together, received one")
+        if start_positions is not None:
+            out.loss = losses.question_answering(start_BT, end_BT, start_positions, end_positions)
+        return out

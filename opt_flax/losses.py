@@ -1,0 +1,141 @@
+"""Losses as `transformers` defines them, in float32 or better, and the classifier's pooling."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from opt_core.config import OPTConfig
+from opt_core.errors import InputError
+from opt_flax.inputs import as_tensor, check_range, is_known
+
+IGNORED = -100
+"""Label of a token that has no say in the loss."""
+
+
+def widen(logits: Array) -> Array:
+    """Logits in at least float32, in which losses are computed."""
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def classes(name: str, values: Any, shape: tuple[int, ...], count: int) -> Array:
+    """Class numbers as a checked int32 array.
+
+    Args:
+        name: What they are called, for messages.
+        values: Integers below `count`, or -100.
+        shape: The shape they must have.
+        count: Number of classes.
+    """
+    labels = as_tensor(name, values)
+    if not jnp.issubdtype(labels.dtype, jnp.integer) or tuple(labels.shape) != shape:
+        raise InputError(
+            f"{name}: expected integers of shape {shape}, "
+            f"received {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if is_known(labels):
+        kept = np.asarray(labels)
+        check_range(name, kept[kept != IGNORED], 0, count - 1, f"or {IGNORED} to leave one out")
+    return labels.astype(jnp.int32)
+
+
+def causal_lm(logits_BTV: Array, labels: Any) -> Array:
+    """Mean cross entropy of each next token, labels of -100 left out.
+
+    Args:
+        logits_BTV: The model's logits.
+        labels: (B, T) ids, unshifted.
+    """
+    B, T, V = logits_BTV.shape
+    targets = classes("labels", labels, (B, T), V)[:, 1:]
+    return _cross_entropy(logits_BTV[:, :-1], targets, IGNORED)
+
+
+def classification(logits: Array, labels: Any, config: OPTConfig) -> Array:
+    """Loss of the sequence classifier.
+
+    Args:
+        logits: (B, num_labels).
+        labels: Class numbers (B,), or floats.
+        config: Its `problem_type`; where None: one label is a regression, integer labels are
+            classes, float labels are several independent ones.
+    """
+    logits, labels = widen(logits), as_tensor("labels", labels)
+    kind = config.problem_type
+    if kind is None and config.num_labels == 1:
+        kind = "regression"
+    elif kind is None:
+        kind = (
+            "multi_label_classification"
+            if jnp.issubdtype(labels.dtype, jnp.floating)
+            else "single_label_classification"
+        )
+    if kind == "single_label_classification":
+        B, count = logits.shape
+        return _cross_entropy(logits, classes("labels", labels.reshape(-1), (B,), count), IGNORED)
+    if labels.size != logits.size:
+        raise InputError(
+            f"labels: expected {tuple(logits.shape)} values, received {tuple(labels.shape)}"
+        )
+    labels = labels.reshape(logits.shape).astype(logits.dtype)
+    if kind == "regression":
+        return ((logits - labels) ** 2).mean()
+    return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+
+
+def question_answering(
+    start_BT: Array, end_BT: Array, start_positions: Any, end_positions: Any
+) -> Array:
+    """Mean of the cross entropies of start and end; a position beyond the sequence is left out.
+
+    Args:
+        start_BT: Start logits.
+        end_BT: End logits.
+        start_positions: (B,).
+        end_positions: (B,).
+    """
+    B, length = start_BT.shape
+    total = jnp.zeros(())
+    for name, logits, positions in (
+        ("start_positions", start_BT, start_positions), ("end_positions", end_BT, end_positions),
+    ):  # fmt: skip
+        places = as_tensor(name, positions)
+        if not jnp.issubdtype(places.dtype, jnp.integer) or tuple(places.shape) not in (
+            (B,),
+            (B, 1),
+        ):
+            raise InputError(
+                f"{name}: expected integers of shape ({B},), "
+                f"received {places.dtype} of shape {tuple(places.shape)}"
+            )
+        targets = places.reshape(B).astype(jnp.int32).clip(0, length)
+        total = total + _cross_entropy(logits, targets, length)
+    return total / 2
+
+
+def last_token(input_ids: Any, hidden_BTP: Array, pad_token_id: int | None) -> Array:
+    """Where the classifier looks: each row's last id that is not padding, (B,).
+
+    Without ids (embeddings were given) or without a padding id it is the very last place.
+
+    Raises:
+        InputError: Several rows and no padding id: where each one ends cannot be known.
+    """
+    B, T = hidden_BTP.shape[:2]
+    if pad_token_id is None and B > 1:
+        raise InputError("a batch of several texts needs pad_token_id in the configuration")
+    if input_ids is None or pad_token_id is None:
+        return jnp.full((B,), T - 1)
+    is_text = as_tensor("input_ids", input_ids) != pad_token_id
+    return (jnp.arange(T) * is_text).argmax(1)
+
+
+def _cross_entropy(logits: Array, targets: Array, ignored: int) -> Array:
+    """Mean negative log-likelihood of the targets, those that equal `ignored` left out."""
+    logits, kept = widen(logits), targets != ignored
+    picked = jnp.take_along_axis(logits, jnp.where(kept, targets, 0)[..., None], -1)[..., 0]
+    nats = jax.nn.logsumexp(logits, -1) - picked
+    return jnp.where(kept, nats, 0).sum() / kept.sum()

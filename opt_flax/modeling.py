@@ -1,0 +1,349 @@
+"""The models: what all share, the decoder alone, and the language model."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from os import PathLike
+from typing import Any, ClassVar, Self
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, Device
+from jax.sharding import Mesh, Sharding
+
+from opt_core.config import OPTConfig
+from opt_core.errors import ConfigError, GenerationError, InputError
+from opt_core.generation import GenerationConfig
+from opt_core.params import Head, count_parameters
+from opt_core.tokenizer import OPTTokenizer
+from opt_flax import beam, checkpoint, generation, losses, parallel
+from opt_flax.attention import IMPLEMENTATIONS
+from opt_flax.cache import KVCache, init_cache
+from opt_flax.decoder import FlaxOPTDecoder, OPTOutput
+from opt_flax.inputs import check_inputs, check_window, full_mask, is_known
+from opt_flax.linear import Linear
+
+
+class FlaxOPTPreTrainedModel(nnx.Module):
+    """What the model and its heads share: making, loading, saving and counting."""
+
+    head: ClassVar[Head]
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        seed: int | None = 0,
+        attn_implementation: str = "sdpa",
+        scan_layers: bool = False,
+        mesh: Mesh | None = None,
+    ):
+        """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
+
+        Args:
+            config: The model's configuration.
+            seed: Seed of the weights and of dropout; None leaves the weights as
+                `jax.ShapeDtypeStruct`, for a loader to fill.
+            attn_implementation: "sdpa", "eager" or "flash_attention_2" (cuDNN's kernel on GPU,
+                Pallas' on TPU).
+            scan_layers: Keep the layers' weights stacked and run them by `jax.lax.scan`, so that
+                a deep model compiles sooner.
+            mesh: Devices to spread the weights over (`opt_flax.parallel`); None: one device.
+
+        Raises:
+            ConfigError: No such attention implementation, or a mesh that cannot be used.
+        """
+        if attn_implementation not in IMPLEMENTATIONS:
+            raise ConfigError(
+                f"attn_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, "
+                f"received {attn_implementation!r}"
+            )
+        self.config = config
+        self.generation_config = GenerationConfig.from_model(config)
+        parallel.check_mesh(mesh)
+        self.mesh = mesh
+        self._build(attn_implementation, scan_layers)
+        self.get_decoder().rngs = nnx.Rngs(dropout=seed or 0)
+        checkpoint.outline(self, jnp.dtype(jnp.float32))
+        if seed is not None:
+            checkpoint.initialize(self, seed)
+
+    def _build(self, implementation: str, scan_layers: bool) -> None:
+        self.model = FlaxOPTModel(self.config, None, implementation, scan_layers, self.mesh)
+
+    def get_decoder(self) -> FlaxOPTDecoder:
+        """The decoder, wherever the class keeps it."""
+        return self.model.decoder
+
+    @property
+    def device(self) -> Device | Sharding:
+        """Where the weights are."""
+        return self.get_decoder().embed_tokens.embedding[...].device
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type of the weights."""
+        return self.get_decoder().embed_tokens.embedding.dtype
+
+    def num_parameters(self) -> int:
+        """Number of parameters, a tied head counted once."""
+        return count_parameters(self.config, self.head)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training, keep only each layer's input and compute the rest again when needed."""
+        self.get_decoder().gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """In training, keep every activation (the default)."""
+        self.get_decoder().gradient_checkpointing = False
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for `batch_size` rows of at most `max_length` tokens."""
+        return init_cache(self.config, batch_size, max_length, self.dtype, self.mesh)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | PathLike[str],
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+        attn_implementation: str = "sdpa",
+        progress: Callable[[int, int], None] | None = None,
+        config: OPTConfig | None = None,
+        scan_layers: bool = False,
+        **hub: Any,
+    ) -> Self:
+        """Loads a checkpoint, from safetensors or from PyTorch's `.bin`.
+
+        Args:
+            path_or_hub_id: Folder, weight file, hub id such as "facebook/opt-125m", or "mini".
+            dtype: "float32", "bfloat16", "float16", "float64" (if JAX has it enabled), or "auto"
+                for the stored one.
+            mesh: Devices to spread the weights over, as `opt_flax.parallel` says: each reads its
+                part of the file, no host holds the whole. None: JAX's default device.
+            attn_implementation: "sdpa", "eager" or "flash_attention_2".
+            progress: Called with (bytes loaded, bytes in all) after each tensor.
+            config: Replaces the checkpoint's config.json, for example to set `num_labels`.
+            scan_layers: As in the constructor.
+            **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+
+        Raises:
+            CheckpointError: Files are missing or damaged, or do not fit the configuration.
+            ConfigError: The configuration is malformed, or an option is not one of the above.
+        """
+        return checkpoint.from_pretrained(
+            cls,
+            path_or_hub_id,
+            dtype,
+            mesh,
+            attn_implementation,
+            progress,
+            config,
+            scan_layers,
+            **hub,
+        )
+
+    def save_pretrained(
+        self, folder: str | PathLike[str], max_shard_size: str | int = "5GB"
+    ) -> None:
+        """Writes config.json, generation_config.json and safetensors, as `transformers` reads them.
+
+        Args:
+            folder: Made if missing; other files in it stay.
+            max_shard_size: Larger models are split into files of at most this size.
+        """
+        checkpoint.save_pretrained(self, folder, max_shard_size)
+
+    def _decode(
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        position_ids: Any,
+        inputs_embeds: Any,
+        past_key_values: KVCache | None,
+        output_hidden_states: bool,
+        output_attentions: bool,
+        deterministic: bool | None,
+        rngs: nnx.Rngs | None,
+    ) -> OPTOutput:
+        """Checks the inputs, embeds them and runs the decoder."""
+        cache = past_key_values
+        if cache is not None and is_known(cache.length):
+            cache = dataclasses.replace(cache, length=int(cache.length))
+        ids, mask, positions, embeds = check_inputs(
+            self.config, self.dtype, input_ids, attention_mask, position_ids, inputs_embeds, cache
+        )
+        decoder = self.get_decoder()
+        if embeds is None:
+            assert ids is not None
+            embeds = decoder.embed_tokens(ids)
+        count = embeds.shape[1]
+        mask = full_mask(mask, count, cache)
+        if positions is None:
+            check_window(self.config, mask, cache.visible(count) if cache else count)
+        return decoder(
+            embeds,
+            positions,
+            mask,
+            cache,
+            output_hidden_states,
+            output_attentions,
+            deterministic,
+            rngs,
+        )
+
+
+class FlaxOPTModel(FlaxOPTPreTrainedModel):
+    """The decoder without a head."""
+
+    head = "none"
+
+    def _build(self, implementation: str, scan_layers: bool) -> None:
+        self.decoder = FlaxOPTDecoder(self.config, implementation, scan_layers, self.mesh)
+
+    def get_decoder(self) -> FlaxOPTDecoder:
+        """The decoder."""
+        return self.decoder
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        past_key_values: KVCache | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> OPTOutput:
+        """Computes the hidden states.
+
+        Args:
+            input_ids: (B, T) token ids; NumPy arrays and lists are accepted too.
+            attention_mask: (B, T), or (B, past + T) with a cache: 1 for tokens, 0 for padding.
+            position_ids: (B, T) positions, -1 for padding; by default they follow from the mask.
+            inputs_embeds: (B, T, P) embeddings in place of `input_ids`.
+            past_key_values: A cache (`init_cache`): these tokens follow the ones it holds.
+            output_hidden_states: Return `hidden_states`.
+            output_attentions: Return `attentions`.
+            deterministic: Whether dropout is off; None: `model.eval()` and `model.train()` say.
+            rngs: Source of dropout, its stream "dropout"; None: the model's own.
+
+        Raises:
+            InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
+        """
+        return self._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
+            output_hidden_states, output_attentions, deterministic, rngs,
+        )  # fmt: skip
+
+
+class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
+    """The language model: the next token's logits."""
+
+    head = "causal_lm"
+
+    def _build(self, implementation: str, scan_layers: bool) -> None:
+        super()._build(implementation, scan_layers)
+        self.lm_head = None if self.config.tie_word_embeddings else Linear(False)
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        past_key_values: KVCache | None = None,
+        labels: Any = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        logits_to_keep: int = 0,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> OPTOutput:
+        """Computes logits, and the loss where labels are given.
+
+        Args:
+            input_ids: As in `FlaxOPTModel.__call__`, like the other arguments not listed here.
+            attention_mask: See there.
+            position_ids: See there.
+            inputs_embeds: See there.
+            past_key_values: See there.
+            labels: (B, T) ids, -100 to ignore one; the model shifts them. Usually `input_ids`.
+            output_hidden_states: Return `hidden_states`.
+            output_attentions: Return `attentions`.
+            logits_to_keep: Compute logits for this many last tokens only; 0 for all.
+            deterministic: See there.
+            rngs: See there.
+        """
+        out = self._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
+            output_hidden_states, output_attentions, deterministic, rngs,
+        )  # fmt: skip
+        assert out.last_hidden_state is not None
+        if logits_to_keep < 0:
+            raise InputError(f"logits_to_keep: expected at least 0, received {logits_to_keep}")
+        out.logits = self.head_logits(out.last_hidden_state[:, -logits_to_keep:])
+        if labels is not None:
+            out.loss = losses.causal_lm(out.logits, labels)
+        return out
+
+    def head_logits(self, hidden: Array) -> Array:
+        """The language-model head: (..., P) states to (..., V) logits."""
+        if self.lm_head is None:
+            return self.get_decoder().embed_tokens.attend(hidden, self.config.vocab_size)
+        return self.lm_head(hidden)[..., : self.config.vocab_size]
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        generation_config: GenerationConfig | None = None,
+        seed: int = 0,
+        tokenizer: OPTTokenizer | None = None,
+        **overrides: Any,
+    ) -> Array:
+        """Continues prompts: greedily, by sampling or by beam search.
+
+        Args:
+            input_ids: (B, T) prompts, padded on the left.
+            attention_mask: (B, T): 1 for tokens, 0 for padding.
+            generation_config: Settings; by default the checkpoint's.
+            seed: Seed of sampling.
+            tokenizer: Needed for `stop_strings`; where given, ids it does not know are
+                never generated.
+            **overrides: Fields of `GenerationConfig`, such as `max_new_tokens=20`.
+
+        Returns:
+            (B * num_return_sequences, T + new) ids: the prompt, then what was generated, then
+            `pad_token_id` to the end of the longest row.
+
+        Raises:
+            GenerationError: A setting or prompt that cannot be honoured.
+        """
+        request = generation.prepare(
+            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
+        )
+        if request.settings.is_beam_search:
+            return beam.search(self, request)
+        return generation.generate(self, request, seed, tokenizer)
+
+    def stream(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        generation_config: GenerationConfig | None = None,
+        seed: int = 0,
+        tokenizer: OPTTokenizer | None = None,
+        **overrides: Any,
+    ) -> Iterator[Array]:
+        """Yields the tokens of `generate`, whose arguments these are, as they are made.
+
+        Yields:
+            (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
+        """
+        request = generation.prepare(
+            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
+        )
+        if request.settings.is_beam_search:
+            raise GenerationError("beam search cannot stream: no token is certain before its end")
+        return generation.stream(self, request, seed, tokenizer)

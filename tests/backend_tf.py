@@ -1,0 +1,30 @@
+"""TensorFlow behind the interface of `tests.backends`."""
+
+from typing import Any
+
+import opt_tf  # noqa: F401  it chooses Keras' backend
+import tensorflow as tf
+from opt_core.dialects import KERAS
+from opt_core.params import Head, param_specs
+from opt_tf.checkpoint import locate
+
+from tests.backends import Backend
+from tests.oracle import Array
+
+
+class TFBackend(Backend):
+    """TensorFlow."""
+
+    def array(self, value: Any) -> tf.Tensor:
+        return tf.constant(value)
+
+    def gradients(self, model: Any, head: Head, **inputs: Any) -> dict[str, Array]:
+        specs = param_specs(model.config, head)
+        with tf.GradientTape() as tape:
+            loss = model(**inputs).loss
+        found = tape.gradient(loss, [locate(model, spec).value for spec in specs])
+        arrays = [tf.convert_to_tensor(gradient).numpy() for gradient in found]
+        return {
+            spec.name: array.T if KERAS.is_transposed(spec) else array
+            for spec, array in zip(specs, arrays, strict=True)
+        }
