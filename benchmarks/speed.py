@@ -81,7 +81,43 @@ def torch_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
     return Work(load_s, prefill, generate, train)
 
 
-BACKENDS = {"torch": torch_work}
+def flax_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
+    """Loads a model into Flax."""
+    import jax
+    from flax import nnx
+
+    from opt_flax import FlaxOPTForCausalLM
+    from opt_flax.training import make_optimizer, train_step
+
+    start = time.time()
+    model = FlaxOPTForCausalLM.from_pretrained(path, dtype=dtype)
+    jax.block_until_ready(nnx.state(model))
+    load_s = time.time() - start
+    mask = np.ones(ids.shape, np.int32)
+    config = TrainConfig(lr_schedule="constant")
+    forward = nnx.jit(lambda model, ids: model(ids).logits)
+    optimizer: Any = None
+
+    def prefill() -> Any:
+        return forward(model, ids).block_until_ready()
+
+    def generate(new: int) -> None:
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=new, eos_token_id=None, do_sample=False
+        )
+        assert out.shape[1] == ids.shape[1] + new
+
+    def train() -> float:
+        nonlocal optimizer
+        if optimizer is None:
+            model.train()
+            optimizer = make_optimizer(model, config)
+        return train_step(model, optimizer, ids, config, step=0)[0]
+
+    return Work(load_s, prefill, generate, train)
+
+
+BACKENDS = {"torch": torch_work, "flax": flax_work}
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ class FlaxOPTAttention(nnx.Module):
         if cache is not None:
             buffers = cache.write(layer, key_states, value)
             if not cache.is_empty:
-                key_states, value = (buffer[:, :, : cache.visible(T)] for buffer in buffers)
+                key_states, value = buffers
         dropout = self.dropout if key is not None else 0.0
         weights = None
         if self.implementation == "flash_attention_2" and T > 1 and not output_attentions:

@@ -56,8 +56,16 @@ class KVCache:
             lax.dynamic_update_slice(self.values[layer], value_BHTK, start),
         )
 
-    def visible(self, count: int) -> int:
-        """Slots to look at with `count` new tokens: the filled ones, or all where unknown."""
+    def slots(self, count: int) -> int:
+        """Slots to look at with `count` new tokens: these alone, or all there are.
+
+        All, and not only the filled ones, so that every step has the same shapes: JAX compiles
+        each operation anew for each shape.
+        """
+        return count if self.is_empty else self.max_length
+
+    def used(self, count: int) -> int:
+        """Slots filled once `count` more tokens are in, as far as that is known."""
         return self.length + count if isinstance(self.length, int) else self.max_length
 
     def advance(

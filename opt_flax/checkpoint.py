@@ -229,7 +229,10 @@ def _fill(
             pieces.append(np.pad(piece, free) if any(after for _, after in free) else piece)
         return np.stack(pieces) if stacked else pieces[0]
 
-    _assign(model, group, jax.make_array_from_callback(shape, sharding, part))
+    if model.mesh is None:  # not committed to the device: it goes where it is used
+        _assign(model, group, jnp.asarray(part(tuple(slice(size) for size in shape))))
+    else:
+        _assign(model, group, jax.make_array_from_callback(shape, sharding, part))
 
 
 def _assign(model: "FlaxOPTPreTrainedModel", group: Sequence[ParamSpec], values: Any) -> None:

@@ -150,7 +150,7 @@ class FlaxOPTDecoder(nnx.Module):
             rngs: Source of dropout; None: the model's own.
         """
         count, past = embeds.shape[1], cache.length if cache else 0
-        slots = cache.visible(count) if cache else count
+        slots = cache.slots(count) if cache else count
         if position_ids is None:
             rows = position_rows(mask, past, count)
         else:
@@ -168,13 +168,14 @@ class FlaxOPTDecoder(nnx.Module):
             hidden = self.final_layer_norm(hidden)
         if self.project_out is not None:
             hidden = self.project_out(hidden)
+        used = cache.used(count) if cache else count
         if cache is not None:
             new = None if mask is None else jax.lax.dynamic_slice_in_dim(mask, past, count, 1)
             cache = cache.advance(count, new, *buffers)
         return OPTOutput(
             last_hidden_state=hidden,
             hidden_states=(*states, hidden) if output_hidden_states else None,
-            attentions=attentions if output_attentions else None,
+            attentions=tuple(w[..., :used] for w in attentions) if output_attentions else None,
             past_key_values=cache,
         )
 

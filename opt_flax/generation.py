@@ -226,9 +226,8 @@ def decode_step(model: "FlaxOPTForCausalLM", ids_B: Array, cache: KVCache) -> tu
         Logits (B, V) after it, and the cache that holds it.
     """
     decoder = model.get_decoder()
-    mask = None if cache.mask is None else cache.mask[:, : cache.visible(1)]
     embeds = decoder.embed_tokens(ids_B[:, None])
-    out = decoder(embeds, None, mask, cache, deterministic=True)
+    out = decoder(embeds, None, cache.mask, cache, deterministic=True)
     return model.head_logits(out.last_hidden_state[:, 0]), out.past_key_values
 
 

@@ -66,7 +66,7 @@ def check_inputs(
         check_range("position_ids", positions, -1, window - 1, f"max_position_embeddings={window}")
     mask = as_integers("attention_mask", attention_mask)
     if mask is not None:
-        slots = T if cache is None else cache.visible(T)
+        slots = T if cache is None else cache.used(T)
         if tuple(mask.shape) not in ((B, T), (B, slots)):
             raise InputError(
                 f"attention_mask: expected shape ({B}, {T})"
@@ -119,21 +119,19 @@ def full_mask(mask_BT: Array | None, count: int, cache: KVCache | None) -> Array
         cache: What came before, or None.
 
     Returns:
-        bool (B, past + T), or None where nothing is padded.
+        bool (B, T), or (B, S) over all slots of a cache that is not empty; None where nothing is
+        padded.
     """
     if mask_BT is None:
-        return (
-            None if cache is None or cache.mask is None else cache.mask[:, : cache.visible(count)]
-        )
-    if cache is None or cache.is_empty or mask_BT.shape[1] != count:
-        # A mask of ones would only keep the fast causal kernels from running.
-        return None if is_known(mask_BT) and bool(mask_BT.all()) else mask_BT
-    before = cache.mask
-    if before is None:
-        before = jnp.ones((mask_BT.shape[0], cache.max_length), bool)
-    mask_BS = lax.dynamic_update_slice(before, mask_BT, (0, cache.length))
-    mask_BS = mask_BS[:, : cache.visible(count)]
-    return None if is_known(mask_BS) and bool(mask_BS.all()) else mask_BS
+        return None if cache is None else cache.mask
+    if cache is not None and not cache.is_empty:
+        before = cache.mask
+        if before is None:
+            before = jnp.ones((mask_BT.shape[0], cache.max_length), bool)
+        start = cache.length if mask_BT.shape[1] == count else 0
+        mask_BT = lax.dynamic_update_slice(before, mask_BT, (0, start))
+    # A mask of ones would only keep the fast causal kernels from running.
+    return None if is_known(mask_BT) and bool(mask_BT.all()) else mask_BT
 
 
 def check_window(config: OPTConfig, mask_BS: Array | None, length: int) -> None:
@@ -147,7 +145,7 @@ def check_window(config: OPTConfig, mask_BS: Array | None, length: int) -> None:
     window = config.max_position_embeddings
     if length <= window or (mask_BS is not None and not is_known(mask_BS)):
         return
-    longest = length if mask_BS is None else int(mask_BS.sum(1).max())
+    longest = length if mask_BS is None else int(np.asarray(mask_BS)[:, :length].sum(1).max())
     if longest > window:
         raise InputError(f"a sequence of {longest} tokens exceeds max_position_embeddings={window}")
 

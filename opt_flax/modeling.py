@@ -178,7 +178,7 @@ class FlaxOPTPreTrainedModel(nnx.Module):
         count = embeds.shape[1]
         mask = full_mask(mask, count, cache)
         if positions is None:
-            check_window(self.config, mask, cache.visible(count) if cache else count)
+            check_window(self.config, mask, cache.used(count) if cache else count)
         return decoder(
             embeds,
             positions,
