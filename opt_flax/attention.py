@@ -4,11 +4,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh, PartitionSpec
 
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_flax.cache import KVCache
 from opt_flax.linear import Linear
+from opt_flax.parallel import rows_axes
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
 
@@ -16,8 +20,9 @@ IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
 class FlaxOPTAttention(nnx.Module):
     """Multi-head causal self-attention of one layer."""
 
-    def __init__(self, config: OPTConfig, implementation: str):
+    def __init__(self, config: OPTConfig, implementation: str, mesh: Mesh | None = None):
         self.implementation = implementation
+        self.mesh = mesh
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.dropout = config.attention_dropout
         bias = config.enable_bias
@@ -64,8 +69,8 @@ class FlaxOPTAttention(nnx.Module):
         dropout = self.dropout if key is not None else 0.0
         weights = None
         if self.implementation == "flash_attention_2" and T > 1 and not output_attentions:
-            mixed = flash(query, key_states, value, bias_B1TS, mask_BS, dropout)
-        elif self.implementation == "sdpa" and not (dropout or output_attentions):
+            mixed = flash(query, key_states, value, bias_B1TS, mask_BS, dropout, self.mesh)
+        elif self.implementation != "eager" and not (dropout or output_attentions):
             mixed = sdpa(query, key_states, value, bias_B1TS)
         else:
             mixed, weights = eager(query, key_states, value, bias_B1TS, dropout, key)
@@ -140,3 +145,117 @@ def sdpa(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_B1TS: Array | None) -
         implementation="xla",
     )
     return mixed.swapaxes(1, 2)
+
+
+def flash(
+    q_BHTK: Array,
+    k_BHSK: Array,
+    v_BHSK: Array,
+    bias_B1TS: Array | None,
+    mask_BS: Array | None,
+    dropout: float,
+    mesh: Mesh | None = None,
+) -> Array:
+    """Attention that never holds the scores: cuDNN's kernel on a GPU, Pallas' on a TPU.
+
+    On a mesh each device runs the kernel on its own rows and heads. What continues a cache
+    (T < S) takes the plain path on a TPU. Queries that are padding come back as any finite number.
+
+    Args:
+        q_BHTK: Queries.
+        k_BHSK: Keys.
+        v_BHSK: Values.
+        bias_B1TS: As for `eager`; the GPU kernel takes it.
+        mask_BS: bool, False at padding; the TPU kernel takes it.
+        dropout: The attention dropout that is wanted: there is none.
+        mesh: Where the model is; None: JAX's default device.
+
+    Raises:
+        ConfigError: Neither on a GPU in half precision nor on a TPU, or with dropout.
+    """
+    platform = platform_of(mesh)
+    check_flash(platform, q_BHTK.dtype, dropout)
+    (B, H, T, _), S = q_BHTK.shape, k_BHSK.shape[2]
+    if platform == "tpu" and T != S:
+        return sdpa(q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
+    kernel, extra = (_pallas, mask_BS) if platform == "tpu" else (_cudnn, bias_B1TS)
+    if mesh is None:
+        return kernel(q_BHTK, k_BHSK, v_BHSK, extra)
+    rows = rows_axes(B, mesh)
+    states = PartitionSpec(rows, "model" if H % mesh.shape["model"] == 0 else None)
+    specs = (
+        states,
+        states,
+        states,
+        PartitionSpec(rows if extra is not None and len(extra) == B else None),
+    )
+    run = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=states, check_vma=False)
+    return run(q_BHTK, k_BHSK, v_BHSK, extra)
+
+
+def check_flash(platform: str, dtype: jnp.dtype, dropout: float = 0.0) -> None:
+    """Says why `flash` cannot run, if it cannot."""
+    name = 'attn_implementation="flash_attention_2"'
+    if platform not in ("gpu", "tpu"):
+        raise ConfigError(f'{name} needs a GPU or a TPU, received {platform}; use "sdpa"')
+    if platform == "gpu" and dtype not in (jnp.float16, jnp.bfloat16):
+        raise ConfigError(
+            f"{name} needs float16 or bfloat16 on a GPU, received {jnp.dtype(dtype).name}; "
+            'use "sdpa"'
+        )
+    if dropout:
+        raise ConfigError(
+            f"{name} has no dropout of the attention weights: expected attention_dropout=0 in "
+            f'training, received {dropout}; or use "sdpa"'
+        )
+
+
+def platform_of(mesh: Mesh | None) -> str:
+    """What the devices are: "cpu", "gpu" or "tpu"; None: JAX's default ones."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def _cudnn(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_B1TS: Array | None) -> Array:
+    """CuDNN's kernel; with a bias it can be differentiated at even lengths only."""
+    T, S = q_BHTK.shape[2], k_BHSK.shape[2]
+    states = [x.swapaxes(1, 2) for x in (q_BHTK, k_BHSK, v_BHSK)]
+    if bias_B1TS is not None and (T % 2 or S % 2):
+        states = [jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in states]
+        lowest = jnp.finfo(bias_B1TS.dtype).min
+        free = ((0, 0), (0, 0), (0, T % 2), (0, S % 2))
+        bias_B1TS = jnp.pad(bias_B1TS, free, constant_values=lowest)
+    mixed = jax.nn.dot_product_attention(
+        *states, bias=bias_B1TS, is_causal=bias_B1TS is None, implementation="cudnn"
+    )
+    return mixed[:, :T].swapaxes(1, 2)
+
+
+def _pallas(
+    q_BHTK: Array,
+    k_BHTK: Array,
+    v_BHTK: Array,
+    mask_BT: Array | None,
+    interpret: bool = False,
+) -> Array:
+    """Pallas' splash attention; padding is a segment of its own, which attends to itself.
+
+    With `interpret` the kernel runs anywhere, slowly.
+    """
+    _, H, T, K = q_BHTK.shape
+    # Whole tiles of 128 lanes; causality hides what is added on the right.
+    length = -(-T // 128) * 128
+    free = ((0, 0), (0, 0), (0, length - T), (0, 0))
+    states = [jnp.pad(x, free) for x in (q_BHTK * K**-0.5, k_BHTK, v_BHTK)]
+    segments = None
+    if mask_BT is not None:
+        ids = jnp.pad(mask_BT, ((0, 0), (0, length - T))).astype(jnp.int32)
+        segments = splash.SegmentIds(ids, ids)
+    block = next(size for size in (512, 256, 128) if length % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block,
+        block_q_dkv=block, block_kv_dkv=block,
+        block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * H)
+    kernel = splash.make_splash_mha_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
+    return jax.vmap(kernel)(*states, segments)[:, :, :T]

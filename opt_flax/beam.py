@@ -16,6 +16,7 @@ from opt_core.errors import GenerationError
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache, init_cache
 from opt_flax.parallel import replicate
+from opt_flax.programs import TracedSettings
 
 if TYPE_CHECKING:
     from opt_flax.generation import Request
@@ -69,7 +70,7 @@ def search(model: "FlaxOPTForCausalLM", request: "Request") -> Array:
     graph, state = nnx.split(model)
     history, real = generation.room(request, W)
     ids, mask = generation.bucketed(request)
-    traced = generation.TracedSettings.of(settings)
+    traced = TracedSettings.of(settings)
     limits = _Limits(traced, np.int32(prompt), request.new_tokens, request.vocabulary)
     search, best = _first(graph, state, ids, mask, history, real, limits)
     generation.check_possible(best)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,12 +59,12 @@ class OPTOutput:
 class FlaxOPTDecoderLayer(nnx.Module):
     """One block: attention and feed-forward, each with a norm and a residual connection."""
 
-    def __init__(self, config: OPTConfig, implementation: str):
+    def __init__(self, config: OPTConfig, implementation: str, mesh: Mesh | None = None):
         bias = config.enable_bias
         self.norm_first = config.do_layer_norm_before
         self.dropout = config.dropout
         self.activation = config.activation_function
-        self.self_attn = FlaxOPTAttention(config, implementation)
+        self.self_attn = FlaxOPTAttention(config, implementation, mesh)
         self.self_attn_layer_norm = make_norm(config)
         self.fc1 = Linear(bias)
         self.fc2 = Linear(bias)
@@ -123,8 +124,8 @@ class FlaxOPTDecoder(nnx.Module):
         self.project_in = Linear(False) if config.has_projections else None
         self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None
         count = 1 if scan_layers else config.num_hidden_layers
-        layers = [FlaxOPTDecoderLayer(config, implementation) for _ in range(count)]
-        self.layers = layers[0] if scan_layers else nnx.List(layers)
+        layers = [FlaxOPTDecoderLayer(config, implementation, mesh) for _ in range(count)]
+        self.layers: Any = layers[0] if scan_layers else nnx.List(layers)
 
     def __call__(
         self,
@@ -171,6 +172,7 @@ class FlaxOPTDecoder(nnx.Module):
         used = cache.used(count) if cache else count
         if cache is not None:
             new = None if mask is None else jax.lax.dynamic_slice_in_dim(mask, past, count, 1)
+            assert buffers is not None
             cache = cache.advance(count, new, *buffers)
         return OPTOutput(
             last_hidden_state=hidden,
@@ -226,7 +228,9 @@ class FlaxOPTDecoder(nnx.Module):
 
         def body(hidden, inputs):
             state, buffers, key = inputs
-            one = None if buffers is None else KVCache(*((b,) for b in buffers), cache.length)
+            one = None
+            if cache is not None:
+                one = KVCache((buffers[0],), (buffers[1],), cache.length)
             new, weights, written = self._layer(
                 nnx.merge(graph, state), hidden, bias, mask, one, 0, key, output_attentions
             )

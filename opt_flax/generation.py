@@ -5,9 +5,8 @@ Programs depend on the number of rows and on lengths rounded up to a bucket, not
 seed or the numbers of the settings.
 """
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,18 +26,10 @@ from opt_flax import sampling
 from opt_flax.cache import KVCache, init_cache
 from opt_flax.inputs import check_inputs
 from opt_flax.parallel import replicate
+from opt_flax.programs import TracedSettings, bucket
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
-
-BUCKETS = (32, 64, 128, 256)
-"""Lengths a program is compiled for; beyond the last one, its multiples."""
-
-TRACED = {
-    "temperature": None, "top_p": 1, "min_p": None, "typical_p": 1, "repetition_penalty": 1,
-    "min_length": 0, "min_new_tokens": None, "length_penalty": None,
-}  # fmt: skip
-"""Settings whose numbers a program takes as arguments, and the value that switches each off."""
 
 
 @dataclass(frozen=True)
@@ -67,44 +58,7 @@ class Request:
         return bucket(self.ids.shape[1] + self.new_tokens)
 
 
-@jax.tree_util.register_pytree_node_class
-class TracedSettings:
-    """A `GenerationConfig` whose numbers may be traced: those of `TRACED` that are not off."""
-
-    def __init__(self, fixed: GenerationConfig, numbers: dict[str, Any]):
-        self.fixed, self.numbers = fixed, numbers
-
-    def __getattr__(self, name: str) -> Any:
-        numbers = self.__dict__["numbers"]
-        return numbers[name] if name in numbers else getattr(self.__dict__["fixed"], name)
-
-    def tree_flatten(self) -> tuple[tuple[dict[str, Any]], GenerationConfig]:
-        """The numbers are data, all else belongs to the program."""
-        return (self.numbers,), self.fixed
-
-    @classmethod
-    def tree_unflatten(cls, fixed: GenerationConfig, numbers: Any) -> "TracedSettings":
-        """The inverse of `tree_flatten`."""
-        return cls(fixed, *numbers)
-
-    @classmethod
-    def of(cls, settings: GenerationConfig) -> "TracedSettings":
-        """Takes the numbers out of settings."""
-        numbers = {
-            name: getattr(settings, name)
-            for name, off in TRACED.items()
-            if getattr(settings, name) not in (None, off)
-        }
-        defaults = {f.name: f.default for f in dataclasses.fields(settings)}
-        # What does not reach the program must not tell two programs apart.
-        rest = ("max_length", "max_new_tokens", "stop_strings", "pad_token_id", "bos_token_id")
-        fixed = {name: defaults[name] for name in (*numbers, *rest)}
-        kinds = {"min_length": np.int32, "min_new_tokens": np.int32}
-        values = {name: kinds.get(name, np.float32)(value) for name, value in numbers.items()}
-        return cls(dataclasses.replace(settings, **fixed), values)
-
-
-class Rows(NamedTuple):
+class _Rows(NamedTuple):
     """The rows being generated.
 
     Attributes:
@@ -124,12 +78,6 @@ class Rows(NamedTuple):
     cache: KVCache
     made: int | Array
     prompt: Array
-
-
-def bucket(length: int) -> int:
-    """The length that programs are compiled for: the next of `BUCKETS`."""
-    step = BUCKETS[-1]
-    return next((b for b in BUCKETS if b >= length), -(-length // step) * step)
 
 
 def prepare(
@@ -215,8 +163,10 @@ def prefill(
     length = ids_BT.shape[1] if length is None else length
     decoder = model.get_decoder()
     out = decoder(decoder.embed_tokens(ids_BT), None, mask_BT, cache, deterministic=True)
+    assert out.last_hidden_state is not None
+    assert out.past_key_values is not None
     last = lax.dynamic_index_in_dim(out.last_hidden_state, length - 1, 1, keepdims=False)
-    return model.head_logits(last), dataclasses.replace(out.past_key_values, length=length)
+    return model.head_logits(last), replace(out.past_key_values, length=length)
 
 
 def decode_step(model: "FlaxOPTForCausalLM", ids_B: Array, cache: KVCache) -> tuple[Array, KVCache]:
@@ -228,6 +178,8 @@ def decode_step(model: "FlaxOPTForCausalLM", ids_B: Array, cache: KVCache) -> tu
     decoder = model.get_decoder()
     embeds = decoder.embed_tokens(ids_B[:, None])
     out = decoder(embeds, None, cache.mask, cache, deterministic=True)
+    assert out.last_hidden_state is not None
+    assert out.past_key_values is not None
     return model.head_logits(out.last_hidden_state[:, 0]), out.past_key_values
 
 
@@ -248,7 +200,8 @@ def stream(
     """
     graph, state, rows, numbers = _begin(model, request, seed)
     stops = request.settings.stops if tokenizer is not None else ()
-    trackers = [StopStringTracker(tokenizer, stops) for _ in rows.ended] if stops else []
+    count = len(rows.ended) if stops else 0
+    trackers = [StopStringTracker(tokenizer, stops) for _ in range(count) if tokenizer]
     can_end = bool(request.settings.eos_ids or stops)
     for made in range(1, request.new_tokens + 1):
         if trackers:
@@ -325,7 +278,7 @@ class _Numbers(NamedTuple):
 
 def _begin(
     model: "FlaxOPTForCausalLM", request: Request, seed: int
-) -> tuple[Any, Any, Rows, _Numbers]:
+) -> tuple[Any, Any, _Rows, _Numbers]:
     """Reads the prompts and chooses the first token; the model comes back in its two parts."""
     graph, state = nnx.split(model)
     settings, (_, T) = request.settings, request.ids.shape
@@ -348,7 +301,7 @@ def _first(
     real_RS: Array,
     length: Array,
     numbers: _Numbers,
-) -> tuple[Rows, Array]:
+) -> tuple[_Rows, Array]:
     """The rows with their first token, and the highest logit of each."""
     model = nnx.merge(graph, state)
     (B, _), (R, S) = ids_BT.shape, history_RS.shape
@@ -357,12 +310,14 @@ def _first(
     if R > B:
         copies = jnp.repeat(jnp.arange(B), R // B)
         logits, cache = logits[copies], cache.select(copies)
-    rows = Rows(history_RS, real_RS, jnp.zeros(R, bool), jnp.zeros(R, jnp.int32), cache, 0, length)
+    rows = _Rows(history_RS, real_RS, jnp.zeros(R, bool), jnp.zeros(R, jnp.int32), cache, 0, length)
     rows, scores = _choose(rows, logits, numbers, model.mesh)
     return rows, replicate(scores.max(-1), model.mesh)
 
 
-def _choose(rows: Rows, logits: Array, numbers: _Numbers, mesh: Mesh | None) -> tuple[Rows, Array]:
+def _choose(
+    rows: _Rows, logits: Array, numbers: _Numbers, mesh: Mesh | None
+) -> tuple[_Rows, Array]:
     """Gives every row its next token; returns the constrained logits too."""
     settings, end = numbers.settings, rows.prompt + rows.made
     real = rows.real & (jnp.arange(rows.real.shape[1]) < end)
@@ -376,24 +331,24 @@ def _choose(rows: Rows, logits: Array, numbers: _Numbers, mesh: Mesh | None) -> 
     return rows, scores
 
 
-def _advance(model: Any, rows: Rows, numbers: _Numbers) -> Rows:
+def _advance(model: Any, rows: _Rows, numbers: _Numbers) -> _Rows:
     """Reads the newest token of every row and chooses the next."""
     logits, cache = decode_step(model, rows.token, rows.cache)
     return _choose(rows._replace(cache=cache), logits, numbers, model.mesh)[0]
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="rows")
-def _step(graph: Any, state: Any, rows: Rows, numbers: _Numbers) -> Rows:
+def _step(graph: Any, state: Any, rows: _Rows, numbers: _Numbers) -> _Rows:
     """One more token per row."""
     return _advance(nnx.merge(graph, state), rows, numbers)
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="rows")
-def _loop(graph: Any, state: Any, rows: Rows, numbers: _Numbers, limit: int) -> Rows:
+def _loop(graph: Any, state: Any, rows: _Rows, numbers: _Numbers, limit: int) -> _Rows:
     """Tokens until there are `limit` of them or every row has ended."""
     model = nnx.merge(graph, state)
 
-    def goes_on(rows: Rows) -> Array:
+    def goes_on(rows: _Rows) -> Array:
         return (rows.made < limit) & ~rows.ended.all()
 
     return lax.while_loop(goes_on, lambda rows: _advance(model, rows, numbers), rows)

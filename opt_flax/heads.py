@@ -4,7 +4,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
 
 from opt_core.errors import InputError
 from opt_flax import losses
@@ -106,6 +105,7 @@ class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
             output_hidden_states, output_attentions, deterministic, rngs,
         )  # fmt: skip
+        assert out.last_hidden_state is not None
         logits_BT2 = self.qa_outputs(out.last_hidden_state)
         start_BT, end_BT = logits_BT2[..., 0], logits_BT2[..., 1]
         out.start_logits, out.end_logits = start_BT, end_BT

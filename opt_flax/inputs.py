@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
@@ -193,6 +193,6 @@ def check_range(name: str, values: Any, low: int, high: int, why: str) -> None:
 
 def is_known(value: Any) -> bool:
     """Whether values can be read now: not while tracing, nor where other hosts hold parts."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return False
     return not isinstance(value, Array) or value.is_fully_addressable

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, Device
+from jax import Array
 from jax.sharding import Mesh, Sharding
 
 from opt_core.config import OPTConfig
@@ -74,9 +74,9 @@ class FlaxOPTPreTrainedModel(nnx.Module):
         return self.model.decoder
 
     @property
-    def device(self) -> Device | Sharding:
-        """Where the weights are."""
-        return self.get_decoder().embed_tokens.embedding[...].device
+    def device(self) -> Sharding:
+        """Where the weights are: on one device, or spread over a mesh."""
+        return self.get_decoder().embed_tokens.embedding[...].sharding
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -116,8 +116,8 @@ def _ids(model: "FlaxOPTForCausalLM", batch: Any) -> Array:
     return ids
 
 
-def _descend(updates: Any, state: Any, params: Any = None, *, learning_rate: Any, **_: Any) -> Any:
-    return jax.tree.map(lambda update: update * -learning_rate, updates), state
+def _descend(updates: Any, state: Any, params: Any = None, **given: Any) -> Any:
+    return jax.tree.map(lambda update: update * -given["learning_rate"], updates), state
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="state")

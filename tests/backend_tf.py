@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import opt_tf  # noqa: F401  it chooses Keras' backend
 import tensorflow as tf
+
+import opt_tf  # noqa: F401  it chooses Keras' backend
 from opt_core.dialects import KERAS
 from opt_core.params import Head, param_specs
 from opt_tf.checkpoint import locate
-
 from tests.backends import Backend
 from tests.oracle import Array
 

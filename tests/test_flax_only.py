@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from opt_core.config import OPTConfig  # noqa: E402
 from opt_core.errors import CheckpointError, ConfigError  # noqa: E402
 from opt_core.params import param_specs  # noqa: E402
 from opt_core.training import TrainConfig  # noqa: E402
-from opt_flax import beam, checkpoint, generation, training  # noqa: E402
+from opt_flax import beam, checkpoint, generation, programs, training  # noqa: E402
 from tests.backends import GRADIENT_TOLERANCE, ORACLE_TOLERANCE  # noqa: E402
 from tests.configs import CONFIGS  # noqa: E402
 from tests.reference import make_mask, make_prompts  # noqa: E402
@@ -24,8 +25,12 @@ from tests.reference import make_mask, make_prompts  # noqa: E402
 SILENT = {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
 
 
-def model_of(folder, variant: str | OPTConfig = "pre_ln", **options):
-    return opt_flax.FlaxOPTForCausalLM.from_pretrained(folder(variant), **options)
+STEP: Any = training._step
+MODEL: Any = opt_flax.FlaxOPTForCausalLM
+
+
+def model_of(folder, variant: str | OPTConfig = "pre_ln", **options) -> Any:
+    return MODEL.from_pretrained(folder(variant), **options)
 
 
 def close(ours, theirs, atol=ORACLE_TOLERANCE):
@@ -75,17 +80,13 @@ def test_outputs_and_caches_cross_jit(folder):
     close(again.logits, second.logits)
 
 
-def programs():
+def compiled():
     """Programs compiled so far for generation."""
     return {
-        name: function._cache_size()
-        for name, function in (
-            ("first", generation._first),
-            ("step", generation._step),
-            ("loop", generation._loop),
-            ("beams", beam._first),
-            ("beam loop", beam._loop),
-        )
+        f"{module.__name__}.{name}": getattr(module, name)._cache_size()
+        for module in (generation, beam)
+        for name in ("_first", "_step", "_loop")
+        if hasattr(module, name)
     }
 
 
@@ -103,22 +104,22 @@ def test_one_program_per_bucket(folder):
         model.generate(ids, mask, num_beams=2, max_new_tokens=settings["max_new_tokens"])
 
     run(5, 1, temperature=0.5, max_new_tokens=6, min_new_tokens=2)
-    before = programs()
+    before = compiled()
     run(9, 2, temperature=1.5, max_new_tokens=11, min_new_tokens=3)
     run(20, 2**40, temperature=1.0001, max_new_tokens=2, min_new_tokens=1)
-    assert programs() == before
+    assert compiled() == before
     run(30, 3, temperature=2.0, max_new_tokens=5, min_new_tokens=1)  # 35 slots: the next bucket
-    assert programs() == {name: count + 1 for name, count in before.items()}
-    before = programs()
+    assert compiled() == {name: count + 1 for name, count in before.items()}
+    before = compiled()
     run(9, 4, padded=True, temperature=0.5, max_new_tokens=6, min_new_tokens=2)
-    assert programs() == {name: count + 1 for name, count in before.items()}
+    assert compiled() == {name: count + 1 for name, count in before.items()}
 
 
 @pytest.mark.parametrize(
     ("length", "slots"), [(1, 32), (32, 32), (33, 64), (256, 256), (257, 512), (2048, 2048)]
 )
 def test_buckets(length, slots):
-    assert generation.bucket(length) == slots
+    assert programs.bucket(length) == slots
 
 
 @pytest.mark.parametrize("variant", CONFIGS)
@@ -139,7 +140,7 @@ def test_stacked_layers_are_the_same_model(folder, variant, tmp_path):
         close_gradients(y, x)
     deep.save_pretrained(tmp_path)
     for path in (tmp_path, folder(config)):
-        same = opt_flax.FlaxOPTForCausalLM.from_pretrained(path, scan_layers=True)
+        same = MODEL.from_pretrained(path, scan_layers=True)
         one = same.get_decoder().layers.fc1.kernel
         assert one.shape == (config.num_hidden_layers, 32, 56)
         first = param_specs(config)[-3]
@@ -152,7 +153,7 @@ def test_stacked_layers_compile_once(folder):
     lengths = []
     for layers in (2, 6):
         config = CONFIGS["pre_ln"].replace(num_hidden_layers=layers)
-        model = opt_flax.FlaxOPTForCausalLM(config, seed=0, scan_layers=True)
+        model = MODEL(config, seed=0, scan_layers=True)
         graph, state = nnx.split(model)
         ids = jnp.zeros((1, 4), jnp.int32)
         text = jax.jit(lambda state, i, graph=graph: nnx.merge(graph, state)(i).logits)
@@ -248,25 +249,24 @@ def test_types_that_cannot_be_had(folder, tmp_path):
     kernel.set_value(kernel[...] * 1e8)
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"layers\.0\.fc2\.weight: values beyond the range"):
-        opt_flax.FlaxOPTForCausalLM.from_pretrained(tmp_path, dtype="float16")
+        MODEL.from_pretrained(tmp_path, dtype="float16")
 
 
 def test_dtype_auto_is_the_stored_one(folder, tmp_path):
     model_of(folder, dtype="bfloat16").save_pretrained(tmp_path)
-    loaded = opt_flax.FlaxOPTForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    loaded = MODEL.from_pretrained(tmp_path, dtype="auto")
     assert loaded.dtype == jnp.bfloat16
     assert loaded.config.dtype == "bfloat16"
-    assert opt_flax.FlaxOPTForCausalLM.from_pretrained(tmp_path, dtype=jnp.float16).dtype == "float16"
+    assert MODEL.from_pretrained(tmp_path, dtype=jnp.float16).dtype == "float16"
 
 
 def test_a_fresh_head_warns(folder):
     config = CONFIGS["pre_ln"].replace(num_labels=5)
+    kind: Any = opt_flax.FlaxOPTForSequenceClassification
     with pytest.warns(
         UserWarning, match=r"no score\.weight in this checkpoint; it is freshly initialised"
     ):
-        model = opt_flax.FlaxOPTForSequenceClassification.from_pretrained(
-            folder("pre_ln"), config=config
-        )
+        model = kind.from_pretrained(folder("pre_ln"), config=config)
     assert model.score.kernel.shape == (32, 5)
     assert 0 < model.score.kernel[...].std() < 0.1
 
@@ -275,7 +275,7 @@ def test_a_head_can_be_left_behind(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         path = folder("post_ln", "sequence_classification")
-        model = opt_flax.FlaxOPTForCausalLM.from_pretrained(path)
+        model = MODEL.from_pretrained(path)
     assert math.isfinite(model(np.array([[2, 5, 6]]), labels=np.array([[2, 5, 6]])).loss)
 
 
@@ -286,9 +286,9 @@ def test_a_training_step_updates_in_place(folder):
     train = TrainConfig(max_steps=3, learning_rate=1e-2)
     optimizer = training.make_optimizer(model, train)
     model.train()
-    compiled = training._step._cache_size()
+    compiled = STEP._cache_size()
     losses = [training.train_step(model, optimizer, ids, train, step)[0] for step in range(3)]
     assert losses[2] < losses[0]
-    assert training._step._cache_size() == compiled + 1
+    assert STEP._cache_size() == compiled + 1
     model.eval()
     assert math.isfinite(model(ids, labels=ids).loss)
