@@ -99,7 +99,7 @@ def flax_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
     optimizer: Any = None
 
     def prefill() -> Any:
-        return forward(model, ids).block_until_ready()
+        return float(forward(model, ids)[0, -1, 0])
 
     def generate(new: int) -> None:
         out = model.generate(
@@ -117,7 +117,39 @@ def flax_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
     return Work(load_s, prefill, generate, train)
 
 
-BACKENDS = {"torch": torch_work, "flax": flax_work}
+def tf_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
+    """Loads a model into TensorFlow."""
+    import tensorflow as tf
+
+    from opt_tf import TFOPTForCausalLM
+    from opt_tf.training import make_optimizer, train_step
+
+    start = time.time()
+    model = TFOPTForCausalLM.from_pretrained(path, dtype=dtype)
+    load_s = time.time() - start
+    batch, mask = tf.constant(ids, tf.int32), tf.ones(ids.shape, tf.int32)
+    config = TrainConfig(lr_schedule="constant")
+    forward = tf.function(lambda ids: model(ids).logits, jit_compile=True)
+    optimizer: Any = None
+
+    def prefill() -> float:
+        return float(forward(batch)[0, -1, 0])
+
+    def generate(new: int) -> None:
+        out = model.generate(
+            batch, attention_mask=mask, max_new_tokens=new, eos_token_id=None, do_sample=False
+        )
+        assert out.shape[1] == batch.shape[1] + new
+
+    def train() -> float:
+        nonlocal optimizer
+        optimizer = optimizer or make_optimizer(model, config)
+        return train_step(model, optimizer, batch, config, step=0)[0]
+
+    return Work(load_s, prefill, generate, train)
+
+
+BACKENDS = {"torch": torch_work, "tf": tf_work, "flax": flax_work}
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from opt_core.params import Head, param_specs
 from opt_core.training import TrainConfig
 from tests.oracle import Array
 
-BACKENDS = tuple(os.environ.get("OPT_BACKENDS", "torch").split(","))
+BACKENDS = tuple(os.environ.get("OPT_BACKENDS", "torch,tf,flax").split(","))
 """Every framework; OPT_BACKENDS=flax, or tf,flax, runs the tests on these alone."""
 
 CLASSES: dict[Head, str] = {

@@ -1,6 +1,7 @@
 """What every test shares: the frameworks set to full precision, and tiny models on disk."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,15 @@ from opt_core.params import Head, param_specs
 from opt_core.tokenizer import OPTTokenizer
 from tests.backends import BACKENDS, Backend, make_backend
 from tests.configs import CONFIGS
+
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+
+
+# Before any framework is imported: JAX and TensorFlow read these once. Eight devices of one CPU are
+# enough to test what meshes do; TensorFlow's own threads would only wait for the other worker's.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 @pytest.fixture(params=BACKENDS)
