@@ -157,7 +157,7 @@ class _Limits(NamedTuple):
 
 
 class _Search(NamedTuple):
-    """The state of a search; `parents` are the rows of the cache that the beams continue."""
+    """The state of a search; `parents` (B, W) are the beams that were continued."""
 
     cache: KVCache
     real: Array
@@ -185,17 +185,16 @@ def _first(
     W = R // B
     cache = init_cache(model.config, B, S, model.dtype, model.mesh)
     logits, cache = generation.prefill(model, ids_BT, mask_BT, cache, limits.prompt)
-    copies = jnp.repeat(jnp.arange(B), W)
     empty = Beams(
         history_RS.reshape(B, W, S), jnp.full((B, W), NEVER), jnp.zeros((B, W), jnp.int32)
     )
     # All beams start alike: only the first may be continued, or the same text would come W times.
     running = empty._replace(scores=empty.scores.at[:, 0].set(0))
     open_all = jnp.ones((B, 1), bool)
-    search = _Search(
-        cache.select(copies), real_RS, running, empty, open_all, jnp.arange(R), 0, jnp.array(True)
-    )
-    search, scores = _continue(search, logits[copies], limits)
+    parents = jnp.zeros((B, W), jnp.int32)
+    cache = cache.regroup(parents, model.mesh)
+    search = _Search(cache, real_RS, running, empty, open_all, parents, 0, jnp.array(True))
+    search, scores = _continue(search, jnp.repeat(logits, W, 0), limits)
     return search, replicate(scores.max(-1), model.mesh)
 
 
@@ -216,11 +215,10 @@ def _continue(search: _Search, logits: Array, limits: _Limits) -> tuple[_Search,
     goes_on = ~ends.all() & is_open.any()
     if settings.early_stopping is True:
         goes_on &= ~(finished.lengths > 0).all()
-    parents = jnp.take_along_axis(parents, index, 1) + W * jnp.arange(B)[:, None]
+    parents = jnp.take_along_axis(parents, index, 1)
     search = _Search(
-        search.cache, search.real, running, finished, is_open, parents.reshape(-1), made + 1,
-        goes_on,
-    )  # fmt: skip
+        search.cache, search.real, running, finished, is_open, parents, made + 1, goes_on
+    )
     return search, scores
 
 
@@ -232,7 +230,7 @@ def _loop(graph: Any, state: Any, search: _Search, limits: _Limits) -> _Search:
     def advance(search: _Search) -> _Search:
         slot = limits.prompt + search.made - 1
         last = lax.dynamic_index_in_dim(search.running.ids, slot, 2, keepdims=False)
-        cache = search.cache.select(search.parents)
+        cache = search.cache.regroup(search.parents, model.mesh)
         logits, cache = generation.decode_step(model, last.reshape(-1), cache)
         return _continue(search._replace(cache=cache), logits, limits)[0]
 

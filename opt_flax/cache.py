@@ -103,6 +103,28 @@ class KVCache:
             mask=None if self.mask is None else self.mask[rows],
         )
 
+    def regroup(self, index_BW: Array, mesh: Mesh | None = None) -> "KVCache":
+        """The cache of other rows, each chosen within its own prompt's: no device asks another.
+
+        Args:
+            index_BW: Integers: row `w` of prompt `b` becomes that prompt's row `index_BW[b, w]`.
+            mesh: Devices that the cache is spread over; None: one device.
+        """
+        B, W = index_BW.shape
+
+        def choose(buffer: Array, heads: int | None = None) -> Array:
+            groups = buffer.reshape(B, -1, *buffer.shape[1:])
+            groups = constrain_rows(groups, mesh, heads and heads + 1)
+            rows = jax.vmap(lambda group, index: group[index])(groups, index_BW)
+            return constrain_rows(rows.reshape(B * W, *buffer.shape[1:]), mesh, heads)
+
+        return replace(
+            self,
+            keys=tuple(choose(buffer, 1) for buffer in self.keys),
+            values=tuple(choose(buffer, 1) for buffer in self.values),
+            mask=None if self.mask is None else choose(self.mask),
+        )
+
 
 def init_cache(
     config: OPTConfig,
@@ -126,7 +148,7 @@ def init_cache(
         )
     shape = (batch_size, config.num_attention_heads, max_length, config.head_dim)
     buffers = [
-        constrain_rows(jnp.zeros(shape, dtype), mesh, heads=True)
+        constrain_rows(jnp.zeros(shape, dtype), mesh, heads=1)
         for _ in range(2 * config.num_hidden_layers)
     ]
     return KVCache(tuple(buffers[::2]), tuple(buffers[1::2]))

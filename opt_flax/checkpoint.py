@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,13 +20,13 @@ from opt_core import checkpoint as files
 from opt_core.checkpoint_writer import save_checkpoint
 from opt_core.config import DTYPES, OPTConfig
 from opt_core.dialects import NNX
-from opt_core.errors import ConfigError
+from opt_core.errors import CheckpointError, ConfigError
 from opt_core.generation import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
 from opt_core.tensor_file import cast_array
-from opt_flax import parallel
+from opt_flax import attention, parallel
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
@@ -67,6 +68,8 @@ def from_pretrained(
     config = config or OPTConfig.from_pretrained(home)
     plan = files.plan_load(files.open_checkpoint(folder), config, cls.head)
     wanted = wanted_dtype(dtype, plan)
+    if attn_implementation == "flash_attention_2":
+        attention.check_flash(attention.platform_of(mesh), wanted)
     model = cls(plan.config, None, attn_implementation, scan_layers, mesh)
     groups = {spec.name: group for group in _groups(model) for spec in group}
     waiting: dict[str, NDArray[Any]] = {}
@@ -91,22 +94,41 @@ def from_pretrained(
 def save_pretrained(
     model: "FlaxOPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
 ) -> None:
-    """Writes a canonical folder; see `FlaxOPTPreTrainedModel.save_pretrained`."""
+    """Writes a canonical folder; see `FlaxOPTPreTrainedModel.save_pretrained`.
+
+    The first process writes; the others take part in gathering, and wait until all is there.
+    """
     specs = param_specs(model.config, model.head)
-    if jax.process_index() != 0:
-        for spec in specs:  # what lies on several hosts is gathered by all of them together
-            as_array(get_parameter(model, spec))
-        return
-    save_checkpoint(
-        Path(folder),
-        model.config,
-        {spec.name: lambda spec=spec: as_array(get_parameter(model, spec)) for spec in specs},
-        specs,
-        dtype=model.dtype.name,
-        max_shard_size=max_shard_size,
-        architecture=type(model).__name__.removeprefix("Flax"),
-    )
-    model.generation_config.save_pretrained(folder)
+    left = list(specs)
+
+    def fetch(spec: ParamSpec) -> NDArray[Any]:
+        """A parameter; all processes must come here in the same order."""
+        assert left.pop(0) is spec
+        return as_array(get_parameter(model, spec))
+
+    failure: Exception | None = None
+    try:
+        if jax.process_index() == 0:
+            save_checkpoint(
+                Path(folder),
+                model.config,
+                {spec.name: partial(fetch, spec) for spec in specs},
+                specs,
+                dtype=model.dtype.name,
+                max_shard_size=max_shard_size,
+                architecture=type(model).__name__.removeprefix("Flax"),
+            )
+            model.generation_config.save_pretrained(folder)
+    except Exception as error:
+        failure = error
+    if jax.process_count() > 1:
+        while left:  # what process 0 did not come to: the others must not wait for it in vain
+            fetch(left[0])
+        done = multihost_utils.process_allgather(np.array(failure is None))
+        if failure is None and not done.all():
+            raise CheckpointError(f"{folder}: not saved: process 0 could not write; see its error")
+    if failure is not None:
+        raise failure
 
 
 def locate(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> tuple[nnx.Param[Any], int | None]:
@@ -232,7 +254,28 @@ def _fill(
     if model.mesh is None:  # not committed to the device: it goes where it is used
         _assign(model, group, jnp.asarray(part(tuple(slice(size) for size in shape))))
     else:
-        _assign(model, group, jax.make_array_from_callback(shape, sharding, part))
+        _assign(model, group, _place(shape, sharding, part))
+
+
+def _place(
+    shape: tuple[int, ...], sharding: Sharding, part: Callable[[tuple[slice, ...]], NDArray[Any]]
+) -> Array:
+    """An array whose parts are made one after the other, once for all devices that hold the same.
+
+    Args:
+        shape: Shape of the whole.
+        sharding: Which device holds what.
+        part: Makes the values at some indices.
+    """
+    places = sharding.addressable_devices_indices_map(shape).items()
+    made: list[Array] = []
+    index, piece = None, np.empty(0)
+    for device, wanted in sorted(places, key=lambda place: str(place[1])):
+        assert wanted is not None
+        if wanted != index:
+            index, piece = wanted, part(wanted)
+        made.append(jax.device_put(piece, device).block_until_ready())
+    return jax.make_array_from_single_device_arrays(shape, sharding, made)
 
 
 def _assign(model: "FlaxOPTPreTrainedModel", group: Sequence[ParamSpec], values: Any) -> None:

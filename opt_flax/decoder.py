@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opt_core.config import OPTConfig
 from opt_core.params import POSITION_OFFSET
@@ -118,8 +118,8 @@ class FlaxOPTDecoder(nnx.Module):
         self.gradient_checkpointing = False
         self.deterministic = True
         self.rngs = nnx.Rngs(dropout=0)
-        self.embed_tokens = Embedding(config.pad_token_id)
-        self.embed_positions = Embedding()
+        self.embed_tokens = Embedding(mesh, config.vocab_size, config.pad_token_id)
+        self.embed_positions = Embedding(mesh)
         self.project_out = Linear(False) if config.has_projections else None
         self.project_in = Linear(False) if config.has_projections else None
         self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None
@@ -158,7 +158,7 @@ class FlaxOPTDecoder(nnx.Module):
             rows = position_ids + POSITION_OFFSET
         hidden = embeds if self.project_in is None else self.project_in(embeds)
         hidden = hidden + self.embed_positions(rows, "clip")
-        hidden = constrain_rows(hidden, self.mesh)
+        hidden = _spread(hidden, self.mesh)
         bias = make_bias(mask, count, past, slots, hidden.dtype)
         keys = self._dropout_keys(deterministic, rngs)
         run = self._scan if self.scan_layers else self._unroll
@@ -199,9 +199,9 @@ class FlaxOPTDecoder(nnx.Module):
         def run(layer, hidden, bias, mask, cache, key):
             return layer(hidden, bias, mask, cache, index, key, output_attentions)
 
-        call = nnx.remat(run) if self.gradient_checkpointing and key is not None else run
+        call = nnx.remat(run) if self.gradient_checkpointing and cache is None else run
         new, weights, buffers = call(layer, hidden, bias, mask, cache, key)
-        new = constrain_rows(new, self.mesh)
+        new = _spread(new, self.mesh)
         if key is not None and self.config.layerdrop:
             dropped = jax.random.bernoulli(jax.random.fold_in(key, 3), self.config.layerdrop)
             new = jnp.where(dropped, hidden, new)
@@ -240,6 +240,18 @@ class FlaxOPTDecoder(nnx.Module):
         attentions = tuple(weights) if output_attentions else ()
         buffers = None if cache is None else tuple(tuple(b) for b in written)
         return hidden, list(states), attentions, buffers
+
+
+def _spread(hidden_BTD: Array, mesh: Mesh | None) -> Array:
+    """Splits states over a mesh: by rows, those of a single new token by features over "fsdp".
+
+    Decoding then moves its few states from chip to chip, and the weights stay where they are.
+    """
+    B, T, D = hidden_BTD.shape
+    if mesh is None or T > 1 or D % mesh.shape["fsdp"]:
+        return constrain_rows(hidden_BTD, mesh)
+    parts = PartitionSpec("data" if B % mesh.shape["data"] == 0 else None, None, "fsdp")
+    return jax.lax.with_sharding_constraint(hidden_BTD, NamedSharding(mesh, parts))
 
 
 class _LayerNorm(nnx.Module):

@@ -308,8 +308,8 @@ def _first(
     cache = init_cache(model.config, B, S, model.dtype, model.mesh)
     logits, cache = prefill(model, ids_BT, mask_BT, cache, length)
     if R > B:
-        copies = jnp.repeat(jnp.arange(B), R // B)
-        logits, cache = logits[copies], cache.select(copies)
+        copies = jnp.zeros((B, R // B), jnp.int32)
+        logits, cache = jnp.repeat(logits, R // B, 0), cache.regroup(copies, model.mesh)
     rows = _Rows(history_RS, real_RS, jnp.zeros(R, bool), jnp.zeros(R, jnp.int32), cache, 0, length)
     rows, scores = _choose(rows, logits, numbers, model.mesh)
     return rows, replicate(scores.max(-1), model.mesh)
@@ -351,4 +351,5 @@ def _loop(graph: Any, state: Any, rows: _Rows, numbers: _Numbers, limit: int) ->
     def goes_on(rows: _Rows) -> Array:
         return (rows.made < limit) & ~rows.ended.all()
 
-    return lax.while_loop(goes_on, lambda rows: _advance(model, rows, numbers), rows)
+    rows = lax.while_loop(goes_on, lambda rows: _advance(model, rows, numbers), rows)
+    return rows._replace(history=replicate(rows.history, model.mesh))

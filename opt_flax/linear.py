@@ -8,6 +8,9 @@ for one row and for a few; accelerators choose layouts of their own. The values 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jax.sharding import Mesh
+
+from opt_flax.parallel import constrain_rows, constrain_table
 
 
 class Linear(nnx.Module):
@@ -26,18 +29,25 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """A table of rows; on a mesh it may have rows of zeros at the end, so that it divides."""
 
-    def __init__(self, padding: int | None = None):
+    def __init__(self, mesh: Mesh | None, size: int | None = None, padding: int | None = None):
         self.embedding = nnx.Param(None)
+        self.mesh = mesh
+        self.size = size
         self.padding = padding
 
     def __call__(self, rows: Array, mode: str = "fill") -> Array:
         """Looks rows up; the padding row gets no gradient here, as in PyTorch's `padding_idx`.
 
         Args:
-            rows: Integers of any shape.
+            rows: (B, T) integers.
             mode: What a row number beyond the table gives: "fill" for NaN, "clip" for the last row.
         """
-        found = jnp.take(self.embedding[...], rows, axis=0, mode=mode)
+        axis = "position" if self.size is None else "vocab"
+        table = constrain_table(self.embedding[...], rows.shape[0], axis, self.mesh)
+        rows = constrain_rows(rows, self.mesh)
+        if self.size is not None and self.size < table.shape[0]:
+            rows = jnp.where(rows < self.size, rows, table.shape[0])
+        found = jnp.take(table, rows, axis=0, mode=mode)
         if self.padding is None:
             return found
         return jnp.where((rows == self.padding)[..., None], lax.stop_gradient(found), found)

@@ -15,6 +15,7 @@ from opt_core.params import param_specs
 from opt_core.training import TrainConfig
 from opt_flax.checkpoint import path_of
 from opt_flax.inputs import check_inputs
+from opt_flax.parallel import place, spread_rows
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM, FlaxOPTPreTrainedModel
@@ -52,7 +53,8 @@ def train_step(
     Args:
         model: In training mode where dropout is wanted.
         optimizer: From `make_optimizer`.
-        batch: (B, T) ids, which are the labels too.
+        batch: (B, T) ids, which are the labels too: the whole batch, on every host, or an array
+            that is spread over the model's mesh already.
         config: Learning rate and gradient clipping.
         step: Step number, from 0.
 
@@ -61,6 +63,7 @@ def train_step(
     """
     ids = _ids(model, batch)
     graph, state = nnx.split((model, optimizer))
+    state = place(state, model.mesh)
     rate = np.float32(config.learning_rate_at(step))
     state, loss, norm = _step(graph, state, ids, rate)
     nnx.update((model, optimizer), state)
@@ -113,7 +116,7 @@ def _ids(model: "FlaxOPTForCausalLM", batch: Any) -> Array:
     """The batch, checked while its values can still be looked at."""
     ids, *_ = check_inputs(model.config, model.dtype, batch, None, None, None, None)
     assert ids is not None
-    return ids
+    return spread_rows(ids, model.mesh)
 
 
 def _descend(updates: Any, state: Any, params: Any = None, **given: Any) -> Any:

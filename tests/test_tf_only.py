@@ -1,10 +1,13 @@
 """What only TensorFlow has: Keras' training and files, policies, compiled programs, XLA."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +20,11 @@ import tensorflow as tf
 
 from opt_core import OPTConfig, TrainConfig
 from opt_core.dialects import KERAS
-from opt_core.errors import CheckpointError, ConfigError, InputError
+from opt_core.errors import CheckpointError, ConfigError, GenerationError, InputError
 from opt_core.params import param_specs
 from opt_tf import training
 from opt_tf.checkpoint import locate
+from opt_tf.export import export_saved_model, export_tflite
 from tests.configs import CONFIGS
 from tests.reference import make_mask, make_prompts
 
@@ -29,17 +33,20 @@ QUIET = CONFIGS["pre_ln"].replace(dropout=0.0)
 EOS = list(range(40, 50))
 
 
-def model_of(folder, variant: str | OPTConfig = "pre_ln", **options):
+def model_of(folder, variant: str | OPTConfig = "pre_ln", **options) -> Any:
     return opt_tf.TFOPTForCausalLM.from_pretrained(folder(variant), **options)
 
 
-def python(code: str, backend: str | None = None) -> subprocess.CompletedProcess[str]:
+def python(
+    code: str, backend: str | None, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Runs a program in another process, in the project's folder."""
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": backend or ""}
-    if backend is None:
-        del environment["KERAS_BACKEND"]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)} | environment
+    environment.pop("KERAS_BACKEND", None)
+    if backend is not None:
+        environment["KERAS_BACKEND"] = backend
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -106,6 +113,7 @@ def history_of(model, *data, **options):
 def test_ids_alone_are_labels_too(folder):
     ids = make_prompts(QUIET, 8, 12)
     histories = []
+    named: Any = {"input_ids": ids, "labels": ids}
     for data in (
         (ids,),
         ({"input_ids": ids},),
@@ -113,10 +121,10 @@ def test_ids_alone_are_labels_too(folder):
         ({"input_ids": ids, "labels": ids},),
         (ids, ids),
         (tf.data.Dataset.from_tensor_slices(ids).batch(4),),
-        (tf.data.Dataset.from_tensor_slices({"input_ids": ids, "labels": ids}).batch(4),),
+        (tf.data.Dataset.from_tensor_slices(named).batch(4),),
     ):
         model = model_of(folder, QUIET)
-        model.compile(optimizer=keras.optimizers.Adam(1e-3))
+        model.compile(optimizer=keras.optimizers.Adam(1e-3), run_eagerly=len(histories) > 0)
         batch = {} if isinstance(data[0], tf.data.Dataset) else {"batch_size": 4}
         fitted = model.fit(*data, epochs=3, verbose=0, shuffle=False, **batch)
         histories.append(fitted.history["loss"])
@@ -156,7 +164,7 @@ def test_a_loss_of_keras_sees_the_logits(folder):
 def test_heads_are_fitted(folder):
     ids = make_prompts(QUIET, 8, 9)
     head = "sequence_classification"
-    model = opt_tf.TFOPTForSequenceClassification.from_pretrained(folder(QUIET, head))
+    model: Any = opt_tf.TFOPTForSequenceClassification.from_pretrained(folder(QUIET, head))
     model.compile(optimizer=keras.optimizers.Adam(1e-3), metrics=["accuracy"])
     history = history_of(model, ids, ids[:, 3] % 2)
     assert history["loss"][-1] < history["loss"][0]
@@ -164,7 +172,9 @@ def test_heads_are_fitted(folder):
     assert model.predict(ids, verbose=0).shape == (8, 2)
     with pytest.raises(InputError, match="expected labels among the inputs or as y"):
         history_of(model, ids)
-    answers = opt_tf.TFOPTForQuestionAnswering.from_pretrained(folder(QUIET, "question_answering"))
+    answers: Any = opt_tf.TFOPTForQuestionAnswering.from_pretrained(
+        folder(QUIET, "question_answering")
+    )
     answers.compile(optimizer=keras.optimizers.Adam(1e-3))
     starts = ids[:, 3] % 9
     inputs = {"input_ids": ids, "start_positions": starts, "end_positions": starts}
@@ -175,7 +185,7 @@ def test_heads_are_fitted(folder):
         answers.evaluate(inputs, verbose=0),
         rtol=1e-5,
     )
-    plain = opt_tf.TFOPTModel.from_pretrained(folder(QUIET, "none"))
+    plain: Any = opt_tf.TFOPTModel.from_pretrained(folder(QUIET, "none"))
     plain.compile(optimizer="adam")
     with pytest.raises(InputError, match="TFOPTModel has no loss of its own"):
         history_of(plain, ids)
@@ -186,7 +196,7 @@ def test_predict_gives_the_logits(folder):
     logits = model.predict(ids, batch_size=2, verbose=0)
     assert isinstance(logits, np.ndarray)
     np.testing.assert_allclose(logits, model(ids).logits, rtol=0, atol=2e-5)
-    answers = opt_tf.TFOPTForQuestionAnswering(QUIET)
+    answers: Any = opt_tf.TFOPTForQuestionAnswering(QUIET)
     assert [x.shape for x in answers.predict(ids, verbose=0)] == [(5, 9)] * 2
 
 
@@ -345,13 +355,13 @@ def test_keras_files_keep_everything(folder, variant, tmp_path):
     model.generation_config = model.generation_config.replace(eos_token_id=(5, 6), max_length=30)
     expected = model(ids).logits
     model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
+    loaded: Any = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(ids).logits, expected)
     assert loaded.config == model.config
     assert loaded.generation_config == model.generation_config
     assert loaded.attn_implementation == "eager"
     model.save_weights(tmp_path / "model.weights.h5")
-    other = opt_tf.TFOPTForCausalLM(config, seed=5)
+    other: Any = opt_tf.TFOPTForCausalLM(config, seed=5)
     other.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_allclose(other(ids).logits, expected, rtol=0, atol=2e-5)
 
@@ -363,7 +373,7 @@ def test_a_trained_model_goes_on_where_it_was_saved(folder, tmp_path):
     model.compile(optimizer=training.make_optimizer(model, TrainConfig(learning_rate=1e-3)))
     model.fit(ids, batch_size=4, verbose=0, shuffle=False)
     model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
+    loaded: Any = keras.models.load_model(tmp_path / "model.keras")
     for each in (model, loaded):
         each.fit(ids, batch_size=4, verbose=0, shuffle=False)
     for a, b in zip(loaded.trainable_variables, model.trainable_variables, strict=True):
@@ -380,31 +390,43 @@ def test_keras_functional_models_can_contain_ours(folder):
 # Compiled programs.
 
 
-def traces(model):
-    return {
-        key[0].__name__: f.experimental_get_tracing_count() for key, f in model.programs.items()
+COUNT = """
+    import sys
+    from pathlib import Path
+    import opt_tf
+    from tests.configs import CONFIGS
+    from tests.reference import make_mask, make_prompts
+    model = opt_tf.TFOPTForCausalLM(CONFIGS["pre_ln"])
+    def report():
+        print(len(list(Path(sys.argv[1]).glob("*before_optimizations.txt"))))
+    settings = {
+        "eos_token_id": None, "do_sample": True, "top_p": 0.9, "repetition_penalty": 1.1,
+        "no_repeat_ngram_size": 2, "bad_words_ids": [[3, 4]], "max_new_tokens": 40,
     }
-
-
-def test_another_prompt_or_setting_compiles_nothing(folder):
-    model = model_of(folder)
-    settings = {"eos_token_id": None, "do_sample": True, "top_p": 0.9, "repetition_penalty": 1.1}
     for length, changes in (
         (5, {"seed": 1, "temperature": 0.7}),
         (9, {"seed": 2, "temperature": 1.3, "top_p": 0.5}),
         (30, {"temperature": 0.5, "repetition_penalty": 1.4, "max_new_tokens": 33}),
         (12, {"temperature": 0.6, "attention_mask": make_mask("left", [12, 4])}),
     ):
-        ids = make_prompts(model.config, 2, length)
-        model.generate(ids, **{"max_new_tokens": 40, **settings, **changes})
-    assert traces(model) == {"_start": 1, "_loop": 1}
-    list(model.stream(make_prompts(model.config, 2, 5), max_new_tokens=40, **settings, seed=4,
-                      temperature=3.0))  # fmt: skip
-    list(model.stream(make_prompts(model.config, 2, 9), max_new_tokens=35, **settings, seed=4,
-                      temperature=2.0))  # fmt: skip
-    assert traces(model) == {"_start": 1, "_loop": 1, "_step": 1}
-    model.generate(make_prompts(model.config, 3, 9), max_new_tokens=40, temperature=2.0, **settings)
-    assert traces(model) == {"_start": 2, "_loop": 2, "_step": 1}
+        model.generate(make_prompts(model.config, 2, length), **settings | changes)
+    report()
+    for length in (5, 9):
+        list(model.stream(make_prompts(model.config, 2, length), **settings, temperature=length))
+    report()
+    for length in (5, 9):
+        prompts = make_prompts(model.config, 2, length)
+        model.generate(prompts, max_new_tokens=length, num_beams=3, length_penalty=length / 8)
+    report()
+    model.generate(make_prompts(model.config, 3, 5), **settings, temperature=2.0)
+    report()
+"""
+
+
+def test_another_prompt_or_setting_compiles_nothing(tmp_path):
+    """XLA writes down each program it compiles: first tokens, other tokens; per kind and shape."""
+    result = python(COUNT, "tensorflow", str(tmp_path), XLA_FLAGS=f"--xla_dump_to={tmp_path}")
+    assert result.stdout.split() == ["2", "3", "5", "7"], result.stderr
 
 
 def test_generation_follows_the_weights(folder):
@@ -430,7 +452,7 @@ def test_a_cache_may_be_continued_twice(folder):
 def test_caches_go_through_functions_of_tensorflow(folder):
     model, ids = model_of(folder), make_prompts(CONFIGS["pre_ln"], 2, 6)
     run = tf.function(lambda ids, cache: model(ids, past_key_values=cache))
-    first = run(tf.constant(ids[:, :4]), model.init_cache(2, 8))
+    first: Any = run(tf.constant(ids[:, :4]), model.init_cache(2, 8))
     assert isinstance(first, opt_tf.TFOPTOutput)
     assert first.past_key_values.length == 4
     second = run(tf.constant(ids[:, 4:]), first.past_key_values)
@@ -449,3 +471,200 @@ def test_any_shape_can_be_traced_at_once(folder):
         out, eager = run(ids.astype(np.int32), mask), model(ids, attention_mask=mask, labels=ids)
         np.testing.assert_allclose(out.logits, eager.logits, rtol=0, atol=2e-5)
         np.testing.assert_allclose(out.loss, eager.loss, rtol=1e-5)
+
+
+# Several devices and processes.
+
+
+FIT = """
+    import contextlib, json, os, sys
+    import tensorflow as tf
+    kind, rank, ports, dropout = sys.argv[1], int(sys.argv[2]), sys.argv[3:5], float(sys.argv[5])
+    if kind == "mirrored":
+        devices = [tf.config.LogicalDeviceConfiguration()] * 2
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, devices)
+    import opt_tf
+    scope = contextlib.nullcontext()
+    if kind == "mirrored":
+        scope = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope()
+    elif kind == "workers":
+        workers = [f"127.0.0.1:{port}" for port in ports]
+        task = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": rank}}
+        os.environ["TF_CONFIG"] = json.dumps(task)
+        scope = tf.distribute.MultiWorkerMirroredStrategy().scope()
+    from opt_core import TrainConfig
+    from opt_tf.training import make_optimizer
+    from tests.configs import CONFIGS
+    from tests.reference import make_prompts
+    config = CONFIGS["pre_ln"].replace(dropout=dropout)
+    with scope:
+        model = opt_tf.TFOPTForCausalLM(config, seed=1)
+        settings = TrainConfig(learning_rate=1e-3, max_grad_norm=0.1)
+        model.compile(optimizer=make_optimizer(model, settings))
+    options = tf.data.Options()
+    policy = tf.data.experimental.AutoShardPolicy.DATA
+    options.experimental_distribute.auto_shard_policy = policy
+    ids = make_prompts(config, 8, 12)
+    data = tf.data.Dataset.from_tensor_slices(ids).batch(4).with_options(options)
+    losses = model.fit(data, epochs=3, verbose=0).history["loss"]
+    print(json.dumps([*losses, float(model.evaluate(data, verbose=0))]))
+"""
+
+
+def fit_elsewhere(kind: str, dropout: float = 0.0, processes: int = 1) -> list[list[float]]:
+    """The losses that each process of a training sees."""
+    ports = []
+    for _ in range(2):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            ports.append(str(listener.getsockname()[1]))
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(FIT), kind, str(rank), *ports, str(dropout)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    results = []
+    for process in started:
+        try:
+            out, err = process.communicate(timeout=180)
+        finally:
+            process.kill()
+        assert process.returncode == 0, err[-2000:]
+        results.append(json.loads(out.splitlines()[-1]))
+    return results
+
+
+@pytest.mark.slow
+def test_replicas_and_workers_see_the_losses_of_one_process():
+    """Gradients are clipped over all of them together, which Keras alone does not do."""
+    (alone,) = fit_elsewhere("one")
+    assert alone[-1] < alone[0] - 0.1
+    (mirrored,) = fit_elsewhere("mirrored")
+    np.testing.assert_allclose(mirrored, alone, rtol=1e-5)
+    for losses in fit_elsewhere("workers", processes=2):
+        np.testing.assert_allclose(losses, alone, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_replicas_drop_values_of_their_own():
+    (losses,) = fit_elsewhere("mirrored", dropout=0.1)
+    assert losses[-1] < losses[0] - 0.1
+
+
+# Export.
+
+
+EXPORTS = {
+    "greedy": {"eos_token_id": EOS},
+    "sampling": {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "num_return_sequences": 2},
+    "beams": {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": EOS},
+    "filters": {
+        "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[7], [8, 9]],
+        "min_new_tokens": 3, "eos_token_id": EOS,
+    },
+}  # fmt: skip
+
+SERVE = """
+    import sys
+    class Blocked:
+        def find_spec(self, name, *_):
+            if name.partition(".")[0] in ("opt_tf", "opt_core"):
+                raise ImportError(f"{name} is not to be needed here")
+    sys.meta_path.insert(0, Blocked())
+    import numpy as np, tensorflow as tf
+    loaded, data = tf.saved_model.load(sys.argv[1]), np.load(sys.argv[2])
+    out = {}
+    for i in range(int(data["count"])):
+        inputs = {
+            "input_ids": tf.constant(data[f"ids{i}"]),
+            "attention_mask": tf.constant(data[f"mask{i}"]),
+        }
+        out[f"logits{i}"] = loaded.signatures["forward"](**inputs)["logits"]
+        if data["seeded"]:
+            inputs["seed"] = tf.constant(3, tf.int64)
+        out[f"ids{i}"] = loaded.signatures["generate"](**inputs)["sequences"]
+    np.savez(sys.argv[3], **out)
+"""
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+def test_an_exported_model_needs_nothing_of_ours(folder, case, tmp_path):
+    model, settings = (
+        model_of(folder),
+        {"max_new_tokens": 10, "eos_token_id": None, **EXPORTS[case]},
+    )
+    export_saved_model(model, tmp_path / "saved", max_prompt=20, **settings)
+    prompts = {}
+    for i, lengths in enumerate(([7, 3], [20, 1, 9])):
+        mask = make_mask("left", lengths).astype(np.int32)
+        prompts[f"ids{i}"] = make_prompts(model.config, *mask.shape).astype(np.int32)
+        prompts[f"mask{i}"] = mask
+    np.savez(tmp_path / "in.npz", count=2, seeded="do_sample" in settings, **prompts)
+    files = [str(tmp_path / name) for name in ("saved", "in.npz", "out.npz")]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SERVE), *files],
+        cwd=tmp_path, env=environment, check=True, capture_output=True,
+    )  # fmt: skip
+    out = np.load(tmp_path / "out.npz")
+    for i in range(2):
+        ids, mask = prompts[f"ids{i}"], prompts[f"mask{i}"]
+        ours = model.generate(ids, attention_mask=mask, seed=3, **settings)
+        np.testing.assert_array_equal(out[f"ids{i}"], ours)
+        logits = model(ids, attention_mask=mask).logits.numpy()
+        seen = np.cumsum(mask, 1) > 0
+        np.testing.assert_allclose(out[f"logits{i}"][seen], logits[seen], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in EXPORTS if case != "sampling"])
+def test_a_lite_model_has_built_in_operations_only(folder, case, tmp_path):
+    """LiteRT's interpreter here has no others."""
+    model = model_of(folder)
+    settings = {"max_new_tokens": 10, "eos_token_id": None, **EXPORTS[case]}
+    export_tflite(model, tmp_path / "model.tflite", max_prompt=20, **settings)
+    lite = tf.lite.Interpreter(str(tmp_path / "model.tflite"))
+    for lengths in ([7, 3], [20, 1, 9]):
+        mask = make_mask("left", lengths).astype(np.int32)
+        ids = make_prompts(model.config, *mask.shape).astype(np.int32)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        out = lite.get_signature_runner("generate")(**inputs)["sequences"]
+        np.testing.assert_array_equal(out, model.generate(**inputs, **settings))
+        logits = lite.get_signature_runner("forward")(**inputs)["logits"]
+        expected, seen = model(**inputs).logits.numpy(), np.cumsum(mask, 1) > 0
+        np.testing.assert_allclose(logits[seen], expected[seen], rtol=0, atol=2e-5)
+    with pytest.raises(GenerationError, match="do_sample=True cannot be exported to LiteRT"):
+        export_tflite(model, tmp_path / "x", 9, max_new_tokens=3, do_sample=True)
+
+
+def test_an_exported_model_refuses_what_it_cannot_take(folder, tmp_path):
+    export_saved_model(model_of(folder), tmp_path, max_prompt=9, max_new_tokens=3)
+    generate = tf.saved_model.load(tmp_path).signatures["generate"]
+    ids = tf.constant(make_prompts(CONFIGS["pre_ln"], 2, 9), tf.int32)
+    mask = tf.ones_like(ids)
+    generate(input_ids=ids, attention_mask=mask)
+    for bad_ids, bad_mask in (
+        (tf.concat([ids, ids], 1), tf.concat([mask, mask], 1)),
+        (ids + 95, mask),
+        (ids - 9, mask),
+        (ids, tf.constant(make_mask("right", [9, 5]), tf.int32)),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            generate(input_ids=bad_ids, attention_mask=bad_mask)
+
+
+EXPORT_ERRORS = {
+    "no length": ({}, "max_new_tokens: an export needs it"),
+    "stops": ({"max_new_tokens": 3, "stop_strings": "x"}, "stop_strings cannot be exported"),
+    "too long": ({"max_new_tokens": 505}, "9 tokens and 505 new.*max_position_embeddings=512"),
+}
+
+
+@pytest.mark.parametrize("case", EXPORT_ERRORS)
+def test_what_cannot_be_exported(folder, case, tmp_path):
+    settings, message = EXPORT_ERRORS[case]
+    with pytest.raises(GenerationError, match=message):
+        export_saved_model(model_of(folder), tmp_path, max_prompt=9, **settings)

@@ -1,0 +1,147 @@
+"""The key-value cache: buffers of a fixed size, and positions that follow from what they hold."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from opt_core.config import OPTConfig
+from opt_core.errors import InputError
+from opt_core.params import POSITION_OFFSET
+from opt_tf.linear import sizes
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far.
+
+    A cache is a value: writing gives new buffers (within a compiled program XLA writes in place),
+    so one cache may be continued in several ways.
+
+    Attributes:
+        keys: One (B, H, S, K) buffer per layer.
+        values: One (B, H, S, K) buffer per layer.
+        length: Slots filled; a number, or a scalar int32 tensor inside a compiled program.
+        mask: (B, S) bool, False where a slot holds padding; None while no padding was seen.
+    """
+
+    keys: tuple[tf.Tensor, ...]
+    values: tuple[tf.Tensor, ...]
+    length: int | tf.Tensor = 0
+    mask: tf.Tensor | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Slots S there are."""
+        return sizes(self.keys[0])[2]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is known to hold nothing yet."""
+        return isinstance(self.length, int) and self.length == 0
+
+    def write(
+        self, layer: int, key_BHTK: tf.Tensor, value_BHTK: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Stores one layer's new keys and values behind the present ones.
+
+        Returns:
+            The layer's buffers (B, H, S, K) with them.
+        """
+        start: Any = (0, 0, self.length, 0)
+        keys: Any = keras.ops.slice_update(self.keys[layer], start, key_BHTK)
+        values: Any = keras.ops.slice_update(self.values[layer], start, value_BHTK)
+        return keys, values
+
+    def visible(self, count: int) -> int:
+        """Slots to look at with `count` new tokens: the filled ones, or all where unknown."""
+        return self.length + count if isinstance(self.length, int) else self.max_length
+
+    def advance(
+        self,
+        count: int,
+        mask_BS: tf.Tensor | None,
+        keys: tuple[tf.Tensor, ...],
+        values: tuple[tf.Tensor, ...],
+    ) -> "KVCache":
+        """The cache after `count` more tokens.
+
+        Args:
+            count: New tokens T.
+            mask_BS: bool, False at padding, for the visible slots; None if none is padding.
+            keys: The buffers that `write` returned.
+            values: The buffers that `write` returned.
+        """
+        if mask_BS is not None:
+            free = [[0, 0], [0, self.max_length - self.visible(count)]]
+            mask_BS = tf.pad(mask_BS, free, constant_values=True)
+        return KVCache(keys, values, self.length + count, mask_BS)
+
+    def select(self, rows: tf.Tensor) -> "KVCache":
+        """The cache of other rows: `rows[i]` becomes row i.
+
+        Args:
+            rows: (any,) integer row numbers.
+        """
+        return replace(
+            self,
+            keys=tuple(tf.gather(buffer, rows) for buffer in self.keys),
+            values=tuple(tf.gather(buffer, rows) for buffer in self.values),
+            mask=None if self.mask is None else tf.gather(self.mask, rows),
+        )
+
+    # What lets caches go in and out of a tf.function.
+    def __tf_flatten__(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        if isinstance(self.length, int):
+            return (self.length,), (self.keys, self.values, self.mask)
+        return (), (self.keys, self.values, self.mask, self.length)
+
+    @classmethod
+    def __tf_unflatten__(cls, metadata: tuple[Any, ...], components: tuple[Any, ...]) -> "KVCache":
+        keys, values, mask, *length = components
+        (length,) = (*metadata, *length)
+        return cls(keys, values, length, mask)
+
+
+def init_cache(config: OPTConfig, batch_size: int, max_length: int, dtype: str) -> KVCache:
+    """An empty cache.
+
+    Args:
+        config: The model's configuration.
+        batch_size: Rows B.
+        max_length: Slots S, for the prompt and everything after it.
+        dtype: Type of the keys and values: the one the model computes in.
+    """
+    if (isinstance(batch_size, int) and batch_size < 1) or max_length < 1:
+        raise InputError(
+            f"a cache needs at least 1 row and 1 slot, received {batch_size} x {max_length}"
+        )
+    shape = (batch_size, config.num_attention_heads, max_length, config.head_dim)
+    layers = range(config.num_hidden_layers)
+    return KVCache(
+        tuple(tf.zeros(shape, dtype) for _ in layers),
+        tuple(tf.zeros(shape, dtype) for _ in layers),
+    )
+
+
+def position_rows(mask_BS: tf.Tensor | None, past: int | tf.Tensor, count: int) -> tf.Tensor:
+    """Rows of the position table for the newest tokens.
+
+    A token's position is the number of real tokens before it, so padding never shifts one; a padded
+    token reads row 1 (transformers' `cumsum(mask) * mask - 1 + 2`).
+
+    Args:
+        mask_BS: bool (B, S), False at padding; None if there is none.
+        past: Tokens already in the cache.
+        count: New tokens T.
+
+    Returns:
+        Row numbers (B, T), or (1, T) without a mask.
+    """
+    newest = past + tf.range(count)
+    if mask_BS is None:
+        return newest[None] + POSITION_OFFSET
+    real = tf.cast(mask_BS, tf.int32)
+    # A gather, not a slice: XLA would compile a slice anew for every value of `past`.
+    return tf.gather(tf.cumsum(real, 1) * real, newest, axis=1) - 1 + POSITION_OFFSET

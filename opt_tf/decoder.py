@@ -1,0 +1,257 @@
+"""The decoder: layers, norms, embeddings and projections, and what a model returns."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import keras
+import optree
+import tensorflow as tf
+
+from opt_core.config import OPTConfig
+from opt_core.params import POSITION_OFFSET
+from opt_tf.attention import TFOPTAttention, make_bias
+from opt_tf.cache import KVCache, position_rows
+from opt_tf.linear import Embedding, Linear, drop, sizes
+
+ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
+    "relu": tf.nn.relu,
+    "gelu": partial(tf.nn.gelu, approximate=False),
+    "gelu_new": partial(tf.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(tf.nn.gelu, approximate=True),
+    "silu": tf.nn.silu,
+    "swish": tf.nn.silu,
+}
+
+
+@dataclass
+class TFOPTOutput:
+    """What a model computed; a field its head does not have, or that was not asked for, is None.
+
+    Attributes:
+        last_hidden_state: (B, T, P) after the last norm and projection.
+        logits: (B, T, V) of the language model, (B, num_labels) of the classifier.
+        start_logits: (B, T), question answering.
+        end_logits: (B, T), question answering.
+        loss: Scalar, where labels were given.
+        hidden_states: N + 1 tensors: the embeddings and each layer's output; the last one is
+            `last_hidden_state`.
+        attentions: N tensors (B, H, T, S): the attention weights, before dropout is applied to
+            them.
+        past_key_values: The cache that includes these tokens, where one was passed.
+    """
+
+    last_hidden_state: tf.Tensor | None = None
+    logits: tf.Tensor | None = None
+    start_logits: tf.Tensor | None = None
+    end_logits: tf.Tensor | None = None
+    loss: tf.Tensor | None = None
+    hidden_states: tuple[tf.Tensor, ...] | None = None
+    attentions: tuple[tf.Tensor, ...] | None = None
+    past_key_values: KVCache | None = None
+
+    # What lets outputs through tf.function and through Keras' fit and predict.
+    def __tf_flatten__(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+        present = {name: value for name, value in vars(self).items() if value is not None}
+        return tuple(present), tuple(present.values())
+
+    @classmethod
+    def __tf_unflatten__(
+        cls, metadata: tuple[str, ...], components: tuple[Any, ...]
+    ) -> "TFOPTOutput":
+        return cls(**dict(zip(metadata, components, strict=True)))
+
+
+_OUTPUT: Any = TFOPTOutput
+optree.register_pytree_node(
+    _OUTPUT,
+    lambda output: _OUTPUT.__tf_flatten__(output)[::-1],
+    _OUTPUT.__tf_unflatten__,
+    namespace="keras",
+)
+
+
+class TFOPTDecoderLayer(keras.layers.Layer):
+    """One block: attention and feed-forward, each with a norm and a residual connection."""
+
+    def __init__(self, config: OPTConfig, layer: int, implementation: str, **options: Any):
+        super().__init__(**options)
+        D, bias, dtype = config.hidden_size, config.enable_bias, self.dtype_policy
+        self.norm_first = config.do_layer_norm_before
+        self.dropout = config.dropout
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.self_attn = TFOPTAttention(
+            config, layer, implementation, name="self_attn", dtype=dtype
+        )
+        self.self_attn_layer_norm = make_norm(config, name="self_attn_layer_norm", dtype=dtype)
+        self.fc1 = Linear(D, config.ffn_dim, bias, name="fc1", dtype=dtype)
+        self.fc2 = Linear(config.ffn_dim, D, bias, name="fc2", dtype=dtype)
+        self.final_layer_norm = make_norm(config, name="final_layer_norm", dtype=dtype)
+        self.width = D
+
+    def build(self, input_shape: Any = None) -> None:
+        """Makes the variables."""
+        self.self_attn.build()
+        self.self_attn_layer_norm.build((None, self.width))
+        self.fc1.build()
+        self.fc2.build()
+        self.final_layer_norm.build((None, self.width))
+
+    def call(
+        self,
+        hidden: tf.Tensor,
+        bias: tf.Tensor | None = None,
+        cache: KVCache | None = None,
+        seed: tf.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[tf.Tensor, tf.Tensor | None, tuple[tf.Tensor, tf.Tensor] | None]:
+        """Returns the new states (B, T, D), the attention weights if asked for, and the buffers."""
+        seeds = (None,) * 3 if seed is None else tuple(_split(seed, 3))
+        residual = hidden
+        if self.norm_first:
+            hidden = self.self_attn_layer_norm(hidden)
+        hidden, weights, buffers = self.self_attn(
+            hidden,
+            bias_B1TS=bias,
+            cache=cache,
+            seed=seeds[0],
+            output_attentions=output_attentions,
+        )
+        hidden = residual + drop(hidden, self.dropout, seeds[1])
+        if not self.norm_first:
+            hidden = self.self_attn_layer_norm(hidden)
+        residual = hidden
+        if self.norm_first:
+            hidden = self.final_layer_norm(hidden)
+        hidden = self.fc2(self.activation(self.fc1(hidden)))
+        hidden = residual + drop(hidden, self.dropout, seeds[2])
+        if not self.norm_first:
+            hidden = self.final_layer_norm(hidden)
+        return hidden, weights, buffers
+
+
+class TFOPTDecoder(keras.layers.Layer):
+    """Embeddings, the layers, the last norm and the projections around them."""
+
+    def __init__(self, config: OPTConfig, implementation: str, **options: Any):
+        super().__init__(**options)
+        D, P, dtype = config.hidden_size, config.embed_dim, self.dtype_policy
+        self.config = config
+        self.gradient_checkpointing = False
+        self.dropout_seeds = keras.random.SeedGenerator(name="dropout_seeds")
+        self.embed_tokens = Embedding(
+            config.vocab_size, P, config.pad_token_id, name="embed_tokens", dtype=dtype
+        )
+        self.embed_positions = Embedding(
+            config.max_position_embeddings + POSITION_OFFSET,
+            D,
+            name="embed_positions",
+            dtype=dtype,
+        )
+        self.project_out = self.project_in = self.final_layer_norm = None
+        if config.has_projections:
+            self.project_out = Linear(D, P, False, name="project_out", dtype=dtype)
+            self.project_in = Linear(P, D, False, name="project_in", dtype=dtype)
+        if config.has_final_layer_norm:
+            self.final_layer_norm = make_norm(config, name="final_layer_norm", dtype=dtype)
+        # `layers` is what Keras calls all the parts of a model.
+        self.blocks = [
+            TFOPTDecoderLayer(config, i, implementation, name=f"blocks_{i}", dtype=dtype)
+            for i in range(config.num_hidden_layers)
+        ]
+
+    def build(self, input_shape: Any = None) -> None:
+        """Makes the variables."""
+        for part in (self.embed_tokens, self.embed_positions, *self.blocks):
+            part.build()
+        if self.project_in is not None and self.project_out is not None:
+            self.project_out.build()
+            self.project_in.build()
+        if self.final_layer_norm is not None:
+            self.final_layer_norm.build((None, self.config.hidden_size))
+
+    def call(
+        self,
+        embeds: tf.Tensor,
+        position_ids: tf.Tensor | None = None,
+        mask_BS: tf.Tensor | None = None,
+        cache: KVCache | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        training: bool | None = None,
+    ) -> TFOPTOutput:
+        """Runs the decoder.
+
+        Args:
+            embeds: Token embeddings (B, T, P).
+            position_ids: Positions (B, T), -1 for padding; None: they follow from the mask.
+            mask_BS: bool (B, S), False at padding; None: no padding.
+            cache: What came before; None: nothing.
+            output_hidden_states: Return the states between the layers too.
+            output_attentions: Return the attention weights too.
+            training: Whether to apply dropout and layerdrop.
+        """
+        count = sizes(embeds)[1]
+        past, slots = (cache.length, cache.visible(count)) if cache else (0, count)
+        if position_ids is None:
+            rows = position_rows(mask_BS, past, count)
+        else:
+            rows = position_ids + POSITION_OFFSET
+        hidden = embeds if self.project_in is None else self.project_in(embeds)
+        hidden = hidden + self.embed_positions(rows)
+        bias = make_bias(mask_BS, count, past, slots, hidden.dtype)
+        seeds = self._seeds() if training else [None] * len(self.blocks)
+        states, attentions, buffers = [], [], []
+        for block, seed in zip(self.blocks, seeds, strict=True):
+            states.append(hidden)
+
+            def run(hidden, block=block, seed=seed):
+                return block(
+                    hidden, bias=bias, cache=cache, seed=seed, output_attentions=output_attentions
+                )
+
+            if training and self.gradient_checkpointing and not (cache or output_attentions):
+                new: Any = keras.remat(lambda x, run=run: run(x)[0])(hidden)
+                weights = written = None
+            else:
+                new, weights, written = run(hidden)
+            if seed is not None and self.config.layerdrop:
+                is_dropped = tf.random.stateless_uniform((), seed) < self.config.layerdrop
+                new = tf.where(is_dropped, hidden, new)
+            hidden = new
+            attentions.append(weights)
+            buffers.append(written)
+        if self.final_layer_norm is not None:
+            hidden = self.final_layer_norm(hidden)
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
+        return TFOPTOutput(
+            last_hidden_state=hidden,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            past_key_values=cache.advance(count, mask_BS, *zip(*buffers, strict=True))
+            if cache
+            else None,
+        )
+
+    def _seeds(self) -> list[tf.Tensor | None]:
+        """One random seed per layer, or None where nothing is dropped."""
+        config, count = self.config, len(self.blocks)
+        if not (config.dropout or config.attention_dropout or config.layerdrop):
+            return [None] * count
+        seed: Any = tf.cast(self.dropout_seeds.next(), tf.int32)
+        replica = tf.distribute.get_replica_context()
+        if replica is not None:  # each replica drops values of its own
+            seed = tf.random.fold_in(seed, replica.replica_id_in_sync_group)
+        return list(_split(seed, count))
+
+
+def make_norm(config: OPTConfig, **options: Any) -> keras.layers.LayerNormalization:
+    """A layer norm as OPT has them: epsilon 1e-5, with or without gamma and beta."""
+    affine = config.layer_norm_elementwise_affine
+    return keras.layers.LayerNormalization(epsilon=1e-5, center=affine, scale=affine, **options)
+
+
+def _split(seed: tf.Tensor, count: int) -> list[tf.Tensor]:
+    return tf.unstack(tf.random.split(seed, count)) if count else []

@@ -1,0 +1,156 @@
+"""A model as a SavedModel or for LiteRT: it runs with this project nowhere near."""
+
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import keras
+import tensorflow as tf
+
+from opt_core.errors import GenerationError
+from opt_core.generation import GenerationConfig
+from opt_core.tokenizer import OPTTokenizer
+from opt_tf import beam, generation
+from opt_tf.programs import program_settings
+
+if TYPE_CHECKING:
+    from opt_tf.modeling import TFOPTForCausalLM
+
+
+def export_saved_model(
+    model: "TFOPTForCausalLM",
+    folder: str | PathLike[str],
+    max_prompt: int,
+    generation_config: GenerationConfig | None = None,
+    tokenizer: OPTTokenizer | None = None,
+    **overrides: Any,
+) -> None:
+    """Writes a SavedModel with the signatures `forward` and `generate`.
+
+    `forward` takes `input_ids` and `attention_mask`, int32 (B, T), and returns `logits`. `generate`
+    takes the same (prompts padded on the left) and returns `sequences`, int32, the ids that
+    `model.generate` returns; a model that samples also takes `seed`, an int64 scalar. B and T are
+    free. Both refuse ids outside the vocabulary and too long texts.
+
+    Args:
+        model: The language model.
+        folder: Where to; files of an earlier export there are replaced.
+        max_prompt: Most tokens T of a prompt, padding included.
+        generation_config: Settings of `generate`; by default the model's.
+        tokenizer: Where given, ids it does not know are never generated.
+        **overrides: Fields of `GenerationConfig`, `max_new_tokens` among them.
+
+    Raises:
+        GenerationError: A setting that cannot be honoured, or that cannot be exported.
+    """
+    settings = generation.model_settings(model, generation_config).replace(**overrides)
+    if settings.max_new_tokens is None:
+        raise GenerationError("max_new_tokens: an export needs it, received None")
+    if settings.stops:
+        raise GenerationError("stop_strings cannot be exported; use eos_token_id")
+    settings.check(model.config, max_prompt, max_prompt, tokenizer is not None)
+    archive: Any = keras.export.ExportArchive()
+    archive.track(model)
+    ids = tf.TensorSpec((None, None), tf.int32, "input_ids")
+    mask = tf.TensorSpec((None, None), tf.int32, "attention_mask")
+    seed = [tf.TensorSpec((), tf.int64, "seed")] if settings.do_sample else []
+    archive.add_endpoint("forward", _forward(model), input_signature=[ids, mask])
+    archive.add_endpoint(
+        "generate",
+        _generate(model, settings, max_prompt, tokenizer),
+        input_signature=[ids, mask, *seed],
+    )
+    archive.write_out(str(folder), verbose=False)
+
+
+def export_tflite(
+    model: "TFOPTForCausalLM",
+    file: str | PathLike[str],
+    max_prompt: int,
+    generation_config: GenerationConfig | None = None,
+    tokenizer: OPTTokenizer | None = None,
+    **overrides: Any,
+) -> None:
+    """Writes a LiteRT (TensorFlow Lite) model with the signatures of `export_saved_model`.
+
+    It needs LiteRT's built-in operations only, and takes no sampling: LiteRT draws no numbers.
+
+    Args:
+        model: The language model.
+        file: Where to, usually ending in ".tflite".
+        max_prompt: As in `export_saved_model`, like the arguments that follow.
+        generation_config: See there.
+        tokenizer: See there.
+        **overrides: See there.
+
+    Raises:
+        GenerationError: A setting that cannot be honoured, or that cannot be exported.
+    """
+    if generation.model_settings(model, generation_config).replace(**overrides).do_sample:
+        raise GenerationError("do_sample=True cannot be exported to LiteRT; use greedy or beams")
+    with TemporaryDirectory() as folder:
+        export_saved_model(model, folder, max_prompt, generation_config, tokenizer, **overrides)
+        signatures = ["forward", "generate"]
+        converter: Any = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=signatures)
+        Path(file).write_bytes(converter.convert())
+
+
+def _forward(model: "TFOPTForCausalLM") -> Any:
+    def forward(input_ids: tf.Tensor, attention_mask: tf.Tensor) -> dict[str, tf.Tensor]:
+        window = model.config.max_position_embeddings
+        longest = tf.reduce_max(tf.reduce_sum(attention_mask, 1))
+        tf.debugging.assert_less_equal(longest, window, "too long for the model's window")
+        _check_ids(model, input_ids)
+        logits = model(input_ids, attention_mask=attention_mask).logits
+        assert logits is not None
+        return {"logits": logits}
+
+    return forward
+
+
+def _generate(
+    model: "TFOPTForCausalLM",
+    settings: GenerationConfig,
+    max_prompt: int,
+    tokenizer: OPTTokenizer | None,
+) -> Any:
+    new_tokens = settings.max_new_tokens
+    assert new_tokens is not None
+    vocabulary = model.config.vocab_size
+    if tokenizer is not None:
+        vocabulary = min(vocabulary, tokenizer.vocab_size)
+    pad = generation._filler(model, settings)
+    fixed = program_settings(settings, vocabulary, pad)
+
+    def generate(
+        input_ids: tf.Tensor, attention_mask: tf.Tensor, seed: tf.Tensor | int = 0
+    ) -> dict[str, tf.Tensor]:
+        prompt = tf.shape(input_ids)[1]
+        tf.debugging.assert_less_equal(prompt, max_prompt, "prompt longer than max_prompt")
+        tf.debugging.assert_equal(attention_mask[:, -1], 1, "pad prompts on the left")
+        _check_ids(model, input_ids)
+        # Slots of a number that is known, so that the loop's shapes are.
+        behind = [[0, 0], [0, max_prompt + new_tokens - prompt]]
+        history = tf.pad(input_ids, behind, constant_values=pad)
+        mask = tf.pad(tf.cast(attention_mask, tf.bool), behind, constant_values=True)
+        inputs = {
+            "ids": input_ids,
+            "history": tf.reshape(history, (-1, max_prompt + new_tokens)),
+            "mask": tf.reshape(mask, (-1, max_prompt + new_tokens)),
+            "prompt": prompt,
+            "new_tokens": tf.constant(new_tokens),
+            "seed": tf.cast(seed, tf.int64),
+        }
+        run = beam._run if settings.is_beam_search else generation._run
+        sequences, best = run(model, fixed, inputs)
+        tf.debugging.assert_all_finite(best, "no token can be generated")
+        return {"sequences": sequences}
+
+    return generate
+
+
+def _check_ids(model: "TFOPTForCausalLM", ids: tf.Tensor) -> None:
+    message = "input_ids outside the vocabulary"
+    tf.debugging.assert_non_negative(ids, message)
+    tf.debugging.assert_less(ids, model.config.vocab_size, message)

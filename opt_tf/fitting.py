@@ -1,0 +1,50 @@
+"""What Keras' fit, evaluate and predict make of a model's output."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from opt_core.errors import InputError
+from opt_tf.decoder import TFOPTOutput
+
+
+class Fitted(keras.Model):
+    """A Keras model whose output is a `TFOPTOutput` and that may have a loss of its own."""
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None,
+        sample_weight: Any = None, training: bool = True,
+    ) -> tf.Tensor:  # fmt: skip
+        """The loss of Keras' fit and evaluate.
+
+        A loss given to `compile` is applied to the logits and y. Without one it is the model's own,
+        of the labels among the inputs, of y, or, for the language model, of the input ids.
+        """
+        if self._compile_loss is not None:
+            return super().compute_loss(x, y, self._predictions(y_pred), sample_weight, training)
+        if sample_weight is not None:
+            raise InputError("sample_weight needs a loss given to compile()")
+        loss = y_pred.loss if y_pred.loss is not None else self._loss(x, y, y_pred)
+        # As Keras does it: gradients are summed over the replicas.
+        return loss / tf.distribute.get_strategy().num_replicas_in_sync
+
+    def compute_metrics(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
+    ) -> dict[str, Any]:
+        """Updates the metrics given to `compile`, which see the logits and y."""
+        results: Any = super().compute_metrics(x, y, self._predictions(y_pred), sample_weight)
+        if isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
+            # Keras 3.15 takes the mean over workers along an axis, which scalars do not have.
+            results = keras.tree.map_structure(lambda result: tf.reshape(result, (1,)), results)
+        return results
+
+    def predict_step(self, data: Any) -> Any:
+        """What Keras' predict returns: the logits."""
+        return self._predictions(super().predict_step(data))
+
+    def _predictions(self, output: TFOPTOutput) -> Any:
+        return output.logits
+
+    def _loss(self, x: Any, y: Any, output: TFOPTOutput) -> tf.Tensor:
+        raise InputError(f"{type(self).__name__} has no loss of its own; give one to compile()")

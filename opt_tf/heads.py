@@ -1,0 +1,131 @@
+"""The models with other heads: sequence classification and question answering."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from opt_core.errors import InputError
+from opt_tf import losses
+from opt_tf.cache import KVCache
+from opt_tf.decoder import TFOPTOutput
+from opt_tf.linear import Linear
+from opt_tf.modeling import TFOPTPreTrainedModel
+
+
+@keras.saving.register_keras_serializable("opt_tf")
+class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
+    """A classifier or regressor over whole texts."""
+
+    head = "sequence_classification"
+
+    def _make_parts(self) -> None:
+        super()._make_parts()
+        P, count = self.config.embed_dim, self.config.num_labels
+        self.score = Linear(P, count, False, name="score", dtype=self.dtype_policy)
+
+    def call(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        past_key_values: KVCache | None = None,
+        labels: Any = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        training: bool | None = None,
+    ) -> TFOPTOutput:
+        """Scores each text at its last token that is not `pad_token_id` (transformers' rule).
+
+        Args:
+            input_ids: As in `TFOPTModel.call`, like the other arguments not listed here.
+            attention_mask: See there.
+            position_ids: See there.
+            inputs_embeds: See there; the very last token is scored then.
+            past_key_values: See there.
+            labels: (B,) class numbers, (B,) or (B, num_labels) floats for regression, or
+                (B, num_labels) floats in 0..1 for several labels at once.
+            output_hidden_states: Return `hidden_states`.
+            output_attentions: Return `attentions`.
+            training: See there.
+        """
+        out = self._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
+            output_hidden_states, output_attentions, training,
+        )  # fmt: skip
+        assert out.last_hidden_state is not None
+        last = losses.last_token(input_ids, out.last_hidden_state, self.config.pad_token_id)
+        out.logits = logits = self.score(tf.gather(out.last_hidden_state, last, batch_dims=1))
+        if labels is not None:
+            out.loss = losses.classification(logits, labels, self.config)
+        return out
+
+    def _loss(self, x: Any, y: Any, output: TFOPTOutput) -> tf.Tensor:
+        if y is None:
+            raise InputError("expected labels among the inputs or as y, received none")
+        assert output.logits is not None
+        return losses.classification(output.logits, y, self.config)
+
+
+@keras.saving.register_keras_serializable("opt_tf")
+class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
+    """Extractive question answering: where the answer starts and ends."""
+
+    head = "question_answering"
+
+    def _make_parts(self) -> None:
+        super()._make_parts()
+        P = self.config.embed_dim
+        self.qa_outputs = Linear(P, 2, True, name="qa_outputs", dtype=self.dtype_policy)
+
+    def call(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        past_key_values: KVCache | None = None,
+        start_positions: Any = None,
+        end_positions: Any = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        training: bool | None = None,
+    ) -> TFOPTOutput:
+        """Computes start and end logits, and the loss where both positions are given.
+
+        Args:
+            input_ids: As in `TFOPTModel.call`, like the other arguments not listed here.
+            attention_mask: See there.
+            position_ids: See there.
+            inputs_embeds: See there.
+            past_key_values: See there.
+            start_positions: (B,) first token of the answer; beyond the sequence: ignored.
+            end_positions: (B,) last token of the answer; beyond the sequence: ignored.
+            output_hidden_states: Return `hidden_states`.
+            output_attentions: Return `attentions`.
+            training: See there.
+        """
+        out = self._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
+            output_hidden_states, output_attentions, training,
+        )  # fmt: skip
+        start_BT, end_BT = tf.unstack(self.qa_outputs(out.last_hidden_state), axis=-1)
+        out.start_logits, out.end_logits = start_BT, end_BT
+        if (start_positions is None) != (end_positions is None):
+            raise InputError("start_positions and end_positions belong together, received one")
+        if start_positions is not None:
+            out.loss = losses.question_answering(start_BT, end_BT, start_positions, end_positions)
+        return out
+
+    def _predictions(self, output: TFOPTOutput) -> Any:
+        return output.start_logits, output.end_logits
+
+    def _loss(self, x: Any, y: Any, output: TFOPTOutput) -> tf.Tensor:
+        if not isinstance(y, tuple | list) or len(y) != 2:
+            raise InputError(
+                "expected start_positions and end_positions among the inputs, or both as y"
+            )
+        assert output.start_logits is not None
+        assert output.end_logits is not None
+        return losses.question_answering(output.start_logits, output.end_logits, *y)

@@ -1,0 +1,378 @@
+"""The models: what all share, the decoder alone, and the language model."""
+
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping
+from os import PathLike
+from typing import Any, ClassVar, Self
+
+import keras
+import tensorflow as tf
+
+from opt_core.config import OPTConfig
+from opt_core.errors import ConfigError, GenerationError, InputError
+from opt_core.generation import GenerationConfig
+from opt_core.params import Head, count_parameters
+from opt_core.tokenizer import OPTTokenizer
+from opt_tf import beam, checkpoint, generation, losses
+from opt_tf.attention import IMPLEMENTATIONS
+from opt_tf.cache import KVCache, init_cache
+from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
+from opt_tf.fitting import Fitted
+from opt_tf.inputs import check_inputs, check_window, full_mask
+from opt_tf.linear import Linear, sizes
+
+
+class _Untracked(UserDict[Any, Any]):
+    """A dict that Keras does not take for a part of the model."""
+
+
+class TFOPTPreTrainedModel(Fitted):
+    """What the model and its heads share: making, loading, saving and counting."""
+
+    head: ClassVar[Head]
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        seed: int | None = 0,
+        attn_implementation: str = "sdpa",
+        **options: Any,
+    ):
+        """Makes a freshly initialised model; `training=True` turns dropout on, as fit does.
+
+        Args:
+            config: The model's configuration.
+            seed: Seed of the weights; None leaves them zero, for a loader to fill.
+            attn_implementation: "sdpa" or "eager".
+            **options: Keras' own: `name`, `trainable`, and `dtype` ("bfloat16", or a policy such
+                as "mixed_bfloat16").
+
+        Raises:
+            ConfigError: No such attention implementation.
+        """
+        super().__init__(**options)
+        if attn_implementation not in IMPLEMENTATIONS:
+            raise ConfigError(
+                f"attn_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, "
+                f"received {attn_implementation!r}"
+            )
+        self.config = config
+        self.attn_implementation = attn_implementation
+        self.generation_config = GenerationConfig.from_model(config)
+        self.programs = _Untracked()
+        # The inputs are ours to convert: lists count, and labels keep their type.
+        self._convert_input_args = False
+        self._allow_non_tensor_positional_args = True
+        self._make_parts()
+        self.build()
+        if seed is not None:
+            checkpoint.initialize(self, seed)
+
+    def _make_parts(self) -> None:
+        self.model = TFOPTModel(
+            self.config, None, self.attn_implementation, name="model", dtype=self.dtype_policy
+        )
+
+    def build(self, input_shape: Any = None) -> None:
+        """Makes the variables, which depend on no input; Keras may call it again."""
+        for part in self.layers:
+            if not part.built:
+                part.build()
+
+    def __call__(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> TFOPTOutput:
+        """Computes the output (`call`); several inputs may come as one dict, as in Keras' fit."""
+        if isinstance(input_ids, Mapping):
+            return super().__call__(**input_ids, **kwargs)
+        return super().__call__(input_ids, *args, **kwargs)
+
+    def get_decoder(self) -> TFOPTDecoder:
+        """The decoder, wherever the class keeps it."""
+        return self.model.decoder
+
+    def num_parameters(self) -> int:
+        """Number of parameters, a tied head counted once."""
+        return count_parameters(self.config, self.head)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training, keep only each layer's input and compute the rest again when needed."""
+        self.get_decoder().gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """In training, keep every activation (the default)."""
+        self.get_decoder().gradient_checkpointing = False
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for `batch_size` rows of at most `max_length` tokens."""
+        return init_cache(self.config, batch_size, max_length, self.compute_dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | PathLike[str],
+        dtype: Any = "float32",
+        attn_implementation: str = "sdpa",
+        progress: Callable[[int, int], None] | None = None,
+        config: OPTConfig | None = None,
+        **hub: Any,
+    ) -> Self:
+        """Loads a checkpoint.
+
+        Args:
+            path_or_hub_id: Folder, weight file, hub id such as "facebook/opt-125m", or "mini".
+            dtype: "float32", "bfloat16", "float16", "float64", "auto" for the stored one, or
+                Keras' "mixed_bfloat16" or "mixed_float16".
+            attn_implementation: "sdpa" or "eager".
+            progress: Called with (bytes loaded, bytes in all) after each tensor.
+            config: Replaces the checkpoint's config.json, for example to set `num_labels`.
+            **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+
+        Raises:
+            CheckpointError: Files are missing or damaged, or do not fit the configuration.
+            ConfigError: The configuration is malformed, or an option is not one of the above.
+        """
+        return checkpoint.from_pretrained(
+            cls, path_or_hub_id, dtype, attn_implementation, progress, config, **hub
+        )
+
+    def save_pretrained(
+        self, folder: str | PathLike[str], max_shard_size: str | int = "5GB"
+    ) -> None:
+        """Writes config.json, generation_config.json and safetensors, as `transformers` reads them.
+
+        Args:
+            folder: Made if missing; other files in it stay.
+            max_shard_size: Larger models are split into files of at most this size.
+        """
+        checkpoint.save_pretrained(self, folder, max_shard_size)
+
+    def get_config(self) -> dict[str, Any]:
+        """What Keras writes beside the weights in a .keras file."""
+        base: Any = super().get_config()
+        return base | {
+            "config": self.config.to_dict(),
+            "attn_implementation": self.attn_implementation,
+            "generation_config": dict(vars(self.generation_config)),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
+        """Makes the model that `get_config` describes, its weights zero."""
+        values = dict(config)
+        settings = GenerationConfig(**values.pop("generation_config"))
+        model = cls(OPTConfig.from_dict(values.pop("config")), None, **values)
+        model.generation_config = settings
+        return model
+
+    def _decode(
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        position_ids: Any,
+        inputs_embeds: Any,
+        past_key_values: KVCache | None,
+        output_hidden_states: bool,
+        output_attentions: bool,
+        training: bool | None,
+    ) -> TFOPTOutput:
+        """Checks the inputs, embeds them and runs the decoder."""
+        input_ids, attention_mask, position_ids, inputs_embeds = check_inputs(
+            self.config,
+            self.compute_dtype,
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+        )
+        decoder = self.get_decoder()
+        embeds = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        count = sizes(embeds)[1]
+        mask = full_mask(attention_mask, count, past_key_values)
+        if position_ids is None:
+            check_window(
+                self.config, mask, count + (past_key_values.length if past_key_values else 0)
+            )
+        return decoder(
+            embeds,
+            position_ids=position_ids,
+            mask_BS=mask,
+            cache=past_key_values,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            training=training,
+        )
+
+
+@keras.saving.register_keras_serializable("opt_tf")
+class TFOPTModel(TFOPTPreTrainedModel):
+    """The decoder without a head."""
+
+    head = "none"
+
+    def _make_parts(self) -> None:
+        self.decoder = TFOPTDecoder(
+            self.config, self.attn_implementation, name="decoder", dtype=self.dtype_policy
+        )
+
+    def get_decoder(self) -> TFOPTDecoder:
+        """The decoder."""
+        return self.decoder
+
+    def call(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        past_key_values: KVCache | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        training: bool | None = None,
+    ) -> TFOPTOutput:
+        """Computes the hidden states.
+
+        Args:
+            input_ids: (B, T) token ids; NumPy arrays and lists are accepted too.
+            attention_mask: (B, T), or (B, past + T) with a cache: 1 for tokens, 0 for padding.
+            position_ids: (B, T) positions, -1 for padding; by default they follow from the mask.
+            inputs_embeds: (B, T, P) embeddings in place of `input_ids`.
+            past_key_values: A cache (`init_cache`): these tokens follow the ones it holds.
+            output_hidden_states: Return `hidden_states`.
+            output_attentions: Return `attentions`.
+            training: Whether to apply dropout and layerdrop; by default not.
+
+        Raises:
+            InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
+        """
+        return self._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
+            output_hidden_states, output_attentions, training,
+        )  # fmt: skip
+
+    def _predictions(self, output: TFOPTOutput) -> Any:
+        return output.last_hidden_state
+
+
+@keras.saving.register_keras_serializable("opt_tf")
+class TFOPTForCausalLM(TFOPTPreTrainedModel):
+    """The language model: the next token's logits."""
+
+    head = "causal_lm"
+
+    def _make_parts(self) -> None:
+        super()._make_parts()
+        config, dtype = self.config, self.dtype_policy
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(
+                config.embed_dim, config.vocab_size, False, name="lm_head", dtype=dtype
+            )
+
+    def call(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        past_key_values: KVCache | None = None,
+        labels: Any = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        logits_to_keep: int = 0,
+        training: bool | None = None,
+    ) -> TFOPTOutput:
+        """Computes logits, and the loss where labels are given.
+
+        Args:
+            input_ids: As in `TFOPTModel.call`, like the other arguments not listed here.
+            attention_mask: See there.
+            position_ids: See there.
+            inputs_embeds: See there.
+            past_key_values: See there.
+            labels: (B, T) ids, -100 to ignore one; the model shifts them. Usually `input_ids`.
+            output_hidden_states: Return `hidden_states`.
+            output_attentions: Return `attentions`.
+            logits_to_keep: Compute logits for this many last tokens only; 0 for all.
+            training: See there.
+        """
+        out = self._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
+            output_hidden_states, output_attentions, training,
+        )  # fmt: skip
+        assert out.last_hidden_state is not None
+        if logits_to_keep < 0:
+            raise InputError(f"logits_to_keep: expected at least 0, received {logits_to_keep}")
+        out.logits = logits = self.project(out.last_hidden_state[:, -logits_to_keep:])
+        if labels is not None:
+            out.loss = losses.causal_lm(logits, labels)
+        return out
+
+    def project(self, hidden: tf.Tensor) -> tf.Tensor:
+        """The logits of hidden states: their product with the head, or with the embedding."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        return self.get_decoder().embed_tokens.attend(hidden)
+
+    def _loss(self, x: Any, y: Any, output: TFOPTOutput) -> tf.Tensor:
+        if y is None:
+            y, mask = (
+                (x["input_ids"], x.get("attention_mask")) if isinstance(x, dict) else (x, None)
+            )
+            y = y if mask is None else tf.where(tf.cast(mask, tf.bool), y, losses.IGNORED)
+        assert output.logits is not None
+        return losses.causal_lm(output.logits, y)
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        generation_config: GenerationConfig | None = None,
+        seed: int = 0,
+        tokenizer: OPTTokenizer | None = None,
+        **overrides: Any,
+    ) -> tf.Tensor:
+        """Continues prompts: greedily, by sampling or by beam search.
+
+        Args:
+            input_ids: (B, T) prompts, padded on the left.
+            attention_mask: (B, T): 1 for tokens, 0 for padding.
+            generation_config: Settings; by default the checkpoint's.
+            seed: Seed of sampling.
+            tokenizer: Needed for `stop_strings`; where given, ids it does not know are
+                never generated.
+            **overrides: Fields of `GenerationConfig`, such as `max_new_tokens=20`.
+
+        Returns:
+            (B * num_return_sequences, T + new) ids: the prompt, then what was generated, then
+            `pad_token_id` to the end of the longest row.
+
+        Raises:
+            GenerationError: A setting or prompt that cannot be honoured.
+        """
+        request = generation.prepare(
+            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
+        )
+        if request.settings.is_beam_search:
+            return beam.search(self, request)
+        return generation.generate(self, request, seed, tokenizer)
+
+    def stream(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        generation_config: GenerationConfig | None = None,
+        seed: int = 0,
+        tokenizer: OPTTokenizer | None = None,
+        **overrides: Any,
+    ) -> Iterator[tf.Tensor]:
+        """Yields the tokens of `generate`, whose arguments these are, as they are made.
+
+        Yields:
+            (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
+        """
+        request = generation.prepare(
+            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
+        )
+        if request.settings.is_beam_search:
+            raise GenerationError("beam search cannot stream: no token is certain before its end")
+        return generation.stream(self, request, seed, tokenizer)
