@@ -1,6 +1,18 @@
-"""What goes beyond one backend: describing checkpoints, comparing models. Loads no framework."""
+"""What goes beyond one backend: describing, converting, comparing. Loads no framework."""
 
+from conversion.convert import Conversion, convert
 from conversion.describe import Description, describe
+from conversion.live import to_flax, to_tf, to_torch
 from conversion.verify import Report, verify
 
-__all__ = ["Description", "Report", "describe", "verify"]
+__all__ = [
+    "Conversion",
+    "Description",
+    "Report",
+    "convert",
+    "describe",
+    "to_flax",
+    "to_tf",
+    "to_torch",
+    "verify",
+]

@@ -1,19 +1,23 @@
 """What a checkpoint is, from its headers alone: configuration, tensors, sizes, and problems."""
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from opt_core.checkpoint import Checkpoint, open_checkpoint, plan_load
+from conversion.companions import is_keras_hub
+from conversion.remote import headers_of
+from conversion.sources import head_of, open_source
+from opt_core.checkpoint import Checkpoint, plan_load
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, OPTError
 from opt_core.generation import GenerationConfig
-from opt_core.hub import resolve
+from opt_core.hub import remote_files, resolve
 from opt_core.params import Head
 from opt_core.tokenizer import OPTTokenizer
 
@@ -21,6 +25,8 @@ _LM_HEAD = "lm_head.weight"
 _STALE = {
     "model.safetensors.index.json": "model.safetensors",
     "pytorch_model.bin.index.json": "pytorch_model.bin",
+    "tf_model.h5.index.json": "tf_model.h5",
+    "flax_model.msgpack.index.json": "flax_model.msgpack",
 }
 _PARTS = (
     (r"model\.decoder\.embed_tokens\.", "token embedding"),
@@ -76,8 +82,9 @@ class Description:
     """What `describe` found.
 
     Attributes:
-        path: Where the checkpoint is on disk.
-        format: "safetensors" or "torch-bin"; None if no weights can be read.
+        path: Where the checkpoint is on disk, or its hub id.
+        format: "safetensors", "torch-bin", "tf-h5", "flax-msgpack", "metaseq" or "keras-hub"; None
+            if no weights can be read.
         files: Name and bytes of each weight file.
         config: The configuration; None if it cannot be read.
         head: What sits on the decoder, as in `opt_core.params.Head`.
@@ -105,7 +112,7 @@ class Description:
 
 
 def describe(path_or_hub_id: str | PathLike[str], **hub: Any) -> Description:
-    """Looks at a checkpoint without loading it.
+    """Looks at a checkpoint without loading it, and at one on the hub without downloading it.
 
     What is wrong inside it becomes an entry of `problems` instead of an error.
 
@@ -116,24 +123,41 @@ def describe(path_or_hub_id: str | PathLike[str], **hub: Any) -> Description:
     Raises:
         CheckpointError: There is no such folder or repository, or no model in it.
     """
-    path = resolve(path_or_hub_id, **hub)
+    name = os.fspath(path_or_hub_id)
+    asked = {key: value for key, value in hub.items() if key != "local_files_only"}
+    remote = None if hub.get("local_files_only") else remote_files(name, **asked)
+    if remote is None:
+        return _describe(resolve(name, convertible=True, **hub))
+    with headers_of(remote) as folder:
+        found = _describe(folder)
+        here = f"{folder}{os.sep}"
+        problems = [p.replace(here, f"{name}/").replace(str(folder), name) for p in found.problems]
+        return replace(found, path=Path(name), problems=tuple(problems))
+
+
+def _describe(path: Path) -> Description:
     folder = path if path.is_dir() else path.parent
     problems: list[str] = []
-    config = checkpoint = head = vocabulary = None
+    config = source = checkpoint = head = vocabulary = weights_error = None
     try:
-        config = OPTConfig.from_pretrained(folder)
-    except OPTError as error:
-        problems.append(str(error))
-    try:
-        checkpoint = open_checkpoint(path)
+        source = open_source(path)
+        checkpoint = source.checkpoint
     except CheckpointError as error:
-        if config is None:  # nothing here is a model: most likely a wrong path
-            raise CheckpointError(f"{error}; {problems[0]}") from None
+        weights_error = error
+    try:
+        config = OPTConfig.from_pretrained(folder) if source is None else source.read_config()
+    except OPTError as error:
+        if weights_error is not None:  # nothing here is a model: most likely a wrong path
+            raise CheckpointError(f"{weights_error}; {error}") from None
         problems.append(str(error))
+    if weights_error is not None:
+        problems.append(str(weights_error))
     if checkpoint is not None:
-        head = _head(checkpoint)
+        head = head_of(checkpoint)
         problems += _weight_problems(checkpoint, config, head)
-    if any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):
+    if not is_keras_hub(folder) and any(
+        (folder / name).exists() for name in ("vocab.json", "tokenizer.json")
+    ):
         try:
             tokenizer = OPTTokenizer.from_pretrained(folder)
             vocabulary = tokenizer.vocab_size
@@ -166,13 +190,6 @@ def _tensors(checkpoint: Checkpoint | None) -> tuple[Tensor, ...]:
         Tensor(name, stored.shape, stored.dtype.name, stored.nbytes, stored.file.name)
         for name, stored in checkpoint.tensors.items()
     )
-
-
-def _head(checkpoint: Checkpoint) -> Head:
-    names = checkpoint.tensors.keys()
-    if "score.weight" in names:
-        return "sequence_classification"
-    return "question_answering" if "qa_outputs.weight" in names else "causal_lm"
 
 
 def _parts(tensors: Iterable[Tensor], copied: set[str]) -> Iterator[Part]:

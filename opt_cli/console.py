@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -78,7 +79,7 @@ def run(app: typer.Typer, arguments: list[str] | None) -> int:
 
 
 def _fail(message: str) -> int:
-    line = " ".join(message.split())
+    line = " ".join(message.split()).translate(_CONTROLS)
     stderr.print("error:", style="bold red", end=" ")
     stderr.out(line)
     return EXIT_USER_ERROR
@@ -115,6 +116,15 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def size(nbytes: float) -> str:
+    """Bytes for a reader: 1536 is "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} GiB"
+
+
 @contextmanager
 def progress(what: str) -> Iterator[Callable[..., None]]:
     """Shows on stderr that something is under way, if stderr is a terminal.
@@ -140,9 +150,11 @@ def progress(what: str) -> Iterator[Callable[..., None]]:
     )
     with Progress(*columns, console=stderr, transient=True) as bar:
         task = bar.add_task(what, total=None, amount="")
+        start = time.monotonic()
 
         def update(done: int, total: int, what: str = what) -> None:
-            amount = f"{decimal(done)} of {decimal(total)}"
+            rate = int(done / max(1e-3, time.monotonic() - start))
+            amount = f"{decimal(done)} of {decimal(total)}, {decimal(rate)}/s"
             bar.update(task, completed=done, total=total, description=what, amount=amount)
 
         yield update

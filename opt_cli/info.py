@@ -58,7 +58,9 @@ def _summary(description: "Description") -> list[tuple[str, str]]:
     rows = [("path", str(description.path))]
     if description.format is not None:
         count = "1 file" if len(files) == 1 else f"{len(files)} files"
-        rows.append(("format", f"{description.format}, {count}, {_size(sum(files.values()))}"))
+        rows.append(
+            ("format", f"{description.format}, {count}, {console.size(sum(files.values()))}")
+        )
         dtypes = (f"{name} ({count} tensors)" for name, count in description.dtypes.items())
         rows.append(("stored as", ", ".join(dtypes)))
         rows.append(("head", _head(description)))
@@ -88,7 +90,9 @@ def _head(description: "Description") -> str:
 def _parts(description: "Description") -> "Table":
     table = _table("part", "tensors", "parameters", "size")
     for part in description.parts:
-        table.add_row(part.name, str(part.tensors), f"{part.parameters:,}", _size(part.nbytes))
+        table.add_row(
+            part.name, str(part.tensors), f"{part.parameters:,}", console.size(part.nbytes)
+        )
     return table
 
 
@@ -98,7 +102,7 @@ def _tensors(description: "Description") -> "Table":
     table = _table("tensor", "shape", "type", "size")
     for tensor in description.tensors:
         shape = " x ".join(map(str, tensor.shape))
-        table.add_row(Text(tensor.name), shape, tensor.dtype, _size(tensor.nbytes))
+        table.add_row(Text(tensor.name), shape, tensor.dtype, console.size(tensor.nbytes))
     return table
 
 
@@ -110,11 +114,3 @@ def _table(first: str, *others: str) -> "Table":
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     return table
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.4g} GiB"

@@ -20,26 +20,29 @@ from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError
 from opt_core.params import HEAD_PARAMETERS, Head, ParamSpec, param_specs
 from opt_core.safetensors_file import parse_json_object, read_safetensors
-from opt_core.tensor_file import StoredTensor, cast_array, float_dtype
+from opt_core.tensor_file import LazyTensor, cast_array, float_dtype
 from opt_core.torch_file import read_torch_file
 
 __all__ = ["Checkpoint", "LoadPlan", "open_checkpoint", "plan_load", "save_checkpoint"]
 
-Format = Literal["safetensors", "torch-bin"]
-_READERS: dict[Format, Callable[[Path], dict[str, StoredTensor]]] = {
+Format = Literal["safetensors", "torch-bin", "tf-h5", "flax-msgpack", "metaseq", "keras-hub"]
+_Native = Literal["safetensors", "torch-bin"]
+_READERS: dict[_Native, Callable[[Path], Mapping[str, LazyTensor]]] = {
     "safetensors": read_safetensors,
     "torch-bin": read_torch_file,
 }
-_SUFFIXES: dict[str, Format] = {".safetensors": "safetensors", ".bin": "torch-bin"}
+_SUFFIXES: dict[str, _Native] = {".safetensors": "safetensors", ".bin": "torch-bin"}
 # An index comes before the single file of its format: hub repositories keep stale single files.
-_WEIGHT_FILES: dict[str, Format] = {
+_WEIGHT_FILES: dict[str, _Native] = {
     "model.safetensors.index.json": "safetensors",
     "model.safetensors": "safetensors",
     "pytorch_model.bin.index.json": "torch-bin",
     "pytorch_model.bin": "torch-bin",
 }
-_OTHER_FORMATS = ("tf_model*.h5*", "flax_model*.msgpack*", "*.pt", "*.pth", "reshard*")
+_INDEX = ".index.json"
+_OTHER_FORMATS = ("tf_model*.h5*", "flax_model*.msgpack*", "*.pt", "*.pth", "*.weights.h5")
 _MAX_INDEX = 1 << 26
+_MANY_LAYERS = 1000  # listing what they lack would take long
 _COMPARED_BYTES = 1 << 26
 _EMBEDDING = "model.decoder.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
@@ -53,12 +56,12 @@ class Checkpoint:
         folder: Where they are.
         files: The weight files.
         tensors: Canonical name -> where the tensor lies.
-        format: "safetensors" or "torch-bin".
+        format: What they are written in; the models themselves load the first two.
     """
 
     folder: Path
     files: tuple[Path, ...]
-    tensors: dict[str, StoredTensor]
+    tensors: Mapping[str, LazyTensor]
     format: Format
 
 
@@ -74,7 +77,7 @@ class LoadPlan:
     """
 
     config: OPTConfig
-    entries: list[tuple[ParamSpec, StoredTensor]]
+    entries: list[tuple[ParamSpec, LazyTensor]]
     fresh: list[ParamSpec]
 
     def stream(
@@ -106,8 +109,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Finds a model's weight files and reads their headers.
 
     Args:
-        path: Folder, or a single .safetensors or .bin file. In a folder, safetensors files are
-            preferred to torch's, and an index to a single file of the same format.
+        path: Folder, a single .safetensors or .bin file, or the index of several. In a folder,
+            safetensors files are preferred to torch's, and an index to a single file of the same
+            format.
 
     Raises:
         CheckpointError: There are no weights, or a file is missing, damaged, or at odds with its
@@ -115,18 +119,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if not os.path.lexists(path):
         raise CheckpointError(f"{path}: no such file or folder")
+    if path.name in _WEIGHT_FILES and path.name.endswith(_INDEX):
+        kind = _WEIGHT_FILES[path.name]
+        return read_files(path.parent, read_index(path), kind, _READERS[kind])
     if not path.is_dir():
         if path.suffix not in _SUFFIXES:
             raise CheckpointError(
                 f"{path}: expected a folder, a .safetensors or a .bin file; `opt-lm convert` reads "
                 "other formats"
             )
-        return _read_files(path.parent, {path.name: None}, _SUFFIXES[path.suffix])
+        kind = _SUFFIXES[path.suffix]
+        return read_files(path.parent, {path.name: None}, kind, _READERS[kind])
     for name, kind in _WEIGHT_FILES.items():
         if os.path.lexists(path / name):
-            if name.endswith(".index.json"):
-                return _read_files(path, _read_index(path / name), kind)
-            return _read_files(path, {name: None}, kind)
+            shards = read_index(path / name) if name.endswith(_INDEX) else {name: None}
+            return read_files(path, shards, kind, _READERS[kind])
     if shard := next((p.name for p in path.glob("*-of-*") if p.suffix in _SUFFIXES), None):
         raise CheckpointError(f"{path}: {shard} is there, but the index of its shards is missing")
     found = sorted({p.name for pattern in _OTHER_FORMATS for p in path.glob(pattern)})
@@ -134,7 +141,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path}: no weights; expected one of {', '.join(_WEIGHT_FILES)}{other}")
 
 
-def _read_index(path: Path) -> dict[str, set[str]]:
+def read_index(path: Path) -> dict[str, set[str]]:
+    """Reads the index of a sharded checkpoint: each shard and the tensors it should hold.
+
+    Raises:
+        CheckpointError: It is damaged, or names a file that is missing or not beside it.
+    """
     try:
         if path.stat().st_size > _MAX_INDEX:
             raise CheckpointError(f"{path}: expected at most {_MAX_INDEX} bytes")
@@ -163,18 +175,45 @@ def _is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0") and name.isprintable()
 
 
-def _read_files(folder: Path, shards: Mapping[str, set[str] | None], kind: Format) -> Checkpoint:
-    tensors: dict[str, StoredTensor] = {}
+def canonical_name(name: str) -> str | None:
+    """The name in `OPTForCausalLM`, or None for bookkeeping that is no weight."""
+    if name.startswith("decoder."):
+        name = f"model.{name}"
+    return None if name == "model.decoder.version" else name
+
+
+def read_files(
+    folder: Path,
+    shards: Mapping[str, set[str] | None],
+    kind: Format,
+    read: Callable[[Path], Mapping[str, LazyTensor]],
+    rename: Callable[[str], str | None] = canonical_name,
+) -> Checkpoint:
+    """Reads the headers of weight files and puts them together under canonical names.
+
+    Args:
+        folder: Where they are.
+        shards: Name of each file and the tensors it should hold; None if nobody says.
+        kind: Their format.
+        read: Reads the headers of one file.
+        rename: Turns a name in an index or file into a canonical one.
+
+    Raises:
+        CheckpointError: A file is damaged, at odds with its index, or repeats a tensor.
+    """
+    tensors: dict[str, LazyTensor] = {}
     for shard, listed in shards.items():
-        stored = _READERS[kind](folder / shard)
-        if listed is not None and stored.keys() != listed:
-            absent, extra = sorted(listed - stored.keys()), sorted(stored.keys() - listed)
+        stored = read(folder / shard)
+        expected, found = {rename(name) for name in listed or ()}, {rename(name) for name in stored}
+        if listed is not None and expected != found:
+            absent = sorted(name for name in listed if rename(name) not in found)
+            extra = sorted(name for name in stored if rename(name) not in expected)
             raise CheckpointError(
                 f"{folder / shard}: not what the index lists: {len(absent)} tensors absent"
                 f"{_named(absent)}, {len(extra)} unlisted{_named(extra)}"
             )
         for name, tensor in stored.items():
-            canonical = _canonical_name(name)
+            canonical = rename(name)
             if canonical is not None and canonical in tensors:
                 raise CheckpointError(
                     f"{folder / shard}: {printable(name)} and {printable(tensors[canonical].name)} "
@@ -185,13 +224,6 @@ def _read_files(folder: Path, shards: Mapping[str, set[str] | None], kind: Forma
     if not tensors:
         raise CheckpointError(f"{folder}: the weight files hold no tensors")
     return Checkpoint(folder, tuple(folder / shard for shard in shards), tensors, kind)
-
-
-def _canonical_name(name: str) -> str | None:
-    """The name in `OPTForCausalLM`, or None for bookkeeping that is no weight."""
-    if name.startswith("decoder."):
-        name = f"model.{name}"
-    return None if name == "model.decoder.version" else name
 
 
 def _shorten(names: list[str], limit: int = 8) -> str:
@@ -218,6 +250,11 @@ def plan_load(checkpoint: Checkpoint, config: OPTConfig, head: Head) -> LoadPlan
     Raises:
         CheckpointError: Tensors are missing, unexpected, or of another shape; all are listed.
     """
+    if config.num_hidden_layers > max(_MANY_LAYERS, len(checkpoint.tensors)):
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json says {config.num_hidden_layers} layers, the weights "
+            f"are {len(checkpoint.tensors)} tensors"
+        )
     tensors = {name: t for name, t in checkpoint.tensors.items() if _belongs(name, head)}
     if head == "causal_lm" and config.tie_word_embeddings and _LM_HEAD in tensors:
         if _EMBEDDING not in tensors or _equal(tensors[_LM_HEAD], tensors[_EMBEDDING]):
@@ -241,7 +278,7 @@ def _belongs(name: str, head: Head) -> bool:
     return name not in others
 
 
-def _equal(a: StoredTensor, b: StoredTensor) -> bool:
+def _equal(a: LazyTensor, b: LazyTensor) -> bool:
     if a.is_same_as(b):
         return True
     if a.shape != b.shape or not a.shape or not a.nbytes:

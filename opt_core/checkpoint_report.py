@@ -6,7 +6,7 @@ from pathlib import Path
 
 from opt_core.config import OPTConfig
 from opt_core.params import POSITION_OFFSET, ParamSpec
-from opt_core.tensor_file import FLOAT_DTYPES, StoredTensor
+from opt_core.tensor_file import FLOAT_DTYPES, LazyTensor
 
 _SHOWN = 8
 _LAYER = re.compile(r"^(model\.decoder\.layers\.)([0-9]{1,6})(\..+)$")
@@ -17,7 +17,7 @@ _POSITIONS = "model.decoder.embed_positions.weight"
 
 
 def describe_mismatch(
-    folder: Path, config: OPTConfig, specs: Sequence[ParamSpec], tensors: Mapping[str, StoredTensor]
+    folder: Path, config: OPTConfig, specs: Sequence[ParamSpec], tensors: Mapping[str, LazyTensor]
 ) -> str | None:
     """Lists in one line what is missing, unexpected, misshapen or of an impossible type.
 
@@ -90,7 +90,7 @@ def _ranges(layers: Iterable[int]) -> str:
 
 
 def _hints(
-    config: OPTConfig, missing: set[str], unexpected: set[str], tensors: Mapping[str, StoredTensor]
+    config: OPTConfig, missing: set[str], unexpected: set[str], tensors: Mapping[str, LazyTensor]
 ) -> Iterator[str]:
     if _FINAL_NORM in missing and not _lacks_norms(missing):
         yield (
@@ -109,7 +109,7 @@ def _hints(
     yield from _layer_hints(config, tensors)
 
 
-def _row_hints(config: OPTConfig, tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
+def _row_hints(config: OPTConfig, tensors: Mapping[str, LazyTensor]) -> Iterator[str]:
     positions = tensors[_POSITIONS].shape if _POSITIONS in tensors else ()
     if len(positions) == 2 and positions[0] == config.max_position_embeddings:
         yield (
@@ -146,7 +146,7 @@ def _lacks_norms(missing: set[str]) -> bool:
     return "model.decoder.layers.0.final_layer_norm.weight" in missing
 
 
-def _layer_hints(config: OPTConfig, tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
+def _layer_hints(config: OPTConfig, tensors: Mapping[str, LazyTensor]) -> Iterator[str]:
     indices = {int(m[2]) for name in tensors if (m := _LAYER.match(name))}
     count = max(indices, default=-1) + 1
     if indices and count != config.num_hidden_layers and indices == set(range(count)):

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from opt_core.errors import CheckpointError
 
@@ -24,6 +25,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 _WEIGHT_FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
+_CONVERTIBLE = (*_WEIGHT_FORMATS, ("tf_model", "h5"), ("flax_model", "msgpack"))
 _OTHER_WEIGHTS = re.compile(r"(tf_model.*\.h5|flax_model.*\.msgpack)(\.index\.json)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _TIMEOUT = 10.0  # seconds the hub may take to say what a repository holds
@@ -38,6 +40,7 @@ def resolve(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    convertible: bool = False,
 ) -> Path:
     """Finds the folder of a model, downloading what is needed of it when it is on the hub.
 
@@ -54,6 +57,8 @@ def resolve(
         token: Access token, True for the one `hf auth login` stored, False for none, None for the
             stored one if there is one.
         local_files_only: Whether to use the hub's local cache only, without any network access.
+        convertible: Whether weights that must be converted first will do, where there are no
+            others.
 
     Returns:
         A folder that holds the files, or the path itself where it names a file.
@@ -69,7 +74,7 @@ def resolve(
             raise CheckpointError(f"{name}: revision={revision!r} is for hub ids; this is on disk")
         return path if path is not None and on_disk else _mini()
     if _HUB_ID.fullmatch(name):
-        repository = _Repository(name, revision, token)
+        repository = _Repository(name, revision, token, convertible)
         if local_files_only:
             return repository.cached(files, optional)
         return repository.fetch(files, optional)
@@ -78,12 +83,101 @@ def resolve(
     raise CheckpointError(f"{name!r}: no such folder; {_EXPECTED}")
 
 
-def model_files(names: Iterable[str], source: str) -> list[str]:
+@dataclass(frozen=True)
+class RemoteFiles:
+    """The files of a repository, parts of which can be read where they are.
+
+    Attributes:
+        name: Hub id.
+        sizes: Name -> bytes, of every file.
+        revision: The commit.
+        token: As in `resolve`.
+    """
+
+    name: str
+    sizes: dict[str, int]
+    revision: str | None
+    token: str | bool | None
+
+    def read(self, file: str, start: int, stop: int) -> bytes:
+        """Bytes of a file, by one request that asks for no others.
+
+        Raises:
+            CheckpointError: The hub does not give them.
+        """
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import (
+            build_hf_headers,  # pyright: ignore[reportUnknownVariableType]
+            hf_raise_for_status,
+        )
+
+        stop = min(stop, self.sizes[file])
+        url = hf_hub_url(self.name, file, revision=self.revision)
+        headers = build_hf_headers(token=self.token) | {"Range": f"bytes={start}-{stop - 1}"}
+        try:
+            session: Any = get_session()
+            with session.stream(
+                "GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT
+            ) as response:
+                hf_raise_for_status(response)
+                data = b""
+                if response.status_code == 206:  # else the server would send the whole file
+                    for chunk in response.iter_bytes():
+                        data += chunk
+                        if len(data) > stop - start:
+                            break
+        except _hub_failures() as error:
+            repository = _Repository(self.name, self.revision, self.token)
+            raise repository.explained(_actual(error)) from error
+        if len(data) != stop - start:
+            raise CheckpointError(
+                f"{self.name}: {file}: expected {stop - start} bytes, received {len(data)}; "
+                "the hub does not give parts of it"
+            )
+        return data
+
+
+def remote_files(
+    name: str, revision: str | None = None, token: str | bool | None = None
+) -> RemoteFiles | None:
+    """Asks the hub what a repository holds.
+
+    Args:
+        name: Hub id; what exists on disk, or is no hub id, is not looked for.
+        revision: Branch, tag or commit; None means its default branch.
+        token: As in `resolve`.
+
+    Returns:
+        Its files, or None if this is no hub id or the hub cannot be reached: then `resolve` knows
+        more.
+
+    Raises:
+        CheckpointError: There is no such repository, or it cannot be had.
+    """
+    if not _HUB_ID.fullmatch(name) or Path(name).exists():
+        return None
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi(token=token).model_info(
+            name, revision=revision, timeout=_TIMEOUT, files_metadata=True
+        )
+    except _hub_failures() as failure:
+        error = _actual(failure)
+        if _is_unreachable(error):
+            return None
+        raise _Repository(name, revision, token).explained(error) from error
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    return RemoteFiles(name, sizes, info.sha, token)
+
+
+def model_files(names: Iterable[str], source: str, convertible: bool = False) -> list[str]:
     """Chooses, of the files of a repository, those that one model needs.
 
     Args:
         names: Paths relative to the repository's root.
         source: What to call the repository in messages.
+        convertible: Whether TensorFlow's and Flax' weights will do.
 
     Raises:
         CheckpointError: No configuration, no weights that can be read, or missing shards.
@@ -92,11 +186,13 @@ def model_files(names: Iterable[str], source: str) -> list[str]:
     if "config.json" not in found:
         raise CheckpointError(f"{source}: no config.json; expected the repository of an OPT model")
     wanted = ["config.json", "generation_config.json", *TOKENIZER_FILES]
-    return [name for name in wanted if name in found] + _weight_files(found, source)
+    return [name for name in wanted if name in found] + _weight_files(
+        found, source, _CONVERTIBLE if convertible else _WEIGHT_FORMATS
+    )
 
 
-def _weight_files(found: set[str], source: str) -> list[str]:
-    for stem, suffix in _WEIGHT_FORMATS:
+def _weight_files(found: set[str], source: str, formats: tuple[tuple[str, str], ...]) -> list[str]:
+    for stem, suffix in formats:
         index, single = f"{stem}.{suffix}.index.json", f"{stem}.{suffix}"
         if index in found:
             shards = [
@@ -120,11 +216,15 @@ def _weight_files(found: set[str], source: str) -> list[str]:
 
 
 def _choose(
-    names: Iterable[str], files: tuple[str, ...] | None, optional: tuple[str, ...], source: str
+    names: Iterable[str],
+    files: tuple[str, ...] | None,
+    optional: tuple[str, ...],
+    source: str,
+    convertible: bool,
 ) -> list[str]:
     found = set(names)
     if files is None:
-        return model_files(found, source)
+        return model_files(found, source, convertible)
     if missing := [name for name in files if name not in found]:
         raise CheckpointError(f"{source}: no {', '.join(missing)}")
     return [*files, *(name for name in optional if name in found)]
@@ -142,6 +242,7 @@ class _Repository:
     name: str
     revision: str | None
     token: str | bool | None
+    convertible: bool = False
 
     @property
     def label(self) -> str:
@@ -155,7 +256,7 @@ class _Repository:
             api = HfApi(token=self.token)
             info = api.model_info(self.name, revision=self.revision, timeout=_TIMEOUT)
             names = [sibling.rfilename for sibling in info.siblings or []]
-            return self.snapshot(_choose(names, files, optional, self.label))
+            return self.snapshot(self.chosen(names, files, optional, self.label))
         except CheckpointError:
             raise
         except _hub_failures() as failure:
@@ -168,6 +269,15 @@ class _Repository:
                 reason = f"the hub cannot be reached ({_first_line(error)})"
                 raise CheckpointError(f"{missing}; {reason}") from error
 
+    def chosen(
+        self,
+        names: Iterable[str],
+        files: tuple[str, ...] | None,
+        optional: tuple[str, ...],
+        source: str,
+    ) -> list[str]:
+        return _choose(names, files, optional, source, self.convertible)
+
     def cached(self, files: tuple[str, ...] | None, optional: tuple[str, ...]) -> Path:
         advice = "run it once with network access (no HF_HUB_OFFLINE, no local_files_only)"
         try:
@@ -176,7 +286,7 @@ class _Repository:
             raise CheckpointError(f"{self.label}: not in the local cache; {advice}") from error
         names = [path.name for path in folder.iterdir() if path.is_file()]
         try:
-            _choose(names, files, optional, f"{self.label} in the local cache")
+            self.chosen(names, files, optional, f"{self.label} in the local cache")
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {advice}") from None
         return folder

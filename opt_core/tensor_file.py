@@ -11,7 +11,7 @@ import threading
 import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -105,6 +105,52 @@ def _map_copy_on_write(file: int, size: int) -> mmap.mmap:
     return mmap.mmap(file, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
+class LazyTensor(Protocol):
+    """A tensor that is read when it is asked for: a `StoredTensor`, or one made of several."""
+
+    @property
+    def name(self) -> str:
+        """Name in its file."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Data type of one element."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        ...
+
+    @property
+    def file(self) -> Path:
+        """The file that holds it, or the first of them."""
+        ...
+
+    @property
+    def offset(self) -> int:
+        """Where it starts in that file."""
+        ...
+
+    def is_same_as(self, other: "LazyTensor") -> bool:
+        """Whether two names stand for the very same bytes."""
+        ...
+
+    def rows(self, start: int, stop: int) -> "LazyTensor":
+        """Part of the tensor along its first dimension."""
+        ...
+
+    def read(self) -> NDArray[Any]:
+        """The values."""
+        ...
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where one tensor lies.
@@ -133,6 +179,12 @@ class StoredTensor:
             raise CheckpointError(f"{self.file}: {self.name}: negative shape or strides")
         if self.nbytes >= 2**62:
             raise CheckpointError(f"{self.file}: {self.name}: impossible shape {self.shape}")
+        if self.strides is not None and self.nbytes > self.source.size:
+            # Rows that lie on one another: a few bytes could stand for more than any memory.
+            raise CheckpointError(
+                f"{self.file}: {self.name}: {self.shape} takes {self.nbytes} bytes, the file has "
+                f"{self.source.size}"
+            )
         if self.offset < 0 or self.offset + self.extent > self.source.size:
             raise CheckpointError(
                 f"{self.file}: {self.name} ends at byte {self.offset + self.extent} but the file "
@@ -157,10 +209,19 @@ class StoredTensor:
         steps = zip(self.shape, self.strides, strict=True)
         return (1 + sum((n - 1) * step for n, step in steps)) * self.dtype.itemsize
 
-    def is_same_as(self, other: "StoredTensor") -> bool:
+    def is_same_as(self, other: LazyTensor) -> bool:
         """Whether two names stand for the very same bytes, seen the same way."""
+        if not isinstance(other, StoredTensor):
+            return False
         mine, its = ((t.source, t.offset, t.shape, t.strides, t.dtype) for t in (self, other))
         return mine == its
+
+    def transposed(self) -> "StoredTensor":
+        """The same elements with the dimensions in reverse order."""
+        steps = self.strides
+        if steps is None:
+            steps = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+        return replace(self, shape=self.shape[::-1], strides=steps[::-1])
 
     def rows(self, start: int, stop: int) -> "StoredTensor":
         """Part of the tensor along its first dimension."""

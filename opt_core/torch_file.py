@@ -28,8 +28,7 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: The file is missing, damaged, compressed, encrypted, big-endian, older than
             torch 1.6, or holds anything that is not a tensor.
     """
-    source = TensorFile(path)
-    archive = _Archive(source)
+    archive = TorchArchive(TensorFile(path))
     content = parse_pickle(archive.pickle, path)
     if isinstance(content, dict) and "state_dict" in content:
         content = cast(dict[object, object], content)["state_dict"]
@@ -49,7 +48,19 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-class _Archive:
+class TorchArchive:
+    """The zip archive that `torch.save` writes.
+
+    Args:
+        source: The open file.
+
+    Attributes:
+        pickle: What describes its contents; nothing of it has been read.
+
+    Raises:
+        CheckpointError: It is no such archive, or damaged, compressed, encrypted or big-endian.
+    """
+
     def __init__(self, source: TensorFile) -> None:
         self.source = source
         path = source.path
@@ -111,6 +122,11 @@ class _Archive:
             raise CheckpointError(f"{self.source.path}: {info.filename} has two sizes; damaged")
 
     def tensor(self, name: str, view: StorageView) -> StoredTensor:
+        """Where a tensor of the pickle lies.
+
+        Raises:
+            CheckpointError: Its storage is missing, or too short for it.
+        """
         start, size = self._storage(view.storage)
         dtype = view.storage.dtype
         strides = None if _is_contiguous(view.shape, view.strides) else view.strides

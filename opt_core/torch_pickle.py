@@ -74,7 +74,13 @@ class StorageView:
 
 
 @dataclass(frozen=True)
-class _Global:
+class Global:
+    """The name of a class or function, which stays a name.
+
+    Attributes:
+        name: Module and name.
+    """
+
     name: str
 
 
@@ -88,24 +94,39 @@ def parse_pickle(data: bytes, path: Path) -> object:
     Raises:
         CheckpointError: The pickle is damaged, or asks for anything but tensors in dicts.
     """
-    try:
-        return _Machine(path).run(data)
-    except CheckpointError:
-        raise
-    except (
-        ValueError, TypeError, LookupError, AttributeError, struct.error, OverflowError,
-        MemoryError, RecursionError,
-    ) as error:  # fmt: skip
-        raise CheckpointError(f"{path}: damaged pickle: {error or type(error).__name__}") from None
+    return PickleMachine(path).parse(data)
 
 
-class _Machine:
+class PickleMachine:
+    """Walks a pickle's opcodes; a subclass may take more of them, but nothing is ever run.
+
+    Args:
+        path: Name of the torch file, for messages.
+    """
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, data: bytes) -> object:
+    def parse(self, data: bytes) -> object:
+        """The object a pickle describes.
+
+        Raises:
+            CheckpointError: The pickle is damaged, or asks for what this machine does not take.
+        """
+        try:
+            return self._run(data)
+        except CheckpointError:
+            raise
+        except (
+            ValueError, TypeError, LookupError, AttributeError, struct.error, OverflowError,
+            MemoryError, RecursionError,
+        ) as error:  # fmt: skip
+            what = str(error) or type(error).__name__
+            raise CheckpointError(f"{self.path}: damaged pickle: {what}") from None
+
+    def _run(self, data: bytes) -> object:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "STOP":
                 break
@@ -165,14 +186,19 @@ class _Machine:
                 arguments, function = pop(), pop()
                 push(self._call(function, arguments))
             case "BUILD":
-                # An OrderedDict's attributes: `_metadata`, the version numbers of modules.
-                pop()
-                self._container(dict)
+                self._build(pop())
             case _:
-                raise CheckpointError(
-                    f"{self.path}: refused pickle opcode {opcode}: not a file of tensors alone; "
-                    "re-save it with torch.save(model.state_dict(), path)"
-                )
+                self._other(opcode, argument)
+
+    def _build(self, _state: object) -> None:
+        # An OrderedDict's attributes: `_metadata`, the version numbers of modules.
+        self._container(dict)
+
+    def _other(self, opcode: str, _argument: Any) -> None:
+        raise CheckpointError(
+            f"{self.path}: refused pickle opcode {opcode}: not a file of tensors alone; "
+            "re-save it with torch.save(model.state_dict(), path)"
+        )
 
     def _pop_to_mark(self) -> list[Any]:
         at = len(self.stack) - 1
@@ -202,18 +228,18 @@ class _Machine:
                 raise ValueError(f"{key!r} occurs twice")
             target[key] = value
 
-    def _global(self, module: object, name: object) -> _Global:
+    def _global(self, module: object, name: object) -> Global:
         full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "?"
         if full not in _GLOBALS:
             raise CheckpointError(
                 f"{self.path}: refused {full!r}: a weight file may hold tensors only, and nothing "
                 "that runs; re-save it with torch.save(model.state_dict(), path)"
             )
-        return _Global(full)
+        return Global(full)
 
     def _storage(self, identity: object) -> Storage:
         match identity:
-            case ("storage", _Global(kind), str(key), str(), int(numel)) if (
+            case ("storage", Global(kind), str(key), str(), int(numel)) if (
                 kind in STORAGE_DTYPES and numel >= 0
             ):
                 return Storage(key, STORAGE_DTYPES[kind], numel)
@@ -221,7 +247,7 @@ class _Machine:
                 raise ValueError("a storage that is not described as torch describes one")
 
     def _call(self, function: object, arguments: object) -> object:
-        name = function.name if isinstance(function, _Global) else type(function).__name__
+        name = function.name if isinstance(function, Global) else type(function).__name__
         values = cast(tuple[Any, ...], arguments) if isinstance(arguments, tuple) else (None,)
         if name == "collections.OrderedDict" and not values:
             return {}

@@ -1,0 +1,188 @@
+"""Memory and speed of conversions, on a checkpoint of random weights of an official size.
+
+    python -m benchmarks.convert_memory /big/disk --preset opt-6.7b
+
+Needs three times the checkpoint's size on disk and cleans up after itself. One JSON line each: how
+fast the disk copies, then every format from safetensors and back, and metaseq's parts. Each
+conversion is a process of its own, started with none of its input in the page cache.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import conversion
+from conversion.sources import open_source
+from conversion.targets import TARGETS
+from conversion.torch_zip import write_torch
+from opt_core.checkpoint_writer import save_checkpoint
+from opt_core.config import OPTConfig
+from opt_core.params import ParamSpec, param_specs
+from opt_core.safetensors_file import PendingTensor
+
+_INTERVAL = 0.01  # seconds between two looks at the memory
+_BLOCK = 1 << 24
+_BY_ROWS = ("embed_tokens.weight", "fc1.weight", "fc1.bias", "qkv_proj.weight", "qkv_proj.bias")
+_BY_COLUMNS = ("fc2.weight", "out_proj.weight")
+
+
+def make_source(folder: Path, config: OPTConfig, shard: str) -> None:
+    """A float16 checkpoint; its values are random, one block repeated."""
+    noise = np.random.default_rng(0).standard_normal(1 << 20, np.float32).astype(np.float16) / 50
+
+    def values(spec: ParamSpec) -> np.ndarray:
+        return np.resize(noise, spec.size).reshape(spec.shape)
+
+    specs = param_specs(config)
+    tensors = {spec.name: lambda spec=spec: values(spec) for spec in specs}
+    save_checkpoint(folder, config, tensors, specs, "float16", shard)
+
+
+def make_parts(folder: Path, source: Path, count: int) -> None:
+    """metaseq's model-parallel parts of a checkpoint."""
+    folder.mkdir()
+    found = open_source(source)
+    entries = [(s, found.checkpoint.tensors[s.name]) for s in param_specs(found.read_config())]
+    tensors = list(TARGETS["metaseq"].tensors(found.read_config(), entries))
+    for part in range(count):
+
+        def take(name: str, array: np.ndarray, part: int = part) -> np.ndarray:
+            if "qkv_proj" in name:
+                three = array.reshape(3, count, -1, *array.shape[1:])
+                return three[:, part].reshape(-1, *array.shape[1:])
+            if name.endswith(_BY_COLUMNS):
+                return np.ascontiguousarray(np.split(array, count, axis=1)[part])
+            return np.split(array, count)[part] if name.endswith(_BY_ROWS) else array
+
+        pending: list[PendingTensor] = []
+        for name, tensor in tensors:
+            shape = list(tensor.shape)
+            if name.endswith((*_BY_ROWS, *_BY_COLUMNS)):
+                shape[int(name.endswith(_BY_COLUMNS))] //= count
+            fetch = lambda name=name, tensor=tensor: take(name, tensor.read())  # noqa: E731
+            pending.append(PendingTensor(name, tuple(shape), tensor.dtype, fetch))
+        write_torch(folder / f"reshard-model_part-{part}.pt", pending, "model")
+    shutil.copyfile(source / "config.json", folder / "config.json")
+
+
+def forget(folder: Path) -> int:
+    """Drops a folder's files from the page cache; returns their bytes."""
+    size = 0
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            size += os.fstat(handle).st_size
+            os.close(handle)
+    return size
+
+
+def copy_speed(source: Path, destination: Path) -> float:
+    """Bytes per second of a plain copy, flushed to the disk."""
+    size = forget(source)
+    destination.mkdir()
+    start = time.perf_counter()
+    for path in source.iterdir():
+        with path.open("rb") as reader, (destination / path.name).open("wb") as writer:
+            shutil.copyfileobj(reader, writer, _BLOCK)
+            writer.flush()
+            os.fsync(writer.fileno())
+    seconds = time.perf_counter() - start
+    shutil.rmtree(destination)
+    return size / seconds
+
+
+def measure(source: Path, destination: Path, to: str) -> dict[str, Any]:
+    """Converts in a new process; its speed and its peak of memory besides the page cache."""
+    size = forget(source)
+    command = [sys.executable, "-m", "benchmarks.convert_memory", "--run"]
+    command += [str(source), str(destination), to]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return {"bytes": size, **json.loads(done.stdout)}
+
+
+def convert_watched(source: str, destination: str, to: str) -> dict[str, float]:
+    """Converts in this process while a thread watches its memory."""
+    peak, ended = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.wait(_INTERVAL):
+            peak = max(peak, anonymous_memory())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    start, processor = time.perf_counter(), time.process_time()
+    conversion.convert(source, destination, to, max_shard_size="5GB")
+    seconds = time.perf_counter() - start
+    ended.set()
+    thread.join()
+    used = time.process_time() - processor
+    return {"seconds": seconds, "cpu_seconds": used, "peak_gib": peak / 2**30}
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are no part of a file."""
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    fields = dict(line.split(":", 1) for line in text.splitlines())
+    return 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
+
+
+def results(work: Path, config: OPTConfig, formats: list[str], shard: str) -> Iterator[Any]:
+    """One measurement after the other; never more than three checkpoints on the disk."""
+    source = work / "source"
+    make_source(source, config, shard)
+    speed = copy_speed(source, work / "copy")
+    yield {"copy": "cp", "mb_s": speed / 1e6}
+
+    def timed(name: str, start: Path, end: Path, to: str) -> dict[str, Any]:
+        found = measure(start, end, to)
+        rate = found["bytes"] / found["seconds"]
+        return {"convert": name, "mb_s": rate / 1e6, "of_copy": rate / speed, **found}
+
+    for to in formats:
+        yield timed(f"safetensors -> {to}", source, work / to, to)
+        yield timed(f"{to} -> safetensors", work / to, work / "back", "safetensors")
+        shutil.rmtree(work / "back")
+        shutil.rmtree(work / to)
+    make_parts(work / "parts", source, 8)
+    yield timed("metaseq in 8 parts -> safetensors", work / "parts", work / "back", "safetensors")
+
+
+def main() -> None:
+    """Reads the command line, prints the results."""
+    if sys.argv[1:2] == ["--run"]:
+        print(json.dumps(convert_watched(*sys.argv[2:])))
+        return
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where there is room")
+    parser.add_argument("--preset", default="opt-6.7b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
+    parser.add_argument("--formats", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--shard", default="5GB")
+    options = parser.parse_args()
+    config = OPTConfig.from_preset(options.preset)
+    if options.layers:
+        config = config.replace(num_hidden_layers=options.layers)
+    work = options.folder / f"convert-{os.getpid()}"
+    work.mkdir(parents=True)
+    try:
+        for result in results(work, config, options.formats, options.shard):
+            print(json.dumps(result), flush=True)
+    finally:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Any OPT checkpoint in, any OPT checkpoint out: tensor by tensor, and atomically."""
+
+import contextlib
+import os
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from conversion.companions import carry
+from conversion.sources import head_of, open_source
+from conversion.staging import check_is_new, new_folder
+from conversion.targets import TARGETS, write_weights
+from opt_core.checkpoint import plan_load
+from opt_core.config import write_json
+from opt_core.errors import CheckpointError
+from opt_core.hub import resolve
+from opt_core.params import Head
+from opt_core.tensor_file import float_dtype
+
+_ARCHITECTURES: dict[Head, str] = {
+    "none": "OPTModel",
+    "causal_lm": "OPTForCausalLM",
+    "sequence_classification": "OPTForSequenceClassification",
+    "question_answering": "OPTForQuestionAnswering",
+}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did.
+
+    Attributes:
+        path: The new folder.
+        source_format: What was read, such as "flax-msgpack".
+        format: What was written.
+        files: Name and bytes of each weight file.
+        parameters: Parameters written.
+        notes: What the user should know, one line each.
+    """
+
+    path: Path
+    source_format: str
+    format: str
+    files: dict[str, int]
+    parameters: int
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: str | PathLike[str],
+    destination: str | PathLike[str],
+    to: str = "safetensors",
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[int, int], None] | None = None,
+    **hub: Any,
+) -> Conversion:
+    """Writes a checkpoint in another format, without the framework of either.
+
+    No more than two tensors are in memory: one is written while the next one is read. The new
+    folder appears when it is complete, and not at all if anything fails. Tokenizer and generation
+    settings are carried along.
+
+    Args:
+        source: Folder, weight file, index of shards, hub id, or "mini". Its format is found from
+            its files.
+        destination: A new folder.
+        to: "safetensors", "torch-bin", "tf-h5", "flax-msgpack", "metaseq" or "keras-hub".
+        dtype: Type to store, such as "float16"; None keeps each tensor's own.
+        max_shard_size: Most bytes of tensors per file, as a number or as "5GB", "10GiB"; metaseq
+            and KerasHub have one file.
+        progress: Called with the bytes read so far and in all.
+        **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+
+    Raises:
+        CheckpointError: The source is missing, damaged or does not fit its configuration, the
+            destination exists, or the disk refuses.
+        ConfigError: The format cannot hold this model.
+        TokenizerError: The tokenizer's files contradict one another.
+    """
+    if to not in TARGETS:
+        raise CheckpointError(f"to: expected one of {', '.join(TARGETS)}, received {to!r}")
+    target, wanted = TARGETS[to], None if dtype is None else float_dtype(dtype)
+    new = Path(os.path.abspath(Path(destination).expanduser()))
+    check_is_new(new)  # before anything is downloaded
+    path = resolve(source, convertible=True, **hub)
+    found = open_source(path)
+    head = head_of(found.checkpoint)
+    plan = plan_load(found.checkpoint, found.read_config(), head)
+    total = sum(tensor.nbytes for _, tensor in plan.entries)
+    broken: dict[str, int] = {}
+    done = 0
+
+    def fetched(name: str, nbytes: int, not_finite: int) -> None:
+        nonlocal done
+        done += nbytes
+        if not_finite:
+            broken[name] = not_finite
+        if progress is not None:
+            progress(min(done, total), total)
+
+    with _enough_memory(path), new_folder(new) as stage:
+        carry(found.checkpoint.folder, stage, keras_hub=to == "keras-hub")
+        names = write_weights(
+            stage, target, plan.config, plan.entries, wanted, max_shard_size, fetched
+        )
+        if to != "keras-hub":  # which has a config.json of its own
+            stored = plan.entries[0][1].dtype.name if wanted is None else wanted.name
+            values = plan.config.replace(dtype=stored).to_dict()
+            values |= {"architectures": [_ARCHITECTURES[head]]}
+            write_json(stage / "config.json", values)
+        files = {name: (stage / name).stat().st_size for name in names}
+    notes = [*found.notes, *filter(None, [target.note and target.note(plan.config)])]
+    notes += [f"{name}: {count} values are NaN or infinite" for name, count in broken.items()]
+    return Conversion(
+        new,
+        found.checkpoint.format,
+        to,
+        files,
+        sum(spec.size for spec, _ in plan.entries),
+        tuple(notes),
+    )
+
+
+@contextlib.contextmanager
+def _enough_memory(path: Path) -> Generator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise CheckpointError(f"{path}: not enough memory for its largest tensor") from None

@@ -1,0 +1,97 @@
+"""A folder that appears whole or not at all, even if the process is killed while it is written."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+
+from opt_core.errors import CheckpointError
+
+
+def check_is_new(folder: Path) -> None:
+    """Refuses a folder that exists, unless it is empty.
+
+    Raises:
+        CheckpointError: It exists.
+    """
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: already exists; name a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Generator[Path]:
+    """Yields a hidden folder beside the wanted one, which takes its place at the end.
+
+    On an error it is removed. After a kill it stays, hidden, until the next attempt removes it.
+
+    Args:
+        folder: The folder to make; its parents are made if missing.
+
+    Raises:
+        CheckpointError: The folder exists and is not empty, another process is making it, or the
+            disk refuses.
+    """
+    folder = Path(os.path.abspath(folder))
+    check_is_new(folder)
+    stage = folder.parent / f".{folder.name}.partial"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if stage.is_symlink() or (stage.exists() and not stage.is_dir()):
+            stage.unlink()
+        stage.mkdir(exist_ok=True)
+        with _locked(stage, folder):
+            try:
+                _clear(stage)
+                yield stage
+                _flush(stage)
+                stage.rename(folder)
+                _flush_entry(folder.parent)
+            finally:
+                shutil.rmtree(stage, ignore_errors=True)
+    except CheckpointError as error:  # nobody knows the folder by its hidden name
+        raise CheckpointError(str(error).replace(str(stage), str(folder))) from None
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def _locked(stage: Path, folder: Path) -> Generator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows: two conversions to one folder at a time are the user's care
+        yield
+        return
+    handle = os.open(stage, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(f"{folder}: another process is writing it") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _clear(stage: Path) -> None:
+    for path in stage.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _flush(stage: Path) -> None:
+    """Waits until the disk has everything, so that no crash leaves a folder of empty files."""
+    for path in sorted(stage.rglob("*"), reverse=True):
+        _flush_entry(path)
+    _flush_entry(stage)
+
+
+def _flush_entry(path: Path) -> None:
+    with contextlib.suppress(OSError):  # some systems cannot flush a folder
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

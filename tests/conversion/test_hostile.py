@@ -1,0 +1,63 @@
+"""Broken and hostile files: always one OPTError that names the file, never anything else.
+
+Nothing runs, hangs, takes memory, or is written outside the destination.
+"""
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import conversion
+from opt_core.errors import OPTError
+from tests.conversion.checkpoints import make
+from tests.conversion.hostile_corpus import CORPUS, FILES, MEMORY, SECONDS, used
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound checkpoint of every format."""
+    root = tmp_path_factory.mktemp("sound")
+    make(root / "source")
+    for kind in FILES:
+        conversion.convert(root / "source", root / kind, kind)
+    return root
+
+
+def everything(folder: Path) -> Iterator[tuple[str, int]]:
+    for path in sorted(folder.rglob("*")):
+        yield str(path), path.lstat().st_size
+
+
+def test_the_corpus_is_large():
+    assert len(CORPUS) >= 200
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_what_is_broken_is_refused_in_one_line(
+    name: str, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    start, damage = CORPUS[name]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in (sound / start).iterdir() if start else ():
+        (folder / path.name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    damage(folder)
+    before = list(everything(tmp_path))
+    began, memory = used(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(OPTError) as caught:
+        conversion.convert(folder, tmp_path / "new")
+    try:
+        told = conversion.describe(folder).problems if " cut to " not in name else (str(folder),)
+    except OPTError as error:
+        told = (str(error),)
+    assert any(str(folder) in problem for problem in told)
+    message = str(caught.value)
+    assert str(folder) in message, message
+    assert message.isprintable(), message
+    assert len(message) < 2000
+    assert used() - began < 2 * SECONDS  # for the two calls
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < MEMORY / 1024
+    assert list(everything(tmp_path)) == before  # nothing new, nothing run
