@@ -111,7 +111,8 @@ class Row:
         program: One of `PROGRAMS`.
         batch: Rows of the batch.
         arguments: Bytes per chip: weights, cache, optimizer state.
-        temporaries: Bytes per chip besides, code included.
+        temporaries: Bytes per chip besides, results and code included.
+        peak: Most bytes per chip in use at once, its fast memory (0.1 GiB) included.
         memory: Bytes a chip has.
         seconds: The compiler's estimate of a run; None where it has none.
         collectives: Kind -> instructions in the program; a loop's body counts once.
@@ -128,6 +129,7 @@ class Row:
     batch: int
     arguments: int = 0
     temporaries: int = 0
+    peak: int = 0
     memory: int = 0
     seconds: float | None = None
     collectives: dict[str, int] = field(default_factory=dict)
@@ -176,7 +178,7 @@ def lower_generation(config: OPTConfig, mesh: Mesh) -> Iterator[tuple[str, Any]]
     state = outline(state, mesh)
     settings = TracedSettings.of(GenerationConfig(max_new_tokens=2, eos_token_id=2))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    numbers = generation._Numbers(settings, key, np.int32(config.vocab_size), np.int32(1))
+    numbers = generation._Numbers(settings, key, config.vocab_size, 1)
     ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     real = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.bool_)
     prompt = (ids, None, ids, real, np.int32(LENGTH - 1))
@@ -255,6 +257,7 @@ def describe(compiled: Any, row: Row, chip: str) -> Row:
         - memory.alias_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
+    row.peak = memory.peak_memory_in_bytes
     row.memory = CHIPS[chip].memory * GIB
     row.collectives = count_collectives(text)
     row.largest_gather = largest_gather(text)
@@ -290,6 +293,11 @@ def largest_gather(text: str) -> int:
     return max(sizes)
 
 
+def temporaries(compiled: Any) -> int:
+    """Bytes a compiled program needs besides its arguments and results."""
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 def attention_temporaries(chip: str = "v5e") -> dict[str, tuple[int, int]]:
     """Temporaries of attention over a 2048-token prompt, by size: Pallas' kernel and plain."""
     mesh, found = make_mesh(chip, (1, 1, 1)), {}
@@ -303,13 +311,19 @@ def attention_temporaries(chip: str = "v5e") -> dict[str, tuple[int, int]]:
             lambda q, k, v: attention.sdpa(q, k, v, None),
         )
         compiled = [jax.jit(kernel).lower(*states).compile() for kernel in kernels]
-        sizes = [c.memory_analysis().temp_size_in_bytes for c in compiled]
+        sizes = [temporaries(c) for c in compiled]
         found[f"{size} (head size {config.head_dim})"] = (sizes[0], sizes[1])
     return found
 
 
 HEADINGS = ("size", "chips", "data x fsdp x model", "program", "batch", "arguments", "temporaries",
-            "of", "seconds", "collectives")  # fmt: skip
+            "peak", "of", "seconds", "collectives")  # fmt: skip
+
+LEGEND = (
+    "Arguments, temporaries and peak are GiB per chip, seconds the compiler's estimate of a run. "
+    "AR, AG, RS, A2A and CP: all-reduce, all-gather, reduce-scatter, all-to-all, collective-permute "
+    "instructions in the program; a loop's body counts once."
+)
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -317,10 +331,10 @@ def cells(row: Row) -> tuple[str, ...]:
     short = {"all-reduce": "AR", "all-gather": "AG", "reduce-scatter": "RS", "all-to-all": "A2A",
              "collective-permute": "CP"}  # fmt: skip
     talk = ", ".join(f"{count} {short[kind]}" for kind, count in row.collectives.items())
-    sizes = tuple(f"{value / GIB:.2f}" for value in (row.arguments, row.temporaries))
+    sizes = tuple(f"{value / GIB:.2f}" for value in (row.arguments, row.temporaries, row.peak))
     head = (row.size, f"{row.chips} {row.chip}", row.mesh, row.program, str(row.batch))
     if row.error:
-        return (*head, "-", "-", f"{row.memory // GIB}", "-", row.error.partition("\n")[0])
+        return (*head, "-", "-", "-", f"{row.memory // GIB}", "-", row.error.partition("\n")[0])
     seconds = "-" if row.seconds is None else f"{row.seconds:.4f}"
     return (*head, *sizes, f"{row.memory // GIB}", seconds, talk or "none")
 
@@ -340,7 +354,8 @@ def show(rows: list[Row], attention_sizes: dict[str, Any], markdown: bool) -> No
         table = Table(*headings)
         for line in lines:
             table.add_row(*line)
-        Console().print(table)
+        Console(width=None if sys.stdout.isatty() else 140).print(table)
+    print(LEGEND)
 
 
 def main() -> None:

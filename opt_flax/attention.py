@@ -1,5 +1,7 @@
 """Causal self-attention: projections, masks and the kernels behind one interface."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -258,4 +260,5 @@ def _pallas(
     )  # fmt: skip
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * H)
     kernel = splash.make_splash_mha_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
-    return jax.vmap(kernel)(*states, segments)[:, :, :T]
+    mixed: Any = jax.vmap(kernel)(*states, segments)
+    return mixed[:, :, :T]

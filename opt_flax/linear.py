@@ -42,9 +42,11 @@ class Embedding(nnx.Module):
             rows: (B, T) integers.
             mode: What a row number beyond the table gives: "fill" for NaN, "clip" for the last row.
         """
-        axis = "position" if self.size is None else "vocab"
-        table = constrain_table(self.embedding[...], rows.shape[0], axis, self.mesh)
-        rows = constrain_rows(rows, self.mesh)
+        table = self.embedding[...]
+        if rows.shape[1] > 1:  # decoding looks its few tokens up where the table is
+            axis = "position" if self.size is None else "vocab"
+            table = constrain_table(table, rows.shape[0], axis, self.mesh)
+            rows = constrain_rows(rows, self.mesh)
         if self.size is not None and self.size < table.shape[0]:
             rows = jnp.where(rows < self.size, rows, table.shape[0])
         found = jnp.take(table, rows, axis=0, mode=mode)

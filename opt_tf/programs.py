@@ -28,6 +28,10 @@ _NO_PART = ("max_length", "max_new_tokens", "bos_token_id", "pad_token_id", "sto
 _NEUTRAL = vars(GenerationConfig())
 
 
+JIT_COMPILE = True
+"""Whether XLA compiles the programs; tests of the logic alone switch it off, to save time."""
+
+
 def bucket(length: int) -> int:
     """The length that something so long is padded to: 32, 64, 128, 256, 512, 768, ..."""
     return next((size for size in (32, 64, 128) if size >= length), -(-length // 256) * 256)
@@ -93,7 +97,7 @@ def compiled(
     if key not in model.programs:
         fixed = program_settings(request.settings, request.vocabulary, request.pad, **neutral)
         run = partial(_run, program, model, fixed)
-        model.programs[key] = tf.function(run, jit_compile=True, autograph=False)
+        model.programs[key] = tf.function(run, jit_compile=JIT_COMPILE, autograph=False)
     return model.programs[key]
 
 

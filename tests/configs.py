@@ -12,7 +12,7 @@ _TINY: dict[str, Any] = {
     "vocab_size": 99,
     "hidden_size": 32,
     "num_attention_heads": 4,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "ffn_dim": 56,
     "max_position_embeddings": 512,
     "dropout": 0.1,
@@ -20,9 +20,7 @@ _TINY: dict[str, Any] = {
 
 CONFIGS = {
     "pre_ln": OPTConfig(**_TINY),
-    "post_ln": OPTConfig(**_TINY, do_layer_norm_before=False, word_embed_proj_dim=24).replace(
-        num_hidden_layers=2
-    ),
+    "post_ln": OPTConfig(**_TINY, do_layer_norm_before=False, word_embed_proj_dim=24),
     "galactica": OPTConfig(
         **_TINY,
         activation_function="gelu",

@@ -1,8 +1,10 @@
 """What every test shares: the frameworks set to full precision, and tiny models on disk."""
 
+import gc
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,27 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each framework in turn."""
     return make_backend(request.param)
+
+
+@pytest.fixture(autouse=True)
+def graphs_where_xla_is_not_asked_for(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XLA compiles each of TensorFlow's programs for seconds; their graphs run at once."""
+    asked = request.node.get_closest_marker("xla")
+    if not asked and "backend" in request.fixturenames:
+        backend = request.getfixturevalue("backend")
+        if isinstance(backend, Backend) and backend.name == "tf":
+            monkeypatch.setattr("opt_tf.programs.JIT_COMPILE", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_dropped() -> Iterator[None]:
+    """A worker would keep gigabytes of them otherwise."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

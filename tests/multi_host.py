@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,8 @@ def main(index: int, count: int, port: int, model_folder: Path, out: Path) -> No
         for spec in param_specs(model.config):
             values[spec.name] = checkpoint.as_array(checkpoint.get_parameter(model, spec))
         facts["losses"].append(training.train_step(model, optimizer, ids, config, 1))
-    np.savez(out / f"{index}.npz", **{k: np.asarray(v) for k, v in values.items()})
+    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in values.items()}
+    np.savez(out / f"{index}.npz", **arrays)
     (out / f"{index}.json").write_text(json.dumps(facts))
     jax.distributed.shutdown()
 

@@ -79,6 +79,7 @@ def test_filters_act_on_beams(backend, folder, settings):
         assert [ours[row]] == theirs
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize(
     "filters",
     [{}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[7], [52, 52]]}],

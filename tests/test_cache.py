@@ -105,6 +105,7 @@ def test_a_cache_needs_room(backend, folder):
 
 
 def test_a_cache_of_another_model(backend, folder):
-    cache = backend.load(folder("post_ln")).init_cache(1, 8)
+    deeper = CONFIGS["pre_ln"].replace(num_hidden_layers=3)
+    cache = backend.load(folder(deeper)).init_cache(1, 8)
     with pytest.raises(InputError, match="past_key_values is of another model: expected"):
         backend.load(folder("pre_ln"))([[2, 5]], past_key_values=cache)

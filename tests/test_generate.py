@@ -14,6 +14,7 @@ PAD = 1
 PLAIN = {"eos_token_id": None, "max_new_tokens": 24}
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("variant", CONFIGS)
 def test_greedy_equals_the_oracle(backend, folder, variant):
     """256 tokens, checked in one uncached pass of the oracle: each is its predecessor's argmax."""
@@ -74,6 +75,7 @@ def test_a_batch_is_its_rows(backend, folder, variant):
         np.testing.assert_array_equal(together[row, 11:], alone[0, length:])
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize(
     "settings", [{}, {"do_sample": True}, {"do_sample": True, "num_return_sequences": 3}]
 )
@@ -104,6 +106,7 @@ def test_the_prompt_never_ends_a_row(backend, folder):
     assert out.shape == (2, 11)
 
 
+@pytest.mark.xla
 def test_rows_end_separately_and_are_padded(backend, folder):
     model = backend.load(folder("pre_ln"))
     ids = make_prompts(CONFIGS["pre_ln"], 4, 5)
@@ -134,6 +137,7 @@ def test_the_window_can_be_filled_to_its_last_place(backend, folder):
     np.testing.assert_array_equal(out[:, 500:], logits[:, 499:].argmax(-1))
 
 
+@pytest.mark.xla
 def test_sampling_depends_on_the_seed_alone(backend, folder):
     ids = make_prompts(CONFIGS["pre_ln"], 2, 5)
     model = backend.load(folder("pre_ln"))

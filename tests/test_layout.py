@@ -18,19 +18,27 @@ BACKENDS = {"opt_torch": "", "opt_tf": "TF", "opt_flax": "Flax"}
 
 OWN_FILES = {
     "opt_torch": set[str](),
-    "opt_tf": {"programs.py", "export.py"},
+    "opt_tf": {"programs.py", "fitting.py", "export.py"},
     "opt_flax": {"programs.py", "parallel.py", "resume.py"},
 }
-"""Files for what a framework alone needs (so far): compiled programs, serving, meshes."""
+"""Files for what a framework alone needs (so far): programs, Keras' fit, serving, meshes."""
 
 OWN_NAMES = {
-    "attention.py": {"flash", "packed", "check_flash", "drop"},
+    "attention.py": {"flash", "packed", "check_flash", "drop", "platform_of"},
     "checkpoint.py": {
         *("usable_device", "tie", "is_tied", "cast_tensor", "as_tensor", "as_array"),
         *("outline", "path_of"),
     },
     "generation.py": {"bucketed"},
-    "linear.py": {"Embedding", "WORTHWHILE", "packed", "fingerprint", "available_memory", "drop"},
+    "linear.py": {
+        "FEW_ROWS",
+        "Embedding",
+        "WORTHWHILE",
+        "packed",
+        "fingerprint",
+        "available_memory",
+        "drop",
+    },
 }
 """Names that not every backend has: kernels, devices, tied parameters and memory layouts differ."""
 

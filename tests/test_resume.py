@@ -136,11 +136,12 @@ def test_what_does_not_fit_is_refused(fresh, tmp_path):
     checkpoints.close()
 
 
-def test_damaged_checkpoints_are_refused(fresh, tmp_path):
+@pytest.mark.parametrize("lost", ["about/metadata", "state/manifest.ocdbt"])
+def test_damaged_checkpoints_are_refused(fresh, tmp_path, lost):
     model, optimizer = fresh()
     with TrainingCheckpoints(tmp_path) as checkpoints:
         checkpoints.save(1, model, optimizer)
-    shutil.rmtree(tmp_path / "1" / "state" / "d")
+    (tmp_path / "1" / lost).unlink()
     with (
         TrainingCheckpoints(tmp_path) as checkpoints,
         pytest.raises(CheckpointError, match="step 1 cannot be restored"),

@@ -84,6 +84,7 @@ def test_frequencies_follow_the_distribution(backend, folder, settings):
     assert (np.abs(counts - expected)[often] < CHANCE * deviation[often] + 1).all()
 
 
+@pytest.mark.xla
 def test_rows_are_drawn_independently(backend, folder):
     ids = make_prompts(CONFIGS["pre_ln"], 1, 5)
     out = backend.generate(
