@@ -139,7 +139,7 @@ def tf_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
         out = model.generate(
             batch, attention_mask=mask, max_new_tokens=new, eos_token_id=None, do_sample=False
         )
-        assert out.shape[1] == batch.shape[1] + new
+        assert out.shape[1] == ids.shape[1] + new
 
     def train() -> float:
         nonlocal optimizer

@@ -32,6 +32,7 @@ OWN_NAMES = {
     "generation.py": {"bucketed"},
     "linear.py": {
         "FEW_ROWS",
+        "sizes",
         "Embedding",
         "WORTHWHILE",
         "packed",
