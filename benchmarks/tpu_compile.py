@@ -321,8 +321,8 @@ HEADINGS = ("size", "chips", "data x fsdp x model", "program", "batch", "argumen
 
 LEGEND = (
     "Arguments, temporaries and peak are GiB per chip, seconds the compiler's estimate of a run. "
-    "AR, AG, RS, A2A, CP: all-reduce, all-gather, reduce-scatter, all-to-all, collective-permute "
-    "instructions in the program; a loop's body counts once."
+    "AR, AG, RS, A2A and CP: all-reduce, all-gather, reduce-scatter, all-to-all, "
+    "collective-permute instructions in the program; a loop's body counts once."
 )
 
 
