@@ -23,6 +23,13 @@ WEIGHT = 256 * 256 * 2
 """Bytes of the smallest weight of a layer."""
 
 
+@pytest.fixture(autouse=True)
+def precision_of_tpu_programs():
+    """Other tests want the highest precision, which the kernels for bfloat16 cannot give."""
+    with jax.default_matmul_precision("default"):
+        yield
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Programs for 4 rows of 256 slots."""
