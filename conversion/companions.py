@@ -25,16 +25,16 @@ def carry(source: Path, destination: Path, keras_hub: bool = False) -> None:
 
     Raises:
         TokenizerError: The tokenizer's files contradict one another.
-        CheckpointError: A file cannot be copied.
+        CheckpointError: A file cannot be copied, or is a link out of the folder.
     """
     try:
         for name in (*_CARRIED, *(() if is_keras_hub(source) else TOKENIZER_FILES)):
-            _copy(source / name, destination / name)
+            _copy(source, name, destination / name)
         for ours, keras in _KERAS_ASSETS.items():
-            _copy(source / _ASSETS / keras, destination / ours)
+            _copy(source, _ASSETS / keras, destination / ours)
         if not any((destination / name).exists() for name in ("vocab.json", "tokenizer.json")):
             for ours, theirs in _METASEQ.items():
-                _copy(source / theirs, destination / ours)
+                _copy(source, theirs, destination / ours)
     except OSError as error:
         raise CheckpointError(f"{source}: cannot be copied: {error.strerror or error}") from None
     if (destination / "vocab.json").exists() and not (destination / "tokenizer.json").exists():
@@ -61,11 +61,22 @@ def is_keras_hub(source: Path) -> bool:
     return (source / "assets").is_dir() or (source / "metadata.json").is_file()
 
 
-def _copy(source: Path, destination: Path) -> None:
+def _copy(folder: Path, name: str | Path, new: Path) -> None:
+    source = folder / name
     if source.is_file():
         if source.stat().st_size > _MAX_SIZE:
             raise CheckpointError(f"{source}: expected at most {_MAX_SIZE} bytes")
-        shutil.copyfile(source, destination)
+        if not _is_part_of(folder, source):
+            raise CheckpointError(f"{source}: a link out of its folder; put a copy there instead")
+        shutil.copyfile(source, new)
+
+
+def _is_part_of(folder: Path, path: Path) -> bool:
+    """Whether a file came with the checkpoint: a link could name any file, to be published."""
+    roots = [folder.resolve()]
+    if roots[0].parent.name == "snapshots":  # the hub's cache is links to ../../blobs
+        roots.append(roots[0].parent.parent / "blobs")
+    return any(path.resolve().is_relative_to(root) for root in roots)
 
 
 def _lay_out(folder: Path) -> None:

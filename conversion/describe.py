@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -129,13 +129,14 @@ def describe(path_or_hub_id: str | PathLike[str], **hub: Any) -> Description:
     if remote is None:
         return _describe(resolve(name, convertible=True, **hub))
     with headers_of(remote) as folder:
-        found = _describe(folder)
+        found = _describe(folder, remote.sizes.keys())
         here = f"{folder}{os.sep}"
         problems = [p.replace(here, f"{name}/").replace(str(folder), name) for p in found.problems]
         return replace(found, path=Path(name), problems=tuple(problems))
 
 
-def _describe(path: Path) -> Description:
+def _describe(path: Path, names: Collection[str] | None = None) -> Description:
+    """Describes a folder, in which files of these names are, or would be if it were complete."""
     folder = path if path.is_dir() else path.parent
     problems: list[str] = []
     config = source = checkpoint = head = vocabulary = weights_error = None
@@ -164,7 +165,9 @@ def _describe(path: Path) -> Description:
             problems += _tokenizer_problems(tokenizer, config) if config is not None else ()
         except OPTError as error:
             problems.append(str(error))
-    problems += _folder_problems(folder, path)
+    if names is None and path.is_dir():
+        names = {file.name for file in path.iterdir()}
+    problems += _folder_problems(folder, names or ())
     tensors = _tensors(checkpoint)
     copied = {_LM_HEAD} if config is not None and config.tie_word_embeddings else set[str]()
     return Description(
@@ -231,9 +234,9 @@ def _tokenizer_problems(tokenizer: OPTTokenizer, config: OPTConfig) -> Iterator[
             yield f"config.json has {name}={here}, but the tokenizer has {there}"
 
 
-def _folder_problems(folder: Path, path: Path) -> Iterator[str]:
+def _folder_problems(folder: Path, names: Collection[str]) -> Iterator[str]:
     for index, single in _STALE.items():
-        if path.is_dir() and (folder / index).exists() and (folder / single).exists():
+        if index in names and single in names:
             yield (
                 f"{folder / single}: not read: {index} beside it lists the shards that are; "
                 "remove the single file, it is stale"

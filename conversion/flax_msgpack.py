@@ -60,8 +60,7 @@ def read_flax(path: Path) -> Mapping[str, LazyTensor]:
         CheckpointError: The file is missing or damaged, or holds anything but arrays in dicts.
     """
     source = TensorFile(path)
-    walker = _Walker(source)
-    tree, end = walker.value(0, source.size, "", 0)
+    tree, end = walk_flax(source)
     if end != source.size:
         raise CheckpointError(f"{path}: {source.size - end} bytes too many at byte {end}")
     if not isinstance(tree, dict):
@@ -70,6 +69,18 @@ def read_flax(path: Path) -> Mapping[str, LazyTensor]:
     for name, tensor in _leaves(cast(dict[str, Any], tree), "", path):
         found[name] = transposed(tensor) if is_kernel(name) and len(tensor.shape) == 2 else tensor
     return found
+
+
+def walk_flax(source: TensorFile) -> tuple[Any, int]:
+    """Goes through the structure of a file, which takes a look in front of every array.
+
+    Returns:
+        The dicts of arrays, and where they end.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    return _Walker(source).value(0, source.size, "", 0)
 
 
 def _kind(value: object) -> str:

@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from opt_core.tensor_file import StoredTensor, TensorFile
 _MAGIC = b"\x89HDF\r\n\x1a\n"
 _WORKER = Path(__file__).with_name("hdf5_worker.py")
 _TIMEOUT = 120.0  # a slow disk may take long; a loop is ended by the worker's own limit
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _DTYPES: dict[str, np.dtype[Any]] = {
     "<f8": np.dtype(np.float64),
     "<f4": np.dtype(np.float32),
@@ -56,17 +59,50 @@ def read_hdf5(path: Path) -> dict[str, StoredTensor]:
     return {name: _stored(name, entry, source) for name, entry in _listed(path).items()}
 
 
+def touch_hdf5(path: Path, size: int, fetch: Callable[[int, int], bytes]) -> None:
+    """Asks for every byte of a file that reading its header takes.
+
+    Args:
+        path: Name of the file; it need not exist.
+        size: Its bytes.
+        fetch: Called with (offset, count). What it raises ends the reading.
+
+    Raises:
+        CheckpointError: h5py is not installed.
+    """
+    require_h5py(path)
+    with subprocess.Popen(
+        [*_command(path), str(size)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **_ONE_THREAD},
+    ) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        try:
+            while match := re.fullmatch(rb"(\d{1,18}) (\d{1,9})\n", worker.stdout.readline(64)):
+                worker.stdin.write(fetch(int(match[1]), int(match[2])))
+                worker.stdin.flush()
+        except BrokenPipeError:  # it gave up on a damaged file: reading that will tell
+            pass
+        finally:
+            worker.kill()
+
+
+def _command(path: Path) -> list[str]:
+    return [sys.executable, "-P", str(_WORKER), os.path.abspath(path)]
+
+
 def _listed(path: Path) -> dict[str, Any]:
-    command = [sys.executable, "-P", str(_WORKER), os.path.abspath(path)]
-    one_thread = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            command,
+            _command(path),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=False,
             timeout=_TIMEOUT,
-            env={**os.environ, **one_thread},
+            env={**os.environ, **_ONE_THREAD},
         )
         answer: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
     except (subprocess.TimeoutExpired, ValueError):

@@ -111,12 +111,12 @@ def _canonical(name: str, stored: StoredTensor) -> tuple[str, LazyTensor]:
     return f"model.decoder.layers.{int(match[1] or 0)}.{part}.{leaf}", tensor
 
 
-def keras_hub_config(folder: Path, weights: Path) -> OPTConfig:
+def keras_hub_config(folder: Path, weights: Sequence[Path]) -> OPTConfig:
     """The configuration of a preset's config.json, or of the weights' shapes where there is none.
 
     Args:
         folder: Where config.json may be; one that `transformers` wrote is taken as it is.
-        weights: The .weights.h5.
+        weights: The .weights.h5, or its shards.
 
     Raises:
         ConfigError: The file describes another model, or is damaged.
@@ -151,9 +151,10 @@ def keras_hub_config(folder: Path, weights: Path) -> OPTConfig:
     return OPTConfig.from_dict({**fixed, "dropout": given.get("dropout", 0.1)}, str(path))
 
 
-def _config_of_shapes(weights: Path) -> OPTConfig:
-    heads = {t.shape[1] for n, t in read_hdf5(weights).items() if _HEADS.search(n) and t.shape[1:]}
-    tensors = read_keras_hub(weights)
+def _config_of_shapes(weights: Sequence[Path]) -> OPTConfig:
+    stored = {name: tensor for path in weights for name, tensor in read_hdf5(path).items()}
+    heads = {t.shape[1] for name, t in stored.items() if _HEADS.search(name) and t.shape[1:]}
+    tensors = {name: tensor for path in weights for name, tensor in read_keras_hub(path).items()}
     layers = sum(name.endswith(".fc1.weight") for name in tensors)
     try:
         (vocab, hidden), (rows, _), (ffn, _) = (
@@ -162,7 +163,7 @@ def _config_of_shapes(weights: Path) -> OPTConfig:
         )
         (head_count,) = heads
     except (KeyError, ValueError):
-        raise CheckpointError(f"{weights}: no OPT decoder in it; expected KerasHub's") from None
+        raise CheckpointError(f"{weights[0]}: no OPT decoder in it; expected KerasHub's") from None
     return OPTConfig(
         vocab_size=vocab,
         hidden_size=hidden,

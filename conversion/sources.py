@@ -53,7 +53,8 @@ _FOREIGN_FILES = {
     "tf_model.h5": _TF,
     "flax_model.msgpack.index.json": _FLAX,
     "flax_model.msgpack": _FLAX,
-    "model.weights.h5": _KERAS_HUB,
+    "model.weights.h5": _KERAS_HUB,  # KerasHub itself takes it before the index
+    "model.weights.json": _KERAS_HUB,
     "task.weights.h5": _KERAS_HUB,
 }
 WEIGHT_FILES = (*_NATIVE_FILES, *_FOREIGN_FILES)
@@ -96,12 +97,15 @@ def open_source(path: Path) -> Source:
     kind = _FOREIGN_FILES.get(name) or _by_suffix(name)
     if kind is None:
         return _source(_native(path))
-    shards = read_index(folder / name) if name.endswith(".index.json") else {name: None}
+    is_index = name.endswith((".index.json", ".weights.json"))
+    shards = read_index(folder / name) if is_index else {name: None}
+    if kind is _KERAS_HUB:  # whose index lists groups
+        shards = dict.fromkeys(shards)
     checkpoint = read_files(folder, shards, kind.format, kind.read, kind.rename)
     if kind is _KERAS_HUB:
         note = "KerasHub keeps no rows in front of position 0: they are zero"
         notes = () if has_hidden_rows(checkpoint.tensors) else (note,)
-        return Source(checkpoint, lambda: keras_hub_config(folder, folder / name), notes)
+        return Source(checkpoint, lambda: keras_hub_config(folder, checkpoint.files), notes)
     return _source(checkpoint)
 
 
@@ -136,7 +140,7 @@ def _first_of(folder: Path) -> str:
 
 
 def _by_suffix(name: str) -> _Foreign | None:
-    if name.endswith(".weights.h5"):
+    if name.endswith((".weights.h5", ".weights.json")):
         return _KERAS_HUB
     return {".h5": _TF, ".msgpack": _FLAX}.get(Path(name).suffix)
 

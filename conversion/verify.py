@@ -1,18 +1,25 @@
 """Whether two checkpoints, or two backends, compute the same: logits, then greedy tokens."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from conversion.backends import inference, load_backend, to_numpy
+from conversion.convert import convert
+from conversion.sources import open_source
+from opt_core.checkpoint import open_checkpoint
 from opt_core.config import OPTConfig
-from opt_core.errors import InputError
+from opt_core.errors import CheckpointError, InputError
 from opt_core.generation import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.tokenizer import OPTTokenizer
@@ -108,10 +115,12 @@ def verify(
 ) -> Report:
     """Runs the same prompts through both checkpoints on each backend, in float32, and compares.
 
-    One model is in memory at a time. The reference is `a` on the first backend.
+    One model is in memory at a time. The reference is `a` on the first backend. What no backend
+    loads (TensorFlow's, Flax', KerasHub's and metaseq's files) is converted first, into a folder
+    for temporary files that needs as much room as the checkpoint.
 
     Args:
-        a: Folder, hub id or "mini".
+        a: Folder, weight file, hub id or "mini".
         b: The same; it may be `a` where several backends are compared.
         backends: Names of backends: "torch", "tf", "flax".
         prompts: Texts, encoded with the tokenizer of `a`. By default `PROMPTS`, or seeded
@@ -130,14 +139,22 @@ def verify(
     if names[0] == names[1] and len(backends) > 1:
         names = names[:1]
     sides = [Side(name, backend) for name in names for backend in backends]
-    labels, encoded = _encode(names[0], prompts, max_new_tokens)
-    reference, *others = (_answers(side, encoded, max_new_tokens, progress) for side in sides)
+    with ExitStack() as scratch:
+        folders = {
+            side.path: scratch.enter_context(_loadable(side, progress))
+            for side in sides[:: len(backends)]
+        }
+        notes = tuple(_notes([folders[name] for name in names]))
+        labels, encoded = _encode(folders[names[0]], prompts, max_new_tokens)
+        reference, *others = (
+            _answers(side, folders[side.path], encoded, max_new_tokens, progress) for side in sides
+        )
     differences = [
         _compare(side, label, expected, received)
         for side, answers in zip(sides[1:], others, strict=True)
         for label, expected, received in zip(labels, reference, answers, strict=True)
     ]
-    return Report(sides[0], tolerance, tuple(differences), tuple(_notes(names)))
+    return Report(sides[0], tolerance, tuple(differences), notes)
 
 
 @dataclass(frozen=True)
@@ -146,12 +163,34 @@ class _Answer:
     tokens: list[int]
 
 
+@contextmanager
+def _loadable(
+    side: Side, progress: Callable[[Side, int, int], None] | None
+) -> Generator[Path, None, None]:
+    """The files of one side, or a conversion of them that lasts as long as it is needed."""
+    path = resolve(side.path, convertible=True)
+    if _is_native(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="opt-lm-") as scratch:
+        folder = Path(scratch) / "converted"
+        report = None if progress is None else partial(progress, side)
+        yield convert(path, folder, progress=report).path
+
+
+def _is_native(path: Path) -> bool:
+    found = open_source(path).checkpoint
+    try:
+        return open_checkpoint(path).tensors.keys() == found.tensors.keys()
+    except CheckpointError:
+        return False
+
+
 def _encode(
-    name: str, prompts: Sequence[str] | None, max_new_tokens: int
+    path: Path, prompts: Sequence[str] | None, max_new_tokens: int
 ) -> tuple[list[str], list[NDArray[np.int32]]]:
     """The prompts as they are called in the report, and each as (1, T) ids."""
-    path = resolve(name)
-    folder = path if path.is_dir() else path.parent
+    folder = _folder(path)
     if prompts is not None:
         tokenizer = OPTTokenizer.from_pretrained(folder)
         return list(prompts), [tokenizer([text]).input_ids for text in prompts]
@@ -167,6 +206,7 @@ def _encode(
 
 def _answers(
     side: Side,
+    path: Path,
     encoded: list[NDArray[np.int32]],
     max_new_tokens: int,
     progress: Callable[[Side, int, int], None] | None,
@@ -177,7 +217,7 @@ def _answers(
         if progress is not None:
             progress(side, done, total)
 
-    model = load_backend(side.backend).from_pretrained(side.path, progress=report)
+    model = load_backend(side.backend).from_pretrained(path, progress=report)
     settings = GenerationConfig.from_model(model.config).replace(max_new_tokens=max_new_tokens)
     answers: list[_Answer] = []
     with inference(side.backend):
@@ -205,7 +245,11 @@ def _compare(side: Side, prompt: str, expected: _Answer, received: _Answer) -> D
     )
 
 
-def _notes(names: Sequence[str]) -> Iterator[str]:
-    sizes = [OPTConfig.from_pretrained(name).vocab_size for name in names]
+def _notes(paths: Sequence[Path]) -> Iterator[str]:
+    sizes = [OPTConfig.from_pretrained(_folder(path)).vocab_size for path in paths]
     if len(set(sizes)) > 1:
         yield f"vocabularies of {sizes[0]} and {sizes[1]} ids: the first {min(sizes)} are compared"
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent

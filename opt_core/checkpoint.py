@@ -144,6 +144,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def read_index(path: Path) -> dict[str, set[str]]:
     """Reads the index of a sharded checkpoint: each shard and the tensors it should hold.
 
+    Keras' names groups of tensors, and a group may be spread over several shards.
+
     Raises:
         CheckpointError: It is damaged, or names a file that is missing or not beside it.
     """
@@ -157,13 +159,14 @@ def read_index(path: Path) -> dict[str, set[str]]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: expected a weight_map from tensors to file names")
     shards: dict[str, set[str]] = {}
-    for name, shard in cast(dict[str, object], weight_map).items():
-        if not isinstance(shard, str) or not _is_plain_name(shard):
-            raise CheckpointError(
-                f"{path}: {name!r}: expected the name of a file beside the index, "
-                f"received {shard!r}"
-            )
-        shards.setdefault(shard, set()).add(name)
+    for name, value in cast(dict[str, object], weight_map).items():
+        for shard in cast(list[object], value) if isinstance(value, list) else [value]:
+            if not isinstance(shard, str) or not _is_plain_name(shard):
+                raise CheckpointError(
+                    f"{path}: {name!r}: expected the name of a file beside the index, "
+                    f"received {shard!r}"
+                )
+            shards.setdefault(shard, set()).add(name)
     missing = [shard for shard in shards if not (path.parent / shard).exists()]
     if missing:
         raise CheckpointError(f"{path}: missing shards: {_shorten(missing)}; download them again")

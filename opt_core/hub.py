@@ -26,7 +26,14 @@ TOKENIZER_FILES = (
 )
 _WEIGHT_FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 _CONVERTIBLE = (*_WEIGHT_FORMATS, ("tf_model", "h5"), ("flax_model", "msgpack"))
-_OTHER_WEIGHTS = re.compile(r"(tf_model.*\.h5|flax_model.*\.msgpack)(\.index\.json)?")
+_OTHER_WEIGHTS = re.compile(
+    r"(tf_model.*\.h5|flax_model.*\.msgpack)(\.index\.json)?|model\.weights\.(h5|json)"
+)
+_KERAS_WEIGHTS = ("model.weights.h5", "model.weights.json")
+_KERAS_HUB = re.compile(
+    r"model\.weights\.json|model_\d+\.weights\.h5|metadata\.json"
+    r"|assets/tokenizer/(vocabulary\.json|merges\.txt)"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _TIMEOUT = 10.0  # seconds the hub may take to say what a repository holds
 _EXPECTED = f'expected a folder, "{MINI}", or a hub id such as "facebook/opt-125m"'
@@ -177,7 +184,7 @@ def model_files(names: Iterable[str], source: str, convertible: bool = False) ->
     Args:
         names: Paths relative to the repository's root.
         source: What to call the repository in messages.
-        convertible: Whether TensorFlow's and Flax' weights will do.
+        convertible: Whether TensorFlow's, Flax' and KerasHub's weights will do.
 
     Raises:
         CheckpointError: No configuration, no weights that can be read, or missing shards.
@@ -208,6 +215,11 @@ def _weight_files(found: set[str], source: str, formats: tuple[tuple[str, str], 
             return [index, *(name for name, _ in shards)]
         if single in found:
             return [single]
+    if formats is _CONVERTIBLE and found & set(_KERAS_WEIGHTS):
+        if _KERAS_WEIGHTS[0] in found:
+            found = {name for name in found if ".weights." not in name}
+            return [_KERAS_WEIGHTS[0], *sorted(filter(_KERAS_HUB.fullmatch, found))]
+        return sorted(filter(_KERAS_HUB.fullmatch, found))
     others = sorted(name for name in found if _OTHER_WEIGHTS.fullmatch(name))
     raise CheckpointError(
         f"{source}: no model.safetensors or pytorch_model.bin, "
@@ -284,7 +296,7 @@ class _Repository:
             folder = self.snapshot([], local_files_only=True)
         except _hub_failures() as error:
             raise CheckpointError(f"{self.label}: not in the local cache; {advice}") from error
-        names = [path.name for path in folder.iterdir() if path.is_file()]
+        names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
         try:
             self.chosen(names, files, optional, f"{self.label} in the local cache")
         except CheckpointError as error:

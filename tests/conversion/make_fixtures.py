@@ -101,8 +101,8 @@ def keras_hub(out: Path) -> None:
     import keras
     import keras_hub as hub
 
-    for dtype in ("float32", "bfloat16"):
-        folder = out / f"keras_hub_{dtype}"
+    for dtype, shard in (("float32", 10), ("bfloat16", 10), ("float32", 3e-6)):
+        folder = out / f"keras_hub_{dtype if shard == 10 else 'sharded'}"
         backbone = hub.models.OPTBackbone(
             vocabulary_size=TINY["vocab_size"],
             num_layers=TINY["num_hidden_layers"],
@@ -116,11 +116,11 @@ def keras_hub(out: Path) -> None:
         rng = np.random.default_rng(4)
         for weight in backbone.weights:
             weight.assign(values(weight.shape, rng))
-        backbone.save_to_preset(str(folder))
+        backbone.save_to_preset(str(folder), max_shard_size=shard)
         check = hub.models.OPTBackbone.from_preset(str(folder), dtype="float32")
         hidden = check({"token_ids": IDS, "padding_mask": np.ones_like(IDS)})
         record(folder, keras.ops.convert_to_numpy(check.token_embedding(hidden, reverse=True)))
-        if dtype == "float32":
+        if folder.name.endswith("float32"):
             (folder / "model.weights.h5").unlink()  # a task has the backbone among its layers
             model = hub.models.OPTCausalLM(backbone=backbone, preprocessor=None)
             model.save_weights(str(folder / "task.weights.h5"))
