@@ -10,8 +10,10 @@ T = TypeVar("T")
 class Ahead(Generic[T]):
     """Results of tasks, of which the one after the last taken is already being worked on.
 
+    No result but that one is kept: whoever takes them in another order waits for each.
+
     Args:
-        tasks: Functions, called once each in a thread of their own, one at a time.
+        tasks: Functions, called in a thread of their own, one at a time.
     """
 
     def __init__(self, tasks: Sequence[Callable[[], T]]) -> None:
@@ -27,6 +29,10 @@ class Ahead(Generic[T]):
 
     def take(self, index: int) -> T:
         """The result of a task; what the task raised is raised here."""
+        if index not in self._started:
+            for future in self._started.values():
+                future.cancel()
+            self._started.clear()  # or what nobody takes in time would pile up
         self._start(index)
         result = self._started.pop(index).result()
         if index + 1 < len(self._tasks):

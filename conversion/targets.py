@@ -1,6 +1,7 @@
 """Writers, one per format: their names and layout for each tensor, and their files."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +59,9 @@ def _keras2(_config: OPTConfig, entries: Entries) -> Iterator[tuple[str, LazyTen
 
 
 def _flax(_config: OPTConfig, entries: Entries) -> Iterator[tuple[str, LazyTensor]]:
-    for spec, tensor in entries:
-        name = "/".join(flax_path(spec))
+    # In the order in which they are written: the next one is made while one is written.
+    for path, tensor in sorted(((flax_path(spec), t) for spec, t in entries), key=itemgetter(0)):
+        name = "/".join(path)
         yield name, transposed(tensor) if is_kernel(name) else tensor
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import conversion
-from conversion import flax_msgpack
+from conversion import flax_msgpack, targets
 from conversion.sources import open_source
 from conversion.targets import TARGETS
 from opt_core.errors import CheckpointError, ConfigError, OPTError
@@ -294,3 +295,25 @@ def test_without_h5py_it_says_what_to_install(
     for source, new in ((tmp_path / "a", to), (tmp_path / "b", "safetensors")):
         with pytest.raises(CheckpointError, match=r"need h5py: pip install \"opt-lm\[formats\]\""):
             conversion.convert(source, tmp_path / "c", new)
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_no_more_than_two_tensors_are_held(
+    to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """However many layers there are: eleven, of which "10" is written before "2" by Flax."""
+    make(tmp_path / "a", TINY.replace(num_hidden_layers=11))
+    held: set[int] = set()
+    most = 0
+
+    def fetch(tensor: Any, dtype: Any) -> Any:
+        nonlocal most
+        array = tensor.read().copy()
+        held.add(key := id(tensor))
+        most = max(most, len(held))
+        weakref.finalize(array, held.discard, key)
+        return array, 0
+
+    monkeypatch.setattr(targets, "_fetch", fetch)
+    conversion.convert(tmp_path / "a", tmp_path / "b", to)
+    assert most <= 3  # one is written, one is ready, and one is being let go of
