@@ -312,3 +312,12 @@ def test_to_numpy_keeps_integers_and_widens_half_precision():
 def test_description_keeps_the_configuration(original: Path):
     config = conversion.describe(original).config
     assert config == OPTConfig.from_pretrained(original)
+
+
+@pytest.mark.parametrize("to", ["tf-h5", "flax-msgpack", "metaseq", "keras-hub"])
+def test_verify_reads_what_no_backend_loads(to: str, original: Path, tmp_path: Path):
+    conversion.convert(original, tmp_path / "other", to)
+    report = conversion.verify(tmp_path / "other", original, prompts=None, max_new_tokens=2)
+    assert report.equal
+    assert report.max_difference == 0
+    assert report.reference.path == str(tmp_path / "other")

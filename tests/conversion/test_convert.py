@@ -271,6 +271,25 @@ def test_links_are_followed_and_files_copied(tmp_path: Path):
     assert not any(os.path.islink(p) for p in (tmp_path / "new").iterdir())
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "generation_config.json", "vocab.json"])
+def test_a_link_out_of_the_folder_is_not_published(name: str, tmp_path: Path):
+    make(tmp_path / "a")
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "a" / name).symlink_to("../secret")
+    with pytest.raises(CheckpointError, match=f"{name}: a link out of its folder"):
+        conversion.convert(tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    cached = tmp_path / "models--x" / "snapshots" / "abc"
+    cached.parent.mkdir(parents=True)
+    (tmp_path / "a").rename(cached)
+    (cached / name).unlink()
+    (tmp_path / "models--x" / "blobs").mkdir()
+    (tmp_path / "models--x" / "blobs" / "1").write_text("terms")
+    (cached / "LICENSE").symlink_to("../../blobs/1")  # as the hub's cache is laid out
+    conversion.convert(cached, tmp_path / "b")
+    assert (tmp_path / "b" / "LICENSE").read_text() == "terms"
+
+
 def test_the_vocabulary_that_metaseq_ships(tmp_path: Path):
     make(tmp_path / "a")
     conversion.convert(tmp_path / "a", tmp_path / "b", "metaseq")

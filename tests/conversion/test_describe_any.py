@@ -23,9 +23,7 @@ from tests.core.checkpoint_fixtures import (
     EMBEDDING,
     TINY,
     UNTIED,
-    random_weights,
     write,
-    write_sharded,
 )
 from tests.small_tokenizer import write_opt_folder
 

@@ -21,7 +21,8 @@ MODELS: dict[str, tuple[OPTConfig, str, set[str]]] = {
     "pre-LN": (TINY, "float16", set()),
     "like 350m": (PROJECTED, "float32", {"keras-hub"}),
     "like Galactica": (GALACTICA, "float32", {"keras-hub"}),
-    "untied": (UNTIED, "bfloat16", {"keras-hub", "tf-h5"}),
+    "untied": (UNTIED, "float16", {"keras-hub"}),
+    "bfloat16": (UNTIED, "bfloat16", {"keras-hub", "tf-h5"}),
 }
 Fingerprint = dict[str, str]
 
