@@ -14,8 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 READ_BYTES = 2**30
-PRODUCT = 2048
-"""Rows and columns of the matrices."""
+PRODUCTS = (256, 512, 1024, 2048)
+"""Rows and columns of the matrices: the largest whose product takes no longer than LONGEST."""
+LONGEST = 0.2
+"""Seconds. Some processors need a hundred times as long for bfloat16 as for float32."""
 
 
 def best(call: Callable[[], Any], tries: int) -> float:
@@ -36,8 +38,13 @@ def measure(tries: int = 7) -> dict[str, float]:
     block = torch.zeros(READ_BYTES // 4)
     limits = {"read_gb_s": READ_BYTES / best(block.sum, tries) / 1e9}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(PRODUCT, PRODUCT).to(dtype) for _ in range(2))
-        rate = 2 * PRODUCT**3 / best(lambda a=a, b=b: a @ b, tries) / 1e9
+        rate = 0.0
+        for size in PRODUCTS:
+            a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+            seconds = best(lambda a=a, b=b: a @ b, tries)
+            rate = max(rate, 2 * size**3 / seconds / 1e9)
+            if 8 * seconds > LONGEST:
+                break
         limits[f"{str(dtype).removeprefix('torch.')}_gflop_s"] = rate
     return {name: round(value, 1) for name, value in limits.items()}
 
