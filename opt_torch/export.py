@@ -1,4 +1,4 @@
-"""A model as an exported program: it runs with PyTorch alone, this project nowhere near."""
+"""A model's forward pass as a program of `torch.export`."""
 
 from os import PathLike
 from pathlib import Path

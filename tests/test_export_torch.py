@@ -1,8 +1,5 @@
 """Exported PyTorch programs: run by PyTorch alone, for any number of rows."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -13,16 +10,6 @@ from opt_torch.export import export_program
 from tests.backends import ORACLE_TOLERANCE
 from tests.configs import CONFIGS
 from tests.reference import make_mask, make_prompts
-
-SERVE = """
-import sys
-import numpy as np, torch
-forward = torch.export.load("model.pt2").module()
-data = np.load("in.npz")
-logits = forward(torch.tensor(data["ids"]), torch.tensor(data["mask"]))["logits"]
-np.savez("out.npz", logits=logits.numpy())
-assert not {"opt_core", "opt_torch"} & sys.modules.keys()
-"""
 
 
 def prompts(lengths):
@@ -44,18 +31,6 @@ def test_an_exported_program_computes_what_the_model_does(folder, variant, tmp_p
     for lengths in ([7, 3], [1, 12, 9], [2], [1]):
         ids, mask = prompts(lengths)
         close(forward(torch.tensor(ids), torch.tensor(mask))["logits"], model, ids, mask)
-
-
-def test_an_exported_program_needs_nothing_of_ours(folder, tmp_path):
-    model = opt_torch.OPTForCausalLM.from_pretrained(folder("pre_ln"))
-    (tmp_path / "model.pt2").write_bytes(b"an earlier export")
-    export_program(model, tmp_path / "model.pt2")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
-    ids, mask = prompts([2, 7, 9])
-    np.savez(tmp_path / "in.npz", ids=ids, mask=mask)
-    command = [sys.executable, "-I", "-c", SERVE]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    close(torch.tensor(np.load(tmp_path / "out.npz")["logits"]), model, ids, mask)
 
 
 def test_what_cannot_be_exported(folder, tmp_path, monkeypatch):
