@@ -1,4 +1,4 @@
-"""`opt-lm export`: a model as a program that its framework runs without this project."""
+"""`opt-lm export`: a model as a program for its framework."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,7 +57,7 @@ def export(
         typer.Option(help="tf, flax: beams to keep; above 1: beam search.", metavar="N"),
     ] = None,
 ) -> None:
-    """Write a model as a program that runs without this project.
+    """Write a model as a program for its framework.
 
     torch: `torch.export` of the forward pass. tf: a SavedModel for TensorFlow Serving, or LiteRT.
     flax: StableHLO of `jax.export`, with the weights beside it. tf and flax export generation too,
