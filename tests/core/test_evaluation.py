@@ -55,7 +55,7 @@ def test_perplexity_by_the_protocol(tokenizer: OPTTokenizer, batch_size: int):
         math.exp(sum(m * window for m in means) / (count * window))
     )
     assert (result.windows, result.tokens) == (count, count * (window - 1))
-    assert {shape for shape in model.shapes} == {(min(batch_size, count), window)}
+    assert set(model.shapes) == {(min(batch_size, count), window)}
     per_byte = np.mean(means) * (len(ids) - 1) / len(TEXT.encode()) / math.log(2)
     assert result.bits_per_byte == pytest.approx(per_byte)
     limited = text_perplexity(Bigrams(), TEXT, tokenizer, window, limit=2)

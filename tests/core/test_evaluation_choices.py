@@ -109,11 +109,10 @@ def test_accuracies(tokenizer: OPTTokenizer):
     items = [
         Item("The", (" dog", " fox"), 0),  # right both ways
         Item("The", (" fox", " dog"), 0),  # wrong both ways
-        # Two liked tokens cost more than one that is not, but not for each of their characters.
-        Item("The", (" dog dog dog", " fox"), 0),
+        # Many liked tokens cost more than few others, but not for each of their characters.
+        Item("The", (" dog" * 9, " fox"), 0),
         Item("The", (" fox", " world", " dog"), 2),
     ]
-    assert len(tokenizer.encode(" fox", False)) == 1 or True
     costs = [
         [
             sum(1 if t in likes.tokens else 2 for t in tokenizer.encode(choice, False))

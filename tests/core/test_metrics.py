@@ -102,8 +102,8 @@ def squad_scores(prediction: str, answers: list[str]) -> tuple[float, float]:
 
 ADVERSARIAL = [
     "", " ", "the", "The The", "a.m.", "an-other", "A", "U.S.A.", "the U.S.A", "“the”", "the—end",
-    "don't", "dont", "x the x", "x x", "10,000", "10000", "$5", "\uff21", "ẞ", "ß", "İ", "i̇", "an\nan",
-    "the_end", "theatre", "\u00a0x\u00a0", "x\u200bx", "!?", "a a a b", "b a",
+    "don't", "dont", "x the x", "x x", "10,000", "10000", "$5", "\uff21", "ẞ", "ß", "İ", "i̇",
+    "an\nan", "the_end", "theatre", "\u00a0x\u00a0", "x\u200bx", "!?", "a a a b", "b a",
 ]  # fmt: skip
 
 
