@@ -14,7 +14,7 @@ from opt_core.data_clean import Cleaning
 from opt_core.errors import DataError
 from tests.small_tokenizer import OPT_CONFIG, write_opt_folder
 
-TEXTS = [f"Text number {i}: {' '.join(str(i * k) for k in range(20))}." for i in range(60)]
+TEXTS = [f"Text number {i}: {' '.join(str(i * k) for k in range(20))}." for i in range(1, 61)]
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,12 @@ def test_duplicates_are_found():
     text = words(rng, 500)
     other = [*text[:250], "changed", *text[251:]]
     texts = [" ".join(text), " ".join(words(rng, 500)), " ".join(other), " ".join(text)]
-    texts += [" ".join(text).upper().replace(" ", ", "), "short one", "short two", "short one"]
+    texts += [
+        " ".join(text).replace("w", "W").replace(" ", ", "),
+        "short one",
+        "short two",
+        "short one",
+    ]
     near, same = "near-duplicate", "duplicate"
     assert problems(texts, 0.8) == [None, None, near, same, near, None, None, same]
     assert problems(texts, 1.0) == [None, None, None, same, None, None, None, same]
