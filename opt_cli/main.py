@@ -4,7 +4,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from opt_cli import console, convert, export, generate, info, verify
+from opt_cli import console, convert, evaluate, export, generate, info, prepare, verify
 
 app = typer.Typer(
     cls=console.PipeGroup,
@@ -17,6 +17,8 @@ app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("verify")(verify.verify)
 app.command("export")(export.export)
+app.command("prepare")(prepare.prepare)
+app.add_typer(evaluate.app, name="eval")
 
 
 @app.callback(invoke_without_command=True)
