@@ -26,3 +26,7 @@ class GenerationError(OPTError, ValueError):
 
 class InputError(OPTError, ValueError):
     """Model inputs of wrong shape or range: ids outside the vocabulary, masks of another size."""
+
+
+class DataError(OPTError, ValueError):
+    """Texts, labels or a prepared data set that cannot be used as they are."""
