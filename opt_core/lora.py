@@ -30,6 +30,9 @@ from opt_core.tensor_file import cast_array
 TARGETS = ("q_proj", "v_proj")
 """The layers adapted unless others are named: those of the paper, and PEFT's choice for OPT."""
 
+UNMERGED = "the model has adapters: merge them first, or save them alone (lora.save_adapter)"
+"""Why such a model is not saved as it is: its weights do not hold what it has learnt."""
+
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 _PREFIX = "base_model.model."

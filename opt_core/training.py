@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
+import numpy as np
+
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_core.lora import TARGETS, adapter_specs, check_targets
@@ -214,6 +216,11 @@ class TrainConfig:
         else:
             left = (1 - done) ** (self.lr_power if self.lr_schedule == "polynomial" else 1)
         return self.learning_rate * (self.min_lr_ratio + (1 - self.min_lr_ratio) * left)
+
+    def dropout_seed(self, step: int, part: int = 0) -> int:
+        """Seed of what one part of one step drops; nothing else has to be kept to go on."""
+        words = np.random.SeedSequence((self.seed, step, part)).generate_state(1, np.uint32)
+        return int(words[0]) >> 1
 
     def model_config(self, config: OPTConfig) -> OPTConfig:
         """A model's configuration with the dropout of this training."""
