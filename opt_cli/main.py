@@ -4,7 +4,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from opt_cli import console, convert, generate, info, verify
+from opt_cli import console, convert, generate, info, plot, train, verify
 
 app = typer.Typer(
     cls=console.PipeGroup,
@@ -13,6 +13,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate")(generate.generate)
+app.command("train")(train.train)
+app.command("plot")(plot.plot)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("verify")(verify.verify)

@@ -4,24 +4,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from opt_core.errors import InputError
 
 IGNORED = -100
 """Label of a token that has no say in the loss."""
 
-Batch = dict[str, NDArray[Any]]
+Batch = dict[str, Any]
+"""Arrays by name, NumPy's or a framework's."""
 
 
 def as_batch(batch: Any) -> Batch:
     """A batch as named arrays; bare ids are the labels too."""
     if isinstance(batch, Mapping):
-        named = {str(name): np.asarray(value) for name, value in batch.items()}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        named = {str(name): _array(value) for name, value in batch.items()}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
         if "input_ids" not in named:
             raise InputError(f"batch: expected input_ids, received {', '.join(named) or 'nothing'}")
         return named
-    ids = np.asarray(batch)
+    ids = _array(batch)
     return {"input_ids": ids, "labels": ids}
 
 
@@ -30,13 +30,14 @@ def count_labels(batch: Batch, is_language_model: bool) -> int:
 
     Args:
         batch: From `as_batch`.
-        is_language_model: Labels are shifted by one; without labels every row counts once.
+        is_language_model: Labels are shifted by one; otherwise rows without labels, or with
+            floats, count once each.
     """
     labels = batch.get("labels")
-    if labels is None or (not is_language_model and labels.dtype.kind not in "iu"):
+    if labels is None or (not is_language_model and "float" in str(labels.dtype)):
         return len(batch["input_ids"])
     kept = labels[:, 1:] if is_language_model else labels
-    return int(np.count_nonzero(kept != IGNORED))
+    return int((kept != IGNORED).sum())
 
 
 def parts(batch: Batch, count: int, is_language_model: bool) -> Iterator[tuple[Batch, float]]:
@@ -50,6 +51,9 @@ def parts(batch: Batch, count: int, is_language_model: bool) -> Iterator[tuple[B
     Raises:
         InputError: The rows do not divide, or no label has a say.
     """
+    if count == 1:
+        yield batch, 1.0
+        return
     rows = len(batch["input_ids"])
     if rows % count:
         raise InputError(f"batch: {rows} rows cannot be computed in {count} equal parts")
@@ -61,3 +65,7 @@ def parts(batch: Batch, count: int, is_language_model: bool) -> Iterator[tuple[B
         part = {name: values[start : start + size] for name, values in batch.items()}
         if labels := count_labels(part, is_language_model):
             yield part, labels / total
+
+
+def _array(value: Any) -> Any:
+    return value if hasattr(value, "shape") else np.asarray(value)

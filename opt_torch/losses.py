@@ -43,16 +43,20 @@ def classes(name: str, values: Any, shape: tuple[int, ...], count: int, like: Te
     return labels
 
 
-def causal_lm(logits_BTV: Tensor, labels: Any) -> Tensor:
+def causal_lm(logits_BTV: Tensor, labels: Any, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross entropy of each next token, labels of -100 left out.
 
     Args:
         logits_BTV: The model's logits.
         labels: (B, T) ids, unshifted.
+        label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     B, T, V = logits_BTV.shape
     targets = classes("labels", labels, (B, T), V, logits_BTV)[:, 1:].flatten()
-    return F.cross_entropy(widen(logits_BTV[:, :-1]).flatten(0, 1), targets, ignore_index=IGNORED)
+    return F.cross_entropy(
+        widen(logits_BTV[:, :-1]).flatten(0, 1), targets, ignore_index=IGNORED,
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
 
 
 def next_token(

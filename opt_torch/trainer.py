@@ -1,7 +1,7 @@
 """A model in training, as `opt_core.run` wants it."""
 
-import importlib
 from collections.abc import Iterable
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,21 +10,16 @@ import torch
 from numpy.typing import NDArray
 
 from opt_core.config import OPTConfig
-from opt_core.params import Head, ParamSpec
+from opt_core.params import ParamSpec
 from opt_core.run import Slot, identity
 from opt_core.training import TrainConfig
 from opt_torch import lora
-from opt_torch.checkpoint import locate
+from opt_torch.checkpoint import locate, usable_device
 from opt_torch.training import evaluate, make_optimizer, train_step
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
 
-CLASSES: dict[Head, str] = {
-    "causal_lm": "OPTForCausalLM",
-    "sequence_classification": "OPTForSequenceClassification",
-    "question_answering": "OPTForQuestionAnswering",
-}
 _STATES = {"mean": "exp_avg", "square": "exp_avg_sq"}
 
 
@@ -100,8 +95,8 @@ class Trainer:
 
 
 def make_trainer(
-    name: str,
-    head: Head,
+    cls: "type[OPTPreTrainedModel]",
+    name: str | PathLike[str],
     config: TrainConfig,
     model_config: OPTConfig,
     from_scratch: bool = False,
@@ -110,17 +105,16 @@ def make_trainer(
     """Loads a model and makes it ready for training.
 
     Args:
+        cls: Class of the model.
         name: Folder, hub id, or "mini".
-        head: The head to train.
         config: How to train.
-        model_config: The model's configuration; its dropout may be changed by `config`.
+        model_config: The model's configuration; `config` may change its dropout.
         from_scratch: Start from random weights, not from the model's.
         device: Such as "cuda"; None: the CPU.
     """
-    cls = getattr(importlib.import_module("opt_torch"), CLASSES[head])
     model_config = config.model_config(model_config)
     if from_scratch:
-        model = cls(model_config, seed=config.seed).to(device or "cpu")
+        model = cls(model_config, seed=config.seed).to(usable_device(device or "cpu"))
     else:
         model = cls.from_pretrained(name, config=model_config, device=device or "cpu")
     return Trainer(model, config)

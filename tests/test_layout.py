@@ -30,6 +30,7 @@ OWN_NAMES = {
         *("outline", "path_of"),
     },
     "generation.py": {"bucketed"},
+    "losses.py": {"CHUNK", "next_token"},
     "linear.py": {
         "FEW_ROWS",
         "sizes",
