@@ -36,9 +36,7 @@ def train(
     validation: Annotated[
         Path | None, typer.Option(help="Data to validate on, like DATA.", metavar="DATA")
     ] = None,
-    task: Annotated[
-        str, typer.Option(help="text, classification or qa.", metavar="NAME")
-    ] = "text",
+    task: Annotated[str, typer.Option(help="text, classification or qa.", metavar="NAME")] = "text",
     backend: Annotated[
         str, typer.Option(help="Framework: torch, tf or flax.", metavar="NAME")
     ] = "torch",

@@ -1,4 +1,4 @@
-"""What a user sees of a training run: a progress bar on a terminal, lines elsewhere, TensorBoard."""
+"""What a user sees of a training run: a bar on a terminal, lines elsewhere, TensorBoard."""
 
 import resource
 import sys

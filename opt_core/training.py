@@ -139,7 +139,8 @@ class TrainConfig:
     def _check_shares(self) -> None:
         open_ones = ("adam_beta1", "adam_beta2", "label_smoothing", "dropout", "attention_dropout")
         for name in (*open_ones, "min_lr_ratio", "weight_decay"):
-            value, is_open = getattr(self, name), name in open_ones
+            value: Any = getattr(self, name)
+            is_open = name in open_ones
             if value is None and name.endswith("dropout"):
                 continue
             if not _is_number(value) or not 0 <= value <= 1 or (is_open and value == 1):
@@ -177,9 +178,7 @@ class TrainConfig:
             ConfigError: No such recipe, or a bad value.
         """
         if name not in _RECIPES:
-            raise ConfigError(
-                f"no training recipe {name!r}: expected one of {', '.join(_RECIPES)}"
-            )
+            raise ConfigError(f"no training recipe {name!r}: expected one of {', '.join(_RECIPES)}")
         rate, millions = _RECIPES[name]
         length = changes.get("sequence_length", 2048)
         try:

@@ -80,10 +80,10 @@ def apply(
         parent: Any = model
         for part in outer:
             parent = parent[part] if isinstance(part, int) else getattr(parent, part)
-        layer = getattr(parent, name)
+        layer = getattr(parent, str(name))
         if type(layer) is not Linear:
             raise ConfigError(f"{spec.name}: an adapter needs a plain linear layer")
-        setattr(parent, name, LoraLinear(layer, adapter))
+        setattr(parent, str(name), LoraLinear(layer, adapter))
     for spec in files.adapter_specs(model.config, adapter.rank, adapter.targets):
         _put(model, spec, files.initial_adapter(spec, seed))
     return adapter
@@ -154,7 +154,7 @@ def adapters(model: "FlaxOPTPreTrainedModel") -> list[LoraLinear]:
 
 
 def _put(model: "FlaxOPTPreTrainedModel", spec: Any, values: Any) -> None:
-    """Gives a parameter its values, in the canonical layout, on every device of the model's mesh."""
+    """Gives a parameter its values, in the canonical layout; on a mesh every device has them."""
     variable, _ = locate(model, spec)
     dtype = jnp.float32 if variable.get_value() is None else variable.dtype
     own = jnp.asarray(values.T if NNX.is_transposed(spec) else values, dtype)

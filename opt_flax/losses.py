@@ -13,6 +13,7 @@ from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_flax.inputs import as_tensor, check_range, is_known
 
+
 def widen(logits: Array) -> Array:
     """Logits in at least float32, in which losses are computed."""
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -140,9 +141,7 @@ def last_token(input_ids: Any, hidden_BTP: Array, pad_token_id: int | None) -> A
     return (jnp.arange(T) * is_text).argmax(1)
 
 
-def _cross_entropy(
-    logits: Array, targets: Array, ignored: int, smoothing: float = 0.0
-) -> Array:
+def _cross_entropy(logits: Array, targets: Array, ignored: int, smoothing: float = 0.0) -> Array:
     """Mean negative log-likelihood of the targets, those that equal `ignored` left out."""
     logits, kept = widen(logits), targets != ignored
     picked = jnp.take_along_axis(logits, jnp.where(kept, targets, 0)[..., None], -1)[..., 0]

@@ -82,7 +82,8 @@ def train_step(
     rate = np.float32(config.learning_rate_at(step))
     how = (config.label_smoothing, config.precision == "bfloat16")
     count = config.gradient_accumulation_steps
-    loss, gradients = None, None
+    loss: Any = None
+    norm = gradients = loss
     named = accumulation.as_batch(batch)
     for number, (part, share) in enumerate(
         accumulation.parts(named, count, model.head == "causal_lm")
@@ -125,9 +126,7 @@ def loss_of(
         return losses.classification(logits, labels, model.config, label_smoothing)
     start, end = inputs.pop("start_positions"), inputs.pop("end_positions")
     out = call(**inputs)
-    return losses.question_answering(
-        out.start_logits, out.end_logits, start, end, label_smoothing
-    )
+    return losses.question_answering(out.start_logits, out.end_logits, start, end, label_smoothing)
 
 
 def evaluate(model: "FlaxOPTPreTrainedModel", batches: Iterable[Any]) -> float:

@@ -102,10 +102,11 @@ def merge(model: "TFOPTPreTrainedModel") -> None:
     """Adds the adapters to the weights: the model is as fast as before, and can be saved."""
     for layer in adapters(model):
         if layer.adapts:
-            plain: Any = tf.identity(layer.kernel.value)
-            product: Any = tf.matmul(layer.lora_A.kernel.value, layer.lora_B.kernel.value)
+            kernel, low, high = _kernels(layer)
+            plain: Any = tf.identity(kernel.value)
+            product: Any = tf.matmul(low.value, high.value)
             wide = tf.cast(plain, product.dtype) + product * layer.adapter.scale
-            layer.kernel.assign(tf.cast(wide, plain.dtype))
+            kernel.assign(tf.cast(wide, plain.dtype))
             layer.unmerged = plain
     model.programs.clear()
 
@@ -114,12 +115,14 @@ def unmerge(model: "TFOPTPreTrainedModel") -> None:
     """Gives the weights back as they were before `merge`, bit for bit."""
     for layer in adapters(model):
         if not layer.adapts:
-            layer.kernel.assign(layer.unmerged)
+            _kernels(layer)[0].assign(layer.unmerged)
             layer.unmerged = None
     model.programs.clear()
 
 
-def save_adapter(model: "TFOPTPreTrainedModel", folder: str | PathLike[str], base: str = "") -> None:
+def save_adapter(
+    model: "TFOPTPreTrainedModel", folder: str | PathLike[str], base: str = ""
+) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, as PEFT reads them.
 
     Args:
@@ -161,3 +164,7 @@ def load_adapter(model: "TFOPTPreTrainedModel", folder: str | PathLike[str]) -> 
 def adapters(model: "TFOPTPreTrainedModel") -> list[LoraLinear]:
     """The layers of a model that have an adapter."""
     return [layer for layer in model._flatten_layers() if isinstance(layer, LoraLinear)]
+
+
+def _kernels(layer: LoraLinear) -> tuple[Any, Any, Any]:
+    return layer.kernel, layer.lora_A.kernel, layer.lora_B.kernel

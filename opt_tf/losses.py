@@ -10,6 +10,7 @@ from opt_core.errors import InputError
 from opt_tf.inputs import as_tensor, check_range, is_known
 from opt_tf.linear import sizes
 
+
 def widen(logits: tf.Tensor) -> tf.Tensor:
     """Logits in at least float32, in which losses are computed."""
     return logits if logits.dtype == tf.float64 else tf.cast(logits, tf.float32)

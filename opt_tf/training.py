@@ -50,9 +50,7 @@ class _AdamW(keras.optimizers.AdamW):
         self.assign_sub(variable, scale * mean / (root + self.epsilon))
 
 
-def make_optimizer(
-    model: "TFOPTPreTrainedModel", config: TrainConfig
-) -> keras.optimizers.AdamW:
+def make_optimizer(model: "TFOPTPreTrainedModel", config: TrainConfig) -> keras.optimizers.AdamW:
     """Makes a model ready for a training and returns its AdamW.
 
     Adapters are put on it where the configuration asks for them; what is not trained gets no
@@ -105,7 +103,8 @@ def train_step(
     optimizer.learning_rate = config.learning_rate_at(step)
     seeds, count = model.get_decoder().dropout_seeds.state, config.gradient_accumulation_steps
     smoothing = config.label_smoothing
-    loss = norm = gradients = None
+    loss: Any = None
+    norm = gradients = loss
     parts = accumulation.parts(_arrays(batch), count, model.head == "causal_lm")
     for number, (part, share) in enumerate(parts):
         inputs = _inputs(model, part)
@@ -120,7 +119,6 @@ def train_step(
         gradients = new
     if gradients is not None:
         loss, norm = gradients[0], _compiled(model, _apply, optimizer)(gradients[0], gradients[1:])
-    assert loss is not None and norm is not None
     return float(loss), float(norm)
 
 
@@ -149,9 +147,7 @@ def loss_of(
         return losses.classification(logits, labels, model.config, label_smoothing)
     start, end = inputs.pop("start_positions"), inputs.pop("end_positions")
     out = call(**inputs)
-    return losses.question_answering(
-        out.start_logits, out.end_logits, start, end, label_smoothing
-    )
+    return losses.question_answering(out.start_logits, out.end_logits, start, end, label_smoothing)
 
 
 def evaluate(model: "TFOPTPreTrainedModel", batches: Iterable[Any]) -> float:

@@ -68,9 +68,7 @@ def train_step(
     device = model.device
     total = torch.zeros((), device=device)
     named = accumulation.as_batch(batch)
-    parts = accumulation.parts(
-        named, config.gradient_accumulation_steps, model.head == "causal_lm"
-    )
+    parts = accumulation.parts(named, config.gradient_accumulation_steps, model.head == "causal_lm")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for number, (part, share) in enumerate(parts):
             torch.manual_seed(config.dropout_seed(step, number))
@@ -98,7 +96,7 @@ def loss_of(model: "OPTPreTrainedModel", batch: Any, label_smoothing: float = 0.
     if model.head == "causal_lm":
         labels = inputs.pop("labels")
         hidden = model.get_submodule("model")(**inputs).last_hidden_state
-        head = model.get_submodule("lm_head").weight
+        head: Any = model.get_submodule("lm_head").weight
         return losses.next_token(hidden, head, labels, label_smoothing)
     if model.head == "sequence_classification":
         labels = inputs.pop("labels")
@@ -106,9 +104,7 @@ def loss_of(model: "OPTPreTrainedModel", batch: Any, label_smoothing: float = 0.
         return losses.classification(logits, labels, model.config, label_smoothing)
     start, end = inputs.pop("start_positions"), inputs.pop("end_positions")
     out = model(**inputs)
-    return losses.question_answering(
-        out.start_logits, out.end_logits, start, end, label_smoothing
-    )
+    return losses.question_answering(out.start_logits, out.end_logits, start, end, label_smoothing)
 
 
 @torch.inference_mode()
