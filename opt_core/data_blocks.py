@@ -6,6 +6,7 @@ where the vocabulary allows it), and `blocks.json`, which says how to read them.
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -75,6 +76,72 @@ class TokenBlocks:
         return self._tokens[index].astype(np.int32)
 
 
+class BlockWriter:
+    """Writes a stream of ids as blocks into a folder that the caller has made and will keep or not.
+
+    Args:
+        folder: Where the two files go.
+        sequence_length: Tokens per block.
+        vocab_size: Number of token ids; decides how wide an id is stored.
+
+    Attributes:
+        tokens: Ids written so far.
+
+    Raises:
+        DataError: A block of less than two tokens.
+    """
+
+    def __init__(self, folder: Path, sequence_length: int, vocab_size: int) -> None:
+        if sequence_length < 2:
+            raise DataError(f"sequence_length: expected at least 2, received {sequence_length}")
+        self.tokens = 0
+        self._folder, self._length, self._vocab_size = folder, sequence_length, vocab_size
+        self._name = "uint16" if vocab_size <= 1 << 16 else "int32"
+        self._file = open(folder / TOKENS_FILE, "wb")
+
+    def write(self, ids: NDArray[Any] | Sequence[int]) -> None:
+        """Appends some ids.
+
+        Raises:
+            DataError: They are no row of ids of this vocabulary.
+        """
+        array = np.asarray(ids)
+        _check_ids(array, self._vocab_size)
+        self._file.write(array.astype(_DTYPES[self._name]).tobytes())
+        self.tokens += len(array)
+
+    def finish(self) -> tuple[int, int]:
+        """Cuts off what fills no block and writes the description.
+
+        Returns:
+            The number of blocks, and of tokens cut off.
+
+        Raises:
+            DataError: There is no whole block.
+        """
+        blocks, left = divmod(self.tokens, self._length)
+        if not blocks:
+            raise DataError(
+                f"{self.tokens} tokens fill no block of {self._length}; "
+                "give more text or a smaller sequence_length"
+            )
+        self._file.truncate((self.tokens - left) * np.dtype(_DTYPES[self._name]).itemsize)
+        self.close()
+        about = {
+            "format": _FORMAT,
+            "blocks": blocks,
+            "sequence_length": self._length,
+            "vocab_size": self._vocab_size,
+            "dtype": self._name,
+        }
+        write_json(self._folder / BLOCKS_FILE, about)
+        return blocks, left
+
+    def close(self) -> None:
+        """Lets the file go; what was written is of no use without `finish`."""
+        self._file.close()
+
+
 def write_blocks(
     folder: str | PathLike[str],
     chunks: Iterable[NDArray[Any] | Sequence[int]],
@@ -97,32 +164,12 @@ def write_blocks(
         DataError: Less than one block in all, an id outside the vocabulary, a folder that exists,
             or a disk that refuses.
     """
-    if sequence_length < 2:
-        raise DataError(f"sequence_length: expected at least 2, received {sequence_length}")
-    name = "uint16" if vocab_size <= 1 << 16 else "int32"
     with new_folder(Path(folder)) as stage:
-        count = 0
-        with open(stage / TOKENS_FILE, "wb") as file:
+        writer = BlockWriter(stage, sequence_length, vocab_size)
+        with closing(writer):
             for chunk in chunks:
-                ids = np.asarray(chunk)
-                _check_ids(ids, vocab_size)
-                file.write(ids.astype(_DTYPES[name]).tobytes())
-                count += len(ids)
-            blocks, left = divmod(count, sequence_length)
-            file.truncate((count - left) * np.dtype(_DTYPES[name]).itemsize)
-        if not blocks:
-            raise DataError(
-                f"{folder}: {count} tokens fill no block of {sequence_length}; "
-                "give more text or a smaller sequence_length"
-            )
-        about = {
-            "format": _FORMAT,
-            "blocks": blocks,
-            "sequence_length": sequence_length,
-            "vocab_size": vocab_size,
-            "dtype": name,
-        }
-        write_json(stage / BLOCKS_FILE, about)
+                writer.write(chunk)
+            _, left = writer.finish()
     return left
 
 

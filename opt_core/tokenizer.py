@@ -5,12 +5,13 @@ in front exactly once, whatever the files' own post-processor does, and ids are 
 so that streaming, stop strings and `decode` cannot disagree.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from opt_core import byte_level, tokenizer_files
 from opt_core.errors import TokenizerError
 from opt_core.hub import TOKENIZER_FILES, resolve
 from opt_core.tokenizer_files import LoadedTokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,13 @@ class OPTTokenizer:
         if any(_id_array(row).ndim != 1 for row in rows):
             raise TokenizerError("ids: expected a batch of rows; for a single row use decode")
         return [self.decode(row, skip_special_tokens) for row in rows]
+
+    def backend(self) -> "Tokenizer":
+        """A copy of the library's tokenizer underneath: for offsets, or other settings than ours.
+
+        Its ids begin with no special token unless it is asked for them.
+        """
+        return copy.deepcopy(self._backend)
 
     def _id(self, name: str) -> int | None:
         token = self._loaded.named.get(name)
