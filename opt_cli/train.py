@@ -80,13 +80,15 @@ def train(
         raise TrainingError(f"{out}: already exists; --resume goes on with it")
     config = _settings(preset, given)
     source, model_config = _model(model, from_scratch)
-    opened = open_data(task, data, validation, source, model_config, config)
+    opened = open_data(task, data, validation, source, model_config, config, out)
     if epochs is not None:
         if "max_steps" in given:
             raise ConfigError("--epochs and --max-steps: give one of them")
         if not 0 < epochs < math.inf:
             raise ConfigError(f"--epochs: expected a number > 0, received {epochs}")
         config = config.replace(max_steps=math.ceil(epochs * len(opened.train) / config.batch_size))
+    if config.eval_every and opened.validation is None:
+        raise ConfigError("--eval-every needs data to validate on: --validation")
     batches = Batches(opened.train, config.batch_size, config.seed)
     validate: Callable[[], Iterable[Any]] | None = None
     if (held_out := opened.validation) is not None:

@@ -182,7 +182,7 @@ def open_run(path: Path, settings: Mapping[str, Any], resume: bool) -> Generator
     wanted: dict[str, Any] = json.loads(json.dumps(settings))
     about = path / RUN_FILE
     try:
-        if not resume and (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        if not resume and os.path.lexists(path) and not _is_new(path):
             raise TrainingError(f"{path}: already exists; resume it or name another folder")
         path.mkdir(parents=True, exist_ok=True)
         with _locked(path):
@@ -218,6 +218,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise TrainingError(f"{path / METRICS_FILE}: line {number} is damaged") from None
         records.append(record)
     return records
+
+
+def _is_new(path: Path) -> bool:
+    """Whether nothing is in a folder but what was prepared for a run."""
+    return path.is_dir() and all(entry.name.startswith("data") for entry in path.iterdir())
 
 
 def _check_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

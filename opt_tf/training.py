@@ -12,7 +12,7 @@ from opt_core import accumulation
 from opt_core.errors import InputError
 from opt_core.params import param_specs
 from opt_core.training import TrainConfig
-from opt_tf import lora, losses
+from opt_tf import lora, losses, programs
 from opt_tf.checkpoint import locate
 from opt_tf.inputs import check_inputs
 
@@ -229,7 +229,7 @@ def _compiled(model: "TFOPTPreTrainedModel", program: Callable[..., Any], *fixed
     key = (program, *fixed)
     if key not in model.programs:
         run = partial(program, model, *fixed)
-        model.programs[key] = tf.function(run, jit_compile=True, autograph=False)
+        model.programs[key] = tf.function(run, jit_compile=programs.JIT_COMPILE, autograph=False)
     return model.programs[key]
 
 
