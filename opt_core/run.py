@@ -8,7 +8,7 @@ to save: a run that was killed gives the same numbers as one that was not.
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -39,7 +39,7 @@ class Trainer(Protocol):
     """A model and its optimizer in some framework; `opt_*.trainer` has one each."""
 
     @property
-    def specs(self) -> list[ParamSpec]:
+    def specs(self) -> Sequence[ParamSpec]:
         """The parameters that training changes."""
         ...
 

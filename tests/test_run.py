@@ -104,8 +104,9 @@ def questions(count):
 )
 def test_other_heads_learn(backend, folder, tmp_path, head, make, rank):
     config = TRAIN.replace(
-        max_steps=60, batch_size=12, learning_rate=2e-2, warmup_steps=5, save_every=0, eval_every=20,
-        gradient_accumulation_steps=1, lora_rank=rank, lora_targets=("v_proj", "fc1", "fc2"),
+        max_steps=60, batch_size=12, learning_rate=2e-2, warmup_steps=5, save_every=0,
+        eval_every=20, gradient_accumulation_steps=1, lora_rank=rank,
+        lora_targets=("v_proj", "fc1", "fc2"),
         dropout=0.0,
     )  # fmt: skip
     model_config = config.model_config(CONFIG).replace(attention_dropout=0.0)

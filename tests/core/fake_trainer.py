@@ -25,7 +25,7 @@ CONFIG = TrainConfig(
 class FakeTrainer:
     """Follows the mean of its batches, with noise in place of dropout."""
 
-    specs = [ParamSpec("x.weight", (3,), "linear", ("hidden",))]
+    specs = (ParamSpec("x.weight", (3,), "linear", ("hidden",)),)
 
     def __init__(self, config: TrainConfig = CONFIG, losses: Any = None, pause: float = 0):
         self.config, self.losses, self.pause = config, losses, pause

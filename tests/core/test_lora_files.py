@@ -101,5 +101,5 @@ def test_first_values():
     assert 0.9 * 8**-0.5 < abs(value).max() <= 8**-0.5
     assert (value == initial_adapter(a, 0)).all()
     assert (value != initial_adapter(a, 1)).any()
-    with pytest.raises(ConfigError, match="lora_targets: expected some of .* received none"):
+    with pytest.raises(ConfigError, match=r"lora_targets: expected some of .* received none"):
         Adapter(2, 1.0, ())
