@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,12 +125,37 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.4g} GiB"
 
 
+def table(header: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> None:
+    """Writes a table to stdout: names on the left, numbers on the right.
+
+    Args:
+        header: Titles of the columns, or None.
+        rows: Texts and numbers; floats are shown with four figures.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=None, pad_edge=False, header_style="bold", show_header=header is not None)
+    for i in range(max(map(len, rows), default=0)):
+        is_number = i > 0 and all(isinstance(row[i], int | float) for row in rows)
+        title = Text(header[i]) if header else ""
+        made.add_column(title, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        shown = (
+            f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
+            for v in row
+        )
+        made.add_row(*(Text(text) for text in shown))
+    stdout.print(made)
+
+
 @contextmanager
-def progress(what: str) -> Iterator[Callable[..., None]]:
+def progress(what: str, unit: str | None = None) -> Iterator[Callable[..., None]]:
     """Shows on stderr that something is under way, if stderr is a terminal.
 
     Args:
         what: What is under way, such as "loading mini".
+        unit: What is counted, such as "rows"; None: bytes.
 
     Yields:
         A function to call with (bytes done, bytes in all) and, where it changes, what is under way.
@@ -153,8 +178,10 @@ def progress(what: str) -> Iterator[Callable[..., None]]:
         start = time.monotonic()
 
         def update(done: int, total: int, what: str = what) -> None:
-            rate = int(done / max(1e-3, time.monotonic() - start))
-            amount = f"{decimal(done)} of {decimal(total)}, {decimal(rate)}/s"
+            rate = done / max(1e-3, time.monotonic() - start)
+            amount = f"{decimal(done)} of {decimal(total)}, {decimal(int(rate))}/s"
+            if unit is not None:
+                amount = f"{done} of {total} {unit}, {rate:.3g}/s"
             bar.update(task, completed=done, total=total, description=what, amount=amount)
 
         yield update

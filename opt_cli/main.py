@@ -4,7 +4,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from opt_cli import console, convert, generate, info, plot, train, verify
+from opt_cli import console, convert, evaluate, generate, info, plot, prepare, train, verify
 
 app = typer.Typer(
     cls=console.PipeGroup,
@@ -13,11 +13,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate")(generate.generate)
-app.command("train")(train.train)
-app.command("plot")(plot.plot)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("verify")(verify.verify)
+app.command("prepare")(prepare.prepare)
+app.command("train")(train.train)
+app.command("plot")(plot.plot)
+app.add_typer(evaluate.app, name="eval")
 
 
 @app.callback(invoke_without_command=True)

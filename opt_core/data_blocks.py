@@ -97,7 +97,7 @@ class BlockWriter:
         self.tokens = 0
         self._folder, self._length, self._vocab_size = folder, sequence_length, vocab_size
         self._name = "uint16" if vocab_size <= 1 << 16 else "int32"
-        self._file = open(folder / TOKENS_FILE, "wb")
+        self._file = (folder / TOKENS_FILE).open("wb")  # closed by `close`
 
     def write(self, ids: NDArray[Any] | Sequence[int]) -> None:
         """Appends some ids.

@@ -133,6 +133,16 @@ def read_rows(
         raise DataError(f"{path}: expected rows (JSON lines, a table or Parquet), not text")
 
 
+def read_text(path: str | PathLike[str]) -> str:
+    """A whole text file, line ends as line feeds.
+
+    Raises:
+        DataError: It is missing, empty, binary or not UTF-8.
+    """
+    (document,) = read_documents(find_files([path])[0])
+    return document.text
+
+
 def read_json(path: str | PathLike[str]) -> Any:
     """A whole JSON file.
 

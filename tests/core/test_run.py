@@ -168,7 +168,7 @@ def test_metrics_that_cannot_be_written(tmp_path):
 def test_folders_that_cannot_be_used(tmp_path):
     (tmp_path / "file").touch()
     for folder in ("file", "file/run"):
-        with pytest.raises(TrainingError, match="already exists|cannot be used"):
+        with pytest.raises(TrainingError, match=r"already exists|cannot be used"):
             train(tmp_path / folder, FakeTrainer())
     train(tmp_path / "run", FakeTrainer())
     with pytest.raises(TrainingError, match="already exists; resume it or name another folder"):

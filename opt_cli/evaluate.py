@@ -1,0 +1,263 @@
+"""`opt-lm eval`: how good a model is, on local files in the public data sets' formats."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from opt_cli import console
+
+if TYPE_CHECKING:
+    from opt_core import OPTTokenizer
+    from opt_core.config import OPTConfig
+
+app = typer.Typer(help="Measure a model: perplexity, choices, classes, answers, bias.")
+
+Model = Annotated[str, typer.Option("--model", "-m", help='Folder, hub id or "mini".')]
+Backend = Annotated[str, typer.Option(help="torch, tf or flax.", metavar="NAME")]
+Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 ...")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Rows at a time.", min=1)]
+Limit = Annotated[int | None, typer.Option(help="Look at no more than so many.", min=1)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+DataFile = Annotated[Path, typer.Argument(help="The data.", metavar="FILE")]
+
+
+@app.command("perplexity")
+def perplexity(
+    file: Annotated[Path, typer.Argument(help="A text file, UTF-8.", metavar="FILE")],
+    model: Model = "mini",
+    backend: Backend = "torch",
+    dtype: Dtype = "float32",
+    window: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a row (default: all the model takes).", min=2, metavar="N"),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Let rows overlap: so far is one from the next (default: they do not).",
+            min=1,
+            metavar="N",
+        ),
+    ] = None,
+    batch_size: BatchSize = 8,
+    limit: Limit = None,
+    json: Json = False,
+) -> None:
+    """Perplexity and bits per byte of a text.
+
+    Without --stride by the protocol of the GPTQ paper, in which OPT's published figures are: the
+    text as one row of tokens, cut into windows, the rest dropped. WikiText-2's test texts are
+    joined with an empty line between them there.
+    """
+    from opt_core.data_read import read_text
+    from opt_core.evaluation import text_perplexity
+
+    text = read_text(file)
+    loaded = _load(model, backend, dtype)
+    with console.progress("scoring", unit="windows") as progress:
+        result = text_perplexity(
+            loaded.token_scores,
+            text,
+            loaded.tokenizer,
+            window or loaded.config.max_position_embeddings,
+            stride,
+            batch_size,
+            limit,
+            progress,
+        )
+    _print(asdict(result), json)
+
+
+@app.command("multiple-choice")
+def multiple_choice(
+    file: DataFile,
+    model: Model = "mini",
+    backend: Backend = "torch",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 8,
+    limit: Limit = None,
+    json: Json = False,
+) -> None:
+    """Zero-shot multiple choice by log-likelihood: acc and acc_norm.
+
+    The file is LAMBADA's, PIQA's (with labels in it), HellaSwag's or ARC's, as JSON lines or
+    Parquet, or has the fields context, choices and label.
+    """
+    from opt_core.evaluation_choices import evaluate_choices, read_items
+
+    format, items = read_items(file, limit)
+    loaded = _load(model, backend, dtype)
+    with console.progress("scoring", unit="rows") as progress:
+        result = evaluate_choices(
+            loaded.token_scores,
+            loaded.tokenizer,
+            items,
+            loaded.config.max_position_embeddings,
+            format,
+            batch_size,
+            progress,
+        )
+    _print(asdict(result), json)
+
+
+@app.command("classification")
+def classification(
+    file: DataFile,
+    model: Model,
+    backend: Backend = "torch",
+    dtype: Dtype = "float32",
+    text_field: Annotated[str, typer.Option(help="Where the text is.")] = "text",
+    pair_field: Annotated[str | None, typer.Option(help="Where a second text is.")] = None,
+    label_field: Annotated[str, typer.Option(help="Where the label is.")] = "label",
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut longer texts (default: all the model takes).", min=1)
+    ] = None,
+    batch_size: BatchSize = 8,
+    limit: Limit = None,
+    json: Json = False,
+) -> None:
+    """Accuracy, macro and micro F1 and the confusion matrix of a classifier.
+
+    The file has a text and a label in each row: JSON lines, CSV, TSV or Parquet. Labels are class
+    numbers, or the names in the model's id2label.
+    """
+    from opt_core.data_labels import encode_labelled_texts, read_labelled_texts
+    from opt_core.evaluation_heads import evaluate_classification
+
+    loaded = _load(model, backend, dtype, "OPTForSequenceClassification")
+    names = [loaded.config.id2label[i] for i in range(loaded.config.num_labels)]
+    data = read_labelled_texts(file, names, text_field, label_field, pair_field, limit)
+    length = max_length or loaded.config.max_position_embeddings
+    examples = encode_labelled_texts(data, loaded.tokenizer, length)
+    with console.progress("classifying", unit="texts") as progress:
+        result = evaluate_classification(
+            loaded.bound("class_logits"), examples, names, batch_size, progress
+        )
+    values = asdict(result)
+    if json:
+        console.print_json(values)
+        return
+    classes, confusion = values.pop("classes"), values.pop("confusion")
+    _print(values, json)
+    rows = [(name, *scores.values()) for name, scores in classes.items()]
+    console.table(("class", "precision", "recall", "f1", "support"), rows)
+    rows = [(name, *counts) for name, counts in zip(names, confusion, strict=True)]
+    console.table(("taken for", *names), rows)
+
+
+@app.command("qa")
+def qa(
+    file: DataFile,
+    model: Model,
+    backend: Backend = "torch",
+    dtype: Dtype = "float32",
+    max_length: Annotated[int, typer.Option(help="Tokens of a row.", min=8)] = 384,
+    stride: Annotated[int, typer.Option(help="Tokens that two rows share.", min=0)] = 128,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Write the answers there, as SQuAD's script reads them.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    limit: Limit = None,
+    json: Json = False,
+) -> None:
+    """Exact match and F1 of extractive answers, as SQuAD defines them.
+
+    The file is SQuAD's JSON (1.1 or 2.0), or JSON lines or Parquet with the same fields.
+    """
+    from opt_core.config import write_json
+    from opt_core.data_squad import encode_questions, read_questions
+    from opt_core.evaluation_heads import evaluate_questions
+
+    questions = read_questions(file, limit)
+    loaded = _load(model, backend, dtype, "OPTForQuestionAnswering")
+    length = min(max_length, loaded.config.max_position_embeddings)
+    windows = encode_questions(questions, loaded.tokenizer, length, stride, training=False)
+    with console.progress("answering", unit="rows") as progress:
+        result = evaluate_questions(
+            loaded.bound("span_logits"), questions, windows, batch_size, progress
+        )
+    if predictions is not None:
+        write_json(predictions, result.answers)
+    values = {**asdict(result), "dropped": windows.dropped}
+    if not json:
+        del values["answers"]
+    _print(values, json)
+
+
+@app.command("bias")
+def bias(
+    file: DataFile,
+    model: Model = "mini",
+    backend: Backend = "torch",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 8,
+    limit: Limit = None,
+    json: Json = False,
+) -> None:
+    """Which of two sentences a model prefers, on CrowS-Pairs (.csv) or StereoSet (.json)."""
+    from opt_core.evaluation_bias import evaluate_bias, read_comparisons
+
+    format, comparisons = read_comparisons(file, limit)
+    loaded = _load(model, backend, dtype)
+    with console.progress("scoring", unit="rows") as progress:
+        result = evaluate_bias(
+            loaded.token_scores,
+            loaded.tokenizer,
+            comparisons,
+            loaded.config.max_position_embeddings,
+            format,
+            batch_size,
+            progress,
+        )
+    _print(asdict(result), json)
+
+
+class _Loaded(NamedTuple):
+    """A model on a backend, behind the functions that score with it."""
+
+    model: Any
+    tokenizer: "OPTTokenizer"
+    scoring: Any
+
+    @property
+    def config(self) -> "OPTConfig":
+        return self.model.config
+
+    @property
+    def token_scores(self) -> Callable[..., Any]:
+        return self.bound("token_scores")
+
+    def bound(self, name: str) -> Callable[..., Any]:
+        """A function of the backend's scoring, the model given."""
+        return partial(getattr(self.scoring, name), self.model)
+
+
+def _load(model: str, backend: str, dtype: str, kind: str = "OPTForCausalLM") -> _Loaded:
+    from conversion.backends import load_backend
+    from opt_core import OPTTokenizer
+    from opt_core.hub import resolve
+
+    path = resolve(model)
+    tokenizer = OPTTokenizer.from_pretrained(path)
+    with console.progress(f"loading {model}") as progress:
+        made = load_backend(backend, kind).from_pretrained(path, dtype=dtype, progress=progress)
+    return _Loaded(made, tokenizer, import_module(f"opt_{backend}.scoring"))
+
+
+def _print(values: dict[str, Any], json: bool) -> None:
+    """A result as one JSON object, or as lines of names and values."""
+    if json:
+        console.print_json(values)
+        return
+    flat: list[tuple[Any, ...]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat += [(f"  {part}", number) for part, number in value.items()]
+        elif value is not None:
+            flat.append((name, value))
+    console.table(None, flat)
