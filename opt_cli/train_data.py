@@ -125,7 +125,8 @@ def _classification(
 
     names = None
     if trained is not None:
-        names = [trained.id2label[i] for i in range(trained.num_labels)]
+        known = trained.id2label or {}
+        names = [known[i] for i in range(trained.num_labels)]
     texts = read_labelled_texts(data, names)
     labels = dict(enumerate(texts.label_names))
     model_config = model_config.replace(

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.accumulation import as_batch
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, InputError, TrainingError
 from opt_core.params import Head, ParamSpec
@@ -205,7 +206,7 @@ class _Run:
         state.step += 1
         state.skipped_in_row = 0 if finite else state.skipped_in_row + 1
         state.skipped += not finite
-        ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+        ids: Any = as_batch(batch)["input_ids"]
         record: dict[str, Any] = {
             "step": state.step,
             "loss": loss if finite else None,

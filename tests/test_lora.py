@@ -1,13 +1,12 @@
 """Adapters: the model as it was until they are trained, and the same in every framework."""
 
 import importlib
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from opt_core.errors import CheckpointError, ConfigError
-from opt_core.lora import adapter_specs, save_adapter
+from opt_core.lora import Adapter, adapter_specs, save_adapter
 from opt_core.params import param_specs
 from tests.configs import CONFIGS
 from tests.reference import make_prompts
@@ -26,7 +25,7 @@ def lora(backend):
 def trained(tmp_path_factory):
     """The folder of an adapter with random values, as training would leave it."""
     path = tmp_path_factory.mktemp("lora") / "adapter"
-    adapter = SimpleNamespace(rank=3, alpha=6.0, targets=TARGETS)
+    adapter = Adapter(3, 6.0, TARGETS)
     rng = np.random.default_rng(0)
     save_adapter(path, CONFIG, "causal_lm", adapter, lambda s: rng.normal(0, 0.2, s.shape), "base")
     return path

@@ -118,6 +118,6 @@ def test_other_heads_learn(backend, folder, tmp_path, head, make, rank):
     )  # fmt: skip
     losses = [r["eval_loss"] for r in read_metrics(tmp_path) if "eval_loss" in r]
     assert result.best_loss == min(losses)
-    assert result.best_loss < 0.35
+    assert min(losses) < 0.35
     written = json.loads((tmp_path / "model" / "config.json").read_text())
     assert written["architectures"] == [CLASSES[head]]
