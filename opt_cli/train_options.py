@@ -13,7 +13,7 @@ from opt_core.training import TrainConfig
 
 _PANELS = {
     "learning_rate": "Optimizer", "gradient_accumulation_steps": "Computation",
-    "label_smoothing": "Regularisation", "lora_rank": "Adapters", "eval_every": "Watching",
+    "dropout": "Regularisation", "lora_rank": "Adapters", "eval_every": "Watching",
 }  # fmt: skip
 """The field that begins each group of options."""
 
@@ -52,8 +52,9 @@ def _parameters() -> list[inspect.Parameter]:
         if default not in (None, False, ()):
             shown = ",".join(default) if isinstance(default, tuple) else default
             text = f"{text.removesuffix('.')} (default: {shown})."
+        names = [f"--{field.name.replace('_', '-')}"] if kind is bool else []
         option = typer.Option(
-            help=text, rich_help_panel=panel, show_default=False,
+            *names, help=text, rich_help_panel=panel, show_default=False,
             metavar={int: "N", float: "X", str: "NAME", bool: None}[kind],
         )  # fmt: skip
         annotation = Annotated[kind | None, option]

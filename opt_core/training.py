@@ -49,15 +49,15 @@ class TrainConfig:
         adam_beta1: Decay of the gradient's running mean.
         adam_beta2: Decay of the squared gradient's running mean.
         adam_epsilon: Added to the root of the squared gradient's mean.
-        weight_decay: Decoupled decay of every weight that `ParamSpec.decays`.
+        weight_decay: Decoupled decay of every weight but biases and norms (`ParamSpec.decays`).
         max_grad_norm: Gradients are scaled down to this global L2 norm.
         seed: Of batches, dropout and new weights.
         gradient_accumulation_steps: Parts that the rows of a step are computed in, one after the
             other, to save memory; the step is the same. It divides `batch_size`.
         precision: What products are computed in: "float32", or "bfloat16" with float32 weights.
         gradient_checkpointing: Compute activations again when they are needed, to save memory.
-        dropout: Of hidden states; None: as the model's configuration says.
-        attention_dropout: Of attention weights; None: as the model's configuration says.
+        dropout: Of hidden states; by default as the model has it.
+        attention_dropout: Of attention weights; by default as the model has it.
         label_smoothing: Share of the likelihood that is asked for everywhere, not at the label.
         lora_rank: Rank of low-rank adapters, which are trained in place of the model; 0: none.
         lora_alpha: The adapters' output is scaled by `lora_alpha / lora_rank`.

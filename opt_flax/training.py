@@ -226,7 +226,7 @@ def _update(
     """Moves the weights, unless that would spoil them."""
     norm = optax.tree.norm(gradients)
     is_sound = jnp.isfinite(loss) & jnp.isfinite(norm)
-    old = nnx.state((model, optimizer))
+    old = jax.tree.map(lambda value: value, nnx.state((model, optimizer)))  # not what is updated
     optimizer.update(model, gradients, learning_rate=rate)
 
     def choose(old: Array, new: Array) -> Array:
