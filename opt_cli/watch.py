@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,11 @@ def _events(folder: Path | None) -> Iterator[Watch]:
         yield lambda record: None
         return
     try:
-        from tensorboardX import SummaryWriter
+        writer = import_module("tensorboardX").SummaryWriter(str(folder))
     except ImportError:
         raise ConfigError(
             "--tensorboard needs a library: pip install 'opt-lm[tensorboard]'"
         ) from None
-    writer = SummaryWriter(str(folder))
 
     def write(record: dict[str, Any]) -> None:
         for name, value in record.items():
