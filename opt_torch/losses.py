@@ -99,8 +99,9 @@ class _NextToken(torch.autograd.Function):
         grad_head = torch.zeros_like(head) if for_head else None
         total = torch.zeros((), dtype=widen(rows[:0]).dtype, device=rows.device)
         with torch.autocast(kind, enabled=False):
-            for part in torch.arange(N).split(-(-N // max(1, -(-N * V // CHUNK)))) if N else ():
-                place = slice(int(part[0]), int(part[-1]) + 1)
+            size = -(-N // max(1, -(-N * V // CHUNK)))  # equal chunks
+            for start in range(0, N, max(1, size)):
+                place = slice(start, start + size)
                 some, wanted = rows[place], targets_N[place, None]
                 logits = widen(some @ head.T)
                 shares = logits.softmax(-1)
@@ -115,7 +116,7 @@ class _NextToken(torch.autograd.Function):
                 shares.scatter_add_(-1, wanted, torch.full_like(nats, smoothing - 1))
                 if smoothing:
                     shares -= smoothing / V
-                slope = (shares.div_(N)).to(some.dtype)
+                slope = shares.div_(N).to(some.dtype)
                 if grad_rows is not None:
                     torch.mm(slope, head, out=grad_rows[place])
                 if grad_head is not None:
