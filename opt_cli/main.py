@@ -4,7 +4,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from opt_cli import console, convert, evaluate, export, generate, info, prepare, verify
+from opt_cli import console, convert, evaluate, export, generate, info, plot, prepare, train, verify
 
 app = typer.Typer(
     cls=console.PipeGroup,
@@ -18,7 +18,10 @@ app.command("info")(info.info)
 app.command("verify")(verify.verify)
 app.command("export")(export.export)
 app.command("prepare")(prepare.prepare)
+app.command("train")(train.train)
+app.command("plot")(plot.plot)
 app.add_typer(evaluate.app, name="eval")
+app.command("export")(export.export)
 
 
 @app.callback(invoke_without_command=True)

@@ -30,3 +30,7 @@ class InputError(OPTError, ValueError):
 
 class DataError(OPTError, ValueError):
     """Texts, labels or a prepared data set that cannot be used as they are."""
+
+
+class TrainingError(OPTError, RuntimeError):
+    """A training run that cannot start, go on, or be written down."""

@@ -24,6 +24,7 @@ from opt_core.errors import CheckpointError, ConfigError
 from opt_core.generation import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.initialization import initial_value
+from opt_core.lora import UNMERGED
 from opt_core.params import ParamSpec, param_specs
 from opt_core.tensor_file import cast_array
 from opt_flax import attention, parallel
@@ -98,6 +99,8 @@ def save_pretrained(
 
     The first process writes; the others take part in gathering, and wait until all is there.
     """
+    if any(getattr(module, "adapts", False) for _, module in nnx.iter_graph(model)):
+        raise CheckpointError(f"{folder}: {UNMERGED}")
     specs = param_specs(model.config, model.head)
     left = list(specs)
 

@@ -8,12 +8,10 @@ import numpy as np
 import optax
 from jax import Array
 
+from opt_core.accumulation import IGNORED
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_flax.inputs import as_tensor, check_range, is_known
-
-IGNORED = -100
-"""Label of a token that has no say in the loss."""
 
 
 def widen(logits: Array) -> Array:
@@ -42,19 +40,22 @@ def classes(name: str, values: Any, shape: tuple[int, ...], count: int) -> Array
     return labels.astype(jnp.int32)
 
 
-def causal_lm(logits_BTV: Array, labels: Any) -> Array:
+def causal_lm(logits_BTV: Array, labels: Any, label_smoothing: float = 0.0) -> Array:
     """Mean cross entropy of each next token, labels of -100 left out.
 
     Args:
         logits_BTV: The model's logits.
         labels: (B, T) ids, unshifted.
+        label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     B, T, V = logits_BTV.shape
     targets = classes("labels", labels, (B, T), V)[:, 1:]
-    return _cross_entropy(logits_BTV[:, :-1], targets, IGNORED)
+    return _cross_entropy(logits_BTV[:, :-1], targets, IGNORED, label_smoothing)
 
 
-def classification(logits: Array, labels: Any, config: OPTConfig) -> Array:
+def classification(
+    logits: Array, labels: Any, config: OPTConfig, label_smoothing: float = 0.0
+) -> Array:
     """Loss of the sequence classifier.
 
     Args:
@@ -62,6 +63,7 @@ def classification(logits: Array, labels: Any, config: OPTConfig) -> Array:
         labels: Class numbers (B,), or floats.
         config: Its `problem_type`; where None: one label is a regression, integer labels are
             classes, float labels are several independent ones.
+        label_smoothing: Share of the likelihood that is asked of every class.
     """
     logits, labels = widen(logits), as_tensor("labels", labels)
     kind = config.problem_type
@@ -75,7 +77,8 @@ def classification(logits: Array, labels: Any, config: OPTConfig) -> Array:
         )
     if kind == "single_label_classification":
         B, count = logits.shape
-        return _cross_entropy(logits, classes("labels", labels.reshape(-1), (B,), count), IGNORED)
+        targets = classes("labels", labels.reshape(-1), (B,), count)
+        return _cross_entropy(logits, targets, IGNORED, label_smoothing)
     if labels.size != logits.size:
         raise InputError(
             f"labels: expected {tuple(logits.shape)} values, received {tuple(labels.shape)}"
@@ -87,7 +90,11 @@ def classification(logits: Array, labels: Any, config: OPTConfig) -> Array:
 
 
 def question_answering(
-    start_BT: Array, end_BT: Array, start_positions: Any, end_positions: Any
+    start_BT: Array,
+    end_BT: Array,
+    start_positions: Any,
+    end_positions: Any,
+    label_smoothing: float = 0.0,
 ) -> Array:
     """Mean of the cross entropies of start and end; a position beyond the sequence is left out.
 
@@ -96,6 +103,7 @@ def question_answering(
         end_BT: End logits.
         start_positions: (B,).
         end_positions: (B,).
+        label_smoothing: Share of the likelihood that is asked of every place.
     """
     B, length = start_BT.shape
     total = jnp.zeros(())
@@ -112,7 +120,7 @@ def question_answering(
                 f"received {places.dtype} of shape {tuple(places.shape)}"
             )
         targets = places.reshape(B).astype(jnp.int32).clip(0, length)
-        total = total + _cross_entropy(logits, targets, length)
+        total = total + _cross_entropy(logits, targets, length, label_smoothing)
     return total / 2
 
 
@@ -133,9 +141,11 @@ def last_token(input_ids: Any, hidden_BTP: Array, pad_token_id: int | None) -> A
     return (jnp.arange(T) * is_text).argmax(1)
 
 
-def _cross_entropy(logits: Array, targets: Array, ignored: int) -> Array:
+def _cross_entropy(logits: Array, targets: Array, ignored: int, smoothing: float = 0.0) -> Array:
     """Mean negative log-likelihood of the targets, those that equal `ignored` left out."""
     logits, kept = widen(logits), targets != ignored
     picked = jnp.take_along_axis(logits, jnp.where(kept, targets, 0)[..., None], -1)[..., 0]
-    nats = jax.nn.logsumexp(logits, -1) - picked
+    nats = jax.nn.logsumexp(logits, -1) - (1 - smoothing) * picked
+    if smoothing:
+        nats = nats - smoothing * logits.mean(-1)
     return jnp.where(kept, nats, 0).sum() / kept.sum()

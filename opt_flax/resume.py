@@ -15,16 +15,11 @@ from flax import nnx
 from jax import Array
 
 from opt_core.errors import CheckpointError
+from opt_core.run import identity
 from opt_flax.parallel import place
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
-
-_FREE = frozenset([
-    "dropout", "attention_dropout", "layerdrop", "init_std", "use_cache", "dtype", "torch_dtype",
-    "id2label", "problem_type", "bos_token_id", "eos_token_id",
-])  # fmt: skip
-"""Fields of the configuration that may change between saving and going on."""
 
 
 class TrainingCheckpoints:
@@ -154,8 +149,7 @@ class TrainingCheckpoints:
 def _about(model: "FlaxOPTPreTrainedModel", optimizer: nnx.Optimizer[Any]) -> dict[str, Any]:
     """What a model and its optimizer must agree in with a checkpoint."""
     names = [name for name in _variables(model, optimizer) if name.startswith("optimizer.")]
-    values = {k: v for k, v in model.config.to_dict().items() if k not in _FREE}
-    return values | {
+    return identity(model.config, model.head) | {
         "class": type(model).__name__,
         "dtype": model.dtype.name,
         "scan_layers": model.get_decoder().scan_layers,

@@ -1,32 +1,42 @@
 """Training: the optimizer, one compiled step, and the loop around it."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from jax import Array
 
+from opt_core import accumulation
 from opt_core.errors import InputError
 from opt_core.params import param_specs
 from opt_core.training import TrainConfig
+from opt_flax import lora, losses
 from opt_flax.checkpoint import path_of
 from opt_flax.inputs import check_inputs
 from opt_flax.parallel import place, spread_rows
 
 if TYPE_CHECKING:
-    from opt_flax.modeling import FlaxOPTForCausalLM, FlaxOPTPreTrainedModel
+    from opt_flax.modeling import FlaxOPTPreTrainedModel
 
 
 def make_optimizer(model: "FlaxOPTPreTrainedModel", config: TrainConfig) -> nnx.Optimizer[Any]:
-    """AdamW with weight decay on the parameters that `ParamSpec.decays`.
+    """Makes a model ready for a training and returns its AdamW.
 
-    Its `update(model, gradients, learning_rate=...)` clips the gradients first.
+    Adapters are put on it where the configuration asks for them; what is not trained gets no
+    gradient. Weight decay applies to the parameters that `ParamSpec.decays`. The optimizer's
+    `update(model, gradients, learning_rate=...)` clips the gradients first.
     """
-    specs = param_specs(model.config, model.head)
+    if config.lora_rank and not lora.adapters(model):
+        lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    specs = config.trained_specs(model.config, model.head)
     decayed = {path_of(model, spec)[0] for spec in specs if spec.decays}
 
     def decays(params: Any) -> Any:
@@ -38,11 +48,14 @@ def make_optimizer(model: "FlaxOPTPreTrainedModel", config: TrainConfig) -> nnx.
         optax.add_decayed_weights(config.weight_decay, decays),
         optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), _descend),
     )
-    return nnx.Optimizer(model, transform, wrt=nnx.Param)
+    trained: Any = nnx.Param
+    if len(specs) < len(param_specs(model.config, model.head)) or config.lora_rank:
+        trained = _Trained(frozenset(path_of(model, spec)[0] for spec in specs))
+    return nnx.Optimizer(model, transform, wrt=trained)
 
 
 def train_step(
-    model: "FlaxOPTForCausalLM",
+    model: "FlaxOPTPreTrainedModel",
     optimizer: nnx.Optimizer[Any],
     batch: Any,
     config: TrainConfig,
@@ -50,41 +63,89 @@ def train_step(
 ) -> tuple[float, float]:
     """One optimizer step on one batch.
 
+    What is dropped depends on the seed and the step's number alone. If the loss or the gradient is
+    not finite, the step is skipped.
+
     Args:
         model: In training mode where dropout is wanted.
         optimizer: From `make_optimizer`.
-        batch: (B, T) ids, which are the labels too: the whole batch, on every host, or an array
-            that is spread over the model's mesh already.
-        config: Learning rate and gradient clipping.
+        batch: (B, T) ids, which are the labels too, or a dict of the model's inputs and labels:
+            the whole batch, on every host, or arrays that are spread over the model's mesh already.
+        config: Learning rate, clipping and the rest.
         step: Step number, from 0.
 
     Returns:
-        The loss in nats per token, and the gradient's norm before clipping.
+        The loss (in nats per token), and the gradient's norm before clipping.
     """
-    ids = _ids(model, batch)
     graph, state = nnx.split((model, optimizer))
     state = place(state, model.mesh)
     rate = np.float32(config.learning_rate_at(step))
-    state, loss, norm = _step(graph, state, ids, rate)
+    how = (config.label_smoothing, config.precision == "bfloat16")
+    count = config.gradient_accumulation_steps
+    loss: Any = None
+    norm = gradients = loss
+    named = accumulation.as_batch(batch)
+    for number, (part, share) in enumerate(
+        accumulation.parts(named, count, model.head == "causal_lm")
+    ):
+        inputs, seed = _inputs(model, part), np.uint32(config.dropout_seed(step, number))
+        if count == 1:
+            state, loss, norm = _step(graph, state, inputs, seed, rate, how)
+        else:
+            loss, gradients = _add(
+                graph, state, inputs, seed, np.float32(share), loss, gradients, how
+            )
+    if count > 1:
+        state, loss, norm = _apply(graph, state, loss, gradients, rate)
     nnx.update((model, optimizer), state)
     return float(loss), float(norm)
 
 
-def evaluate(model: "FlaxOPTForCausalLM", batches: Iterable[Any]) -> float:
-    """Mean loss in nats per predicted token over some batches of equal rows, without dropout."""
+def loss_of(
+    model: "FlaxOPTPreTrainedModel",
+    batch: Any,
+    label_smoothing: float = 0.0,
+    **options: Any,
+) -> Array:
+    """The mean loss of one batch.
+
+    Args:
+        model: With a head.
+        batch: As for `train_step`.
+        label_smoothing: Share of the likelihood that is asked for everywhere.
+        **options: `deterministic` and `rngs`, as the model takes them.
+    """
+    inputs: Any = accumulation.as_batch(batch) | options
+    call: Any = model
+    if model.head == "causal_lm":
+        labels = inputs.pop("labels")
+        return losses.causal_lm(call(**inputs).logits, labels, label_smoothing)
+    if model.head == "sequence_classification":
+        labels = inputs.pop("labels")
+        logits = call(**inputs).logits
+        return losses.classification(logits, labels, model.config, label_smoothing)
+    start, end = inputs.pop("start_positions"), inputs.pop("end_positions")
+    out = call(**inputs)
+    return losses.question_answering(out.start_logits, out.end_logits, start, end, label_smoothing)
+
+
+def evaluate(model: "FlaxOPTPreTrainedModel", batches: Iterable[Any]) -> float:
+    """Mean loss (in nats per predicted token) over some batches, without dropout."""
     graph, state = nnx.split(model)
     total, count = 0.0, 0
     for batch in batches:
-        predicted = batch.shape[0] * (batch.shape[1] - 1)
-        total += float(_loss(graph, state, _ids(model, batch))) * predicted
+        named = accumulation.as_batch(batch)
+        predicted = accumulation.count_labels(named, model.head == "causal_lm")
+        if predicted:
+            total += float(_loss(graph, state, _inputs(model, named))) * predicted
         count += predicted
     if count == 0:
-        raise InputError("evaluate: expected batches with at least two tokens a row, received none")
+        raise InputError("evaluate: expected batches with something to predict, received none")
     return total / count
 
 
 def fit(
-    model: "FlaxOPTForCausalLM",
+    model: "FlaxOPTPreTrainedModel",
     batches: Iterator[Any],
     config: TrainConfig,
     report: Callable[[int, float], None] | None = None,
@@ -93,11 +154,10 @@ def fit(
 
     Args:
         model: The model to train, in place.
-        batches: (B, T) ids each.
+        batches: (B, T) ids each, or dicts of inputs and labels.
         config: How to train.
         report: Called after each step with its number and loss.
     """
-    model.get_decoder().rngs = nnx.Rngs(dropout=config.seed)
     optimizer = make_optimizer(model, config)
     model.train()
     try:
@@ -112,27 +172,93 @@ def fit(
         model.eval()
 
 
-def _ids(model: "FlaxOPTForCausalLM", batch: Any) -> Array:
+@dataclass(frozen=True)
+class _Trained:
+    """What is trained where not everything is, as NNX's filters say it."""
+
+    paths: frozenset[tuple[str | int, ...]]
+
+    def __call__(self, path: Any, value: Any) -> bool:
+        return tuple(path) in self.paths
+
+
+def _inputs(model: "FlaxOPTPreTrainedModel", batch: accumulation.Batch) -> dict[str, Array]:
     """The batch, checked while its values can still be looked at."""
-    ids, *_ = check_inputs(model.config, model.dtype, batch, None, None, None, None)
-    assert ids is not None
-    return spread_rows(ids, model.mesh)
+    ids, mask, *_ = check_inputs(
+        model.config, model.dtype, batch["input_ids"], batch.get("attention_mask"), None, None, None
+    )
+    inputs: dict[str, Any] = batch | {"input_ids": ids, "attention_mask": mask}
+    labels = inputs.get("labels")
+    if labels is not None and np.issubdtype(labels.dtype, np.integer):
+        is_lm = model.head == "causal_lm"
+        classes = model.config.vocab_size if is_lm else model.config.num_labels
+        inputs["labels"] = losses.classes("labels", labels, tuple(labels.shape), classes)
+    return {
+        name: spread_rows(value, model.mesh) for name, value in inputs.items() if value is not None
+    }
 
 
 def _descend(updates: Any, state: Any, params: Any = None, **given: Any) -> Any:
     return jax.tree.map(lambda update: update * -given["learning_rate"], updates), state
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames="state")
-def _step(graph: Any, state: Any, ids: Array, rate: Array) -> tuple[Any, Array, Array]:
-    model, optimizer = nnx.merge(graph, state)
-    wrt = nnx.DiffState(0, nnx.Param)
-    loss, gradients = nnx.value_and_grad(lambda m: m(ids, labels=ids).loss, argnums=wrt)(model)
+def _gradients(
+    model: Any, optimizer: Any, inputs: Any, seed: Array, how: tuple[float, bool]
+) -> tuple[Array, Any]:
+    smoothing, is_mixed = how
+
+    def loss(model: Any) -> Array:
+        if is_mixed:  # products in bfloat16; weights, norms and losses stay as they are
+            graph, state = nnx.split(model)
+            model = nnx.merge(graph, jax.tree.map(_narrow, state))
+        return loss_of(model, inputs, smoothing, rngs=nnx.Rngs(dropout=jax.random.key(seed)))
+
+    return nnx.value_and_grad(loss, argnums=nnx.DiffState(0, optimizer.wrt))(model)
+
+
+def _narrow(values: Array) -> Array:
+    return values.astype(jnp.bfloat16) if values.dtype == jnp.float32 else values
+
+
+def _update(
+    model: Any, optimizer: Any, loss: Array, gradients: Any, rate: Array
+) -> tuple[Any, Array, Array]:
+    """Moves the weights, unless that would spoil them."""
     norm = optax.tree.norm(gradients)
+    is_sound = jnp.isfinite(loss) & jnp.isfinite(norm)
+    old = jax.tree.map(lambda value: value, nnx.state((model, optimizer)))  # not what is updated
     optimizer.update(model, gradients, learning_rate=rate)
-    return nnx.state((model, optimizer)), loss, norm
+
+    def choose(old: Array, new: Array) -> Array:
+        return new if new is old else jnp.where(is_sound, new, old)
+
+    return jax.tree.map(choose, old, nnx.state((model, optimizer))), loss, norm
+
+
+@partial(jax.jit, static_argnames=("graph", "how"), donate_argnames="state")
+def _step(graph: Any, state: Any, inputs: Any, seed: Array, rate: Array, how: Any) -> Any:
+    model, optimizer = nnx.merge(graph, state)
+    loss, gradients = _gradients(model, optimizer, inputs, seed, how)
+    return _update(model, optimizer, loss, gradients, rate)
+
+
+@partial(jax.jit, static_argnames=("graph", "how"), donate_argnames="gradients")
+def _add(
+    graph: Any, state: Any, inputs: Any, seed: Array, share: Array, loss: Any, gradients: Any,
+    how: Any,
+) -> Any:  # fmt: skip
+    """Adds one part's loss and gradient to those of the parts before it."""
+    model, optimizer = nnx.merge(graph, state)
+    new = jax.tree.map(lambda g: g * share, _gradients(model, optimizer, inputs, seed, how))
+    return new if loss is None else jax.tree.map(jnp.add, (loss, gradients), new)
+
+
+@partial(jax.jit, static_argnames="graph", donate_argnames=("state", "gradients"))
+def _apply(graph: Any, state: Any, loss: Array, gradients: Any, rate: Array) -> Any:
+    model, optimizer = nnx.merge(graph, state)
+    return _update(model, optimizer, loss, gradients, rate)
 
 
 @partial(jax.jit, static_argnames="graph")
-def _loss(graph: Any, state: Any, ids: Array) -> Array:
-    return nnx.merge(graph, state)(ids, labels=ids, deterministic=True).loss
+def _loss(graph: Any, state: Any, inputs: Any) -> Array:
+    return loss_of(nnx.merge(graph, state), inputs, deterministic=True)

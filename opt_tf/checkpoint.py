@@ -14,10 +14,11 @@ from opt_core import checkpoint as files
 from opt_core.checkpoint_writer import save_checkpoint
 from opt_core.config import DTYPES, OPTConfig
 from opt_core.dialects import KERAS
-from opt_core.errors import ConfigError
+from opt_core.errors import CheckpointError, ConfigError
 from opt_core.generation import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.initialization import initial_value
+from opt_core.lora import UNMERGED
 from opt_core.params import ParamSpec, param_specs
 from opt_core.tensor_file import cast_array, float_dtype
 
@@ -74,6 +75,8 @@ def save_pretrained(
     model: "TFOPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
 ) -> None:
     """Writes a canonical folder; see `TFOPTPreTrainedModel.save_pretrained`."""
+    if any(getattr(layer, "adapts", False) for layer in model._flatten_layers()):
+        raise CheckpointError(f"{folder}: {UNMERGED}")
     specs = param_specs(model.config, model.head)
     save_checkpoint(
         Path(folder),

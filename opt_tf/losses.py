@@ -4,13 +4,11 @@ from typing import Any
 
 import tensorflow as tf
 
+from opt_core.accumulation import IGNORED
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_tf.inputs import as_tensor, check_range, is_known
 from opt_tf.linear import sizes
-
-IGNORED = -100
-"""Label of a token that has no say in the loss."""
 
 
 def widen(logits: tf.Tensor) -> tf.Tensor:
@@ -39,18 +37,22 @@ def classes(name: str, values: Any, shape: tuple[int | None, ...], count: Any) -
     return tf.cast(labels, tf.int32)
 
 
-def causal_lm(logits_BTV: tf.Tensor, labels: Any) -> tf.Tensor:
+def causal_lm(logits_BTV: tf.Tensor, labels: Any, label_smoothing: float = 0.0) -> tf.Tensor:
     """Mean cross entropy of each next token, labels of -100 left out.
 
     Args:
         logits_BTV: The model's logits.
         labels: (B, T) ids, unshifted.
+        label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     B, T, V = tuple(logits_BTV.shape)
-    return _cross_entropy(logits_BTV[:, :-1], classes("labels", labels, (B, T), V)[:, 1:], IGNORED)
+    targets = classes("labels", labels, (B, T), V)[:, 1:]
+    return _cross_entropy(logits_BTV[:, :-1], targets, IGNORED, label_smoothing)
 
 
-def classification(logits: tf.Tensor, labels: Any, config: OPTConfig) -> tf.Tensor:
+def classification(
+    logits: tf.Tensor, labels: Any, config: OPTConfig, label_smoothing: float = 0.0
+) -> tf.Tensor:
     """Loss of the sequence classifier.
 
     Args:
@@ -58,6 +60,7 @@ def classification(logits: tf.Tensor, labels: Any, config: OPTConfig) -> tf.Tens
         labels: Class numbers (B,), or floats.
         config: Its `problem_type`; where None: one label is a regression, integer labels are
             classes, float labels are several independent ones.
+        label_smoothing: Share of the likelihood that is asked of every class.
     """
     logits, labels = widen(logits), as_tensor("labels", labels)
     kind = config.problem_type
@@ -72,7 +75,7 @@ def classification(logits: tf.Tensor, labels: Any, config: OPTConfig) -> tf.Tens
     if kind == "single_label_classification":
         B, count = tuple(logits.shape)
         targets = classes("labels", tf.reshape(labels, (-1,)), (B,), count)
-        return _cross_entropy(logits, targets, IGNORED)
+        return _cross_entropy(logits, targets, IGNORED, label_smoothing)
     sizes = labels.shape.num_elements(), logits.shape.num_elements()
     if None not in sizes and sizes[0] != sizes[1]:
         raise InputError(
@@ -85,7 +88,11 @@ def classification(logits: tf.Tensor, labels: Any, config: OPTConfig) -> tf.Tens
 
 
 def question_answering(
-    start_BT: tf.Tensor, end_BT: tf.Tensor, start_positions: Any, end_positions: Any
+    start_BT: tf.Tensor,
+    end_BT: tf.Tensor,
+    start_positions: Any,
+    end_positions: Any,
+    label_smoothing: float = 0.0,
 ) -> tf.Tensor:
     """Mean of the cross entropies of start and end; a position beyond the sequence is left out.
 
@@ -94,6 +101,7 @@ def question_answering(
         end_BT: End logits.
         start_positions: (B,).
         end_positions: (B,).
+        label_smoothing: Share of the likelihood that is asked of every place.
     """
     B, length = start_BT.shape[0], sizes(start_BT)[1]
     total = []
@@ -108,7 +116,7 @@ def question_answering(
                 f"received {places.dtype.name} of shape {tuple(places.shape)}"
             )
         targets = tf.clip_by_value(tf.cast(tf.reshape(places, (-1,)), tf.int32), 0, length)
-        total.append(_cross_entropy(logits, targets, length))
+        total.append(_cross_entropy(logits, targets, length, label_smoothing))
     return (total[0] + total[1]) / 2
 
 
@@ -129,8 +137,14 @@ def last_token(input_ids: Any, hidden_BTP: tf.Tensor, pad_token_id: int | None) 
     return tf.argmax(tf.range(T) * is_text, 1, output_type=tf.int32)
 
 
-def _cross_entropy(logits: tf.Tensor, targets: tf.Tensor, ignored: int | tf.Tensor) -> tf.Tensor:
-    kept = targets != ignored
-    each = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.where(kept, targets, 0), widen(logits))
+def _cross_entropy(
+    logits: tf.Tensor, targets: tf.Tensor, ignored: int | tf.Tensor, smoothing: float
+) -> tf.Tensor:
+    kept, logits = targets != ignored, widen(logits)
+    wanted = tf.where(kept, targets, 0)
+    each = tf.nn.sparse_softmax_cross_entropy_with_logits(wanted, logits)
+    if smoothing:  # a share of the likelihood goes from the target to all
+        mean = tf.reduce_mean(logits, -1)
+        each += smoothing * (tf.gather(logits, wanted, batch_dims=wanted.shape.rank) - mean)
     weights = tf.cast(kept, each.dtype)
     return tf.reduce_sum(each * weights) / tf.reduce_sum(weights)

@@ -5,14 +5,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from opt_core import accumulation
 from opt_core.errors import InputError
+from opt_core.params import param_specs
 from opt_core.training import TrainConfig
+from opt_tf import lora, losses, programs
+from opt_tf.checkpoint import locate
 from opt_tf.inputs import check_inputs
 
 if TYPE_CHECKING:
-    from opt_tf.modeling import TFOPTForCausalLM, TFOPTPreTrainedModel
+    from opt_tf.modeling import TFOPTPreTrainedModel
 
 
 @keras.saving.register_keras_serializable("opt_tf")
@@ -46,10 +51,21 @@ class _AdamW(keras.optimizers.AdamW):
 
 
 def make_optimizer(model: "TFOPTPreTrainedModel", config: TrainConfig) -> keras.optimizers.AdamW:
-    """AdamW with weight decay on the parameters that `ParamSpec.decays`.
+    """Makes a model ready for a training and returns its AdamW.
 
-    It clips gradients to `max_grad_norm` itself, and can be given to Keras' `compile` too.
+    Adapters are put on it where the configuration asks for them; what is not trained gets no
+    gradient. Weight decay applies to the parameters that `ParamSpec.decays`. The optimizer clips
+    gradients to `max_grad_norm` itself, and can be given to Keras' `compile` too.
     """
+    if config.lora_rank and not lora.adapters(model):
+        lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    trained = config.trained_specs(model.config, model.head)
+    for spec in param_specs(model.config, model.head):
+        locate(model, spec).trainable = False
+    for spec in trained:
+        locate(model, spec).trainable = True
     optimizer = _AdamW(
         learning_rate=config.learning_rate,
         beta_1=config.adam_beta1,
@@ -63,7 +79,7 @@ def make_optimizer(model: "TFOPTPreTrainedModel", config: TrainConfig) -> keras.
 
 
 def train_step(
-    model: "TFOPTForCausalLM",
+    model: "TFOPTPreTrainedModel",
     optimizer: keras.optimizers.Optimizer,
     batch: Any,
     config: TrainConfig,
@@ -71,35 +87,85 @@ def train_step(
 ) -> tuple[float, float]:
     """One optimizer step on one batch, with dropout.
 
+    What is dropped depends on the seed and the step's number alone. If the loss or the gradient is
+    not finite, the step is skipped.
+
     Args:
-        model: The model to train, in place.
+        model: The model to train, in place; its policy decides what it is computed in.
         optimizer: From `make_optimizer`.
-        batch: (B, T) ids, which are the labels too.
-        config: Learning rate.
+        batch: (B, T) ids, which are the labels too, or a dict of the model's inputs and labels.
+        config: Learning rate, accumulation and the rest.
         step: Step number, from 0.
 
     Returns:
-        The loss in nats per token, and the gradient's norm before clipping.
+        The loss (in nats per token), and the gradient's norm before clipping.
     """
     optimizer.learning_rate = config.learning_rate_at(step)
-    loss, norm = _compiled(model, _update, optimizer)(_ids(model, batch))
+    seeds, count = model.get_decoder().dropout_seeds.state, config.gradient_accumulation_steps
+    smoothing = config.label_smoothing
+    loss: Any = None
+    norm = gradients = loss
+    parts = accumulation.parts(_arrays(batch), count, model.head == "causal_lm")
+    for number, (part, share) in enumerate(parts):
+        inputs = _inputs(model, part)
+        seeds.assign(tf.constant([config.dropout_seed(step, number), 0], seeds.dtype))
+        if count == 1:
+            loss, norm = _compiled(model, _update, optimizer, smoothing)(inputs)
+            continue
+        new = _compiled(model, _gradients, smoothing)(inputs)
+        new = [value * share for value in (new[0], *new[1])]
+        if gradients is not None:
+            new = [a + b for a, b in zip(gradients, new, strict=True)]
+        gradients = new
+    if gradients is not None:
+        loss, norm = gradients[0], _compiled(model, _apply, optimizer)(gradients[0], gradients[1:])
     return float(loss), float(norm)
 
 
-def evaluate(model: "TFOPTForCausalLM", batches: Iterable[Any]) -> float:
-    """Mean loss in nats per predicted token over some batches of equal rows, without dropout."""
+def loss_of(
+    model: "TFOPTPreTrainedModel",
+    batch: Any,
+    label_smoothing: float = 0.0,
+    **options: Any,
+) -> tf.Tensor:
+    """The mean loss of one batch.
+
+    Args:
+        model: With a head.
+        batch: As for `train_step`.
+        label_smoothing: Share of the likelihood that is asked for everywhere.
+        **options: `training`, as the model takes it.
+    """
+    inputs: Any = accumulation.as_batch(batch) | options
+    call: Any = model
+    if model.head == "causal_lm":
+        labels = inputs.pop("labels")
+        return losses.causal_lm(call(**inputs).logits, labels, label_smoothing)
+    if model.head == "sequence_classification":
+        labels = inputs.pop("labels")
+        logits = call(**inputs).logits
+        return losses.classification(logits, labels, model.config, label_smoothing)
+    start, end = inputs.pop("start_positions"), inputs.pop("end_positions")
+    out = call(**inputs)
+    return losses.question_answering(out.start_logits, out.end_logits, start, end, label_smoothing)
+
+
+def evaluate(model: "TFOPTPreTrainedModel", batches: Iterable[Any]) -> float:
+    """Mean loss (in nats per predicted token) over some batches, without dropout."""
     total, count = 0.0, 0
     for batch in batches:
-        predicted = batch.shape[0] * (batch.shape[1] - 1)
-        total += float(_compiled(model, _loss)(_ids(model, batch))) * predicted
+        named = _arrays(batch)
+        predicted = accumulation.count_labels(named, model.head == "causal_lm")
+        if predicted:
+            total += float(_compiled(model, _loss)(_inputs(model, named))) * predicted
         count += predicted
     if count == 0:
-        raise InputError("evaluate: expected batches with at least two tokens a row, received none")
+        raise InputError("evaluate: expected batches with something to predict, received none")
     return total / count
 
 
 def fit(
-    model: "TFOPTForCausalLM",
+    model: "TFOPTPreTrainedModel",
     batches: Iterator[Any],
     config: TrainConfig,
     report: Callable[[int, float], None] | None = None,
@@ -108,12 +174,10 @@ def fit(
 
     Args:
         model: The model to train, in place.
-        batches: (B, T) ids each.
+        batches: (B, T) ids each, or dicts of inputs and labels.
         config: How to train.
         report: Called after each step with its number and loss.
     """
-    seeds = model.get_decoder().dropout_seeds.state
-    seeds.assign(tf.constant([config.seed, 0], seeds.dtype))
     optimizer = make_optimizer(model, config)
     for step in range(config.max_steps):
         batch = next(batches, None)
@@ -124,31 +188,67 @@ def fit(
             report(step, loss)
 
 
-def _update(
-    model: "TFOPTForCausalLM", optimizer: keras.optimizers.Optimizer, ids: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    variables = model.trainable_variables
+def _gradients(
+    model: "TFOPTPreTrainedModel", smoothing: float, inputs: dict[str, tf.Tensor]
+) -> tuple[Any, Any]:
     with tf.GradientTape() as tape:
-        loss: Any = model(ids, labels=ids, training=True).loss
-    gradients = tape.gradient(loss, variables)
-    optimizer.apply(gradients, variables)
-    return loss, tf.linalg.global_norm(gradients)
+        loss = loss_of(model, inputs, smoothing, training=True)
+    return loss, tape.gradient(loss, model.trainable_variables)
 
 
-def _loss(model: "TFOPTForCausalLM", ids: tf.Tensor) -> tf.Tensor:
-    loss: Any = model(ids, labels=ids, training=False).loss
-    return loss
+def _apply(
+    model: "TFOPTPreTrainedModel", optimizer: keras.optimizers.Optimizer, loss: Any, gradients: Any
+) -> Any:
+    """Moves the weights, unless that would spoil them; returns the gradient's norm."""
+    norm: Any = tf.linalg.global_norm(gradients)
+
+    def move() -> tf.Tensor:
+        optimizer.apply(gradients, model.trainable_variables)
+        return tf.constant(True)
+
+    is_sound = tf.math.is_finite(loss) & tf.math.is_finite(norm)
+    tf.cond(is_sound, move, lambda: tf.constant(False))
+    return norm
 
 
-def _compiled(model: "TFOPTForCausalLM", program: Callable[..., Any], *fixed: Any) -> Any:
+def _update(
+    model: "TFOPTPreTrainedModel",
+    optimizer: keras.optimizers.Optimizer,
+    smoothing: float,
+    inputs: dict[str, tf.Tensor],
+) -> tuple[Any, Any]:
+    loss, gradients = _gradients(model, smoothing, inputs)
+    return loss, _apply(model, optimizer, loss, gradients)
+
+
+def _loss(model: "TFOPTPreTrainedModel", inputs: dict[str, tf.Tensor]) -> tf.Tensor:
+    return loss_of(model, inputs, training=False)
+
+
+def _compiled(model: "TFOPTPreTrainedModel", program: Callable[..., Any], *fixed: Any) -> Any:
     key = (program, *fixed)
     if key not in model.programs:
         run = partial(program, model, *fixed)
-        model.programs[key] = tf.function(run, jit_compile=True, autograph=False)
+        model.programs[key] = tf.function(run, jit_compile=programs.JIT_COMPILE, autograph=False)
     return model.programs[key]
 
 
-def _ids(model: "TFOPTForCausalLM", batch: Any) -> tf.Tensor:
-    ids = check_inputs(model.config, model.compute_dtype, batch, None, None, None, None)[0]
-    assert ids is not None
-    return ids
+def _arrays(batch: Any) -> accumulation.Batch:
+    """The batch on the host, where it can be cut and counted."""
+    return {name: np.asarray(value) for name, value in accumulation.as_batch(batch).items()}
+
+
+def _inputs(model: "TFOPTPreTrainedModel", batch: accumulation.Batch) -> dict[str, tf.Tensor]:
+    """The batch as tensors, checked while its values can still be looked at."""
+    ids, mask, *_ = check_inputs(
+        model.config, model.compute_dtype, batch["input_ids"], batch.get("attention_mask"),
+        None, None, None,
+    )  # fmt: skip
+    inputs: dict[str, Any] = {k: tf.convert_to_tensor(v) for k, v in batch.items()}
+    inputs |= {"input_ids": ids, "attention_mask": mask}
+    labels = inputs.get("labels")
+    if labels is not None and labels.dtype.is_integer:
+        is_lm = model.head == "causal_lm"
+        classes = model.config.vocab_size if is_lm else model.config.num_labels
+        inputs["labels"] = losses.classes("labels", labels, tuple(labels.shape), classes)
+    return {name: value for name, value in inputs.items() if value is not None}

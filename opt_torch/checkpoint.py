@@ -20,6 +20,7 @@ from opt_core.errors import CheckpointError, ConfigError
 from opt_core.generation import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.initialization import initial_value
+from opt_core.lora import UNMERGED
 from opt_core.params import ParamSpec, param_specs
 from opt_torch import attention
 
@@ -89,6 +90,8 @@ def save_pretrained(
     model: "OPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
 ) -> None:
     """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`."""
+    if any(getattr(module, "adapts", False) for module in model.modules()):
+        raise CheckpointError(f"{folder}: {UNMERGED}")
     config = model.config
     if model.head == "causal_lm" and config.tie_word_embeddings and not is_tied(model):
         config = config.replace(tie_word_embeddings=False)

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opt_core.accumulation import IGNORED
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_torch.inputs import as_tensor, check_range, is_known
 
-IGNORED = -100
-"""Label of a token that has no say in the loss."""
+CHUNK = 2**24
+"""Logits that `next_token` keeps at a time."""
 
 
 def widen(logits: Tensor) -> Tensor:
@@ -42,19 +43,100 @@ def classes(name: str, values: Any, shape: tuple[int, ...], count: int, like: Te
     return labels
 
 
-def causal_lm(logits_BTV: Tensor, labels: Any) -> Tensor:
+def causal_lm(logits_BTV: Tensor, labels: Any, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross entropy of each next token, labels of -100 left out.
 
     Args:
         logits_BTV: The model's logits.
         labels: (B, T) ids, unshifted.
+        label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     B, T, V = logits_BTV.shape
     targets = classes("labels", labels, (B, T), V, logits_BTV)[:, 1:].flatten()
-    return F.cross_entropy(widen(logits_BTV[:, :-1]).flatten(0, 1), targets, ignore_index=IGNORED)
+    return F.cross_entropy(
+        widen(logits_BTV[:, :-1]).flatten(0, 1), targets, ignore_index=IGNORED,
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
 
 
-def classification(logits: Tensor, labels: Any, config: OPTConfig) -> Tensor:
+def next_token(
+    hidden_BTP: Tensor, head_VP: Tensor, labels: Any, label_smoothing: float = 0.0
+) -> Tensor:
+    """`causal_lm` of hidden states, for training: the logits are never there all at once.
+
+    Each chunk of rows goes to its logits, its loss and its gradients before the next one.
+
+    Args:
+        hidden_BTP: The decoder's last hidden states.
+        head_VP: Weight of the language-model head.
+        labels: (B, T) ids, unshifted, -100 to ignore one.
+        label_smoothing: Share of the likelihood that is asked for everywhere.
+    """
+    (B, T, P), V = hidden_BTP.shape, head_VP.shape[0]
+    targets = classes("labels", labels, (B, T), V, hidden_BTP)[:, 1:].flatten()
+    rows = hidden_BTP[:, :-1].reshape(-1, P)
+    kept = targets != IGNORED
+    if not kept.all():
+        rows, targets = rows[kept], targets[kept]
+    loss: Any = _NextToken.apply(rows, head_VP, targets, label_smoothing)
+    return loss
+
+
+class _NextToken(torch.autograd.Function):
+    """Mean cross entropy of `rows @ head.T`, and its gradients, computed on the way forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_NP: Tensor, head_VP: Tensor, targets_N: Tensor, smoothing: float
+    ) -> Tensor:
+        N, V = rows_NP.shape[0], head_VP.shape[0]
+        rows, head, kind = rows_NP, head_VP, rows_NP.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            rows, head = rows.to(dtype), head.to(dtype)
+        for_rows, for_head = ctx.needs_input_grad[:2]
+        grad_rows = torch.empty_like(rows) if for_rows else None
+        grad_head = torch.zeros_like(head) if for_head else None
+        total = torch.zeros((), dtype=widen(rows[:0]).dtype, device=rows.device)
+        with torch.autocast(kind, enabled=False):
+            size = -(-N // max(1, -(-N * V // CHUNK)))  # equal chunks
+            for start in range(0, N, max(1, size)):
+                place = slice(start, start + size)
+                some, wanted = rows[place], targets_N[place, None]
+                logits = widen(some @ head.T)
+                shares = logits.softmax(-1)
+                # The largest share is at least 1/V: its logarithm loses nothing.
+                norm = logits.amax(-1, keepdim=True) - shares.amax(-1, keepdim=True).log()
+                nats = norm - (1 - smoothing) * logits.gather(-1, wanted)
+                if smoothing:
+                    nats -= smoothing * logits.mean(-1, keepdim=True)
+                total += nats.sum()
+                if not (for_rows or for_head):
+                    continue
+                shares.scatter_add_(-1, wanted, torch.full_like(nats, smoothing - 1))
+                if smoothing:
+                    shares -= smoothing / V
+                slope = shares.div_(N).to(some.dtype)
+                if grad_rows is not None:
+                    torch.mm(slope, head, out=grad_rows[place])
+                if grad_head is not None:
+                    grad_head.addmm_(slope.T, some)
+        ctx.save_for_backward(grad_rows, grad_head)
+        ctx.dtypes = rows_NP.dtype, head_VP.dtype
+        return total / N
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        scaled = [
+            None if gradient is None else gradient.to(dtype).mul_(upstream[0])
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *scaled, None, None
+
+
+def classification(
+    logits: Tensor, labels: Any, config: OPTConfig, label_smoothing: float = 0.0
+) -> Tensor:
     """Loss of the sequence classifier.
 
     Args:
@@ -62,6 +144,7 @@ def classification(logits: Tensor, labels: Any, config: OPTConfig) -> Tensor:
         labels: Class numbers (B,), or floats.
         config: Its `problem_type`; where None: one label is a regression, integer labels are
             classes, float labels are several independent ones.
+        label_smoothing: Share of the likelihood that is asked of every class.
     """
     logits, labels = widen(logits), as_tensor("labels", labels, logits.device)
     kind = config.problem_type
@@ -75,7 +158,8 @@ def classification(logits: Tensor, labels: Any, config: OPTConfig) -> Tensor:
         )
     if kind == "single_label_classification":
         B, count = logits.shape
-        return F.cross_entropy(logits, classes("labels", labels.reshape(-1), (B,), count, logits))
+        targets = classes("labels", labels.reshape(-1), (B,), count, logits)
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     if labels.numel() != logits.numel():
         raise InputError(
             f"labels: expected {tuple(logits.shape)} values, received {tuple(labels.shape)}"
@@ -87,7 +171,11 @@ def classification(logits: Tensor, labels: Any, config: OPTConfig) -> Tensor:
 
 
 def question_answering(
-    start_BT: Tensor, end_BT: Tensor, start_positions: Any, end_positions: Any
+    start_BT: Tensor,
+    end_BT: Tensor,
+    start_positions: Any,
+    end_positions: Any,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Mean of the cross entropies of start and end; a position beyond the sequence is left out.
 
@@ -96,6 +184,7 @@ def question_answering(
         end_BT: End logits.
         start_positions: (B,).
         end_positions: (B,).
+        label_smoothing: Share of the likelihood that is asked of every place.
     """
     B, length = start_BT.shape
     total = torch.zeros((), device=start_BT.device)
@@ -109,7 +198,9 @@ def question_answering(
                 f"received {places.dtype} of shape {tuple(places.shape)}"
             )
         targets = places.reshape(B).long().clamp(0, length)
-        total = total + F.cross_entropy(widen(logits), targets, ignore_index=length)
+        total = total + F.cross_entropy(
+            widen(logits), targets, ignore_index=length, label_smoothing=label_smoothing
+        )
     return total / 2
 
 

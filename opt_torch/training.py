@@ -1,26 +1,38 @@
 """Training: the optimizer, one step, and the loop around it."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW
 
+from opt_core import accumulation
 from opt_core.errors import InputError
-from opt_core.params import param_specs
 from opt_core.training import TrainConfig
+from opt_torch import lora, losses
 from opt_torch.checkpoint import locate
 
 if TYPE_CHECKING:
-    from opt_torch.modeling import OPTForCausalLM, OPTPreTrainedModel
+    from opt_torch.modeling import OPTPreTrainedModel
 
 
 def make_optimizer(model: "OPTPreTrainedModel", config: TrainConfig) -> AdamW:
-    """AdamW with weight decay on the parameters that `ParamSpec.decays`."""
+    """Makes a model ready for a training and returns its AdamW.
+
+    Adapters are put on it where the configuration asks for them; what is not trained gets no
+    gradient. Weight decay applies to the parameters that `ParamSpec.decays`.
+    """
+    if config.lora_rank and not lora.adapters(model):
+        lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.requires_grad_(False)
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
-    for spec in param_specs(model.config, model.head):
+    for spec in config.trained_specs(model.config, model.head):
         module, leaf = locate(model, spec)
-        groups[spec.decays].append(getattr(module, leaf))
+        groups[spec.decays].append(getattr(module, leaf).requires_grad_(True))
     return AdamW(
         [
             {"params": groups[True], "weight_decay": config.weight_decay},
@@ -34,48 +46,87 @@ def make_optimizer(model: "OPTPreTrainedModel", config: TrainConfig) -> AdamW:
 
 
 def train_step(
-    model: "OPTForCausalLM", optimizer: AdamW, batch: Any, config: TrainConfig, step: int
+    model: "OPTPreTrainedModel", optimizer: AdamW, batch: Any, config: TrainConfig, step: int
 ) -> tuple[float, float]:
     """One optimizer step on one batch.
+
+    What is dropped depends on the seed and the step's number alone. If the loss or the gradient is
+    not finite, the step is skipped.
 
     Args:
         model: In training mode where dropout is wanted.
         optimizer: From `make_optimizer`.
-        batch: (B, T) ids, which are the labels too.
-        config: Learning rate and gradient clipping.
+        batch: (B, T) ids, which are the labels too, or a dict of the model's inputs and labels.
+        config: Learning rate, clipping and the rest.
         step: Step number, from 0.
 
     Returns:
-        The loss in nats per token, and the gradient's norm before clipping.
+        The loss (in nats per token), and the gradient's norm before clipping.
     """
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate_at(step)
-    loss = model(batch, labels=batch).loss
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    optimizer.step()
+    device = model.device
+    total = torch.zeros((), device=device)
+    named = accumulation.as_batch(batch)
+    parts = accumulation.parts(named, config.gradient_accumulation_steps, model.head == "causal_lm")
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for number, (part, share) in enumerate(parts):
+            torch.manual_seed(config.dropout_seed(step, number))
+            with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
+                loss = loss_of(model, part, config.label_smoothing) * share
+            loss.backward()
+            total += loss.detach()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
+    if math.isfinite(norm) and math.isfinite(total.item()):
+        optimizer.step()
     optimizer.zero_grad()
-    return loss.item(), norm.item()
+    return total.item(), norm
+
+
+def loss_of(model: "OPTPreTrainedModel", batch: Any, label_smoothing: float = 0.0) -> Tensor:
+    """The mean loss of one batch.
+
+    Args:
+        model: With a head.
+        batch: As for `train_step`.
+        label_smoothing: Share of the likelihood that is asked for everywhere.
+    """
+    inputs: Any = accumulation.as_batch(batch)
+    if model.head == "causal_lm":
+        labels = inputs.pop("labels")
+        hidden = model.get_submodule("model")(**inputs).last_hidden_state
+        head: Any = model.get_submodule("lm_head").weight
+        return losses.next_token(hidden, head, labels, label_smoothing)
+    if model.head == "sequence_classification":
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        return losses.classification(logits, labels, model.config, label_smoothing)
+    start, end = inputs.pop("start_positions"), inputs.pop("end_positions")
+    out = model(**inputs)
+    return losses.question_answering(out.start_logits, out.end_logits, start, end, label_smoothing)
 
 
 @torch.inference_mode()
-def evaluate(model: "OPTForCausalLM", batches: Iterable[Any]) -> float:
-    """Mean loss in nats per predicted token over some batches of equal rows, without dropout."""
+def evaluate(model: "OPTPreTrainedModel", batches: Iterable[Any]) -> float:
+    """Mean loss (in nats per predicted token) over some batches, without dropout."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
     for batch in batches:
-        predicted = batch.shape[0] * (batch.shape[1] - 1)
-        total += model(batch, labels=batch).loss.item() * predicted
+        named = accumulation.as_batch(batch)
+        predicted = accumulation.count_labels(named, model.head == "causal_lm")
+        if predicted:
+            total += loss_of(model, named).item() * predicted
         count += predicted
     model.train(was_training)
     if count == 0:
-        raise InputError("evaluate: expected batches with at least two tokens a row, received none")
+        raise InputError("evaluate: expected batches with something to predict, received none")
     return total / count
 
 
 def fit(
-    model: "OPTForCausalLM",
+    model: "OPTPreTrainedModel",
     batches: Iterator[Any],
     config: TrainConfig,
     report: Callable[[int, float], None] | None = None,
@@ -84,11 +135,10 @@ def fit(
 
     Args:
         model: The model to train, in place.
-        batches: (B, T) ids each.
+        batches: (B, T) ids each, or dicts of inputs and labels.
         config: How to train.
         report: Called after each step with its number and loss.
     """
-    torch.manual_seed(config.seed)  # of dropout
     optimizer = make_optimizer(model, config)
     model.train()
     try:

@@ -1,0 +1,167 @@
+"""`opt-lm train`: a model and data in, a run's folder with the trained model out."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from opt_cli import console
+from opt_cli.train_options import with_settings
+from opt_core.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from opt_core import OPTConfig, TrainConfig
+    from opt_core.run import RunResult
+
+CLASSES = {
+    "text": "OPTForCausalLM",
+    "classification": "OPTForSequenceClassification",
+    "qa": "OPTForQuestionAnswering",
+}
+"""Each task and the class of model it trains."""
+
+
+@with_settings
+def train(
+    model: Annotated[
+        str, typer.Argument(help='Folder, hub id, or "mini"; a size to start from scratch.')
+    ],
+    data: Annotated[Path, typer.Argument(help="Folder of `opt-lm prepare`, or a file of data.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.", metavar="RUN")],
+    given: dict[str, Any],
+    validation: Annotated[
+        Path | None, typer.Option(help="Data to validate on, like DATA.", metavar="DATA")
+    ] = None,
+    task: Annotated[str, typer.Option(help="text, classification or qa.", metavar="NAME")] = "text",
+    backend: Annotated[
+        str, typer.Option(help="Framework: torch, tf or flax.", metavar="NAME")
+    ] = "torch",
+    device: Annotated[
+        str | None,
+        typer.Option(help='Device of the torch backend, such as "cuda".', metavar="NAME"),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Start from OPT's own recipe of a size: opt-125m ...", metavar="SIZE"),
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Times through the data, for --max-steps.", metavar="X")
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Start from random weights.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's last checkpoint, if it has one.")
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write RUN/tensorboard as well.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Train a model, or fine-tune it.
+
+    RUN gets metrics.jsonl, checkpoints, and in the end model/, a Hugging Face folder. The same
+    command with --resume goes on where a killed one stopped, to the same result.
+    """
+    from opt_cli.train_data import open_data
+    from opt_cli.watch import watching
+    from opt_core.batches import Batches
+    from opt_core.run import run
+
+    if task not in CLASSES:
+        raise ConfigError(f"--task: expected {', '.join(CLASSES)}, received {task!r}")
+    if device is not None and backend != "torch":
+        raise ConfigError(f"--device is for the torch backend; {backend} places its arrays itself")
+    if out.exists() and not resume and (not out.is_dir() or any(out.iterdir())):
+        raise TrainingError(f"{out}: already exists; --resume goes on with it")
+    config = _settings(preset, given)
+    source, model_config = _model(model, from_scratch)
+    opened = open_data(task, data, validation, source, model_config, config, out)
+    if epochs is not None:
+        if "max_steps" in given:
+            raise ConfigError("--epochs and --max-steps: give one of them")
+        if not 0 < epochs < math.inf:
+            raise ConfigError(f"--epochs: expected a number > 0, received {epochs}")
+        config = config.replace(max_steps=math.ceil(epochs * len(opened.train) / config.batch_size))
+    if config.eval_every and opened.validation is None:
+        raise ConfigError("--eval-every needs data to validate on: --validation")
+    batches = Batches(opened.train, config.batch_size, config.seed)
+    validate: Callable[[], Iterable[Any]] | None = None
+    if (held_out := opened.validation) is not None:
+        validate = lambda: Batches(held_out, config.batch_size, 0, shuffle=False, epochs=1)  # noqa: E731
+    about = {
+        "model": model, "data": str(data), "validation": validation and str(validation),
+        "task": task, "backend": backend, "from_scratch": from_scratch,
+    }  # fmt: skip
+    trainer = _trainer(
+        backend, task, source or model, config, opened.model_config, from_scratch, device
+    )
+    events = out / "tensorboard" if tensorboard else None
+    with watching(config.max_steps, 0, events) as watch:
+        result = run(trainer, batches, config, out, validate, resume, about, watch)
+    _finish(result, source, json)
+
+
+def _settings(preset: str | None, given: dict[str, Any]) -> "TrainConfig":
+    from opt_core import TrainConfig
+
+    try:
+        return TrainConfig(**given) if preset is None else TrainConfig.from_preset(preset, **given)
+    except ConfigError as error:
+        names = sorted(TrainConfig.__dataclass_fields__, key=len, reverse=True)
+        name = next((name for name in names if str(error).startswith(f"{name}:")), None)
+        message = str(error) if name is None else console.option(name) + str(error)[len(name) :]
+        raise ConfigError(message) from None
+
+
+def _model(name: str, from_scratch: bool) -> tuple[Path | None, "OPTConfig"]:
+    """The model's folder, where it has one, and its configuration."""
+    from opt_core import OPTConfig
+    from opt_core.hub import resolve
+    from opt_core.presets import PRESETS
+
+    if from_scratch and name in PRESETS:
+        return None, OPTConfig.from_preset(name)
+    folder = resolve(name)
+    return folder, OPTConfig.from_pretrained(folder if folder.is_dir() else folder.parent)
+
+
+def _trainer(
+    backend: str, task: str, source: Any, config: "TrainConfig", model_config: "OPTConfig",
+    from_scratch: bool, device: str | None,
+) -> Any:  # fmt: skip
+    import warnings
+
+    from conversion.backends import BACKENDS, load_backend
+
+    cls = load_backend(backend, CLASSES[task])
+    maker = import_module(f"{BACKENDS[backend].module}.trainer").make_trainer
+    with warnings.catch_warnings():
+        # A head that is new is what this command is for.
+        warnings.filterwarnings("ignore", ".*freshly initialised and needs training")
+        return maker(cls, source, config, model_config, from_scratch, device)
+
+
+def _finish(result: "RunResult", source: Path | None, json: bool) -> None:
+    """Puts the tokenizer beside the model and says how it went."""
+    if source is not None:
+        from conversion.companions import carry
+
+        carry(source if source.is_dir() else source.parent, result.model)
+    if json:
+        console.print_json(asdict(result) | {"model": str(result.model)})
+        return
+    if result.stopped is not None:
+        console.note(f"stopped early: {result.stopped}")
+    if result.skipped:
+        console.note(f"{result.skipped} steps were skipped: loss or gradient not finite")
+    told = [f"{result.steps} steps"]
+    if result.loss is not None:
+        told.append(f"loss {result.loss:.4f}")
+    if result.best_loss is not None:
+        told.append(f"validation loss {result.best_loss:.4f} at step {result.best_step}")
+    console.write(f"{result.model}: {', '.join(told)}\n")

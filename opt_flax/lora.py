@@ -1,0 +1,161 @@
+"""Low-rank adapters on a model's linear layers: apply, merge, unmerge, save and load."""
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from opt_core import lora as files
+from opt_core.dialects import NNX
+from opt_core.errors import ConfigError
+from opt_core.lora import Adapter
+from opt_core.params import param_specs
+from opt_flax import parallel
+from opt_flax.checkpoint import as_array, get_parameter, locate, path_of
+from opt_flax.linear import Linear
+
+if TYPE_CHECKING:
+    from opt_flax.modeling import FlaxOPTPreTrainedModel
+
+
+class LoraLinear(Linear):
+    """A linear layer and its adapter, which work in float32 whatever the layer's type is.
+
+    Args:
+        base: The layer; its parameters are taken over, not copied.
+        adapter: Rank and scale.
+    """
+
+    def __init__(self, base: Linear, adapter: Adapter):
+        self.kernel, self.bias = base.kernel, base.bias
+        self.lora_A = Linear(False)
+        self.lora_B = Linear(False)
+        self.adapter = adapter
+        self.unmerged = nnx.Variable(None)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the adapter works beside the weight, which does not hold it."""
+        return self.unmerged.get_value() is None
+
+    def __call__(self, input: Array) -> Array:
+        """Computes the layer's output and the adapter's."""
+        out = super().__call__(input)
+        if not self.adapts:
+            return out
+        low = self.lora_A(input.astype(self.lora_A.kernel.dtype))
+        return out + (self.lora_B(low) * self.adapter.scale).astype(out.dtype)
+
+
+def apply(
+    model: "FlaxOPTPreTrainedModel",
+    rank: int,
+    alpha: float = 16.0,
+    targets: tuple[str, ...] = files.TARGETS,
+    seed: int = 0,
+) -> Adapter:
+    """Puts adapters on a model: it computes what it did until they are trained.
+
+    Args:
+        model: The model, changed in place.
+        rank: Rank of the adapters.
+        alpha: Their output is scaled by `alpha / rank`.
+        targets: Names of the layers that get one.
+        seed: Seed of A; B is zero.
+
+    Raises:
+        ConfigError: A value that cannot be, or the model has adapters already.
+    """
+    adapter = Adapter(rank, alpha, tuple(targets))
+    if adapters(model):
+        raise ConfigError("the model has adapters already; merge them first")
+    if model.get_decoder().scan_layers:
+        raise ConfigError("scan_layers: stacked layers take no adapters; load the model without")
+    for spec in files.adapted_specs(model.config, adapter.targets):
+        *outer, name, _ = path_of(model, spec)[0]
+        parent: Any = model
+        for part in outer:
+            parent = parent[part] if isinstance(part, int) else getattr(parent, part)
+        layer = getattr(parent, str(name))
+        if type(layer) is not Linear:
+            raise ConfigError(f"{spec.name}: an adapter needs a plain linear layer")
+        setattr(parent, str(name), LoraLinear(layer, adapter))
+    for spec in files.adapter_specs(model.config, adapter.rank, adapter.targets):
+        _put(model, spec, files.initial_adapter(spec, seed))
+    return adapter
+
+
+def merge(model: "FlaxOPTPreTrainedModel") -> None:
+    """Adds the adapters to the weights: the model is as fast as before, and can be saved."""
+    for layer in adapters(model):
+        if layer.adapts:
+            plain = layer.kernel[...]
+            product = layer.lora_A.kernel[...] @ layer.lora_B.kernel[...] * layer.adapter.scale
+            layer.kernel.set_value((plain.astype(product.dtype) + product).astype(plain.dtype))
+            layer.unmerged.set_value(plain)
+
+
+def unmerge(model: "FlaxOPTPreTrainedModel") -> None:
+    """Gives the weights back as they were before `merge`, bit for bit."""
+    for layer in adapters(model):
+        if not layer.adapts:
+            layer.kernel.set_value(layer.unmerged.get_value())
+            layer.unmerged.set_value(None)
+
+
+def save_adapter(
+    model: "FlaxOPTPreTrainedModel", folder: str | PathLike[str], base: str = ""
+) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, as PEFT reads them.
+
+    Args:
+        model: With adapters.
+        folder: A new folder.
+        base: Name or path of the model without them.
+
+    Raises:
+        ConfigError: The model has no adapters.
+    """
+    found = adapters(model)
+    if not found:
+        raise ConfigError("the model has no adapters to save")
+
+    def fetch(spec: Any) -> Any:
+        return as_array(get_parameter(model, spec)).astype(np.float32)
+
+    files.save_adapter(Path(folder), model.config, model.head, found[0].adapter, fetch, base)
+
+
+def load_adapter(model: "FlaxOPTPreTrainedModel", folder: str | PathLike[str]) -> None:
+    """Puts the adapters of a folder, PEFT's or ours, on a model that has none.
+
+    Args:
+        model: The model that they were trained on.
+        folder: The folder.
+
+    Raises:
+        CheckpointError: The files are damaged or do not fit the model.
+    """
+    adapter, values = files.read_adapter(Path(folder), model.config, model.head)
+    apply(model, adapter.rank, adapter.alpha, adapter.targets)
+    specs = files.adapter_specs(model.config, adapter.rank, adapter.targets)
+    for spec in [*specs, *param_specs(model.config, model.head)]:
+        if spec.name in values:
+            _put(model, spec, values[spec.name])
+
+
+def adapters(model: "FlaxOPTPreTrainedModel") -> list[LoraLinear]:
+    """The layers of a model that have an adapter."""
+    return [node for _, node in nnx.iter_graph(model) if isinstance(node, LoraLinear)]
+
+
+def _put(model: "FlaxOPTPreTrainedModel", spec: Any, values: Any) -> None:
+    """Gives a parameter its values, in the canonical layout; on a mesh every device has them."""
+    variable, _ = locate(model, spec)
+    dtype = jnp.float32 if variable.get_value() is None else variable.dtype
+    own = jnp.asarray(values.T if NNX.is_transposed(spec) else values, dtype)
+    variable.set_value(parallel.place(own, model.mesh))

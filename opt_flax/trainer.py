@@ -1,0 +1,129 @@
+"""A model in training, as `opt_core.run` wants it."""
+
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from opt_core.config import OPTConfig
+from opt_core.dialects import NNX
+from opt_core.errors import ConfigError
+from opt_core.params import ParamSpec
+from opt_core.run import Slot, identity
+from opt_core.training import TrainConfig
+from opt_flax import lora
+from opt_flax.checkpoint import as_array, locate, path_of
+from opt_flax.training import evaluate, make_optimizer, train_step
+
+if TYPE_CHECKING:
+    from opt_flax.modeling import FlaxOPTPreTrainedModel
+
+_STATES = {"mean": "mu", "square": "nu"}
+
+
+class Trainer:
+    """A model and its optimizer.
+
+    Args:
+        model: The model, trained in place; `make_optimizer` makes it ready.
+        config: How to train it.
+
+    Raises:
+        ConfigError: The model's layers are stacked, or its weights are spread over a mesh:
+            `opt_flax.resume` has checkpoints for these.
+    """
+
+    def __init__(self, model: "FlaxOPTPreTrainedModel", config: TrainConfig):
+        if model.mesh is not None or model.get_decoder().scan_layers:
+            raise ConfigError(
+                "a model on a mesh or with scan_layers is trained with train_step and "
+                "opt_flax.resume.TrainingCheckpoints"
+            )
+        self.model, self.config = model, config
+        self.optimizer = make_optimizer(model, config)
+        self.specs = config.trained_specs(model.config, model.head)
+        self.identity = identity(model.config, model.head)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps taken."""
+        return int(self._adam().count[...])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for variable in (self._adam().count, self.optimizer.step):
+            variable.set_value(jnp.asarray(count, variable.dtype))
+
+    def step(self, batch: Any, step: int) -> tuple[float, float]:
+        """Takes one step (`train_step`) with dropout."""
+        self.model.train()
+        return train_step(self.model, self.optimizer, batch, self.config, step)
+
+    def evaluate(self, batches: Iterable[Any]) -> float:
+        """The mean loss over batches, without dropout."""
+        return evaluate(self.model, batches)
+
+    def get(self, slot: Slot, spec: ParamSpec) -> NDArray[Any]:
+        """Values of a trained parameter, float32 in the canonical layout."""
+        values = as_array(self._variable(slot, spec)[...]).astype(np.float32)
+        return values.T if NNX.is_transposed(spec) else values
+
+    def put(self, slot: Slot, spec: ParamSpec, values: NDArray[Any]) -> None:
+        """Replaces them."""
+        variable = self._variable(slot, spec)
+        own = np.array(values.T if NNX.is_transposed(spec) else values)
+        variable.set_value(jnp.asarray(own, variable.dtype))
+
+    def export(self, folder: Path) -> None:
+        """Writes the model as a Hugging Face folder, adapters merged."""
+        lora.merge(self.model)
+        self.model.save_pretrained(folder)
+        lora.unmerge(self.model)
+
+    def export_adapter(self, folder: Path, base: str) -> None:
+        """Writes the adapters as PEFT does."""
+        lora.save_adapter(self.model, folder, base)
+
+    def _adam(self) -> Any:
+        """The part of the optimizer's state with the running means: the second transform's."""
+        states: Any = self.optimizer.opt_state
+        return states[1]
+
+    def _variable(self, slot: Slot, spec: ParamSpec) -> Any:
+        if slot == "value":
+            return locate(self.model, spec)[0]
+        node: Any = getattr(self._adam(), _STATES[slot])
+        for part in path_of(self.model, spec)[0]:
+            node = node[part]
+        return node
+
+
+def make_trainer(
+    cls: "type[FlaxOPTPreTrainedModel]",
+    name: str | PathLike[str],
+    config: TrainConfig,
+    model_config: OPTConfig,
+    from_scratch: bool = False,
+    device: str | None = None,
+) -> Trainer:
+    """Loads a model and makes it ready for training.
+
+    Args:
+        cls: Class of the model.
+        name: Folder, hub id, or "mini".
+        config: How to train.
+        model_config: The model's configuration; `config` may change its dropout.
+        from_scratch: Start from random weights, not from the model's.
+        device: None: JAX places its arrays itself.
+    """
+    assert device is None
+    model_config = config.model_config(model_config)
+    if from_scratch:
+        model = cls(model_config, seed=config.seed)
+    else:
+        model = cls.from_pretrained(name, config=model_config)
+    return Trainer(model, config)

@@ -1,0 +1,170 @@
+"""Low-rank adapters on a model's linear layers: apply, merge, unmerge, save and load.
+
+Keras' own `enable_lora` makes a whole kernel of the adapter in every call, in the type of the
+computation, where a small step of a bfloat16 kernel is lost.
+"""
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tensorflow as tf
+
+from opt_core import lora as files
+from opt_core.dialects import KERAS
+from opt_core.errors import ConfigError
+from opt_core.lora import Adapter
+from opt_core.params import param_specs
+from opt_tf.checkpoint import get_parameter, set_parameter
+from opt_tf.linear import Linear
+
+if TYPE_CHECKING:
+    from opt_tf.modeling import TFOPTPreTrainedModel
+
+
+class LoraLinear(Linear):
+    """A linear layer and its adapter, which work in float32 whatever the layer's type is.
+
+    Args:
+        base: The layer; its parameters are taken over, not copied.
+        adapter: Rank and scale.
+    """
+
+    def __init__(self, base: Linear, adapter: Adapter):
+        super().__init__(
+            base.into, base.units, base.use_bias, name=base.name, dtype=base.dtype_policy
+        )
+        self._kernel, self.bias = base.kernel, base.bias
+        self.lora_A = Linear(base.into, adapter.rank, False, name="lora_A", dtype="float32")
+        self.lora_B = Linear(adapter.rank, base.units, False, name="lora_B", dtype="float32")
+        self.lora_A.build()
+        self.lora_B.build()
+        self.adapter = adapter
+        self.unmerged: Any = None
+        self.built = True
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the adapter works beside the weight, which does not hold it."""
+        return self.unmerged is None
+
+    def call(self, input: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        """Computes the layer's output and the adapter's."""
+        out: Any = super().call(input)
+        if not self.adapts:
+            return out
+        low: Any = self.lora_B(self.lora_A(input))
+        return out + tf.cast(low * self.adapter.scale, out.dtype)
+
+
+def apply(
+    model: "TFOPTPreTrainedModel",
+    rank: int,
+    alpha: float = 16.0,
+    targets: tuple[str, ...] = files.TARGETS,
+    seed: int = 0,
+) -> Adapter:
+    """Puts adapters on a model: it computes what it did until they are trained.
+
+    Args:
+        model: The model, changed in place.
+        rank: Rank of the adapters.
+        alpha: Their output is scaled by `alpha / rank`.
+        targets: Names of the layers that get one.
+        seed: Seed of A; B is zero.
+
+    Raises:
+        ConfigError: A value that cannot be, or the model has adapters already.
+    """
+    adapter = Adapter(rank, alpha, tuple(targets))
+    if adapters(model):
+        raise ConfigError("the model has adapters already; merge them first")
+    for spec in files.adapted_specs(model.config, adapter.targets):
+        *outer, name, _ = KERAS.path(spec)[model.head == "none" :]
+        parent: Any = model
+        for part in outer:
+            parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
+        layer = getattr(parent, name)
+        if type(layer) is not Linear:
+            raise ConfigError(f"{spec.name}: an adapter needs a plain linear layer")
+        # A built layer takes no new parts, as Keras has it; its own LoRA does this too.
+        parent._tracker.unlock()
+        parent._tracker.untrack(layer)
+        setattr(parent, name, LoraLinear(layer, adapter))
+        parent._tracker.lock()
+    for spec in files.adapter_specs(model.config, adapter.rank, adapter.targets):
+        set_parameter(model, spec, files.initial_adapter(spec, seed))
+    model.programs.clear()
+    return adapter
+
+
+def merge(model: "TFOPTPreTrainedModel") -> None:
+    """Adds the adapters to the weights: the model is as fast as before, and can be saved."""
+    for layer in adapters(model):
+        if layer.adapts:
+            kernel, low, high = _kernels(layer)
+            plain: Any = tf.identity(kernel.value)
+            product: Any = tf.matmul(low.value, high.value)
+            wide = tf.cast(plain, product.dtype) + product * layer.adapter.scale
+            kernel.assign(tf.cast(wide, plain.dtype))
+            layer.unmerged = plain
+    model.programs.clear()
+
+
+def unmerge(model: "TFOPTPreTrainedModel") -> None:
+    """Gives the weights back as they were before `merge`, bit for bit."""
+    for layer in adapters(model):
+        if not layer.adapts:
+            _kernels(layer)[0].assign(layer.unmerged)
+            layer.unmerged = None
+    model.programs.clear()
+
+
+def save_adapter(
+    model: "TFOPTPreTrainedModel", folder: str | PathLike[str], base: str = ""
+) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, as PEFT reads them.
+
+    Args:
+        model: With adapters.
+        folder: A new folder.
+        base: Name or path of the model without them.
+
+    Raises:
+        ConfigError: The model has no adapters.
+    """
+    found = adapters(model)
+    if not found:
+        raise ConfigError("the model has no adapters to save")
+
+    def fetch(spec: Any) -> Any:
+        return get_parameter(model, spec)
+
+    files.save_adapter(Path(folder), model.config, model.head, found[0].adapter, fetch, base)
+
+
+def load_adapter(model: "TFOPTPreTrainedModel", folder: str | PathLike[str]) -> None:
+    """Puts the adapters of a folder, PEFT's or ours, on a model that has none.
+
+    Args:
+        model: The model that they were trained on.
+        folder: The folder.
+
+    Raises:
+        CheckpointError: The files are damaged or do not fit the model.
+    """
+    adapter, values = files.read_adapter(Path(folder), model.config, model.head)
+    apply(model, adapter.rank, adapter.alpha, adapter.targets)
+    specs = files.adapter_specs(model.config, adapter.rank, adapter.targets)
+    for spec in [*specs, *param_specs(model.config, model.head)]:
+        if spec.name in values:
+            set_parameter(model, spec, values[spec.name])
+
+
+def adapters(model: "TFOPTPreTrainedModel") -> list[LoraLinear]:
+    """The layers of a model that have an adapter."""
+    return [layer for layer in model._flatten_layers() if isinstance(layer, LoraLinear)]
+
+
+def _kernels(layer: LoraLinear) -> tuple[Any, Any, Any]:
+    return layer.kernel, layer.lora_A.kernel, layer.lora_B.kernel
