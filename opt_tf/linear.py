@@ -7,10 +7,13 @@ zero for `opt_tf.checkpoint` to fill in.
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 FEW_ROWS = 64
 """Up to so many rows a product with the table is computed the other way round."""
+_PARTS = 4
+"""Pieces that a product of one row is computed in: XLA gives each a thread, the whole only one."""
 
 
 class Linear(keras.layers.Dense):
@@ -24,6 +27,18 @@ class Linear(keras.layers.Dense):
         """Makes the variables."""
         super().build((None, self.into))
 
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        """The product with the kernel, plus the bias."""
+        is_plain = self.quantization_mode is None and self.compute_dtype == "float32"
+        if not (is_plain and _is_one_row(inputs) and self.into % _PARTS == 0):
+            return super().call(inputs, training=training)
+        pieces = tf.reshape(inputs, (_PARTS, 1, -1))
+        kernel = tf.reshape(self.kernel, (_PARTS, -1, self.units))
+        product = tf.reduce_sum(tf.matmul(pieces, kernel), 0)
+        if self.bias is not None:
+            product = product + self.bias
+        return tf.reshape(product, (*sizes(inputs)[:-1], self.units))
+
 
 class Embedding(keras.layers.Embedding):
     """A table of rows."""
@@ -35,12 +50,22 @@ class Embedding(keras.layers.Embedding):
     def call(self, rows: tf.Tensor) -> tf.Tensor:
         """Looks rows up; the padding row gets no gradient here, as in PyTorch's `padding_idx`."""
         table = tf.convert_to_tensor(self.embeddings)
-        return tf.cast(_lookup(table, rows, self.padding), self.compute_dtype)
+        found = tf.cast(_lookup(table, rows, self.padding), self.compute_dtype)
+        if tf.is_symbolic_tensor(rows):
+            # Inside a program nothing could be checked, and XLA and GPUs read some other row.
+            is_row = (rows >= 0) & (rows < table.shape[0])
+            found = tf.where(tf.expand_dims(is_row, -1), found, tf.cast(np.nan, found.dtype))
+        return found
 
     def attend(self, hidden: tf.Tensor) -> tf.Tensor:
         """The product with the table: a tied language-model head."""
         table = tf.cast(self.embeddings, hidden.dtype)
         *outer, P = sizes(hidden)
+        V = sizes(table)[0]
+        if _is_one_row(hidden) and V % _PARTS == 0:
+            pieces = tf.reshape(table, (_PARTS, -1, P))
+            row = tf.broadcast_to(tf.reshape(hidden, (1, P, 1)), (_PARTS, P, 1))
+            return tf.reshape(tf.matmul(pieces, row), (*outer, V))
         rows = tf.reshape(hidden, (-1, P))
         count = sizes(rows)[0]
         if isinstance(count, int) and count <= FEW_ROWS:
@@ -48,7 +73,7 @@ class Embedding(keras.layers.Embedding):
             logits = tf.transpose(tf.matmul(table, rows, transpose_b=True))
         else:
             logits = tf.matmul(rows, table, transpose_b=True)
-        return tf.reshape(logits, (*outer, sizes(table)[0]))
+        return tf.reshape(logits, (*outer, V))
 
 
 def _lookup(table: tf.Tensor, rows: tf.Tensor, padding: int | None) -> tf.Tensor:
@@ -65,6 +90,10 @@ def _lookup(table: tf.Tensor, rows: tf.Tensor, padding: int | None) -> tf.Tensor
         return tf.gather(table, rows), backward
 
     return look_up(table)
+
+
+def _is_one_row(hidden: tf.Tensor) -> bool:
+    return hidden.shape[:-1].num_elements() == 1
 
 
 def sizes(tensor: tf.Tensor) -> tuple[Any, ...]:

@@ -47,7 +47,11 @@ def causal_lm(logits_BTV: tf.Tensor, labels: Any) -> tf.Tensor:
         labels: (B, T) ids, unshifted.
     """
     B, T, V = tuple(logits_BTV.shape)
-    return _cross_entropy(logits_BTV[:, :-1], classes("labels", labels, (B, T), V)[:, 1:], IGNORED)
+    targets = classes("labels", labels, (B, T), V)
+    # The labels are shifted and not the logits: a slice of these would be a copy, and its gradient
+    # another one.
+    nothing = tf.fill((sizes(targets)[0], 1), IGNORED)
+    return _cross_entropy(logits_BTV, tf.concat([targets[:, 1:], nothing], 1), IGNORED)
 
 
 def classification(logits: tf.Tensor, labels: Any, config: OPTConfig) -> tf.Tensor:
