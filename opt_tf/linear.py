@@ -12,7 +12,7 @@ import tensorflow as tf
 
 FEW_ROWS = 64
 """Up to so many rows a product with the table is computed the other way round."""
-_PARTS = 4
+_PARTS = 2
 """Pieces that a product of one row is computed in: XLA gives each a thread, the whole only one."""
 
 
@@ -30,7 +30,7 @@ class Linear(keras.layers.Dense):
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """The product with the kernel, plus the bias."""
         is_plain = self.quantization_mode is None and self.compute_dtype == "float32"
-        if not (is_plain and _is_one_row(inputs) and self.into % _PARTS == 0):
+        if not (is_plain and inputs.shape[:-1].num_elements() == 1 and self.into % _PARTS == 0):
             return super().call(inputs, training=training)
         pieces = tf.reshape(inputs, (_PARTS, 1, -1))
         kernel = tf.reshape(self.kernel, (_PARTS, -1, self.units))
@@ -61,11 +61,6 @@ class Embedding(keras.layers.Embedding):
         """The product with the table: a tied language-model head."""
         table = tf.cast(self.embeddings, hidden.dtype)
         *outer, P = sizes(hidden)
-        V = sizes(table)[0]
-        if _is_one_row(hidden) and V % _PARTS == 0:
-            pieces = tf.reshape(table, (_PARTS, -1, P))
-            row = tf.broadcast_to(tf.reshape(hidden, (1, P, 1)), (_PARTS, P, 1))
-            return tf.reshape(tf.matmul(pieces, row), (*outer, V))
         rows = tf.reshape(hidden, (-1, P))
         count = sizes(rows)[0]
         if isinstance(count, int) and count <= FEW_ROWS:
@@ -73,7 +68,7 @@ class Embedding(keras.layers.Embedding):
             logits = tf.transpose(tf.matmul(table, rows, transpose_b=True))
         else:
             logits = tf.matmul(rows, table, transpose_b=True)
-        return tf.reshape(logits, (*outer, V))
+        return tf.reshape(logits, (*outer, sizes(table)[0]))
 
 
 def _lookup(table: tf.Tensor, rows: tf.Tensor, padding: int | None) -> tf.Tensor:
@@ -90,10 +85,6 @@ def _lookup(table: tf.Tensor, rows: tf.Tensor, padding: int | None) -> tf.Tensor
         return tf.gather(table, rows), backward
 
     return look_up(table)
-
-
-def _is_one_row(hidden: tf.Tensor) -> bool:
-    return hidden.shape[:-1].num_elements() == 1
 
 
 def sizes(tensor: tf.Tensor) -> tuple[Any, ...]:
