@@ -21,7 +21,6 @@ app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("plot")(plot.plot)
 app.add_typer(evaluate.app, name="eval")
-app.command("export")(export.export)
 
 
 @app.callback(invoke_without_command=True)

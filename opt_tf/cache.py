@@ -49,10 +49,16 @@ class KVCache:
         Returns:
             The layer's buffers (B, H, S, K) with them.
         """
-        start: Any = (0, 0, self.length, 0)
-        keys: Any = keras.ops.slice_update(self.keys[layer], start, key_BHTK)
-        values: Any = keras.ops.slice_update(self.values[layer], start, value_BHTK)
-        return keys, values
+        return self._put(self.keys[layer], key_BHTK), self._put(self.values[layer], value_BHTK)
+
+    def _put(self, buffer: tf.Tensor, new_BHTK: tf.Tensor) -> tf.Tensor:
+        # The products of attention see B and H as one; so must the write, or XLA makes two copies
+        # of every buffer in each step.
+        B, H, S, K = sizes(buffer)
+        start: Any = (0, self.length, 0)
+        rows = tf.reshape(new_BHTK, (-1, sizes(new_BHTK)[2], K))
+        written: Any = keras.ops.slice_update(tf.reshape(buffer, (-1, S, K)), start, rows)
+        return tf.reshape(written, (B, H, S, K))
 
     def visible(self, count: int) -> int:
         """Slots to look at with `count` new tokens: the filled ones, or all where unknown."""

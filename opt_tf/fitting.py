@@ -1,16 +1,37 @@
 """What Keras' fit, evaluate and predict make of a model's output."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_tf.decoder import TFOPTOutput
+from opt_tf.inputs import as_integers, check_range
 
 
 class Fitted(keras.Model):
     """A Keras model whose output is a `TFOPTOutput` and that may have a loss of its own."""
+
+    config: OPTConfig
+
+    def fit(self, x: Any = None, *args: Any, **options: Any) -> Any:
+        """Keras' fit; ids that come as an array are checked first, as XLA could not refuse them."""
+        self._check(x)
+        return super().fit(x, *args, **options)
+
+    def evaluate(self, x: Any = None, *args: Any, **options: Any) -> Any:
+        """Keras' evaluate, of ids checked as in `fit`."""
+        self._check(x)
+        return super().evaluate(x, *args, **options)
+
+    def predict(self, x: Any, *args: Any, **options: Any) -> Any:
+        """Keras' predict, of ids checked as in `fit`."""
+        self._check(x)
+        return super().predict(x, *args, **options)
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None,
@@ -42,6 +63,13 @@ class Fitted(keras.Model):
     def predict_step(self, data: Any) -> Any:
         """What Keras' predict returns: the logits."""
         return self._predictions(super().predict_step(data))
+
+    def _check(self, x: Any) -> None:
+        ids = x.get("input_ids") if isinstance(x, Mapping) else x
+        if isinstance(ids, np.ndarray) or tf.is_tensor(ids):
+            count = self.config.vocab_size
+            tensor: Any = as_integers("input_ids", ids)
+            check_range("input_ids", tensor, 0, count - 1, f"vocab_size={count}")
 
     def _predictions(self, output: TFOPTOutput) -> Any:
         return output.logits

@@ -7,10 +7,13 @@ zero for `opt_tf.checkpoint` to fill in.
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 FEW_ROWS = 64
 """Up to so many rows a product with the table is computed the other way round."""
+_PARTS = 2
+"""Pieces that a product of one row is computed in: XLA gives each a thread, the whole only one."""
 
 
 class Linear(keras.layers.Dense):
@@ -24,6 +27,18 @@ class Linear(keras.layers.Dense):
         """Makes the variables."""
         super().build((None, self.into))
 
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        """The product with the kernel, plus the bias."""
+        is_plain = self.quantization_mode is None and self.compute_dtype == "float32"
+        if not (is_plain and inputs.shape[:-1].num_elements() == 1 and self.into % _PARTS == 0):
+            return super().call(inputs, training=training)
+        pieces = tf.reshape(inputs, (_PARTS, 1, -1))
+        kernel = tf.reshape(self.kernel, (_PARTS, -1, self.units))
+        product = tf.reduce_sum(tf.matmul(pieces, kernel), 0)
+        if self.bias is not None:
+            product = product + self.bias
+        return tf.reshape(product, (*sizes(inputs)[:-1], self.units))
+
 
 class Embedding(keras.layers.Embedding):
     """A table of rows."""
@@ -35,7 +50,12 @@ class Embedding(keras.layers.Embedding):
     def call(self, rows: tf.Tensor) -> tf.Tensor:
         """Looks rows up; the padding row gets no gradient here, as in PyTorch's `padding_idx`."""
         table = tf.convert_to_tensor(self.embeddings)
-        return tf.cast(_lookup(table, rows, self.padding), self.compute_dtype)
+        found = tf.cast(_lookup(table, rows, self.padding), self.compute_dtype)
+        if tf.is_symbolic_tensor(rows):
+            # Inside a program nothing could be checked, and XLA and GPUs read some other row.
+            is_row = (rows >= 0) & (rows < table.shape[0])
+            found = tf.where(tf.expand_dims(is_row, -1), found, tf.cast(np.nan, found.dtype))
+        return found
 
     def attend(self, hidden: tf.Tensor) -> tf.Tensor:
         """The product with the table: a tied language-model head."""

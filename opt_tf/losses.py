@@ -46,8 +46,12 @@ def causal_lm(logits_BTV: tf.Tensor, labels: Any, label_smoothing: float = 0.0) 
         label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     B, T, V = tuple(logits_BTV.shape)
-    targets = classes("labels", labels, (B, T), V)[:, 1:]
-    return _cross_entropy(logits_BTV[:, :-1], targets, IGNORED, label_smoothing)
+    targets = classes("labels", labels, (B, T), V)
+    # The labels are shifted and not the logits: a slice of these would be a copy, and its gradient
+    # another one.
+    nothing = tf.fill((sizes(targets)[0], 1), IGNORED)
+    targets = tf.concat([targets[:, 1:], nothing], 1)
+    return _cross_entropy(logits_BTV, targets, IGNORED, label_smoothing)
 
 
 def classification(

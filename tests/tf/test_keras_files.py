@@ -1,0 +1,57 @@
+"""Models in Keras' own files, and inside Keras' own models."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow")
+
+import opt_tf  # isort: skip  it chooses Keras' backend
+import keras
+import tensorflow as tf
+
+from opt_core import TrainConfig
+from opt_tf import training
+from tests.configs import CONFIGS
+from tests.reference import make_prompts
+from tests.tf.models import QUIET, model_of
+
+
+@pytest.mark.parametrize("variant", [*CONFIGS, "untied"])
+def test_keras_files_keep_everything(folder, variant, tmp_path):
+    config = CONFIGS.get(variant) or CONFIGS["pre_ln"].replace(tie_word_embeddings=False)
+    model, ids = model_of(folder, config, attn_implementation="eager"), make_prompts(config, 2, 9)
+    model.generation_config = model.generation_config.replace(eos_token_id=(5, 6), max_length=30)
+    expected = model(ids).logits
+    model.save(tmp_path / "model.keras")
+    loaded: Any = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(ids).logits, expected)
+    assert loaded.config == model.config
+    assert loaded.generation_config == model.generation_config
+    assert loaded.attn_implementation == "eager"
+    model.save_weights(tmp_path / "model.weights.h5")
+    other: Any = opt_tf.TFOPTForCausalLM(config, seed=5)
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(other(ids).logits, expected, rtol=0, atol=2e-5)
+
+
+def test_a_trained_model_goes_on_where_it_was_saved(folder, tmp_path):
+    """The optimizer's state and rules travel in the .keras file."""
+    ids = make_prompts(QUIET, 8, 9)
+    model = model_of(folder, QUIET)
+    model.compile(optimizer=training.make_optimizer(model, TrainConfig(learning_rate=1e-3)))
+    model.fit(ids, batch_size=4, verbose=0, shuffle=False)
+    model.save(tmp_path / "model.keras")
+    loaded: Any = keras.models.load_model(tmp_path / "model.keras")
+    for each in (model, loaded):
+        each.fit(ids, batch_size=4, verbose=0, shuffle=False)
+    for a, b in zip(loaded.trainable_variables, model.trainable_variables, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6, err_msg=a.path)
+
+
+def test_keras_functional_models_can_contain_ours(folder):
+    model, ids = model_of(folder), make_prompts(CONFIGS["pre_ln"], 2, 9)
+    inputs = keras.Input((None,), dtype="int32")
+    outer = keras.Model(inputs, keras.ops.argmax(model(inputs).logits, -1))
+    np.testing.assert_array_equal(outer(ids), tf.argmax(model(ids).logits, -1))
