@@ -80,9 +80,7 @@ def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
     finished = empty
     is_open = torch.ones((B, 1), dtype=torch.bool, device=device)
     with packed(model, L):
-        cache = model.init_cache(B, prompt + L - 1)
-        logits, cache = generation.prefill(model, request.ids, request.mask, cache)
-        logits, cache = logits[rows], cache.select(rows)
+        logits, cache = generation.begin(model, request, rows, prompt + L - 1)
         for made in range(L):
             history = torch.cat([prompts, running.ids[:, :, :made].flatten(0, 1)], 1)
             scores = F.log_softmax(generation.allowed(logits, request.vocabulary), -1)
