@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.config import OPTConfig
 from opt_core.detokenizer import StopStringTracker
+from opt_core.errors import GenerationError
 from opt_core.generation import GenerationConfig
 from opt_core.tokenizer import OPTTokenizer
 
@@ -40,6 +42,35 @@ def look_up(text: Sequence[int], count: int, longest: int) -> list[int]:
             start = int(places[-1]) + size
             return ids[start + np.arange(count) % (len(ids) - start)].tolist()
     return []
+
+
+def check_assistant(settings: GenerationConfig, config: OPTConfig, assistant: OPTConfig) -> None:
+    """Refuses a model whose guesses would be of no use to another.
+
+    Args:
+        settings: What to generate.
+        config: Configuration of the model that checks.
+        assistant: Configuration of the model that guesses.
+
+    Raises:
+        GenerationError: It has other ids or a shorter window, or the settings leave no place for
+            it.
+    """
+    name = "assistant_model"
+    if settings.prompt_lookup_num_tokens is not None:
+        raise GenerationError(f"{name} and prompt_lookup_num_tokens both guess; choose one")
+    if settings.is_beam_search:
+        raise GenerationError(f"num_beams > 1 with {name} is not supported")
+    if assistant.vocab_size != config.vocab_size:
+        raise GenerationError(
+            f"{name}: expected the model's vocab_size={config.vocab_size}, "
+            f"received {assistant.vocab_size}"
+        )
+    if assistant.max_position_embeddings < config.max_position_embeddings:
+        raise GenerationError(
+            f"{name}: expected at least the model's max_position_embeddings="
+            f"{config.max_position_embeddings}, received {assistant.max_position_embeddings}"
+        )
 
 
 class Slots:
@@ -130,6 +161,11 @@ class Rows:
             self._trackers = [StopStringTracker(tokenizer, settings.stops) for _ in self.texts]
 
     @property
+    def no_guesses(self) -> Ids:
+        """(R, 0) ids."""
+        return np.zeros((len(self.texts), 0), np.int32)
+
+    @property
     def made(self) -> Counts:
         """(R,) tokens generated."""
         return np.array([len(text) for text in self.texts], np.int32) - self.prompts
@@ -210,5 +246,7 @@ class Rows:
         prompts = self.prompts.tolist()
         for place in range(self._shown, known):
             self._shown = place + 1
-            found = [text[n + place : n + place + 1] for text, n in zip(self.texts, prompts, strict=True)]
+            found = [
+                text[n + place : n + place + 1] for text, n in zip(self.texts, prompts, strict=True)
+            ]
             yield np.array([(token or [self._pad])[0] for token in found], np.int32)

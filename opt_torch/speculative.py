@@ -16,11 +16,12 @@ from torch import Tensor
 
 from opt_core.errors import GenerationError
 from opt_core.generation import GenerationConfig
-from opt_core.speculation import Ids, Mask, Rows, Slots
+from opt_core.speculation import Ids, Mask, Rows, Slots, check_assistant
 from opt_core.tokenizer import OPTTokenizer
 from opt_torch import generation, sampling
 from opt_torch.cache import KVCache
 from opt_torch.linear import packed
+from opt_torch.prompts import begin
 
 if TYPE_CHECKING:
     from opt_torch.generation import Request
@@ -39,23 +40,14 @@ def check(model: "OPTForCausalLM", request: "Request", assistant: Any) -> None:
         GenerationError: It is no language model of this framework, has other ids or too short a
             window, or the settings leave no place for it.
     """
-    from opt_torch.modeling import OPTForCausalLM
+    from opt_torch.modeling import OPTForCausalLM as expected
 
     if assistant is None:
         return
-    name, config, settings = "assistant_model", model.config, request.settings
-    if not isinstance(assistant, OPTForCausalLM):
-        raise GenerationError(
-            f"{name}: expected an {OPTForCausalLM.__name__}, received {type(assistant).__name__}"
-        )
-    if settings.prompt_lookup_num_tokens is not None:
-        raise GenerationError(f"{name} and prompt_lookup_num_tokens both guess; choose one")
-    if settings.is_beam_search:
-        raise GenerationError(f"num_beams > 1 with {name} is not supported")
-    for field in ("vocab_size", "max_position_embeddings"):
-        ours, theirs = getattr(config, field), getattr(assistant.config, field)
-        if theirs < ours or (field == "vocab_size" and theirs != ours):
-            raise GenerationError(f"{name}: expected {field}={ours}, received {theirs}")
+    if not isinstance(assistant, expected):
+        kind = type(assistant).__name__
+        raise GenerationError(f"assistant_model: expected an {expected.__name__}, received {kind}")
+    check_assistant(request.settings, model.config, assistant.config)
 
 
 def stream(
@@ -156,7 +148,7 @@ class _Reader:
         rows = torch.arange(len(request.ids), device=model.device).repeat_interleave(copies)
         self.model = model
         self.slots = Slots(_prompts(request)[1].repeat(copies, 0), slots)
-        self.logits, self.cache = generation.begin(model, request, rows, slots)
+        self.logits, self.cache = begin(model, request, rows, slots)
 
     def read(self, ids_RT: Tensor, places_RT: Ids) -> Tensor:
         """Logits (R, T, V) after each of these tokens, which come behind what was read."""
@@ -203,13 +195,13 @@ def _stream(
     most = settings.num_assistant_tokens if assistant else settings.prompt_lookup_num_tokens
     assert most is not None
     rows = Rows(*_prompts(request), settings, new, tokenizer, request.pad)
-    none, width = np.zeros((len(rows.texts), 0), np.int32), request.ids.shape[1] + new + most
+    width = request.ids.shape[1] + new + most
     # Gaps take slots too, until they are closed.
     slots = width if len(rows.texts) == 1 else width + new
     with packed(model, new), packed(assistant or model, new):
         target = _Reader(model, request, slots)
         draft = None if assistant is None else _Reader(assistant, _behind(request), slots)
-        scores = _scores(target.logits[:, None], rows, none, width, request)[:, 0]
+        scores = _scores(target.logits[:, None], rows, rows.no_guesses, width, request)[:, 0]
         generation.check_possible(scores)
         token = sampling.choose(scores, settings, generator)
         rows.take(token[:, None].cpu().numpy(), np.ones(len(token), np.int32))
@@ -251,7 +243,7 @@ def _propose(
     generator: torch.Generator,
 ) -> tuple[Ids, Tensor | None]:
     """What the draft writes, (R, count) ids, and by which probabilities if they are drawn."""
-    guesses, drafted = np.zeros((len(rows.texts), 0), np.int32), []
+    guesses, drafted = rows.no_guesses, []
     # It is a token behind the model: then it has read what the model has, whatever was right.
     new, places = rows.newest(2), rows.positions(count + 1, 2)
     for i in range(count):

@@ -136,7 +136,9 @@ def test_accepted_tokens_follow_the_models_distribution(backend, settings, is_dr
         backend.array(np.broadcast_to(scores, (DRAWS, 3, V)).copy()),
         backend.array(guesses if is_drafted else guesses[:1].repeat(DRAWS, 0)),
         backend.array(np.full(DRAWS, 2)),
-        backend.array(np.broadcast_to(q.astype(np.float32), (DRAWS, 2, V)).copy()) if is_drafted else None,
+        backend.array(np.broadcast_to(q.astype(np.float32), (DRAWS, 2, V)).copy())
+        if is_drafted
+        else None,
         settings,
         backend.random(3),
     )
@@ -207,8 +209,8 @@ def test_assistants_that_cannot_help(backend, folder):
     other = backend.load(folder(PRE_LN.replace(vocab_size=98)))
     short = backend.load(folder(PRE_LN.replace(max_position_embeddings=64)))
     for assistant, extra, message in (
-        (other, {}, "assistant_model: expected vocab_size=99, received 98"),
-        (short, {}, "assistant_model: expected max_position_embeddings=512, received 64"),
+        (other, {}, "assistant_model: expected the model's vocab_size=99, received 98"),
+        (short, {}, "at least the model's max_position_embeddings=512, received 64"),
         ("opt-125m", {}, "assistant_model: expected an .*OPTForCausalLM, received str"),
         (backend.load(folder("pre_ln"), "none"), {}, "expected an .*OPTForCausalLM, received"),
         (model, {"num_beams": 2}, "num_beams > 1 with assistant_model is not supported"),

@@ -63,7 +63,8 @@ def test_rows_guess_no_more_than_they_can_use():
 def test_histories_end_where_their_token_is_chosen():
     rows = rows_of([[1, 1, 5], [1, 6, 7]], [[0, 0, 1], [0, 1, 1]])
     ids, real, made = rows.histories(np.array([[8, 9], [3, 4]], np.int32), 4)
-    assert [row[r].tolist() for row, r in zip(ids.reshape(6, 4), real.reshape(6, 4), strict=True)] == [
+    flat = zip(ids.reshape(6, 4), real.reshape(6, 4), strict=True)
+    assert [row[is_real].tolist() for row, is_real in flat] == [
         [5], [5, 8], [5, 8, 9], [6, 7], [6, 7, 3], [6, 7, 3, 4],
     ]  # fmt: skip
     assert ids[:, :, -1].tolist() == [[5, 8, 9], [7, 3, 4]]
