@@ -285,17 +285,9 @@ def _stream(
 
 @partial(jax.jit, static_argnames=("graph", "block"))
 def _open(
-    graph: Any,
-    state: Any,
-    ids_BT: Array,
-    mask_BT: Array | None,
-    real_RS: Array,
-    length: Array,
-    past: KVCache | None,
-    history: _History,
-    numbers: _Numbers,
-    block: int | None,
-) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:
+    graph: Any, state: Any, ids_BT: Array, mask_BT: Array | None, real_RS: Array, length: Array,
+    past: KVCache | None, history: _History, numbers: _Numbers, block: int | None,
+) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:  # fmt: skip
     """The first token of each row, the highest logit it was chosen by, and the cache's buffers."""
     model = nnx.merge(graph, state)
     logits, cache = begin(model, ids_BT, mask_BT, real_RS, length, past, block)
@@ -307,17 +299,10 @@ def _open(
 
 @partial(jax.jit, static_argnames="graph", donate_argnames=("keys", "values"))
 def _check(
-    graph: Any,
-    state: Any,
-    keys: tuple[Array, ...],
-    values: tuple[Array, ...],
-    place: _Place,
-    ids_RT: Array,
-    counts_R: Array,
-    drafted_RGV: Array | None,
-    history: _History,
+    graph: Any, state: Any, keys: tuple[Array, ...], values: tuple[Array, ...], place: _Place,
+    ids_RT: Array, counts_R: Array, drafted_RGV: Array | None, history: _History,
     numbers: _Numbers,
-) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:
+) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:  # fmt: skip
     """What `accept` says of guesses that follow a row's newest token, and the cache's buffers."""
     model = nnx.merge(graph, state)
     cache = KVCache(keys, values, place.length, place.mask)
@@ -330,16 +315,9 @@ def _check(
 
 @partial(jax.jit, static_argnames=("graph", "count"), donate_argnames=("keys", "values"))
 def _guess(
-    graph: Any,
-    state: Any,
-    keys: tuple[Array, ...],
-    values: tuple[Array, ...],
-    place: _Place,
-    newest_R2: Array,
-    history: _History,
-    numbers: _Numbers,
-    count: int,
-) -> tuple[Array, Array | None, tuple[Array, ...], tuple[Array, ...]]:
+    graph: Any, state: Any, keys: tuple[Array, ...], values: tuple[Array, ...], place: _Place,
+    newest_R2: Array, history: _History, numbers: _Numbers, count: int,
+) -> tuple[Array, Array | None, tuple[Array, ...], tuple[Array, ...]]:  # fmt: skip
     """Tokens (R, count) one after the other, their probabilities, and the cache's buffers."""
     model, settings = nnx.merge(graph, state), numbers.settings
 

@@ -54,7 +54,8 @@ def program_inputs(
 
     Returns:
         `ids` (B, T), the prompts padded on the right; `history`, `mask` and `seed`; the lengths
-        `prompt` and `new_tokens`; `past`, the parts of a cache, if there is one; and `numbers`, the settings that are numbers and not neutral.
+        `prompt` and `new_tokens`; `past`, the parts of a cache, if there is one; and `numbers`,
+        the settings that are numbers and not neutral.
     """
     values = vars(request.settings)
     prompt, past = request.ids.shape[1], request.past

@@ -29,6 +29,7 @@ OWN_NAMES = {
         *("usable_device", "tie", "is_tied", "cast_tensor", "as_tensor", "as_array"),
         *("outline", "path_of"),
     },
+    "cache.py": {"USED_UP"},
     "generation.py": {"bucketed"},
     "linear.py": {
         "FEW_ROWS",
