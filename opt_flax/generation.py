@@ -115,7 +115,7 @@ def prepare(
     checked = check_inputs(config, model.dtype, input_ids, attention_mask, None, None, None)
     ids, mask = (None if x is None else np.asarray(x) for x in checked[:2])
     assert ids is not None
-    pads = [i for i in (settings.pad_token_id, config.pad_token_id) if i is not None]
+    pads = _padding_ids(model, settings)
     texts = {config.bos_token_id, config.eos_token_id, *settings.eos_ids}
     if mask is None and pads and pads[0] not in texts:
         # As transformers: an id that is nothing but padding is padding. Not so a BOS or EOS.
@@ -134,10 +134,9 @@ def prepare(
     if tokenizer is not None:
         # OPT's embedding has rows that no token has, never trained (transformers #18268).
         vocabulary = min(vocabulary, tokenizer.vocab_size)
-    pad = [*pads, *settings.eos_ids, 0][0]
     if past_key_values is not None:
         check_prefix(config, model.dtype, past_key_values, ids, mask)
-    new_tokens = settings.new_tokens(ids.shape[1])
+    new_tokens, pad = settings.new_tokens(ids.shape[1]), _filler(model, settings)
     return Request(ids, mask, settings, new_tokens, vocabulary, pad, past_key_values)
 
 
@@ -254,6 +253,16 @@ def allowed(logits_BV: Array, vocabulary: int | Array) -> Array:
     """Logits in float32, ids from `vocabulary` on banned."""
     known = jnp.arange(logits_BV.shape[1]) < vocabulary
     return jnp.where(known, logits_BV.astype(jnp.float32), sampling.BANNED)
+
+
+def _padding_ids(model: "FlaxOPTForCausalLM", settings: GenerationConfig) -> list[int]:
+    """Ids that mean padding, the settings' first."""
+    return [i for i in (settings.pad_token_id, model.config.pad_token_id) if i is not None]
+
+
+def _filler(model: "FlaxOPTForCausalLM", settings: GenerationConfig) -> int:
+    """Id that fills a finished row."""
+    return [*_padding_ids(model, settings), *settings.eos_ids, 0][0]
 
 
 class _Numbers(NamedTuple):
