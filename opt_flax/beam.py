@@ -181,8 +181,8 @@ def _first(
     history_RS: Array,
     real_RS: Array,
     limits: _Limits,
-    past: KVCache | None,
-    block: int | None,
+    past: KVCache | None = None,
+    block: int | None = None,
 ) -> tuple[_Search, Array]:
     """The beams with their first token, and the highest score of each row."""
     model = nnx.merge(graph, state)
