@@ -1,6 +1,7 @@
 """Prompts read in pieces, prompts that others have read already, and caches that go back."""
 
 import importlib
+from functools import wraps
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ def widths(backend, monkeypatch) -> list[int]:
     decoder = getattr(importlib.import_module(f"opt_{backend.name}.decoder"), name)
     seen, run = [], getattr(decoder, method)
 
+    @wraps(run)  # Keras reads the signature
     def watched(self, embeds, *args, **kwargs):
         seen.append(int(embeds.shape[1]))
         return run(self, embeds, *args, **kwargs)
