@@ -36,6 +36,8 @@ OWN_NAMES = {
     },
     "generation.py": {"bucketed"},
     "linear.py": {
+        "BLOCK",
+        "widened",
         "FEW_ROWS",
         "sizes",
         "Embedding",
