@@ -33,6 +33,7 @@ class _Session:
     tokenizer: "OPTTokenizer"
     settings: "GenerationConfig"
     seed: int
+    assistant: Any = None
 
 
 def _option(help: str, metavar: str, panel: str | None = None) -> Any:
@@ -72,6 +73,12 @@ def generate(
         int | None, _option("Write no sequence of N tokens twice.", "N")
     ] = None,
     num_return_sequences: Annotated[int | None, _option("Texts per prompt.", "N")] = None,
+    prompt_lookup: Annotated[
+        int | None, _option("Guess N tokens at a time from the text so far; same text.", "N")
+    ] = None,
+    assistant: Annotated[
+        str | None, _option("A smaller model that guesses tokens; same text.", "MODEL")
+    ] = None,
     do_sample: Annotated[
         bool | None,
         typer.Option(
@@ -128,10 +135,11 @@ def generate(
         "typical_p": typical_p, "repetition_penalty": repetition_penalty,
         "no_repeat_ngram_size": no_repeat_ngram_size, "num_beams": num_beams,
         "length_penalty": length_penalty, "num_return_sequences": num_return_sequences,
+        "prompt_lookup_num_tokens": prompt_lookup,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     started = time.perf_counter()
-    session = _load(model, revision, backend, dtype, device, given, seed)
+    session = _load(model, revision, backend, dtype, device, given, seed, assistant)
     loaded = time.perf_counter()
     single = len(prompts) == 1 and session.settings.num_return_sequences == 1
     can_stream = single and not session.settings.is_beam_search and not json
@@ -188,6 +196,7 @@ def _load(
     device: str | None,
     given: dict[str, Any],
     seed: int,
+    assistant: str | None,
 ) -> _Session:
     from conversion.backends import load_backend
     from opt_core import OPTTokenizer
@@ -197,11 +206,17 @@ def _load(
         raise ConfigError(f"--device is for the torch backend; {backend} places its arrays itself")
     path = resolve(model, revision=revision)
     tokenizer = OPTTokenizer.from_pretrained(path)
+    options = {"dtype": dtype, **({"device": device} if device else {})}
+    helper = None
     with console.progress(f"loading {model}") as progress:
-        made = load_backend(backend).from_pretrained(
-            path, dtype=dtype, progress=progress, **({"device": device} if device else {})
-        )
-    return _Session(made, tokenizer, resolve_settings(made.generation_config, given), seed)
+        made = load_backend(backend).from_pretrained(path, progress=progress, **options)
+    if assistant is not None:
+        with console.progress(f"loading {assistant}") as progress:
+            helper = load_backend(backend).from_pretrained(
+                resolve(assistant), progress=progress, **options
+            )
+    settings = resolve_settings(made.generation_config, given)
+    return _Session(made, tokenizer, settings, seed, helper)
 
 
 def resolve_settings(base: "GenerationConfig", given: dict[str, Any]) -> "GenerationConfig":
@@ -246,6 +261,7 @@ def _stream(session: _Session, prompt: str) -> _Completion:
         generation_config=session.settings,
         seed=session.seed,
         tokenizer=session.tokenizer,
+        assistant_model=session.assistant,
     )
     try:
         console.write(prompt, style="bold")  # a setting that does not fit has raised above
@@ -271,6 +287,7 @@ def _complete(session: _Session, prompts: list[str]) -> list[_Completion]:
             generation_config=session.settings,
             seed=session.seed,
             tokenizer=session.tokenizer,
+            assistant_model=session.assistant,
         )
     width = encoded.input_ids.shape[1]
     completions: list[_Completion] = []

@@ -20,10 +20,9 @@ _IGNORED = frozenset([
     "_from_model_config", "transformers_version", "cache_implementation", "cache_config",
     "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
     "return_dict_in_generate", "return_legacy_cache", "renormalize_logits", "remove_invalid_values",
-    "decoder_start_token_id", "is_assistant", "num_assistant_tokens",
-    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
-    "target_lookbehind", "max_matching_ngram_size", "prefill_chunk_size", "disable_compile",
-    "compile_config", "generation_kwargs", "low_memory",
+    "decoder_start_token_id", "is_assistant", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
+    "disable_compile", "compile_config", "generation_kwargs", "low_memory",
 ])  # fmt: skip
 _NEUTRAL: dict[str, Any] = {
     "num_beam_groups": 1, "diversity_penalty": 0.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
@@ -61,6 +60,12 @@ class GenerationConfig:
         early_stopping: True stops when enough beams are finished; False when the best open one
             cannot win at its present length; "never" when it cannot win at any length.
         num_return_sequences: Rows returned per prompt, at most `num_beams` in beam search.
+        prompt_lookup_num_tokens: Guess this many tokens at a time by looking for the last ones
+            earlier in the row, and check them in one pass; None is off.
+        max_matching_ngram_size: Most tokens to look for then.
+        num_assistant_tokens: Tokens that a smaller `assistant_model=` guesses at a time.
+        prefill_chunk_size: Read prompts this many tokens at a time, which takes less memory;
+            None reads them whole.
         eos_token_id: Id or ids that end a row. Only generated tokens end one (OPT's BOS is its
             EOS).
         pad_token_id: Id that fills a row after its end.
@@ -90,6 +95,10 @@ class GenerationConfig:
     length_penalty: float = 1.0
     early_stopping: bool | str = False
     num_return_sequences: int = 1
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int = 2
+    num_assistant_tokens: int = 5
+    prefill_chunk_size: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -242,6 +251,8 @@ def _plain(value: Any) -> _Setting:
 _INTEGERS: Mapping[str, int] = {
     "max_length": 1, "max_new_tokens": 1, "min_length": 0, "min_new_tokens": 0, "top_k": 0,
     "no_repeat_ngram_size": 0, "num_beams": 1, "num_return_sequences": 1,
+    "prompt_lookup_num_tokens": 1, "max_matching_ngram_size": 1, "num_assistant_tokens": 1,
+    "prefill_chunk_size": 1,
 }  # fmt: skip
 _NUMBERS: Mapping[str, tuple[float, float]] = {
     "temperature": (0, 1e6), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1),
@@ -275,6 +286,8 @@ def _check(config: GenerationConfig) -> None:
         raise GenerationError(f"do_sample: expected True or False, received {config.do_sample!r}")
     if config.is_beam_search and config.do_sample:
         raise GenerationError("num_beams > 1 with do_sample=True is not supported; choose one")
+    if config.is_beam_search and config.prompt_lookup_num_tokens:
+        raise GenerationError("num_beams > 1 with prompt_lookup_num_tokens is not supported")
     if config.is_beam_search and config.num_return_sequences > config.num_beams:
         raise GenerationError(
             f"num_return_sequences={config.num_return_sequences} exceeds "

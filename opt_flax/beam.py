@@ -14,9 +14,10 @@ from jax import Array, lax
 
 from opt_core.errors import GenerationError
 from opt_flax import generation, sampling
-from opt_flax.cache import KVCache, init_cache
+from opt_flax.cache import KVCache
 from opt_flax.parallel import replicate
 from opt_flax.programs import TracedSettings
+from opt_flax.prompts import begin
 
 if TYPE_CHECKING:
     from opt_flax.generation import Request
@@ -72,7 +73,9 @@ def search(model: "FlaxOPTForCausalLM", request: "Request") -> Array:
     ids, mask = generation.bucketed(request)
     traced = TracedSettings.of(settings)
     limits = _Limits(traced, np.int32(prompt), request.new_tokens, request.vocabulary)
-    search, best = _first(graph, state, ids, mask, history, real, limits)
+    search, best = _first(
+        graph, state, ids, mask, history, real, limits, request.past, request.block
+    )
     generation.check_possible(best)
     finished = _loop(graph, state, search, limits).finished
     count = settings.num_return_sequences
@@ -169,7 +172,7 @@ class _Search(NamedTuple):
     goes_on: Array
 
 
-@partial(jax.jit, static_argnames="graph")
+@partial(jax.jit, static_argnames=("graph", "block"))
 def _first(
     graph: Any,
     state: Any,
@@ -178,13 +181,14 @@ def _first(
     history_RS: Array,
     real_RS: Array,
     limits: _Limits,
+    past: KVCache | None = None,
+    block: int | None = None,
 ) -> tuple[_Search, Array]:
     """The beams with their first token, and the highest score of each row."""
     model = nnx.merge(graph, state)
     (B, _), (R, S) = ids_BT.shape, history_RS.shape
     W = R // B
-    cache = init_cache(model.config, B, S, model.dtype, model.mesh)
-    logits, cache = generation.prefill(model, ids_BT, mask_BT, cache, limits.prompt)
+    logits, cache = begin(model, ids_BT, mask_BT, real_RS, limits.prompt, past, block)
     empty = Beams(
         history_RS.reshape(B, W, S), jnp.full((B, W), NEVER), jnp.zeros((B, W), jnp.int32)
     )
@@ -192,9 +196,8 @@ def _first(
     running = empty._replace(scores=empty.scores.at[:, 0].set(0))
     open_all = jnp.ones((B, 1), bool)
     parents = jnp.zeros((B, W), jnp.int32)
-    cache = cache.regroup(parents, model.mesh)
     search = _Search(cache, real_RS, running, empty, open_all, parents, 0, jnp.array(True))
-    search, scores = _continue(search, jnp.repeat(logits, W, 0), limits)
+    search, scores = _continue(search, logits, limits)
     return search, replicate(scores.max(-1), model.mesh)
 
 

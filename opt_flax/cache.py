@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from opt_core.config import OPTConfig
@@ -89,6 +90,46 @@ class KVCache:
         if mask_BS is not None and mask_BT is not None:
             mask_BS = lax.dynamic_update_slice(mask_BS, mask_BT, (0, self.length))
         return KVCache(keys, values, self.length + count, mask_BS)
+
+    def crop(self, length: int) -> "KVCache":
+        """Goes back to the first `length` slots: what is behind them is overwritten.
+
+        Raises:
+            InputError: There are not so many.
+        """
+        if not isinstance(self.length, Tracer) and not 0 <= length <= int(self.length):
+            raise InputError(f"crop: expected a length in 0..{self.length}, received {length}")
+        mask = self.mask
+        if mask is not None:
+            mask = mask | (jnp.arange(self.max_length) >= length)
+        return replace(self, length=length, mask=mask)
+
+    def resize(self, rows: int, max_length: int, mesh: Mesh | None = None) -> "KVCache":
+        """A cache of other buffers that holds the same, so that one prompt can have many endings.
+
+        Args:
+            rows: Rows B of it; a cache of one row is repeated.
+            max_length: Slots S of it, enough for what there is.
+            mesh: Devices to spread the buffers over; None: one device.
+        """
+        count = min(max_length, self.max_length)
+
+        def copy(old: Array, value: float, slots: int, heads: int | None = None) -> Array:
+            shape = [rows, *old.shape[1:]]
+            shape[slots] = max_length
+            kept = lax.slice_in_dim(old, 0, count, axis=slots)
+            new = jnp.full(shape, value, old.dtype)
+            new = lax.dynamic_update_slice(
+                new, jnp.broadcast_to(kept, (rows, *kept.shape[1:])), (0,) * old.ndim
+            )
+            return constrain_rows(new, mesh, heads)
+
+        return replace(
+            self,
+            keys=tuple(copy(buffer, 0, 2, 1) for buffer in self.keys),
+            values=tuple(copy(buffer, 0, 2, 1) for buffer in self.values),
+            mask=None if self.mask is None else copy(self.mask, True, 1),
+        )
 
     def select(self, rows: Array) -> "KVCache":
         """The cache of other rows: `rows[i]` becomes row i.

@@ -6,7 +6,7 @@ seed or the numbers of the settings.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,10 +23,11 @@ from opt_core.errors import GenerationError
 from opt_core.generation import GenerationConfig
 from opt_core.tokenizer import OPTTokenizer
 from opt_flax import sampling
-from opt_flax.cache import KVCache, init_cache
-from opt_flax.inputs import check_inputs
+from opt_flax.cache import KVCache
+from opt_flax.inputs import check_inputs, check_prefix
 from opt_flax.parallel import replicate
 from opt_flax.programs import TracedSettings, bucket
+from opt_flax.prompts import begin
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
@@ -43,6 +44,7 @@ class Request:
         new_tokens: Most tokens to add.
         vocabulary: Ids below this one may be generated.
         pad: Id that fills a finished row.
+        past: A cache that holds the beginning of the prompts, or None.
     """
 
     ids: NDArray[Any]
@@ -51,11 +53,20 @@ class Request:
     new_tokens: int
     vocabulary: int
     pad: int
+    past: KVCache | None = None
 
     @property
     def slots(self) -> int:
         """Slots S of the history and the cache."""
         return bucket(self.ids.shape[1] + self.new_tokens)
+
+    @property
+    def block(self) -> int | None:
+        """Tokens of the prompts to read at a time; None: all, with nothing before them."""
+        T, chunk = self.ids.shape[1], self.settings.prefill_chunk_size
+        if self.past is None:
+            return None if chunk is None or chunk >= T else chunk
+        return min(chunk or T, bucket(T - int(self.past.length)))
 
 
 class _Rows(NamedTuple):
@@ -87,6 +98,7 @@ def prepare(
     generation_config: GenerationConfig | None,
     seed: int,
     tokenizer: OPTTokenizer | None,
+    past_key_values: KVCache | None = None,
     **overrides: Any,
 ) -> Request:
     """Checks prompts and settings against the model, before anything is computed.
@@ -122,8 +134,10 @@ def prepare(
     if tokenizer is not None:
         # OPT's embedding has rows that no token has, never trained (transformers #18268).
         vocabulary = min(vocabulary, tokenizer.vocab_size)
-    new_tokens = settings.new_tokens(ids.shape[1])
-    return Request(ids, mask, settings, new_tokens, vocabulary, _filler(model, settings))
+    if past_key_values is not None:
+        check_prefix(config, model.dtype, past_key_values, ids, mask)
+    new_tokens, pad = settings.new_tokens(ids.shape[1]), _filler(model, settings)
+    return Request(ids, mask, settings, new_tokens, vocabulary, pad, past_key_values)
 
 
 def model_settings(
@@ -139,34 +153,6 @@ def model_settings(
     ids = ("eos_token_id", "pad_token_id", "bos_token_id")
     open_ids = {n: getattr(model.generation_config, n) for n in ids if getattr(config, n) is None}
     return config.replace(**open_ids)
-
-
-def prefill(
-    model: "FlaxOPTForCausalLM",
-    ids_BT: Array,
-    mask_BT: Array | None,
-    cache: KVCache,
-    length: int | Array | None = None,
-) -> tuple[Array, KVCache]:
-    """Reads the prompts.
-
-    Args:
-        model: The language model.
-        ids_BT: Prompts; what lies behind `length` is only there to fill a bucket.
-        mask_BT: bool, False at padding; None if nothing is padded.
-        cache: An empty cache.
-        length: Slots of the prompts; None: T.
-
-    Returns:
-        Logits (B, V) after the last token, and the cache that holds the prompts.
-    """
-    length = ids_BT.shape[1] if length is None else length
-    decoder = model.get_decoder()
-    out = decoder(decoder.embed_tokens(ids_BT), None, mask_BT, cache, deterministic=True)
-    assert out.last_hidden_state is not None
-    assert out.past_key_values is not None
-    last = lax.dynamic_index_in_dim(out.last_hidden_state, length - 1, 1, keepdims=False)
-    return model.head_logits(last), replace(out.past_key_values, length=length)
 
 
 def decode_step(model: "FlaxOPTForCausalLM", ids_B: Array, cache: KVCache) -> tuple[Array, KVCache]:
@@ -229,9 +215,11 @@ def bucketed(request: Request) -> tuple[NDArray[Any], NDArray[Any] | None]:
 
     What lies on the right is hidden by causality; new tokens take its slots.
     """
-    T = request.ids.shape[1]
+    T, mask = request.ids.shape[1], request.mask
     free = ((0, 0), (0, bucket(T) - T))
-    mask = None if request.mask is None else np.pad(request.mask, free, constant_values=True)
+    if mask is not None:
+        slots = bucket(T) if request.block is None else request.slots
+        mask = np.pad(mask, ((0, 0), (0, slots - T)), constant_values=True)
     return np.pad(request.ids, free, constant_values=request.pad), mask
 
 
@@ -296,12 +284,14 @@ def _begin(
     numbers = _Numbers(TracedSettings.of(settings), key, request.vocabulary, request.pad)
     history, real = room(request, settings.num_return_sequences)
     ids, mask = bucketed(request)
-    rows, best = _first(graph, state, ids, mask, history, real, np.int32(T), numbers)
+    rows, best = _first(
+        graph, state, ids, mask, history, real, np.int32(T), numbers, request.past, request.block
+    )
     check_possible(best)
     return graph, state, rows, numbers
 
 
-@partial(jax.jit, static_argnames="graph")
+@partial(jax.jit, static_argnames=("graph", "block"))
 def _first(
     graph: Any,
     state: Any,
@@ -311,15 +301,12 @@ def _first(
     real_RS: Array,
     length: Array,
     numbers: _Numbers,
+    past: KVCache | None = None,
+    block: int | None = None,
 ) -> tuple[_Rows, Array]:
     """The rows with their first token, and the highest logit of each."""
-    model = nnx.merge(graph, state)
-    (B, _), (R, S) = ids_BT.shape, history_RS.shape
-    cache = init_cache(model.config, B, S, model.dtype, model.mesh)
-    logits, cache = prefill(model, ids_BT, mask_BT, cache, length)
-    if R > B:
-        copies = jnp.zeros((B, R // B), jnp.int32)
-        logits, cache = jnp.repeat(logits, R // B, 0), cache.regroup(copies, model.mesh)
+    model, R = nnx.merge(graph, state), len(history_RS)
+    logits, cache = begin(model, ids_BT, mask_BT, real_RS, length, past, block)
     rows = _Rows(history_RS, real_RS, jnp.zeros(R, bool), jnp.zeros(R, jnp.int32), cache, 0, length)
     rows, scores = _choose(rows, logits, numbers, model.mesh)
     return rows, replicate(scores.max(-1), model.mesh)

@@ -15,7 +15,7 @@ from opt_core.errors import ConfigError, GenerationError, InputError
 from opt_core.generation import GenerationConfig
 from opt_core.params import Head, count_parameters
 from opt_core.tokenizer import OPTTokenizer
-from opt_flax import beam, checkpoint, generation, losses, parallel
+from opt_flax import beam, checkpoint, generation, losses, parallel, speculative
 from opt_flax.attention import IMPLEMENTATIONS
 from opt_flax.cache import KVCache, init_cache
 from opt_flax.decoder import FlaxOPTDecoder, OPTOutput
@@ -300,6 +300,8 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
         generation_config: GenerationConfig | None = None,
         seed: int = 0,
         tokenizer: OPTTokenizer | None = None,
+        past_key_values: KVCache | None = None,
+        assistant_model: "FlaxOPTForCausalLM | None" = None,
         **overrides: Any,
     ) -> Array:
         """Continues prompts: greedily, by sampling or by beam search.
@@ -311,6 +313,12 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
             seed: Seed of sampling.
             tokenizer: Needed for `stop_strings`; where given, ids it does not know are
                 never generated.
+            past_key_values: A cache that holds the beginning of the prompts, which is not
+                computed again then; one of a single row serves all rows. It is copied, so that
+                it serves any number of calls.
+            assistant_model: A smaller model of the same vocabulary: it guesses
+                `num_assistant_tokens` at a time, this one checks them in one pass. Neither it nor
+                `prompt_lookup_num_tokens` changes a greedy text or a distribution.
             **overrides: Fields of `GenerationConfig`, such as `max_new_tokens=20`.
 
         Returns:
@@ -321,8 +329,11 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
             GenerationError: A setting or prompt that cannot be honoured.
         """
         request = generation.prepare(
-            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
-        )
+            self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
+            **overrides,
+        )  # fmt: skip
+        if speculative.is_asked_for(request.settings, assistant_model):
+            return speculative.generate(self, request, seed, tokenizer, assistant_model)
         if request.settings.is_beam_search:
             return beam.search(self, request)
         return generation.generate(self, request, seed, tokenizer)
@@ -334,6 +345,8 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
         generation_config: GenerationConfig | None = None,
         seed: int = 0,
         tokenizer: OPTTokenizer | None = None,
+        past_key_values: KVCache | None = None,
+        assistant_model: "FlaxOPTForCausalLM | None" = None,
         **overrides: Any,
     ) -> Iterator[Array]:
         """Yields the tokens of `generate`, whose arguments these are, as they are made.
@@ -342,8 +355,11 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
             (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
         """
         request = generation.prepare(
-            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
-        )
+            self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
+            **overrides,
+        )  # fmt: skip
+        if speculative.is_asked_for(request.settings, assistant_model):
+            return speculative.stream(self, request, seed, tokenizer, assistant_model)
         if request.settings.is_beam_search:
             raise GenerationError("beam search cannot stream: no token is certain before its end")
         return generation.stream(self, request, seed, tokenizer)

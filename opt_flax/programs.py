@@ -57,7 +57,11 @@ class TracedSettings:
         }
         defaults = {f.name: f.default for f in dataclasses.fields(settings)}
         # What does not reach the program must not tell two programs apart.
-        rest = ("max_length", "max_new_tokens", "stop_strings", "pad_token_id", "bos_token_id")
+        rest = (
+            *("max_length", "max_new_tokens", "stop_strings", "pad_token_id", "bos_token_id"),
+            *("prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens"),
+            "prefill_chunk_size",
+        )
         fixed = {name: defaults[name] for name in (*numbers, *rest)}
         kinds = {"min_length": np.int32, "min_new_tokens": np.int32}
         values = {name: kinds.get(name, np.float32)(value) for name, value in numbers.items()}

@@ -13,6 +13,7 @@ from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
 from opt_tf.linear import sizes
 from opt_tf.programs import compiled, program_inputs
+from opt_tf.prompts import begin
 
 if TYPE_CHECKING:
     from opt_tf.generation import Request
@@ -186,11 +187,8 @@ def _start(
     model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any]
 ) -> tuple[_State, tf.Tensor]:
     """The first token of each beam, and the largest score it was chosen by."""
-    (B, S), W = sizes(inputs["history"]), settings.num_beams
-    empty = model.init_cache(B, S)
-    logits, cache = generation.prefill(
-        model, inputs["ids"], inputs["mask"], empty, inputs["prompt"]
-    )
+    B, W = sizes(inputs["history"])[0], settings.num_beams
+    logits, cache = begin(model, settings, inputs)
     rows = tf.repeat(tf.range(B), W)
     cache = cache.select(rows)
     none = Beams(

@@ -84,6 +84,43 @@ class KVCache:
             mask_BS = tf.pad(mask_BS, free, constant_values=True)
         return KVCache(keys, values, self.length + count, mask_BS)
 
+    def crop(self, length: int) -> "KVCache":
+        """Goes back to the first `length` slots: what is behind them is overwritten.
+
+        Raises:
+            InputError: There are not so many.
+        """
+        is_known = isinstance(self.length, int) or not tf.is_symbolic_tensor(self.length)
+        if is_known and not 0 <= length <= int(self.length):
+            raise InputError(f"crop: expected a length in 0..{self.length}, received {length}")
+        mask = self.mask
+        if mask is not None:
+            mask = mask | (tf.range(self.max_length) >= length)
+        return replace(self, length=length, mask=mask)
+
+    def resize(self, rows: int, max_length: int) -> "KVCache":
+        """A cache of other buffers that holds the same, so that one prompt can have many endings.
+
+        Args:
+            rows: Rows B of it; a cache of one row is repeated.
+            max_length: Slots S of it, enough for what there is.
+        """
+        count = min(max_length, self.max_length)
+
+        def copy(old: Any, slots: int, value: Any) -> Any:
+            free = [[0, 0] for _ in old.shape]
+            free[slots][1] = max_length - count
+            kept = old[:, :, :count] if slots == 2 else old[:, :count]
+            new = tf.pad(kept, free, constant_values=value)
+            return new if sizes(old)[0] == rows else tf.repeat(new, rows, 0)
+
+        return replace(
+            self,
+            keys=tuple(copy(buffer, 2, 0) for buffer in self.keys),
+            values=tuple(copy(buffer, 2, 0) for buffer in self.values),
+            mask=None if self.mask is None else copy(self.mask, 1, True),
+        )
+
     def select(self, rows: tf.Tensor) -> "KVCache":
         """The cache of other rows: `rows[i]` becomes row i.
 

@@ -7,7 +7,7 @@ another program; what lies behind a prompt is never looked at and then overwritt
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,9 +20,10 @@ from opt_core.generation import GenerationConfig
 from opt_core.tokenizer import OPTTokenizer
 from opt_tf import sampling
 from opt_tf.cache import KVCache
-from opt_tf.inputs import check_inputs, full_mask
+from opt_tf.inputs import check_inputs, check_prefix, full_mask
 from opt_tf.linear import sizes
 from opt_tf.programs import bucket, compiled, program_inputs
+from opt_tf.prompts import begin, prefill
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -39,6 +40,7 @@ class Request:
         new_tokens: Most tokens to add.
         vocabulary: Ids below this one may be generated.
         pad: Id that fills a finished row.
+        past: A cache that holds the beginning of the prompts, or None.
     """
 
     ids: NDArray[np.int32]
@@ -47,6 +49,15 @@ class Request:
     new_tokens: int
     vocabulary: int
     pad: int
+    past: KVCache | None = None
+
+    @property
+    def block(self) -> int | None:
+        """Tokens of the prompts to read at a time; None: all, with nothing before them."""
+        T, chunk = self.ids.shape[1], self.settings.prefill_chunk_size
+        if self.past is None:
+            return None if chunk is None or chunk >= T else chunk
+        return min(chunk or T, bucket(T - int(self.past.length)))
 
 
 class _State(NamedTuple):
@@ -76,6 +87,7 @@ def prepare(
     generation_config: GenerationConfig | None,
     seed: int,
     tokenizer: OPTTokenizer | None,
+    past_key_values: KVCache | None = None,
     **overrides: Any,
 ) -> Request:
     """Checks prompts and settings against the model, before anything is computed.
@@ -109,8 +121,10 @@ def prepare(
     if tokenizer is not None:
         # OPT's embedding has rows that no token has, never trained (transformers #18268).
         vocabulary = min(vocabulary, tokenizer.vocab_size)
-    new_tokens = settings.new_tokens(ids.shape[1])
-    return Request(ids, mask, settings, new_tokens, vocabulary, _filler(model, settings))
+    if past_key_values is not None:
+        check_prefix(config, model.compute_dtype, past_key_values, ids, mask)
+    new_tokens, pad = settings.new_tokens(ids.shape[1]), _filler(model, settings)
+    return Request(ids, mask, settings, new_tokens, vocabulary, pad, past_key_values)
 
 
 def model_settings(model: "TFOPTForCausalLM", config: GenerationConfig | None) -> GenerationConfig:
@@ -124,38 +138,6 @@ def model_settings(model: "TFOPTForCausalLM", config: GenerationConfig | None) -
     ids = ("eos_token_id", "pad_token_id", "bos_token_id")
     open_ids = {n: getattr(model.generation_config, n) for n in ids if getattr(config, n) is None}
     return config.replace(**open_ids)
-
-
-def prefill(
-    model: "TFOPTForCausalLM",
-    ids_BT: tf.Tensor,
-    mask_BS: tf.Tensor | None,
-    cache: KVCache,
-    length: tf.Tensor | None = None,
-) -> tuple[tf.Tensor, KVCache]:
-    """Reads the prompts.
-
-    Args:
-        model: The language model.
-        ids_BT: Prompts.
-        mask_BS: bool, False at padding.
-        cache: An empty cache, or what came before.
-        length: Tokens T there really are, where the prompts are padded on the right, all alike;
-            the cache is empty and `mask_BS` spans all of its slots then.
-
-    Returns:
-        Logits (B, V) after the last token, and the cache that holds the prompts.
-    """
-    decoder, T = model.get_decoder(), sizes(ids_BT)[1]
-    seen = mask_BS
-    if mask_BS is not None and length is not None:
-        seen = mask_BS[:, :T] & (tf.range(T) < length)
-    out = decoder(decoder.embed_tokens(ids_BT), mask_BS=seen, cache=cache, training=False)
-    last = T - 1 if length is None else length - 1
-    cache = out.past_key_values
-    if length is not None:  # what is behind the prompts will be overwritten
-        cache = replace(cache, length=length, mask=mask_BS)
-    return model.project(tf.gather(out.last_hidden_state, last, axis=1)), cache
 
 
 def decode_step(
@@ -270,8 +252,8 @@ def _start(
 ) -> tuple[_State, tf.Tensor]:
     """The first token of each row, and the largest logit it was chosen by."""
     history, mask = inputs["history"], inputs["mask"]
-    B, S = sizes(history)
-    logits, cache = prefill(model, inputs["ids"], mask, model.init_cache(B, S), inputs["prompt"])
+    B = sizes(history)[0]
+    logits, cache = begin(model, settings, inputs)
     if settings.num_return_sequences > 1:
         rows = tf.repeat(tf.range(B), settings.num_return_sequences)
         history, mask, logits = (tf.gather(x, rows) for x in (history, mask, logits))

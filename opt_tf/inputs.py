@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from opt_core.config import OPTConfig
@@ -111,6 +112,36 @@ def check_cache(
             f"past_key_values has {cache.max_length} slots; "
             f"{taken} are taken and {count} more are needed"
         )
+
+
+def check_prefix(config: OPTConfig, dtype: str, cache: Any, ids_BT: Any, mask_BT: Any) -> None:
+    """Refuses a cache that cannot hold the beginning of some prompts.
+
+    Args:
+        config: The model's configuration.
+        dtype: Type the model computes in.
+        cache: What the caller passed as `past_key_values`.
+        ids_BT: The whole prompts.
+        mask_BT: bool, False at padding; None if nothing is padded.
+    """
+    if not isinstance(cache, KVCache):
+        raise InputError(
+            f"past_key_values: expected a cache of this model, received {type(cache).__name__}"
+        )
+    rows, used, (B, T) = cache.keys[0].shape[0], int(cache.length), ids_BT.shape
+    check_cache(config, dtype, cache, rows, 0)
+    if rows not in (1, B):
+        raise InputError(f"past_key_values holds {rows} rows, the input has {B}")
+    if used >= T:
+        raise InputError(
+            f"past_key_values holds {used} tokens: expected input_ids that begin with them and go "
+            f"on, received {T} tokens"
+        )
+    before = np.ones((1, used), bool)
+    seen = before if cache.mask is None else cache.mask.numpy()[:, :used]
+    given = before if mask_BT is None else mask_BT[:, :used]
+    if (seen != given).any():
+        raise InputError("attention_mask and past_key_values disagree about where padding is")
 
 
 def full_mask(mask_BT: tf.Tensor | None, count: int, cache: KVCache | None) -> tf.Tensor | None:

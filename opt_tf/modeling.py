@@ -13,7 +13,7 @@ from opt_core.errors import ConfigError, GenerationError, InputError
 from opt_core.generation import GenerationConfig
 from opt_core.params import Head, count_parameters
 from opt_core.tokenizer import OPTTokenizer
-from opt_tf import beam, checkpoint, generation, losses
+from opt_tf import beam, checkpoint, generation, losses, speculative
 from opt_tf.attention import IMPLEMENTATIONS
 from opt_tf.cache import KVCache, init_cache
 from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
@@ -329,6 +329,8 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
         generation_config: GenerationConfig | None = None,
         seed: int = 0,
         tokenizer: OPTTokenizer | None = None,
+        past_key_values: KVCache | None = None,
+        assistant_model: "TFOPTForCausalLM | None" = None,
         **overrides: Any,
     ) -> tf.Tensor:
         """Continues prompts: greedily, by sampling or by beam search.
@@ -340,6 +342,12 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
             seed: Seed of sampling.
             tokenizer: Needed for `stop_strings`; where given, ids it does not know are
                 never generated.
+            past_key_values: A cache that holds the beginning of the prompts, which is not
+                computed again then; one of a single row serves all rows. It is copied, so that
+                it serves any number of calls.
+            assistant_model: A smaller model of the same vocabulary: it guesses
+                `num_assistant_tokens` at a time, this one checks them in one pass. Neither it nor
+                `prompt_lookup_num_tokens` changes a greedy text or a distribution.
             **overrides: Fields of `GenerationConfig`, such as `max_new_tokens=20`.
 
         Returns:
@@ -350,8 +358,11 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
             GenerationError: A setting or prompt that cannot be honoured.
         """
         request = generation.prepare(
-            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
-        )
+            self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
+            **overrides,
+        )  # fmt: skip
+        if speculative.is_asked_for(request.settings, assistant_model):
+            return speculative.generate(self, request, seed, tokenizer, assistant_model)
         if request.settings.is_beam_search:
             return beam.search(self, request)
         return generation.generate(self, request, seed, tokenizer)
@@ -363,6 +374,8 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
         generation_config: GenerationConfig | None = None,
         seed: int = 0,
         tokenizer: OPTTokenizer | None = None,
+        past_key_values: KVCache | None = None,
+        assistant_model: "TFOPTForCausalLM | None" = None,
         **overrides: Any,
     ) -> Iterator[tf.Tensor]:
         """Yields the tokens of `generate`, whose arguments these are, as they are made.
@@ -371,8 +384,11 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
             (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
         """
         request = generation.prepare(
-            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
-        )
+            self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
+            **overrides,
+        )  # fmt: skip
+        if speculative.is_asked_for(request.settings, assistant_model):
+            return speculative.stream(self, request, seed, tokenizer, assistant_model)
         if request.settings.is_beam_search:
             raise GenerationError("beam search cannot stream: no token is certain before its end")
         return generation.stream(self, request, seed, tokenizer)

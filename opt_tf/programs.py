@@ -24,7 +24,11 @@ _NUMBERS: dict[str, Any] = {
     "temperature": np.float32, "top_p": np.float32, "min_p": np.float32, "typical_p": np.float32,
     "length_penalty": np.float32,
 }  # fmt: skip
-_NO_PART = ("max_length", "max_new_tokens", "bos_token_id", "pad_token_id", "stop_strings")
+_NO_PART = (
+    *("max_length", "max_new_tokens", "bos_token_id", "pad_token_id", "stop_strings"),
+    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens"),
+    "prefill_chunk_size",
+)
 _NEUTRAL = vars(GenerationConfig())
 
 
@@ -50,11 +54,15 @@ def program_inputs(
 
     Returns:
         `ids` (B, T), the prompts padded on the right; `history`, `mask` and `seed`; the lengths
-        `prompt` and `new_tokens`; and `numbers`, the settings that are numbers and not neutral.
+        `prompt` and `new_tokens`; `past`, the parts of a cache, if there is one; and `numbers`,
+        the settings that are numbers and not neutral.
     """
     values = vars(request.settings)
-    prompt = request.ids.shape[1]
-    return {
+    prompt, past = request.ids.shape[1], request.past
+    held = {}
+    if past is not None:
+        held["past"] = (past.keys, past.values, tf.constant(int(past.length), tf.int32))
+    return held | {
         "ids": tf.constant(history[:, : bucket(prompt)]),
         "history": tf.constant(history),
         "mask": tf.constant(mask),
@@ -74,7 +82,10 @@ def program_settings(
 ) -> SimpleNamespace:
     """What a program knows of the settings, some of them changed."""
     return SimpleNamespace(
-        **vars(settings) | changes, eos_ids=settings.eos_ids, vocabulary=vocabulary, pad=pad
+        **vars(settings) | {"block": None} | changes,
+        eos_ids=settings.eos_ids,
+        vocabulary=vocabulary,
+        pad=pad,
     )
 
 
@@ -93,6 +104,7 @@ def compiled(
         A function of the inputs and further tensors.
     """
     neutral = {name: _NEUTRAL[name] for name in (*_NUMBERS, *_NO_PART)}
+    neutral["block"] = request.block
     key = (program, request.vocabulary, request.pad, *(vars(request.settings) | neutral).values())
     if key not in model.programs:
         fixed = program_settings(request.settings, request.vocabulary, request.pad, **neutral)

@@ -13,6 +13,7 @@ from opt_core.errors import GenerationError
 from opt_core.generation import GenerationConfig
 from opt_torch import generation, sampling
 from opt_torch.linear import packed
+from opt_torch.prompts import begin
 
 if TYPE_CHECKING:
     from opt_torch.generation import Request
@@ -80,9 +81,7 @@ def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
     finished = empty
     is_open = torch.ones((B, 1), dtype=torch.bool, device=device)
     with packed(model, L):
-        cache = model.init_cache(B, prompt + L - 1)
-        logits, cache = generation.prefill(model, request.ids, request.mask, cache)
-        logits, cache = logits[rows], cache.select(rows)
+        logits, cache = begin(model, request, rows, prompt + L - 1)
         for made in range(L):
             history = torch.cat([prompts, running.ids[:, :, :made].flatten(0, 1)], 1)
             scores = F.log_softmax(generation.allowed(logits, request.vocabulary), -1)

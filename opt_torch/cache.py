@@ -9,6 +9,9 @@ from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.params import POSITION_OFFSET
 
+USED_UP = -1
+"""The frontier of a cache whose slots belong to another one."""
+
 
 @dataclass(frozen=True)
 class KVCache:
@@ -24,7 +27,8 @@ class KVCache:
         length: Slots filled.
         mask: (B, S) bool, True where a filled slot holds a token and False where it holds padding;
             None while no padding was seen.
-        frontier: The `length` of the newest successor, shared by all of them.
+        frontier: The `length` of the newest successor, shared by all of them; `USED_UP` where the
+            slots went to a cache that does not share it.
     """
 
     keys: tuple[Tensor, ...]
@@ -66,6 +70,52 @@ class KVCache:
         self.frontier[0] = self.length + count
         return replace(self, length=self.length + count, mask=mask_BS)
 
+    def crop(self, length: int) -> "KVCache":
+        """Goes back to the first `length` slots: what was behind them is given up.
+
+        This cache and all others on the same buffers are used up; the returned one goes on.
+
+        Raises:
+            InputError: There are not so many, or they are no longer this cache's.
+        """
+        if not 0 <= length <= self.length:
+            raise InputError(f"crop: expected a length in 0..{self.length}, received {length}")
+        self.check_intact()
+        mask = None if self.mask is None else self.mask.clone()
+        if mask is not None:
+            mask[:, length:] = True
+        self.frontier[0] = USED_UP
+        return replace(self, length=length, mask=mask, frontier=[length])
+
+    def resize(self, rows: int, max_length: int) -> "KVCache":
+        """A cache of other buffers that holds the same, so that one prompt can have many endings.
+
+        Args:
+            rows: Rows B of it; a cache of one row is repeated.
+            max_length: Slots S of it.
+
+        Raises:
+            InputError: The rows or the slots do not fit, or they are no longer this cache's.
+        """
+        (B, H, _, K), used = self.keys[0].shape, self.length
+        if B not in (1, rows) or max_length < used:
+            raise InputError(
+                f"past_key_values holds {B} rows of {used} tokens, the input has {rows} rows and "
+                f"there are {max_length} slots"
+            )
+        self.check_intact()
+        buffers = []
+        for old in (*self.keys, *self.values):
+            new = old.new_zeros(rows, H, max_length, K)
+            new[:, :, :used] = old[:, :, :used]
+            buffers.append(new)
+        mask = self.mask
+        if mask is not None:
+            free = mask.new_ones(rows, max_length - used)
+            mask = torch.cat([mask[:, :used].expand(rows, -1), free], 1)
+        N = len(self.keys)
+        return KVCache(tuple(buffers[:N]), tuple(buffers[N:]), used, mask, [used])
+
     def select(self, rows: Tensor) -> "KVCache":
         """The cache of other rows: `rows[i]` becomes row i, and this cache is used up.
 
@@ -79,10 +129,23 @@ class KVCache:
         if len(rows) == self.keys[0].shape[0]:
             for buffer in (*self.keys, *self.values):
                 buffer[:, :, used] = buffer[rows, :, used]
-            return replace(self, mask=mask)
+            self.frontier[0] = USED_UP
+            return replace(self, mask=mask, frontier=[self.length])
         keys = tuple(buffer[rows] for buffer in self.keys)
         values = tuple(buffer[rows] for buffer in self.values)
         return KVCache(keys, values, self.length, mask, [self.length])
+
+    def check_intact(self) -> None:
+        """Refuses a cache whose slots were given to another one.
+
+        Raises:
+            InputError: They were.
+        """
+        if self.frontier[0] < self.length:
+            raise InputError(
+                "past_key_values is used up: crop or select gave its slots to another cache; "
+                "pass the one that was returned"
+            )
 
 
 def init_cache(

@@ -16,8 +16,9 @@ from opt_core.generation import GenerationConfig
 from opt_core.tokenizer import OPTTokenizer
 from opt_torch import sampling
 from opt_torch.cache import KVCache
-from opt_torch.inputs import check_inputs, full_mask
+from opt_torch.inputs import check_inputs, check_prefix, full_mask
 from opt_torch.linear import packed
+from opt_torch.prompts import begin, prefill
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -34,6 +35,7 @@ class Request:
         new_tokens: Most tokens to add.
         vocabulary: Ids below this one may be generated.
         pad: Id that fills a finished row.
+        past: A cache that holds the beginning of the prompts, or None.
     """
 
     ids: Tensor
@@ -42,6 +44,7 @@ class Request:
     new_tokens: int
     vocabulary: int
     pad: int
+    past: KVCache | None = None
 
 
 def prepare(
@@ -51,6 +54,7 @@ def prepare(
     generation_config: GenerationConfig | None,
     seed: int,
     tokenizer: OPTTokenizer | None,
+    past_key_values: KVCache | None = None,
     **overrides: Any,
 ) -> Request:
     """Checks prompts and settings against the model, before anything is computed.
@@ -88,7 +92,10 @@ def prepare(
         # OPT's embedding has rows that no token has, never trained (transformers #18268).
         vocabulary = min(vocabulary, tokenizer.vocab_size)
     pad = [*pads, *settings.eos_ids, 0][0]
-    return Request(ids, mask, settings, settings.new_tokens(ids.shape[1]), vocabulary, pad)
+    if past_key_values is not None:
+        check_prefix(config, model.dtype, past_key_values, ids, mask)
+    new_tokens = settings.new_tokens(ids.shape[1])
+    return Request(ids, mask, settings, new_tokens, vocabulary, pad, past_key_values)
 
 
 def model_settings(model: "OPTForCausalLM", config: GenerationConfig | None) -> GenerationConfig:
@@ -104,27 +111,13 @@ def model_settings(model: "OPTForCausalLM", config: GenerationConfig | None) -> 
     return config.replace(**open_ids)
 
 
-def prefill(
-    model: "OPTForCausalLM", ids_BT: Tensor, mask_BT: Tensor | None, cache: KVCache
-) -> tuple[Tensor, KVCache]:
-    """Reads the prompts.
-
-    Returns:
-        Logits (B, V) after the last token, and the cache that holds the prompts.
-    """
-    decoder = model.get_decoder()
-    out = decoder(decoder.embed_tokens(ids_BT), None, mask_BT, cache)
-    return model.lm_head(out.last_hidden_state[:, -1]), out.past_key_values
-
-
 def decode_step(model: "OPTForCausalLM", ids_B: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
     """Reads one more token per row.
 
     Returns:
         Logits (B, V) after it, and the cache that holds it.
     """
-    mask = None if cache.mask is None else cache.mask[:, : cache.length + 1]
-    return prefill(model, ids_B[:, None], mask, cache)
+    return prefill(model, ids_B[:, None], cache.mask, cache)
 
 
 @torch.no_grad()
@@ -153,10 +146,7 @@ def stream(
     stops = settings.stops if tokenizer is not None else ()
     trackers = [StopStringTracker(tokenizer, stops) for _ in rows] if tokenizer and stops else []
     with packed(model, request.new_tokens):
-        cache = model.init_cache(B, prompt + request.new_tokens - 1)
-        logits, cache = prefill(model, request.ids, request.mask, cache)
-        if copies > 1:
-            logits, cache = logits[rows], cache.select(rows)
+        logits, cache = begin(model, request, rows, prompt + request.new_tokens - 1)
         for made in range(request.new_tokens):
             end = prompt + made
             logits = allowed(logits, request.vocabulary)

@@ -102,7 +102,8 @@ def check_cache(
         )
     if keys.shape[0] != rows:
         raise InputError(f"past_key_values holds {keys.shape[0]} rows, the input has {rows}")
-    if cache.frontier[0] != cache.length:
+    cache.check_intact()
+    if count and cache.frontier[0] != cache.length:
         raise InputError(
             f"past_key_values was continued already (it holds {cache.length} tokens, its newest "
             f"successor {cache.frontier[0]}); pass the one that the last call returned"
@@ -112,6 +113,38 @@ def check_cache(
             f"past_key_values has {cache.max_length} slots; "
             f"{cache.length} are taken and {count} more are needed"
         )
+
+
+def check_prefix(
+    config: OPTConfig, dtype: torch.dtype, cache: Any, ids_BT: Tensor, mask_BT: Tensor | None
+) -> None:
+    """Refuses a cache that cannot hold the beginning of some prompts.
+
+    Args:
+        config: The model's configuration.
+        dtype: Type of its weights.
+        cache: What the caller passed as `past_key_values`.
+        ids_BT: The whole prompts.
+        mask_BT: bool, False at padding; None if nothing is padded.
+    """
+    if not isinstance(cache, KVCache):
+        raise InputError(
+            f"past_key_values: expected a cache of this model, received {type(cache).__name__}"
+        )
+    rows, used, (B, T) = cache.keys[0].shape[0], cache.length, ids_BT.shape
+    check_cache(config, dtype, cache, rows, 0)
+    if rows not in (1, B):
+        raise InputError(f"past_key_values holds {rows} rows, the input has {B}")
+    if used >= T:
+        raise InputError(
+            f"past_key_values holds {used} tokens: expected input_ids that begin with them and go "
+            f"on, received {T} tokens"
+        )
+    before = torch.ones(1, used, dtype=torch.bool, device=ids_BT.device)
+    seen = before if cache.mask is None else cache.mask[:, :used]
+    given = before if mask_BT is None else mask_BT[:, :used]
+    if bool((seen != given).any()):
+        raise InputError("attention_mask and past_key_values disagree about where padding is")
 
 
 def full_mask(mask_BT: Tensor | None, count: int, cache: KVCache | None) -> Tensor | None:

@@ -12,7 +12,7 @@ from opt_core.errors import ConfigError, GenerationError, InputError
 from opt_core.generation import GenerationConfig
 from opt_core.params import Head, count_parameters
 from opt_core.tokenizer import OPTTokenizer
-from opt_torch import beam, checkpoint, generation, losses
+from opt_torch import beam, checkpoint, generation, losses, speculative
 from opt_torch.attention import IMPLEMENTATIONS
 from opt_torch.cache import KVCache, init_cache
 from opt_torch.decoder import OPTDecoder, OPTOutput
@@ -260,6 +260,8 @@ class OPTForCausalLM(OPTPreTrainedModel):
         generation_config: GenerationConfig | None = None,
         seed: int = 0,
         tokenizer: OPTTokenizer | None = None,
+        past_key_values: KVCache | None = None,
+        assistant_model: "OPTForCausalLM | None" = None,
         **overrides: Any,
     ) -> Tensor:
         """Continues prompts: greedily, by sampling or by beam search.
@@ -271,6 +273,12 @@ class OPTForCausalLM(OPTPreTrainedModel):
             seed: Seed of sampling.
             tokenizer: Needed for `stop_strings`; where given, ids it does not know are
                 never generated.
+            past_key_values: A cache that holds the beginning of the prompts, which is not
+                computed again then; one of a single row serves all rows. It is copied, so that
+                it serves any number of calls.
+            assistant_model: A smaller model of the same vocabulary: it guesses
+                `num_assistant_tokens` at a time, this one checks them in one pass. Neither it nor
+                `prompt_lookup_num_tokens` changes a greedy text or a distribution.
             **overrides: Fields of `GenerationConfig`, such as `max_new_tokens=20`.
 
         Returns:
@@ -281,8 +289,11 @@ class OPTForCausalLM(OPTPreTrainedModel):
             GenerationError: A setting or prompt that cannot be honoured.
         """
         request = generation.prepare(
-            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
-        )
+            self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
+            **overrides,
+        )  # fmt: skip
+        if speculative.is_asked_for(request.settings, assistant_model):
+            return speculative.generate(self, request, seed, tokenizer, assistant_model)
         if request.settings.is_beam_search:
             return beam.search(self, request)
         return generation.generate(self, request, seed, tokenizer)
@@ -294,6 +305,8 @@ class OPTForCausalLM(OPTPreTrainedModel):
         generation_config: GenerationConfig | None = None,
         seed: int = 0,
         tokenizer: OPTTokenizer | None = None,
+        past_key_values: KVCache | None = None,
+        assistant_model: "OPTForCausalLM | None" = None,
         **overrides: Any,
     ) -> Iterator[Tensor]:
         """Yields the tokens of `generate`, whose arguments these are, as they are made.
@@ -302,8 +315,11 @@ class OPTForCausalLM(OPTPreTrainedModel):
             (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
         """
         request = generation.prepare(
-            self, input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
-        )
+            self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
+            **overrides,
+        )  # fmt: skip
+        if speculative.is_asked_for(request.settings, assistant_model):
+            return speculative.stream(self, request, seed, tokenizer, assistant_model)
         if request.settings.is_beam_search:
             raise GenerationError("beam search cannot stream: no token is certain before its end")
         return generation.stream(self, request, seed, tokenizer)

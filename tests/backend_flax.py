@@ -20,6 +20,9 @@ class FlaxBackend(Backend):
     def array(self, value: Any) -> jax.Array:
         return jnp.asarray(value)
 
+    def random(self, seed: int) -> Any:
+        return jax.random.key(seed)
+
     def gradients(self, model: Any, head: Head, **inputs: Any) -> dict[str, Array]:
         gradients = nnx.grad(lambda m: m(**inputs).loss)(model)
         holder = nnx.clone(model)

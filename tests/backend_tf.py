@@ -18,6 +18,9 @@ class TFBackend(Backend):
     def array(self, value: Any) -> tf.Tensor:
         return tf.constant(value)
 
+    def random(self, seed: int) -> Any:
+        return tf.constant([seed, 0], tf.int64)
+
     def gradients(self, model: Any, head: Head, **inputs: Any) -> dict[str, Array]:
         specs = param_specs(model.config, head)
         with tf.GradientTape() as tape:

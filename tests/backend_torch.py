@@ -18,6 +18,9 @@ class TorchBackend(Backend):
     def array(self, value: Any) -> torch.Tensor:
         return torch.tensor(value)
 
+    def random(self, seed: int) -> Any:
+        return torch.Generator().manual_seed(seed)
+
     def call(self, model: Any, **inputs: Any) -> Any:
         with torch.inference_mode():
             return model(**inputs)

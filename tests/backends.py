@@ -64,6 +64,10 @@ class Backend:
         """The framework's tensor for an array."""
         raise NotImplementedError
 
+    def random(self, seed: int) -> Any:
+        """What the framework's draws take as their source."""
+        raise NotImplementedError
+
     def call(self, model: Any, **inputs: Any) -> Any:
         """The model's output, no gradient wanted."""
         return model(**inputs)

@@ -77,7 +77,7 @@ def test_help_names_every_setting(opt_lm: Run):
         *("model", "backend", "dtype", "max-new-tokens", "stop", "seed", "stream", "no-stream"),
         *("do-sample", "greedy", "temperature", "top-k", "top-p", "min-p", "typical-p", "json"),
         *("repetition-penalty", "no-repeat-ngram-size", "num-beams", "length-penalty"),
-        "num-return-sequences",
+        *("num-return-sequences", "prompt-lookup", "assistant"),
     ):
         assert re.search(rf"--{name}\b", out), name
 
@@ -121,6 +121,17 @@ def test_generate_passes_its_options_on(opt_lm: Run, tiny: Path):
     assert opt_lm("generate", "York", "-m", tiny, *options).out == expected + "\n"
     other = opt_lm("generate", "York", "-m", tiny, *options, "--seed=6").out
     assert other != expected + "\n"
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_guessing_changes_no_text(stream: str, opt_lm: Run, tiny: Path):
+    expected = expected_text(tiny, "Now is", max_new_tokens=20)
+    for option in ("--prompt-lookup=3", f"--assistant={tiny}"):
+        out = opt_lm("generate", "Now is", "-m", tiny, "-n", 20, stream, option).out
+        assert out == expected + "\n"
+    options = (f"--assistant={tiny}", "--prompt-lookup=3")
+    code, _, err = opt_lm("generate", "Now is", "-m", tiny, *options)
+    assert (code, "both guess; choose one" in err) == (2, True)
 
 
 def test_generate_json_tells_all(opt_lm: Run, tiny: Path):

@@ -17,7 +17,7 @@ from opt_core.config import OPTConfig  # noqa: E402
 from opt_core.errors import CheckpointError, ConfigError  # noqa: E402
 from opt_core.params import param_specs  # noqa: E402
 from opt_core.training import TrainConfig  # noqa: E402
-from opt_flax import beam, checkpoint, generation, programs, training  # noqa: E402
+from opt_flax import beam, checkpoint, generation, programs, speculative, training  # noqa: E402
 from tests.backends import GRADIENT_TOLERANCE, ORACLE_TOLERANCE  # noqa: E402
 from tests.configs import CONFIGS  # noqa: E402
 from tests.reference import make_mask, make_prompts  # noqa: E402
@@ -113,6 +113,31 @@ def test_one_program_per_bucket(folder):
     before = compiled()
     run(9, 4, padded=True, temperature=0.5, max_new_tokens=6, min_new_tokens=2)
     assert compiled() == {name: count + 1 for name, count in before.items()}
+
+
+def test_guesses_need_no_other_program(folder):
+    """Another prompt, seed, temperature, or number of guesses that are right."""
+    model = model_of(folder)
+
+    def run(ids, seed, temperature):
+        settings = {**SAMPLED, "seed": seed, "temperature": temperature, "max_new_tokens": 12}
+        model.generate(ids, prompt_lookup_num_tokens=3, **settings)
+        model.generate(ids, assistant_model=model, num_assistant_tokens=2, **settings)
+
+    def counts():
+        names = ("_open", "_check", "_guess")
+        return {name: getattr(speculative, name)._cache_size() for name in names}
+
+    before = counts()
+    run([[2, 5, 6, 5, 6]], 1, 0.5)
+    # The prompts of model and draft; the blocks of lookup, found or not, and of the draft.
+    most = {"_open": 2, "_check": 3, "_guess": 1}
+    run([[2, 50, 51, 52, 53, 54]], 2, 5.0)
+    after = counts()
+    assert {name: after[name] - before[name] for name in after} == most
+    run([[2, 7, 8, 9, 7, 8, 9, 7]], 2**40, 1.5)
+    run([[2, 5, 6, 5]], 4, 0.1)
+    assert counts() == after
 
 
 @pytest.mark.parametrize(

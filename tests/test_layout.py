@@ -29,6 +29,7 @@ OWN_NAMES = {
         *("usable_device", "tie", "is_tied", "cast_tensor", "as_tensor", "as_array"),
         *("outline", "path_of"),
     },
+    "cache.py": {"USED_UP"},
     "export.py": {
         *("export_program", "export_saved_model", "export_tflite", "export_stablehlo"),
         *("PLATFORMS", "REFUSED", "Weights", "Program"),
@@ -36,6 +37,8 @@ OWN_NAMES = {
     "generation.py": {"bucketed"},
     "losses.py": {"CHUNK", "next_token"},
     "linear.py": {
+        "BLOCK",
+        "widened",
         "FEW_ROWS",
         "sizes",
         "Embedding",

@@ -1,0 +1,60 @@
+"""Reading prompts: all at once, in pieces, or behind what a cache holds of them already."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from opt_torch.cache import KVCache
+
+if TYPE_CHECKING:
+    from opt_torch.generation import Request
+    from opt_torch.modeling import OPTForCausalLM
+
+
+def begin(
+    model: "OPTForCausalLM", request: "Request", rows: Tensor, slots: int
+) -> tuple[Tensor, KVCache]:
+    """Reads the prompts of a request, without what its cache has of them already.
+
+    Args:
+        model: The language model.
+        request: What to generate.
+        rows: (R,) the prompt of each row, in order.
+        slots: Slots S of the cache.
+
+    Returns:
+        Logits (R, V) after the last token, and the cache that holds the prompts.
+    """
+    B, past = len(request.ids), request.past
+    cache = model.init_cache(B, slots) if past is None else past.resize(B, slots)
+    ids = request.ids[:, cache.length :]
+    logits, cache = prefill(model, ids, request.mask, cache, request.settings.prefill_chunk_size)
+    return (logits, cache) if len(rows) == B else (logits[rows], cache.select(rows))
+
+
+def prefill(
+    model: "OPTForCausalLM",
+    ids_BT: Tensor,
+    mask_BS: Tensor | None,
+    cache: KVCache,
+    chunk: int | None = None,
+) -> tuple[Tensor, KVCache]:
+    """Reads the prompts.
+
+    Args:
+        model: The language model.
+        ids_BT: Prompts, or what follows the tokens in the cache.
+        mask_BS: bool, False at padding, for all of these; None if nothing is padded.
+        cache: What came before.
+        chunk: Tokens to read at a time; None: all at once.
+
+    Returns:
+        Logits (B, V) after the last token, and the cache that holds the prompts.
+    """
+    decoder, hidden = model.get_decoder(), None
+    for ids in ids_BT.split(chunk or ids_BT.shape[1], 1):
+        mask = None if mask_BS is None else mask_BS[:, : cache.length + ids.shape[1]]
+        out = decoder(decoder.embed_tokens(ids), None, mask, cache)
+        hidden, cache = out.last_hidden_state, out.past_key_values
+    assert hidden is not None
+    return model.lm_head(hidden[:, -1]), cache
