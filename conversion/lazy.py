@@ -230,8 +230,8 @@ def contiguous(array: NDArray[Any]) -> NDArray[Any]:
     """The array in C order, copied where it is not.
 
     NumPy copies a transposed matrix column by column, each touching every page of the source. Tile
-    by tile is three times as fast, and three times again where a tile is first copied to a place of
-    its own: in matrices as wide as a power of two, its rows would drive each other out of the cache.
+    by tile is three times as fast, and three times again where a tile is first copied to a place
+    of its own: rows of a matrix as wide as a power of two drive each other out of the cache.
     """
     if array.ndim != 2 or array.flags.c_contiguous:
         return np.ascontiguousarray(array).reshape(array.shape)  # which makes 0-d arrays 1-d
