@@ -229,15 +229,20 @@ def transposed(tensor: LazyTensor) -> LazyTensor:
 def contiguous(array: NDArray[Any]) -> NDArray[Any]:
     """The array in C order, copied where it is not.
 
-    NumPy copies a transposed matrix column by column, each touching every page of the source; tile
-    by tile is three times as fast.
+    NumPy copies a transposed matrix column by column, each touching every page of the source. Tile
+    by tile is three times as fast, and three times again where a tile is first copied to a place
+    of its own: rows of a matrix as wide as a power of two drive each other out of the cache.
     """
     if array.ndim != 2 or array.flags.c_contiguous:
         return np.ascontiguousarray(array).reshape(array.shape)  # which makes 0-d arrays 1-d
     out: NDArray[Any] = np.empty(array.shape, array.dtype)
+    scratch: NDArray[Any] = np.empty((_TILE, _TILE), array.dtype)
     for i in range(0, array.shape[0], _TILE):
         for j in range(0, array.shape[1], _TILE):
-            out[i : i + _TILE, j : j + _TILE] = array[i : i + _TILE, j : j + _TILE]
+            tile = array[i : i + _TILE, j : j + _TILE].T
+            near = scratch[: tile.shape[0], : tile.shape[1]]
+            near[...] = tile
+            out[i : i + _TILE, j : j + _TILE] = near.T
     return out
 
 

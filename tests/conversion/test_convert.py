@@ -12,6 +12,7 @@ import torch
 
 import conversion
 from conversion import flax_msgpack, targets
+from conversion.lazy import contiguous
 from conversion.sources import open_source
 from conversion.targets import TARGETS
 from opt_core.errors import CheckpointError, ConfigError, OPTError
@@ -336,3 +337,12 @@ def test_no_more_than_two_tensors_are_held(
     monkeypatch.setattr(targets, "_fetch", fetch)
     conversion.convert(tmp_path / "a", tmp_path / "b", to)
     assert most <= 3  # one is written, one is ready, and one is being let go of
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_a_transposed_matrix_of_any_size_is_copied_as_it_is(dtype: str):
+    matrix = np.random.default_rng(0).normal(size=(130, 257)).astype(type_of[dtype])
+    for array in (matrix.T, matrix[:, ::2], matrix[1:, 3:].T, matrix[:0].T):
+        copied = contiguous(array)
+        assert copied.flags.c_contiguous
+        np.testing.assert_array_equal(copied, array)
