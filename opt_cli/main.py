@@ -4,7 +4,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from opt_cli import console, convert, evaluate, generate, info, prepare, verify
+from opt_cli import console, convert, evaluate, export, generate, info, prepare, verify
 
 app = typer.Typer(
     cls=console.PipeGroup,
@@ -16,6 +16,7 @@ app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("verify")(verify.verify)
+app.command("export")(export.export)
 app.command("prepare")(prepare.prepare)
 app.add_typer(evaluate.app, name="eval")
 
