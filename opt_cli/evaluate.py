@@ -130,7 +130,8 @@ def classification(
     from opt_core.evaluation_heads import evaluate_classification
 
     loaded = _load(model, backend, dtype, "OPTForSequenceClassification")
-    names = [loaded.config.id2label[i] for i in range(loaded.config.num_labels)]
+    known = loaded.config.id2label or {}
+    names = [known.get(i, f"LABEL_{i}") for i in range(loaded.config.num_labels)]
     data = read_labelled_texts(file, names, text_field, label_field, pair_field, limit)
     length = max_length or loaded.config.max_position_embeddings
     examples = encode_labelled_texts(data, loaded.tokenizer, length)

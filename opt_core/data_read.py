@@ -12,7 +12,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -169,7 +169,7 @@ def _kind(path: Path) -> str | None:
 
 
 @contextmanager
-def _opened(path: Path, progress: Callable[[int], None] | None) -> Iterator[IO[bytes]]:
+def _opened(path: Path, progress: Callable[[int], None] | None) -> Generator[IO[bytes]]:
     """The bytes of a file, decompressed; whatever goes wrong with them is a `DataError`."""
     suffix = path.suffix.lower()
     damaged: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)

@@ -158,7 +158,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _question(row: dict[str, Any], place: str) -> Question:
-    answers = row.get("answers") or {}
+    answers: Any = row.get("answers") or {}
     try:
         if isinstance(answers, dict):  # as the datasets library has them
             given = cast("dict[str, Any]", answers)

@@ -89,10 +89,10 @@ def start_tokens(tokenizer: OPTTokenizer) -> list[int]:
 
 def _cuts_as_gpt2(contents: dict[str, Any]) -> bool:
     """Whether a tokenizer does nothing before BPE but cut as GPT-2 does."""
-    cutter = contents["pre_tokenizer"] or {}
+    cutter: dict[str, Any] = contents["pre_tokenizer"] or {}
     is_plain = cutter.get("type") == "ByteLevel" and cutter.get("use_regex", True)
     other_tokens = any(not token["special"] for token in contents["added_tokens"])
-    return (
+    return bool(
         is_plain
         and not cutter["add_prefix_space"]
         and contents["normalizer"] is None

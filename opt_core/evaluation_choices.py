@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -179,9 +179,13 @@ def _arc(row: dict[str, Any], place: str) -> Item:
     choices: Any = row["choices"]
     try:
         if isinstance(question, dict):  # AI2's own files
-            question, choices = question["stem"], question["choices"]
+            inner = cast("dict[str, Any]", question)
+            question, choices = inner["stem"], inner["choices"]
+        names: list[Any]
+        texts: list[Any]
         if isinstance(choices, dict):
-            names, texts = list(choices["label"]), list(choices["text"])
+            columns = cast("dict[str, list[Any]]", choices)
+            names, texts = list(columns["label"]), list(columns["text"])
         else:
             names, texts = [c["label"] for c in choices], [c["text"] for c in choices]
         label = names.index(row["answerKey"])
@@ -219,9 +223,10 @@ def _string(row: dict[str, Any], name: str, place: str) -> str:
 
 def _strings(row: dict[str, Any], name: str, place: str) -> list[str]:
     values: Any = field(row, name, place)
-    if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
+    texts = cast("list[Any]", values) if isinstance(values, list) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{place}: {name!r}: expected a list of strings")
-    return values
+    return texts
 
 
 def _integer(row: dict[str, Any], name: str, place: str) -> int:

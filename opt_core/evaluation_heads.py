@@ -190,15 +190,16 @@ def answers_in_window(
         return []
     first, last = places[0], places[-1] + 1
     scores = start[first:last, None] + end[None, first:last]
-    length = np.subtract.outer(-np.arange(last - first), -np.arange(last - first))
+    place = np.arange(int(last - first))
+    length = place[None, :] - place[:, None]
     scores = np.where((length >= 0) & (length < MAX_ANSWER_TOKENS), scores, -np.inf).ravel()
     count = min(count, int(np.isfinite(scores).sum()))
     order = np.argpartition(-scores, count - 1)[:count]
     found: list[Answer] = []
-    for place in order[np.argsort(-scores[order], kind="stable")].tolist():
-        i, j = divmod(place, int(last - first))
+    for index in order[np.argsort(-scores[order], kind="stable")].tolist():
+        i, j = divmod(index, len(place))
         text = context[offsets[first + i, 0] : offsets[first + j, 1]].strip()
-        found.append(Answer(text, float(scores[place])))
+        found.append(Answer(text, float(scores[index])))
     return found
 
 

@@ -112,7 +112,7 @@ def test_perplexity(opt_lm: Run, tiny: Path, data: Path):
     ids = np.array(OPTTokenizer.from_pretrained(tiny).encode(TEXT))
     rows = ids[: len(ids) // 32 * 32].reshape(-1, 32)
     model = opt_torch.OPTForCausalLM.from_pretrained(tiny)
-    nats = np.mean([float(model(row[None], labels=row[None]).loss) for row in rows])
+    nats = np.mean([model(row[None], labels=row[None]).loss.item() for row in rows])
     assert report["perplexity"] == pytest.approx(np.exp(nats), rel=1e-4)
     assert report["windows"] == len(rows)
     code, out, _ = opt_lm(*arguments, "--stride", 16)

@@ -117,7 +117,7 @@ def test_rows_of_one_bucket_share_a_program(folder: Any, monkeypatch: pytest.Mon
         model = FlaxOPTForCausalLM.from_pretrained(folder(config))
         before = scoring._token_scores._cache_size()
         for length in lengths:
-            scoring.token_scores(model, make_prompts(config, 2, length))
+            scoring.token_scores(model, make_prompts(config, 5, length))
         assert scoring._token_scores._cache_size() == before + 1
     if "tf" in BACKENDS:
         from opt_tf import TFOPTForCausalLM, programs, scoring
@@ -125,6 +125,6 @@ def test_rows_of_one_bucket_share_a_program(folder: Any, monkeypatch: pytest.Mon
         monkeypatch.setattr(programs, "JIT_COMPILE", False)
         model = TFOPTForCausalLM.from_pretrained(folder(config))
         for length in lengths:
-            scoring.token_scores(model, make_prompts(config, 2, length))
+            scoring.token_scores(model, make_prompts(config, 5, length))
         (program,) = model.programs.values()
         assert program.experimental_get_tracing_count() == 1
