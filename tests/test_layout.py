@@ -36,6 +36,8 @@ OWN_NAMES = {
     "generation.py": {"bucketed"},
     "losses.py": {"CHUNK", "next_token"},
     "linear.py": {
+        "BLOCK",
+        "widened",
         "FEW_ROWS",
         "sizes",
         "Embedding",
