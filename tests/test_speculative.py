@@ -52,7 +52,7 @@ def test_greedy_texts_stay_the_same(backend, folder, passes):
     """Rows of different lengths, guesses of every quality, everything that filters tokens."""
     model, ids = backend.load(folder("pre_ln")), make_prompts(PRE_LN, 3, 9)
     settings = {"attention_mask": make_mask("left", [9, 4, 1]), **FILTERS}
-    near = backend.load(folder("pre_ln"), dtype="float16")
+    near = backend.load(folder("pre_ln"), dtype="bfloat16")
     same(backend, model, ids, {"assistant_model": near, "num_assistant_tokens": 3}, **settings)
     gained = np.array(passes[1:])
     assert gained.max() == 4, "no guess was right: this test proves nothing"
@@ -82,7 +82,7 @@ def test_gaps_can_be_closed_at_any_time(backend, folder, monkeypatch):
     monkeypatch.setattr(Slots, "has_room", lambda self, count: False)
     monkeypatch.setattr(Slots, "pack", lambda self: packed.append(1) or pack(self))
     model, ids = backend.load(folder("pre_ln")), make_prompts(PRE_LN, 3, 9)
-    guesses = {"assistant_model": backend.load(folder("pre_ln"), dtype="float16")}
+    guesses = {"assistant_model": backend.load(folder("pre_ln"), dtype="bfloat16")}
     guesses["num_assistant_tokens"] = 3
     same(
         backend, model, ids, guesses, **{**PLAIN, "eos_token_id": [15, 32, 49, 59]},
