@@ -150,8 +150,8 @@ def collate(examples: list[Any]) -> dict[str, NDArray[np.int32]]:
         ids = np.stack(examples).astype(np.int32, copy=False)
         return {"input_ids": ids, "labels": ids.copy()}
     try:
-        first: Mapping[str, Any] = examples[0]
-        rows = {name: np.stack([e[name] for e in examples]) for name in first}
+        names: list[str] = [*examples[0]]
+        rows = {name: np.stack([e[name] for e in examples]) for name in names}
     except (KeyError, ValueError):
         raise DataError("examples of one batch differ in their names or shapes") from None
     return {

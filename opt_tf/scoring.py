@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from opt_tf import programs
 from opt_tf.inputs import check_inputs, check_window
+from opt_tf.linear import sizes
 from opt_tf.losses import widen
 from opt_tf.programs import bucket
 
@@ -87,7 +88,7 @@ def _inputs(
         config, model.compute_dtype, input_ids, attention_mask, None, None, None
     )
     assert ids is not None
-    T = int(ids.shape[1])
+    T: int = sizes(ids)[1]
     check_window(config, mask, T)
     room = bucket(T) - T
     if bucket(T) > config.max_position_embeddings or config.pad_token_id is None:
@@ -109,7 +110,8 @@ def _compiled(model: "TFOPTPreTrainedModel", program: Callable[..., Any], *fixed
 def _token_scores(
     model: "TFOPTForCausalLM", limit: int, ids_BT: tf.Tensor, mask_BT: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    hidden_BTP: Any = model.model(ids_BT, mask_BT, training=False).last_hidden_state[:, :-1]
+    hidden_BTP: Any = model.model(ids_BT, mask_BT, training=False).last_hidden_state
+    hidden_BTP = hidden_BTP[:, :-1]
     B, T, P = hidden_BTP.shape
     step = min(T, max(1, limit // (B * model.config.vocab_size)))
     room = ((0, 0), (0, -T % step))
