@@ -5,12 +5,12 @@ Both schemes round to the nearest point of an even grid, the baseline called RTN
 
 - "int8" is symmetric, one scale per output channel (a row of a linear weight, a token of the
   embedding): `scale = max |w| / 127`, `q = round(w / scale)` in -127..127.
-- "int4" is asymmetric, as in the paper, on the min-max grid of each group of 64 inputs of a channel;
-  the grid holds zero: `scale = (max - min) / 15`, `zero = round(-min / scale)`,
+- "int4" is asymmetric, as in the paper, on the min-max grid of each group of 64 inputs of a
+  channel; the grid holds zero: `scale = (max - min) / 15`, `zero = round(-min / scale)`,
   `q = round(w / scale) + zero` in 0..15.
 
-Ties go to the even integer. A weight is `(q - zero) * scale`, one rounding in float32, so that every
-backend computes the same bits. Everything here is float32, whatever type the file has.
+Ties go to the even integer. A weight is `(q - zero) * scale`, one rounding in float32, so that
+every backend computes the same bits. Everything here is float32, whatever type the file has.
 
 The linear weights and the token embedding (a tied language-model head is the same tensor) are
 quantised; positions, norms, biases and the small heads of classification and question answering
