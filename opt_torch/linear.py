@@ -26,6 +26,10 @@ WORTHWHILE = 32
 """Tokens to generate from which on packing is done; it costs what about 16 tokens save."""
 
 
+BLOCK = 2**19
+"""Numbers of a bfloat16 weight that are widened at once."""
+
+
 class Linear(nn.Linear):
     """`torch.nn.Linear`, computed by oneDNN on the CPU where no gradient is wanted."""
 
@@ -39,6 +43,8 @@ class Linear(nn.Linear):
         weight, bias = self.weight, self.bias
         if _PRODUCT is None or not _is_plain(input, weight):
             return F.linear(input, weight, bias)
+        if weight.dtype == torch.bfloat16 and not _has_bfloat16():
+            return widened(input, weight, bias)
         packed = self.packed  # read once: a generation in another thread may end in between
         return _PRODUCT(input, weight if packed is None else packed, bias, "none", [], "")
 
@@ -66,6 +72,24 @@ class Linear(nn.Linear):
         return super()._apply(fn, recurse)
 
 
+def widened(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A bfloat16 product on a CPU that has no instructions for it, computed in float32.
+
+    A single row goes to PyTorch's own kernel, which reads the weights at memory's rate. For more it
+    takes a hundred times as long as a float32 product, hence the weight is widened, a block that
+    stays in the cache at a time.
+    """
+    if input.shape[:-1].numel() == 1:
+        return F.linear(input, weight, bias)
+    out = input.new_empty(*input.shape[:-1], len(weight))
+    wide, rows = input.float(), max(1, BLOCK // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        part_bias = None if bias is None else bias[part].float()
+        out[..., part] = F.linear(wide, weight[part].float(), part_bias)
+    return out
+
+
 @contextmanager
 def packed(model: nn.Module, new_tokens: int) -> Iterator[None]:
     """Keeps a model's bfloat16 weights in oneDNN's order for the length of a generation.
@@ -82,6 +106,7 @@ def packed(model: nn.Module, new_tokens: int) -> Iterator[None]:
     useful = (
         _REORDER is not None
         and new_tokens >= WORTHWHILE
+        and _has_bfloat16()
         and all(m.weight.dtype == torch.bfloat16 and _is_cpu_type(m.weight) for m in layers)
         and size <= available_memory() / 2
     )
@@ -132,7 +157,7 @@ def _is_plain(input: Tensor, weight: Tensor) -> bool:
 def _is_cpu_type(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.layout != torch.strided:
         return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _has_bfloat16())
+    return weight.dtype in (torch.float32, torch.bfloat16)
 
 
 @cache
