@@ -10,6 +10,7 @@ from opt_core.errors import InputError
 from opt_core.params import param_specs
 from opt_core.training import TrainConfig
 from opt_torch.checkpoint import locate
+from opt_torch.quantization import refuse
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM, OPTPreTrainedModel
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 def make_optimizer(model: "OPTPreTrainedModel", config: TrainConfig) -> AdamW:
     """AdamW with weight decay on the parameters that `ParamSpec.decays`."""
+    refuse(model, "make_optimizer")
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for spec in param_specs(model.config, model.head):
         module, leaf = locate(model, spec)
