@@ -16,6 +16,7 @@ from opt_core.training import TrainConfig
 from opt_flax.checkpoint import path_of
 from opt_flax.inputs import check_inputs
 from opt_flax.parallel import place, spread_rows
+from opt_flax.quantization import refuse
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM, FlaxOPTPreTrainedModel
@@ -26,6 +27,7 @@ def make_optimizer(model: "FlaxOPTPreTrainedModel", config: TrainConfig) -> nnx.
 
     Its `update(model, gradients, learning_rate=...)` clips the gradients first.
     """
+    refuse(model, "make_optimizer")
     specs = param_specs(model.config, model.head)
     decayed = {path_of(model, spec)[0] for spec in specs if spec.decays}
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 from opt_core.errors import InputError
 from opt_core.training import TrainConfig
 from opt_tf.inputs import check_inputs
+from opt_tf.quantization import refuse
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM, TFOPTPreTrainedModel
@@ -50,6 +51,7 @@ def make_optimizer(model: "TFOPTPreTrainedModel", config: TrainConfig) -> keras.
 
     It clips gradients to `max_grad_norm` itself, and can be given to Keras' `compile` too.
     """
+    refuse(model, "make_optimizer")
     optimizer = _AdamW(
         learning_rate=config.learning_rate,
         beta_1=config.adam_beta1,

@@ -126,9 +126,11 @@ def locate(model: "OPTPreTrainedModel", spec: ParamSpec) -> tuple[nn.Module, str
 
 def get_parameter(model: "OPTPreTrainedModel", spec: ParamSpec) -> Tensor:
     """A parameter's values; of a quantised one, those that it stands for."""
+    weight = quantization.find(model, spec)
+    if weight is not None:
+        return weight.dequantize()
     module, leaf = locate(model, spec)
-    found = getattr(module, leaf)
-    return found.dequantize() if isinstance(found, QuantizedWeight) else found.detach()
+    return getattr(module, leaf).detach()
 
 
 def set_parameter(model: "OPTPreTrainedModel", spec: ParamSpec, values: Tensor) -> None:

@@ -107,14 +107,22 @@ def place(
         dtype: Type the model computes in.
         device: Where to put it.
     """
-    *outer, name, _ = TORCH.path(spec)
-    parent = model.get_submodule(".".join(outer[1:] if model.head == "none" else outer))
+    parent, name = _locate(model, spec)
     weight = QuantizedWeight(tensor, dtype).to(device).eval()
     if spec.kind == "embedding":
         new = QuantizedEmbedding(weight)
     else:
         new = QuantizedLinear(weight, getattr(parent, name).bias)
     setattr(parent, name, new.eval())
+
+
+def find(model: "OPTPreTrainedModel", spec: ParamSpec) -> QuantizedWeight | None:
+    """The numbers of a parameter; None if it is kept in floating point."""
+    if not spec.name.endswith(".weight") or not is_quantized(model):
+        return None
+    parent, name = _locate(model, spec)
+    weight = getattr(getattr(parent, name), "weight", None)
+    return weight if isinstance(weight, QuantizedWeight) else None
 
 
 def is_quantized(model: "OPTPreTrainedModel") -> bool:
@@ -132,3 +140,9 @@ def refuse(model: "OPTPreTrainedModel", action: str) -> None:
         raise ConfigError(
             f"{action}: a model with quantised weights can only be run; load it without quantize"
         )
+
+
+def _locate(model: "OPTPreTrainedModel", spec: ParamSpec) -> tuple[nn.Module, str]:
+    """The layer that owns a parameter: where it hangs, and its name there."""
+    *outer, name, _ = TORCH.path(spec)
+    return model.get_submodule(".".join(outer[1:] if model.head == "none" else outer)), name

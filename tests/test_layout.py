@@ -30,6 +30,7 @@ OWN_NAMES = {
         *("outline", "path_of"),
     },
     "generation.py": {"bucketed"},
+    "quantization.py": {"prepare"},
     "linear.py": {
         "FEW_ROWS",
         "sizes",
