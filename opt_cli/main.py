@@ -4,7 +4,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from opt_cli import console, convert, generate, info, verify
+from opt_cli import console, convert, export, generate, info, verify
 
 app = typer.Typer(
     cls=console.PipeGroup,
@@ -16,6 +16,7 @@ app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("verify")(verify.verify)
+app.command("export")(export.export)
 
 
 @app.callback(invoke_without_command=True)

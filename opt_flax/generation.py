@@ -103,7 +103,7 @@ def prepare(
     checked = check_inputs(config, model.dtype, input_ids, attention_mask, None, None, None)
     ids, mask = (None if x is None else np.asarray(x) for x in checked[:2])
     assert ids is not None
-    pads = [i for i in (settings.pad_token_id, config.pad_token_id) if i is not None]
+    pads = _padding_ids(model, settings)
     texts = {config.bos_token_id, config.eos_token_id, *settings.eos_ids}
     if mask is None and pads and pads[0] not in texts:
         # As transformers: an id that is nothing but padding is padding. Not so a BOS or EOS.
@@ -122,8 +122,8 @@ def prepare(
     if tokenizer is not None:
         # OPT's embedding has rows that no token has, never trained (transformers #18268).
         vocabulary = min(vocabulary, tokenizer.vocab_size)
-    pad = [*pads, *settings.eos_ids, 0][0]
-    return Request(ids, mask, settings, settings.new_tokens(ids.shape[1]), vocabulary, pad)
+    new_tokens = settings.new_tokens(ids.shape[1])
+    return Request(ids, mask, settings, new_tokens, vocabulary, _filler(model, settings))
 
 
 def model_settings(
@@ -265,6 +265,16 @@ def allowed(logits_BV: Array, vocabulary: int | Array) -> Array:
     """Logits in float32, ids from `vocabulary` on banned."""
     known = jnp.arange(logits_BV.shape[1]) < vocabulary
     return jnp.where(known, logits_BV.astype(jnp.float32), sampling.BANNED)
+
+
+def _padding_ids(model: "FlaxOPTForCausalLM", settings: GenerationConfig) -> list[int]:
+    """Ids that mean padding, the settings' first."""
+    return [i for i in (settings.pad_token_id, model.config.pad_token_id) if i is not None]
+
+
+def _filler(model: "FlaxOPTForCausalLM", settings: GenerationConfig) -> int:
+    """Id that fills a finished row."""
+    return [*_padding_ids(model, settings), *settings.eos_ids, 0][0]
 
 
 class _Numbers(NamedTuple):

@@ -18,16 +18,20 @@ BACKENDS = {"opt_torch": "", "opt_tf": "TF", "opt_flax": "Flax"}
 
 OWN_FILES = {
     "opt_torch": set[str](),
-    "opt_tf": {"programs.py", "fitting.py", "export.py"},
+    "opt_tf": {"programs.py", "fitting.py"},
     "opt_flax": {"programs.py", "parallel.py", "resume.py"},
 }
-"""Files for what a framework alone needs (so far): programs, Keras' fit, serving, meshes."""
+"""Files for what a framework alone needs (so far): programs, Keras' fit, meshes."""
 
 OWN_NAMES = {
     "attention.py": {"flash", "packed", "check_flash", "drop", "platform_of"},
     "checkpoint.py": {
         *("usable_device", "tie", "is_tied", "cast_tensor", "as_tensor", "as_array"),
         *("outline", "path_of"),
+    },
+    "export.py": {
+        *("export_program", "export_saved_model", "export_tflite", "export_stablehlo"),
+        *("PLATFORMS", "REFUSED", "Weights", "Program"),
     },
     "generation.py": {"bucketed"},
     "quantization.py": {"prepare"},
