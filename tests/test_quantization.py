@@ -123,10 +123,15 @@ def test_other_schemes_are_refused(backend, folder, scheme):
 
 def test_what_needs_float_weights_is_refused(backend, folder, tmp_path):
     model = backend.load(folder("pre_ln"), quantize="int8")
-    training = import_module(f"opt_{backend.name}.training")
+    training, export = (
+        import_module(f"opt_{backend.name}.{name}") for name in ("training", "export")
+    )
+    kind = {"torch": "program", "tf": "saved_model", "flax": "stablehlo"}[backend.name]
+    given = {} if backend.name == "torch" else {"max_prompt": 8, "max_new_tokens": 2}
     acts = {
         "make_optimizer": lambda: training.make_optimizer(model, TrainConfig()),
         "save_pretrained": lambda: model.save_pretrained(tmp_path / "saved"),
+        "export": lambda: getattr(export, f"export_{kind}")(model, tmp_path / "saved", **given),
         "to_torch": lambda: conversion.to_torch(model),
     }
     if backend.name == "tf":
