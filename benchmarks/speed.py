@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from opt_core import OPTConfig, TrainConfig
+from opt_core.quantization import SCHEMES
 
 SHAPES = {
     "prefill": (1, 512),
@@ -49,7 +50,7 @@ class Work:
     train: Callable[[], Any]
 
 
-def torch_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
+def torch_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) -> Work:
     """Loads a model into PyTorch."""
     import torch
 
@@ -57,7 +58,7 @@ def torch_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
     from opt_torch.training import make_optimizer, train_step
 
     start = time.time()
-    model = OPTForCausalLM.from_pretrained(path, dtype=dtype)
+    model = OPTForCausalLM.from_pretrained(path, dtype=dtype, quantize=quantize)
     load_s = time.time() - start
     batch, mask = torch.tensor(ids), torch.ones(ids.shape, dtype=torch.long)
     config = TrainConfig(lr_schedule="constant")
@@ -81,7 +82,7 @@ def torch_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
     return Work(load_s, prefill, generate, train)
 
 
-def flax_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
+def flax_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) -> Work:
     """Loads a model into Flax."""
     import jax
     from flax import nnx
@@ -90,7 +91,7 @@ def flax_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
     from opt_flax.training import make_optimizer, train_step
 
     start = time.time()
-    model = FlaxOPTForCausalLM.from_pretrained(path, dtype=dtype)
+    model = FlaxOPTForCausalLM.from_pretrained(path, dtype=dtype, quantize=quantize)
     jax.block_until_ready(nnx.state(model))
     load_s = time.time() - start
     mask = np.ones(ids.shape, np.int32)
@@ -117,7 +118,7 @@ def flax_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
     return Work(load_s, prefill, generate, train)
 
 
-def tf_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
+def tf_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) -> Work:
     """Loads a model into TensorFlow."""
     import tensorflow as tf
 
@@ -125,7 +126,7 @@ def tf_work(path: Path, dtype: str, ids: np.ndarray) -> Work:
     from opt_tf.training import make_optimizer, train_step
 
     start = time.time()
-    model = TFOPTForCausalLM.from_pretrained(path, dtype=dtype)
+    model = TFOPTForCausalLM.from_pretrained(path, dtype=dtype, quantize=quantize)
     load_s = time.time() - start
     batch, mask = tf.constant(ids, tf.int32), tf.ones(ids.shape, tf.int32)
     config = TrainConfig(lr_schedule="constant")
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--task", choices=SHAPES, required=True)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quantize", choices=SCHEMES)
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--new", type=int, default=64)
     args = parser.parse_args()
@@ -166,10 +168,10 @@ def main() -> None:
     vocabulary = OPTConfig.from_pretrained(args.model).vocab_size
     ids = np.random.default_rng(0).integers(4, min(50000, vocabulary), shape)
     ids[:, 0] = 2
-    work = BACKENDS[args.backend](args.model, args.dtype, ids)
+    work = BACKENDS[args.backend](args.model, args.dtype, args.quantize, ids)
     result: dict[str, Any] = {
         "system": f"opt-lm-{args.backend}", "model": args.model.resolve().name, "task": args.task,
-        "dtype": args.dtype, "load_s": round(work.load_s, 2),
+        "dtype": args.dtype, "quantize": args.quantize, "load_s": round(work.load_s, 2),
     }  # fmt: skip
     if args.task != "load":
         generates = args.task in ("decode", "batch")

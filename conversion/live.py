@@ -57,6 +57,7 @@ def _rebuilt(model: Any, backend: str) -> Any:
     if mine is None:
         kind = f"{type(model).__module__}.{type(model).__name__}"
         raise InputError(f"model: expected one of opt_torch, opt_tf or opt_flax, received {kind}")
+    import_module(f"{mine.module}.quantization").refuse(model, f"to_{backend}")
     name = type(model).__name__.removeprefix(mine.prefix)
     wanted = load_backend(backend, name)
     source = import_module(f"{mine.module}.checkpoint")

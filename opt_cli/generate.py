@@ -53,6 +53,9 @@ def generate(
     dtype: Annotated[
         str, _option("float32, bfloat16, float16; auto: as stored.", "TYPE")
     ] = "float32",
+    quantize: Annotated[
+        str | None, _option("Keep the weights as int8 or int4: less memory.", "SCHEME")
+    ] = None,
     device: Annotated[
         str | None, _option('Device of the torch backend, such as "cuda".', "NAME")
     ] = None,
@@ -139,7 +142,7 @@ def generate(
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     started = time.perf_counter()
-    session = _load(model, revision, backend, dtype, device, given, seed, assistant)
+    session = _load(model, revision, backend, dtype, quantize, device, given, seed, assistant)
     loaded = time.perf_counter()
     single = len(prompts) == 1 and session.settings.num_return_sequences == 1
     can_stream = single and not session.settings.is_beam_search and not json
@@ -155,6 +158,7 @@ def generate(
                 "model": model,
                 "backend": backend,
                 "dtype": dtype,
+                "quantize": quantize,
                 "seed": seed,
                 "settings": asdict(session.settings),
                 "load_s": round(loaded - started, 3),
@@ -167,7 +171,7 @@ def generate(
     elif not streams:
         _print(completions)
     console.note(
-        f"{model} on {backend}, {dtype}: loaded in {loaded - started:.2f} s, "
+        f"{model} on {backend}, {quantize or dtype}: loaded in {loaded - started:.2f} s, "
         f"{new} tokens in {elapsed:.2f} s, {new / elapsed:.1f} tokens/s"
     )
 
@@ -193,6 +197,7 @@ def _load(
     revision: str | None,
     backend: str,
     dtype: str,
+    quantize: str | None,
     device: str | None,
     given: dict[str, Any],
     seed: int,
@@ -206,7 +211,8 @@ def _load(
         raise ConfigError(f"--device is for the torch backend; {backend} places its arrays itself")
     path = resolve(model, revision=revision)
     tokenizer = OPTTokenizer.from_pretrained(path)
-    options = {"dtype": dtype, **({"device": device} if device else {})}
+    options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
+    options |= {"device": device} if device else {}
     helper = None
     with console.progress(f"loading {model}") as progress:
         made = load_backend(backend).from_pretrained(path, progress=progress, **options)

@@ -26,8 +26,9 @@ from opt_core.hub import resolve
 from opt_core.initialization import initial_value
 from opt_core.lora import UNMERGED
 from opt_core.params import ParamSpec, param_specs
+from opt_core.quantization import check_scheme, quantize_array, scheme_of
 from opt_core.tensor_file import cast_array
-from opt_flax import attention, parallel
+from opt_flax import attention, parallel, quantization
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
@@ -58,12 +59,17 @@ def from_pretrained(
     progress: Callable[[int, int], None] | None,
     config: OPTConfig | None,
     scan_layers: bool,
+    quantize: str | None,
     **hub: Any,
 ) -> M:
     """Loads a checkpoint tensor by tensor; see `FlaxOPTPreTrainedModel.from_pretrained`."""
     dtype = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if dtype not in (*DTYPES, "auto"):
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)} or auto, received {dtype!r}")
+    check_scheme(quantize)
+    if quantize is not None and (mesh is not None or scan_layers):
+        other = "scan_layers" if mesh is None else "mesh"
+        raise ConfigError(f"quantize: expected None with {other}, received {quantize!r}")
     folder = resolve(path_or_hub_id, **hub)
     home = folder if folder.is_dir() else folder.parent
     config = config or OPTConfig.from_pretrained(home)
@@ -75,6 +81,11 @@ def from_pretrained(
     groups = {spec.name: group for group in _groups(model) for spec in group}
     waiting: dict[str, NDArray[Any]] = {}
     for spec, array in plan.stream(progress=progress):
+        scheme = scheme_of(spec, quantize)
+        if scheme is not None:
+            values = quantize_array(spec.name, array, scheme)
+            quantization.place(model, spec, values, wanted)
+            continue
         waiting[spec.name] = array  # a view of the file: nothing was read yet
         group = groups[spec.name]
         if all(s.name in waiting for s in group):
@@ -99,6 +110,7 @@ def save_pretrained(
 
     The first process writes; the others take part in gathering, and wait until all is there.
     """
+    quantization.refuse(model, "save_pretrained")
     if any(getattr(module, "adapts", False) for _, module in nnx.iter_graph(model)):
         raise CheckpointError(f"{folder}: {UNMERGED}")
     specs = param_specs(model.config, model.head)
@@ -144,7 +156,13 @@ def locate(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> tuple[nnx.Param[
 
 
 def get_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> Array:
-    """A parameter's values, in the canonical layout (a linear weight is [out, in])."""
+    """A parameter's values, in the canonical layout (a linear weight is [out, in]).
+
+    Those of a quantised one are what it stands for.
+    """
+    weight = quantization.find(model, spec)
+    if weight is not None:
+        return weight.dequantize()
     variable, layer = locate(model, spec)
     values = variable[...] if layer is None else variable[...][layer]
     values = values.T if NNX.is_transposed(spec) else values

@@ -16,7 +16,7 @@ from opt_core.errors import CheckpointError, ConfigError, GenerationError
 from opt_core.generation import GenerationConfig
 from opt_core.safetensors_file import PendingTensor, write_safetensors
 from opt_core.tokenizer import OPTTokenizer
-from opt_flax import beam, generation
+from opt_flax import beam, generation, quantization
 from opt_flax.programs import TracedSettings
 
 if TYPE_CHECKING:
@@ -60,9 +60,11 @@ def export_stablehlo(
 
     Raises:
         CheckpointError: The disk refuses.
-        ConfigError: A model on a mesh, or with an attention kernel that one platform has.
+        ConfigError: A quantised model, one on a mesh, or with an attention kernel that one platform
+            has.
         GenerationError: A setting that cannot be honoured, or that cannot be exported.
     """
+    quantization.refuse(model, "export")
     if model.mesh is not None:
         raise ConfigError("export: expected a model on one device, received one on a mesh")
     if model.get_decoder().implementation == "flash_attention_2":

@@ -15,7 +15,7 @@ from opt_core.errors import ConfigError, GenerationError, InputError
 from opt_core.generation import GenerationConfig
 from opt_core.params import Head, count_parameters
 from opt_core.tokenizer import OPTTokenizer
-from opt_flax import beam, checkpoint, generation, losses, parallel, speculative
+from opt_flax import beam, checkpoint, generation, losses, parallel, quantization, speculative
 from opt_flax.attention import IMPLEMENTATIONS
 from opt_flax.cache import KVCache, init_cache
 from opt_flax.decoder import FlaxOPTDecoder, OPTOutput
@@ -76,12 +76,17 @@ class FlaxOPTPreTrainedModel(nnx.Module):
     @property
     def device(self) -> Sharding:
         """Where the weights are: on one device, or spread over a mesh."""
-        return self.get_decoder().embed_tokens.embedding[...].sharding
+        return self.get_decoder().embed_positions.embedding[...].sharding
 
     @property
     def dtype(self) -> jnp.dtype:
         """Type of the weights."""
-        return self.get_decoder().embed_tokens.embedding.dtype
+        return self.get_decoder().embed_positions.embedding.dtype
+
+    def train(self, **attributes: Any) -> None:
+        """Switches training mode on, dropout with it."""
+        quantization.refuse(self, "train")
+        super().train(**attributes)
 
     def num_parameters(self) -> int:
         """Number of parameters, a tied head counted once."""
@@ -109,6 +114,7 @@ class FlaxOPTPreTrainedModel(nnx.Module):
         progress: Callable[[int, int], None] | None = None,
         config: OPTConfig | None = None,
         scan_layers: bool = False,
+        quantize: str | None = None,
         **hub: Any,
     ) -> Self:
         """Loads a checkpoint, from safetensors or from PyTorch's `.bin`.
@@ -123,6 +129,8 @@ class FlaxOPTPreTrainedModel(nnx.Module):
             progress: Called with (bytes loaded, bytes in all) after each tensor.
             config: Replaces the checkpoint's config.json, for example to set `num_labels`.
             scan_layers: As in the constructor.
+            quantize: "int8" or "int4": keep the weights so (`opt_core.quantization`), only to run,
+                on one device.
             **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
 
         Raises:
@@ -138,6 +146,7 @@ class FlaxOPTPreTrainedModel(nnx.Module):
             progress,
             config,
             scan_layers,
+            quantize,
             **hub,
         )
 

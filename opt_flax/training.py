@@ -20,6 +20,7 @@ from opt_flax import lora, losses
 from opt_flax.checkpoint import path_of
 from opt_flax.inputs import check_inputs
 from opt_flax.parallel import place, spread_rows
+from opt_flax.quantization import refuse
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
@@ -32,6 +33,7 @@ def make_optimizer(model: "FlaxOPTPreTrainedModel", config: TrainConfig) -> nnx.
     gradient. Weight decay applies to the parameters that `ParamSpec.decays`. The optimizer's
     `update(model, gradients, learning_rate=...)` clips the gradients first.
     """
+    refuse(model, "make_optimizer")
     if config.lora_rank and not lora.adapters(model):
         lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     if config.gradient_checkpointing:

@@ -20,7 +20,9 @@ from opt_core.hub import resolve
 from opt_core.initialization import initial_value
 from opt_core.lora import UNMERGED
 from opt_core.params import ParamSpec, param_specs
+from opt_core.quantization import quantize_array, scheme_of
 from opt_core.tensor_file import cast_array, float_dtype
+from opt_tf import quantization
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
@@ -43,6 +45,7 @@ def from_pretrained(
     attn_implementation: str,
     progress: Callable[[int, int], None] | None,
     config: OPTConfig | None,
+    quantize: str | None,
     **hub: Any,
 ) -> M:
     """Loads a checkpoint tensor by tensor; see `TFOPTPreTrainedModel.from_pretrained`."""
@@ -55,8 +58,8 @@ def from_pretrained(
     config = config or OPTConfig.from_pretrained(home)
     plan = files.plan_load(files.open_checkpoint(folder), config, cls.head)
     policy = keras.dtype_policies.get(wanted_dtype(dtype, plan))
-    model = cls(plan.config, seed=None, attn_implementation=attn_implementation, dtype=policy)
-    for spec, array in plan.stream(model.variable_dtype, progress):
+    model = cls(plan.config, None, attn_implementation, quantize, dtype=policy)
+    for spec, array in plan.stream(progress=progress):
         set_parameter(model, spec, array)
         del array  # or the next tensor would be read while this one is still held
     for spec in plan.fresh:
@@ -75,6 +78,7 @@ def save_pretrained(
     model: "TFOPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
 ) -> None:
     """Writes a canonical folder; see `TFOPTPreTrainedModel.save_pretrained`."""
+    quantization.refuse(model, "save_pretrained")
     if any(getattr(layer, "adapts", False) for layer in model._flatten_layers()):
         raise CheckpointError(f"{folder}: {UNMERGED}")
     specs = param_specs(model.config, model.head)
@@ -102,13 +106,20 @@ def locate(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> keras.Variable:
 
 
 def get_parameter(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> NDArray[Any]:
-    """A parameter's values, in the canonical layout."""
+    """A parameter's values, in the canonical layout; of a quantised one, what it stands for."""
+    weight = quantization.find(model, spec)
+    if weight is not None:
+        return weight.dequantize().numpy()
     array = locate(model, spec).numpy()
     return array.T if KERAS.is_transposed(spec) else array
 
 
 def set_parameter(model: "TFOPTPreTrainedModel", spec: ParamSpec, values: NDArray[Any]) -> None:
     """Gives a parameter values in the canonical layout, cast to the variable's type."""
+    scheme = scheme_of(spec, model.quantize)
+    if scheme is not None:
+        quantization.place(model, spec, quantize_array(spec.name, values, scheme))
+        return
     variable = locate(model, spec)
     values = cast_array(spec.name, values, float_dtype(variable.dtype))
     variable.assign(tf.constant(values.T if KERAS.is_transposed(spec) else values))

@@ -11,7 +11,7 @@ import tensorflow as tf
 from opt_core.errors import GenerationError
 from opt_core.generation import GenerationConfig
 from opt_core.tokenizer import OPTTokenizer
-from opt_tf import beam, generation
+from opt_tf import beam, generation, quantization
 from opt_tf.programs import program_settings
 
 if TYPE_CHECKING:
@@ -42,8 +42,10 @@ def export_saved_model(
         **overrides: Fields of `GenerationConfig`, `max_new_tokens` among them.
 
     Raises:
+        ConfigError: A quantised model.
         GenerationError: A setting that cannot be honoured, or that cannot be exported.
     """
+    quantization.refuse(model, "export")
     settings = generation.model_settings(model, generation_config).replace(**overrides)
     if settings.max_new_tokens is None:
         raise GenerationError("max_new_tokens: an export needs it, received None")
@@ -85,6 +87,7 @@ def export_tflite(
         **overrides: See there.
 
     Raises:
+        ConfigError: A quantised model.
         GenerationError: A setting that cannot be honoured, or that cannot be exported.
     """
     if generation.model_settings(model, generation_config).replace(**overrides).do_sample:

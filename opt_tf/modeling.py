@@ -12,8 +12,9 @@ from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, GenerationError, InputError
 from opt_core.generation import GenerationConfig
 from opt_core.params import Head, count_parameters
+from opt_core.quantization import check_scheme
 from opt_core.tokenizer import OPTTokenizer
-from opt_tf import beam, checkpoint, generation, losses, speculative
+from opt_tf import beam, checkpoint, generation, losses, quantization, speculative
 from opt_tf.attention import IMPLEMENTATIONS
 from opt_tf.cache import KVCache, init_cache
 from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
@@ -36,6 +37,7 @@ class TFOPTPreTrainedModel(Fitted):
         config: OPTConfig,
         seed: int | None = 0,
         attn_implementation: str = "sdpa",
+        quantize: str | None = None,
         **options: Any,
     ):
         """Makes a freshly initialised model; `training=True` turns dropout on, as fit does.
@@ -44,11 +46,12 @@ class TFOPTPreTrainedModel(Fitted):
             config: The model's configuration.
             seed: Seed of the weights; None leaves them zero, for a loader to fill.
             attn_implementation: "sdpa" or "eager".
+            quantize: As in `from_pretrained`.
             **options: Keras' own: `name`, `trainable`, and `dtype` ("bfloat16", or a policy such
                 as "mixed_bfloat16").
 
         Raises:
-            ConfigError: No such attention implementation.
+            ConfigError: No such attention implementation or quantisation.
         """
         super().__init__(**options)
         if attn_implementation not in IMPLEMENTATIONS:
@@ -56,7 +59,8 @@ class TFOPTPreTrainedModel(Fitted):
                 f"attn_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, "
                 f"received {attn_implementation!r}"
             )
-        self.config = config
+        check_scheme(quantize)
+        self.config, self.quantize = config, quantize
         self.attn_implementation = attn_implementation
         self.generation_config = GenerationConfig.from_model(config)
         self.programs = _Untracked()
@@ -64,14 +68,16 @@ class TFOPTPreTrainedModel(Fitted):
         self._convert_input_args = False
         self._allow_non_tensor_positional_args = True
         self._make_parts()
+        quantization.prepare(self, quantize)
         self.build()
         if seed is not None:
             checkpoint.initialize(self, seed)
 
     def _make_parts(self) -> None:
         self.model = TFOPTModel(
-            self.config, None, self.attn_implementation, name="model", dtype=self.dtype_policy
-        )
+            self.config, None, self.attn_implementation, self.quantize, name="model",
+            dtype=self.dtype_policy,
+        )  # fmt: skip
 
     def build(self, input_shape: Any = None) -> None:
         """Makes the variables, which depend on no input; Keras may call it again."""
@@ -113,6 +119,7 @@ class TFOPTPreTrainedModel(Fitted):
         attn_implementation: str = "sdpa",
         progress: Callable[[int, int], None] | None = None,
         config: OPTConfig | None = None,
+        quantize: str | None = None,
         **hub: Any,
     ) -> Self:
         """Loads a checkpoint.
@@ -124,6 +131,7 @@ class TFOPTPreTrainedModel(Fitted):
             attn_implementation: "sdpa" or "eager".
             progress: Called with (bytes loaded, bytes in all) after each tensor.
             config: Replaces the checkpoint's config.json, for example to set `num_labels`.
+            quantize: "int8" or "int4": keep the weights so (`opt_core.quantization`), only to run.
             **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
 
         Raises:
@@ -131,7 +139,7 @@ class TFOPTPreTrainedModel(Fitted):
             ConfigError: The configuration is malformed, or an option is not one of the above.
         """
         return checkpoint.from_pretrained(
-            cls, path_or_hub_id, dtype, attn_implementation, progress, config, **hub
+            cls, path_or_hub_id, dtype, attn_implementation, progress, config, quantize, **hub
         )
 
     def save_pretrained(
@@ -151,6 +159,7 @@ class TFOPTPreTrainedModel(Fitted):
         return base | {
             "config": self.config.to_dict(),
             "attn_implementation": self.attn_implementation,
+            "quantize": self.quantize,
             "generation_config": dict(vars(self.generation_config)),
         }
 
@@ -175,6 +184,8 @@ class TFOPTPreTrainedModel(Fitted):
         training: bool | None,
     ) -> TFOPTOutput:
         """Checks the inputs, embeds them and runs the decoder."""
+        if training:
+            quantization.refuse(self, "training=True")
         input_ids, attention_mask, position_ids, inputs_embeds = check_inputs(
             self.config,
             self.compute_dtype,

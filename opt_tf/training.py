@@ -15,6 +15,7 @@ from opt_core.training import TrainConfig
 from opt_tf import lora, losses, programs
 from opt_tf.checkpoint import locate
 from opt_tf.inputs import check_inputs
+from opt_tf.quantization import refuse
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
@@ -57,6 +58,7 @@ def make_optimizer(model: "TFOPTPreTrainedModel", config: TrainConfig) -> keras.
     gradient. Weight decay applies to the parameters that `ParamSpec.decays`. The optimizer clips
     gradients to `max_grad_norm` itself, and can be given to Keras' `compile` too.
     """
+    refuse(model, "make_optimizer")
     if config.lora_rank and not lora.adapters(model):
         lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     if config.gradient_checkpointing:

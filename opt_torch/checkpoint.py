@@ -22,7 +22,9 @@ from opt_core.hub import resolve
 from opt_core.initialization import initial_value
 from opt_core.lora import UNMERGED
 from opt_core.params import ParamSpec, param_specs
-from opt_torch import attention
+from opt_core.quantization import check_scheme, quantize_array, scheme_of
+from opt_torch import attention, quantization
+from opt_torch.quantization import QuantizedLinear, QuantizedWeight
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
@@ -45,33 +47,41 @@ def from_pretrained(
     attn_implementation: str,
     progress: Callable[[int, int], None] | None,
     config: OPTConfig | None,
+    quantize: str | None,
     **hub: Any,
 ) -> M:
     """Loads a checkpoint tensor by tensor; see `OPTPreTrainedModel.from_pretrained`."""
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in (*DTYPES, "auto"):
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)} or auto, received {dtype!r}")
+    check_scheme(quantize)
     folder = resolve(path_or_hub_id, **hub)
     home = folder if folder.is_dir() else folder.parent
     config = config or OPTConfig.from_pretrained(home)
     plan = files.plan_load(files.open_checkpoint(folder), config, cls.head)
-    target = usable_device(device)
+    target, wanted = usable_device(device), wanted_dtype(dtype, plan)
     if attn_implementation == "flash_attention_2":
-        attention.check_flash(target, wanted_dtype(dtype, plan))
+        attention.check_flash(target, wanted)
     model = cls(plan.config, seed=None, attn_implementation=attn_implementation)
     for spec, array in plan.stream(progress=progress):
-        values = cast_tensor(spec.name, as_tensor(array), wanted_dtype(dtype, plan))
-        set_parameter(model, spec, values.to(target))
+        scheme = scheme_of(spec, quantize)
+        if scheme is None:
+            values = cast_tensor(spec.name, as_tensor(array), wanted)
+            set_parameter(model, spec, values.to(target))
+        else:
+            values = quantize_array(spec.name, array, scheme)
+            quantization.place(model, spec, values, wanted, target)
         del array, values  # or the next tensor would be read while this one is still held
     for spec in plan.fresh:
         value = torch.from_numpy(initial_value(spec, plan.config, seed=0))
-        set_parameter(model, spec, value.to(target, wanted_dtype(dtype, plan)))
+        set_parameter(model, spec, value.to(target, wanted))
         warnings.warn(
             f"{folder}: no {spec.name} in this checkpoint; "
             "it is freshly initialised and needs training",
             stacklevel=3,
         )
     tie(model)
+    model.requires_grad_(quantize is None)
     if cls.head == "causal_lm" and (home / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(home)
     return model
@@ -90,6 +100,7 @@ def save_pretrained(
     model: "OPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
 ) -> None:
     """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`."""
+    quantization.refuse(model, "save_pretrained")
     if any(getattr(module, "adapts", False) for module in model.modules()):
         raise CheckpointError(f"{folder}: {UNMERGED}")
     config = model.config
@@ -117,7 +128,10 @@ def locate(model: "OPTPreTrainedModel", spec: ParamSpec) -> tuple[nn.Module, str
 
 
 def get_parameter(model: "OPTPreTrainedModel", spec: ParamSpec) -> Tensor:
-    """A parameter's values."""
+    """A parameter's values; of a quantised one, those that it stands for."""
+    weight = quantization.find(model, spec)
+    if weight is not None:
+        return weight.dequantize()
     module, leaf = locate(model, spec)
     return getattr(module, leaf).detach()
 
@@ -131,7 +145,11 @@ def set_parameter(model: "OPTPreTrainedModel", spec: ParamSpec, values: Tensor) 
 def tie(model: "OPTPreTrainedModel") -> None:
     """Makes a tied language-model head the token embedding itself."""
     if model.head == "causal_lm" and model.config.tie_word_embeddings:
-        model.get_submodule("lm_head").weight = model.get_decoder().embed_tokens.weight
+        weight = model.get_decoder().embed_tokens.weight
+        if isinstance(weight, QuantizedWeight):
+            model.add_module("lm_head", QuantizedLinear(weight, None).eval())
+        else:
+            model.get_submodule("lm_head").weight = weight
 
 
 def is_tied(model: "OPTPreTrainedModel") -> bool:

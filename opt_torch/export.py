@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opt_core.errors import CheckpointError, ConfigError
+from opt_torch import quantization
 from opt_torch.modeling import OPTForCausalLM
 
 
@@ -36,8 +37,10 @@ def export_program(model: OPTForCausalLM, file: str | PathLike[str]) -> None:
 
     Raises:
         CheckpointError: The disk refuses.
-        ConfigError: A model in training mode, or with the attention kernel that takes no mask.
+        ConfigError: A quantised model, one in training mode, or with the attention kernel that
+            takes no mask.
     """
+    quantization.refuse(model, "export")
     if model.training:
         raise ConfigError("export: expected a model in evaluation mode; call model.eval()")
     if model.get_decoder().implementation == "flash_attention_2":

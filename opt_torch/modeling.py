@@ -12,7 +12,7 @@ from opt_core.errors import ConfigError, GenerationError, InputError
 from opt_core.generation import GenerationConfig
 from opt_core.params import Head, count_parameters
 from opt_core.tokenizer import OPTTokenizer
-from opt_torch import beam, checkpoint, generation, losses, speculative
+from opt_torch import beam, checkpoint, generation, losses, quantization, speculative
 from opt_torch.attention import IMPLEMENTATIONS
 from opt_torch.cache import KVCache, init_cache
 from opt_torch.decoder import OPTDecoder, OPTOutput
@@ -60,12 +60,18 @@ class OPTPreTrainedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.get_decoder().embed_tokens.weight.device
+        return self.get_decoder().embed_positions.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return self.get_decoder().embed_tokens.weight.dtype
+        return self.get_decoder().embed_positions.weight.dtype
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches training mode, dropout with it."""
+        if mode:
+            quantization.refuse(self, "train")
+        return super().train(mode)
 
     def num_parameters(self) -> int:
         """Number of parameters, a tied head counted once."""
@@ -92,6 +98,7 @@ class OPTPreTrainedModel(nn.Module):
         attn_implementation: str = "sdpa",
         progress: Callable[[int, int], None] | None = None,
         config: OPTConfig | None = None,
+        quantize: str | None = None,
         **hub: Any,
     ) -> Self:
         """Loads a checkpoint.
@@ -105,6 +112,7 @@ class OPTPreTrainedModel(nn.Module):
             attn_implementation: "sdpa", "eager" or "flash_attention_2".
             progress: Called with (bytes loaded, bytes in all) after each tensor.
             config: Replaces the checkpoint's config.json, for example to set `num_labels`.
+            quantize: "int8" or "int4": keep the weights so (`opt_core.quantization`), only to run.
             **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
 
         Raises:
@@ -112,8 +120,9 @@ class OPTPreTrainedModel(nn.Module):
             ConfigError: The configuration is malformed, or an option is not one of the above.
         """
         return checkpoint.from_pretrained(
-            cls, path_or_hub_id, dtype, device, attn_implementation, progress, config, **hub
-        )
+            cls, path_or_hub_id, dtype, device, attn_implementation, progress, config, quantize,
+            **hub,
+        )  # fmt: skip
 
     def save_pretrained(
         self, folder: str | PathLike[str], max_shard_size: str | int = "5GB"

@@ -13,6 +13,7 @@ from opt_core.errors import InputError
 from opt_core.training import TrainConfig
 from opt_torch import lora, losses
 from opt_torch.checkpoint import locate
+from opt_torch.quantization import refuse
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
@@ -24,6 +25,7 @@ def make_optimizer(model: "OPTPreTrainedModel", config: TrainConfig) -> AdamW:
     Adapters are put on it where the configuration asks for them; what is not trained gets no
     gradient. Weight decay applies to the parameters that `ParamSpec.decays`.
     """
+    refuse(model, "make_optimizer")
     if config.lora_rank and not lora.adapters(model):
         lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     if config.gradient_checkpointing:

@@ -36,6 +36,7 @@ OWN_NAMES = {
     },
     "generation.py": {"bucketed"},
     "losses.py": {"CHUNK", "next_token"},
+    "quantization.py": {"prepare"},
     "linear.py": {
         "BLOCK",
         "widened",

@@ -1,0 +1,132 @@
+"""Quantised weights: the layers that hold them, and the products they take part in.
+
+A layer keeps the numbers of `opt_core.quantization`; the compiled program makes the weight they
+stand for where it multiplies. That saves memory between the calls, not time. Such a model can only
+be run: it has no parameters to train and none to save, and it stays on one device.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from opt_core.dialects import NNX
+from opt_core.errors import ConfigError
+from opt_core.params import ParamSpec
+from opt_core.quantization import GROUP, QuantizedTensor
+
+if TYPE_CHECKING:
+    from opt_flax.modeling import FlaxOPTPreTrainedModel
+
+
+class QuantizedWeight(nnx.Module):
+    """The numbers of a weight [out, in], as in `QuantizedTensor`."""
+
+    def __init__(self, tensor: QuantizedTensor, dtype: jnp.dtype):
+        self.width, self.dtype = tensor.width, dtype
+        self.values = nnx.Variable(jnp.asarray(tensor.values))
+        self.scales = nnx.Variable(jnp.asarray(tensor.scales))
+        self.zeros = None if tensor.zeros is None else nnx.Variable(jnp.asarray(tensor.zeros))
+
+    def dequantize(self, rows: Array | None = None, mode: str = "fill") -> Array:
+        """Rows of the weight, in float32.
+
+        Args:
+            rows: Which, by their numbers (of any shape); None for all.
+            mode: What a row number beyond the table gives: "fill" for NaN, "clip" for the last row.
+        """
+
+        def some(held: nnx.Variable[Any]) -> Array:
+            return held[...] if rows is None else jnp.take(held[...], rows, axis=0, mode=mode)
+
+        values, scales = some(self.values), some(self.scales)
+        if self.zeros is None:
+            return values.astype(jnp.float32) * scales[..., None]
+        steps = jnp.stack((values & 15, values >> 4), -1).astype(jnp.int8)
+        steps = steps.reshape(*scales.shape, GROUP) - some(self.zeros)[..., None].astype(jnp.int8)
+        weight = steps.astype(jnp.float32) * scales[..., None]
+        return weight.reshape(*scales.shape[:-1], -1)[..., : self.width]
+
+
+class QuantizedLinear(nnx.Module):
+    """`input @ weight.T + bias`."""
+
+    def __init__(self, weight: QuantizedWeight, bias: nnx.Param[Any] | None):
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, input: Array) -> Array:
+        """Computes the product."""
+        out = jnp.einsum("...i,oi->...o", input, self.weight.dequantize().astype(input.dtype))
+        return out if self.bias is None else out + self.bias[...]
+
+
+class QuantizedEmbedding(nnx.Module):
+    """A table of rows."""
+
+    def __init__(self, weight: QuantizedWeight):
+        self.weight = weight
+
+    def __call__(self, rows: Array, mode: str = "fill") -> Array:
+        """Looks rows up; `mode` as in `QuantizedWeight.dequantize`."""
+        return self.weight.dequantize(rows, mode).astype(self.weight.dtype)
+
+    def attend(self, hidden: Array, count: int) -> Array:
+        """The product with the table, its first `count` rows: a tied language-model head."""
+        return QuantizedLinear(self.weight, None)(hidden)[..., :count]
+
+
+def place(
+    model: "FlaxOPTPreTrainedModel", spec: ParamSpec, tensor: QuantizedTensor, dtype: jnp.dtype
+) -> None:
+    """Puts a quantised weight in the place of a float one.
+
+    Args:
+        model: The model.
+        spec: The parameter it is.
+        tensor: Its numbers.
+        dtype: Type the model computes in.
+    """
+    parent, name = _locate(model, spec)
+    weight = QuantizedWeight(tensor, dtype)
+    if spec.kind == "embedding":
+        new = QuantizedEmbedding(weight)
+    else:
+        new = QuantizedLinear(weight, getattr(parent, name).bias)
+    setattr(parent, name, new)
+
+
+def find(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> QuantizedWeight | None:
+    """The numbers of a parameter; None if it is kept in floating point."""
+    if not spec.name.endswith(".weight") or not is_quantized(model):
+        return None
+    parent, name = _locate(model, spec)
+    weight = getattr(getattr(parent, name), "weight", None)
+    return weight if isinstance(weight, QuantizedWeight) else None
+
+
+def is_quantized(model: "FlaxOPTPreTrainedModel") -> bool:
+    """Whether a model was loaded with `quantize`."""
+    return isinstance(model.get_decoder().embed_tokens, QuantizedEmbedding)
+
+
+def refuse(model: "FlaxOPTPreTrainedModel", action: str) -> None:
+    """Refuses what quantised weights cannot do.
+
+    Raises:
+        ConfigError: The model is quantised.
+    """
+    if is_quantized(model):
+        raise ConfigError(
+            f"{action}: a model with quantised weights can only be run; load it without quantize"
+        )
+
+
+def _locate(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> tuple[Any, str]:
+    """The layer that owns a parameter: where it hangs, and its name there."""
+    *outer, name, _ = NNX.path(spec)
+    parent: Any = model
+    for part in outer[1:] if model.head == "none" else outer:
+        parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
+    return parent, name
