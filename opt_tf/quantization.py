@@ -63,8 +63,8 @@ class QuantizedWeight(keras.layers.Layer):
         shape = tf.shape(scales)
         steps = tf.reshape(steps, tf.concat((shape, [GROUP]), 0))
         weight = (steps - tf.cast(some(self.zeros), tf.float32)[..., None]) * scales[..., None]
-        weight = tf.reshape(weight, tf.concat((shape[:-1], [scales.shape[-1] * GROUP]), 0))
-        return weight[..., : self.width]
+        wide: Any = tf.reshape(weight, tf.concat((shape[:-1], [scales.shape[-1] * GROUP]), 0))
+        return wide[..., : self.width]
 
 
 class QuantizedLinear(keras.layers.Layer):
