@@ -187,14 +187,9 @@ class TFOPTPreTrainedModel(Fitted):
         if training:
             quantization.refuse(self, "training=True")
         input_ids, attention_mask, position_ids, inputs_embeds = check_inputs(
-            self.config,
-            self.compute_dtype,
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
-            past_key_values,
-        )
+            self.config, self.compute_dtype, input_ids, attention_mask, position_ids,
+            inputs_embeds, past_key_values,
+        )  # fmt: skip
         decoder = self.get_decoder()
         embeds = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         count = sizes(embeds)[1]
