@@ -185,7 +185,9 @@ def main() -> None:
 def measure_all(args: argparse.Namespace) -> None:
     """Measures every chosen pair and writes the results after each, earlier ones replaced."""
     config, limits = OPTConfig.from_pretrained(args.model), measure()
-    results = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
+    results: dict[str, Any] = {"rows": []}
+    if args.out.exists():
+        results = json.loads(args.out.read_text())
     results |= {"machine": machine(), "versions": versions(), "limits": limits}
     print(json.dumps(limits), flush=True)
     for ours, peer, tasks in PAIRS:
@@ -202,9 +204,10 @@ def measure_all(args: argparse.Namespace) -> None:
                 print(f"left out: {ours} and {peer}, {task}: {error}", flush=True)
                 continue
             ceiling = limit(config, task, ours.split()[1], limits)
-            row |= {"model": args.model.name, "share": round(row["ours_tok_s"] / ceiling, 3)}
+            row["model"] = args.model.name
+            row["share"] = round(row["ours_tok_s"] / ceiling, 3)
             same = ("task", "ours", "peer", "model")
-            kept = [r for r in results["rows"] if any(r[name] != row[name] for name in same)]
+            kept = [r for r in results["rows"] if any(r[key] != row[key] for key in same)]
             results["rows"] = [*kept, row]
             args.out.write_text(json.dumps(results, indent=2) + "\n")
             print(json.dumps(row), flush=True)

@@ -12,6 +12,9 @@ Runs by itself, in whatever environment holds that library: nothing of this proj
     ctranslate2          CTranslate2; DIR is what its converter wrote
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# The libraries are those of other environments.
+
 import argparse
 import json
 import os
@@ -34,7 +37,7 @@ def transformers(model: Path, dtype: str, ids: np.ndarray) -> Tasks:
     import torch
     from transformers import OPTForCausalLM
 
-    opt = OPTForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+    opt: Any = OPTForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
     batch = torch.tensor(ids)
     mask = torch.ones_like(batch)
     optimizer = torch.optim.AdamW(opt.parameters(), lr=1e-4, weight_decay=0.1)

@@ -127,7 +127,8 @@ def quantize_array(name: str, array: NDArray[Any], scheme: str) -> QuantizedTens
 
 def unpack(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Two numbers of four bits for each byte, the one in the low bits first."""
-    return np.stack((packed & 15, packed >> 4), -1).reshape(*packed.shape[:-1], -1)
+    pairs: NDArray[np.uint8] = np.stack((packed & 15, packed >> 4), -1).astype(np.uint8)
+    return pairs.reshape(*packed.shape[:-1], -1)
 
 
 def _int8(block: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -143,8 +143,7 @@ class TrainConfig:
             is_open = name in open_ones
             if value is None and name.endswith("dropout"):
                 continue
-            sound = _is_number(value) and 0 <= value <= 1 and not (is_open and value == 1)
-            if not sound:
+            if not _is_number(value) or not 0 <= value <= 1 or (is_open and value == 1):
                 bound = "<" if is_open else "<="
                 raise ConfigError(f"{name}: expected 0 <= x {bound} 1, received {value!r}")
 

@@ -116,7 +116,7 @@ def get_parameter(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> NDArray[Any
 
 def set_parameter(model: "TFOPTPreTrainedModel", spec: ParamSpec, values: NDArray[Any]) -> None:
     """Gives a parameter values in the canonical layout, cast to the variable's type."""
-    scheme = scheme_of(spec, model.quantize)
+    scheme = scheme_of(spec, model.quantized)
     if scheme is not None:
         quantization.place(model, spec, quantize_array(spec.name, values, scheme))
         return

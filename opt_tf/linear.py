@@ -31,7 +31,8 @@ class Linear(keras.layers.Dense):
         """The product with the kernel, plus the bias."""
         is_plain = self.quantization_mode is None and self.compute_dtype == "float32"
         if not (is_plain and inputs.shape[:-1].num_elements() == 1 and self.into % _PARTS == 0):
-            return super().call(inputs, training=training)
+            plain: Any = super().call(inputs, training=training)
+            return plain
         pieces = tf.reshape(inputs, (_PARTS, 1, -1))
         kernel = tf.reshape(self.kernel, (_PARTS, -1, self.units))
         product = tf.reduce_sum(tf.matmul(pieces, kernel), 0)
@@ -49,7 +50,7 @@ class Embedding(keras.layers.Embedding):
 
     def call(self, rows: tf.Tensor) -> tf.Tensor:
         """Looks rows up; the padding row gets no gradient here, as in PyTorch's `padding_idx`."""
-        table = tf.convert_to_tensor(self.embeddings)
+        table: Any = tf.convert_to_tensor(self.embeddings)
         found = tf.cast(_lookup(table, rows, self.padding), self.compute_dtype)
         if tf.is_symbolic_tensor(rows):
             # Inside a program nothing could be checked, and XLA and GPUs read some other row.

@@ -60,7 +60,7 @@ class TFOPTPreTrainedModel(Fitted):
                 f"received {attn_implementation!r}"
             )
         check_scheme(quantize)
-        self.config, self.quantize = config, quantize
+        self.config, self.quantized = config, quantize
         self.attn_implementation = attn_implementation
         self.generation_config = GenerationConfig.from_model(config)
         self.programs = _Untracked()
@@ -75,7 +75,7 @@ class TFOPTPreTrainedModel(Fitted):
 
     def _make_parts(self) -> None:
         self.model = TFOPTModel(
-            self.config, None, self.attn_implementation, self.quantize, name="model",
+            self.config, None, self.attn_implementation, self.quantized, name="model",
             dtype=self.dtype_policy,
         )  # fmt: skip
 
@@ -159,7 +159,7 @@ class TFOPTPreTrainedModel(Fitted):
         return base | {
             "config": self.config.to_dict(),
             "attn_implementation": self.attn_implementation,
-            "quantize": self.quantize,
+            "quantize": self.quantized,
             "generation_config": dict(vars(self.generation_config)),
         }
 

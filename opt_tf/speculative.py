@@ -183,11 +183,12 @@ class _Reader:
     ) -> tuple[Ids, Ids]:
         """The tokens that `accept` gives, and how many they are."""
         ids = np.concatenate([rows.newest(1), guesses], 1)
-        tokens, counts, self.keys, self.values = compiled(self.model, self.request, _check)(
+        found: Any = compiled(self.model, self.request, _check)(
             self._inputs(rows.positions(ids.shape[1], 1), ids, step),
             self._history(rows, guesses), self.keys, self.values, tf.constant(counts), drafted,
         )  # fmt: skip
-        return tokens.numpy(), counts.numpy()
+        tokens, kept, self.keys, self.values = found
+        return tokens.numpy(), kept.numpy()
 
     def keep(self, counts: Ids, room: int) -> None:
         """Forgets all but the first tokens of each row since `keep` was last called.

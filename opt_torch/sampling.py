@@ -17,7 +17,11 @@ BANNED = float("-inf")
 
 
 def constrain(
-    logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, made: int, settings: GenerationConfig
+    logits_BV: Tensor,
+    ids_BS: Tensor,
+    mask_BS: Tensor,
+    made: int | Tensor,
+    settings: GenerationConfig,
 ) -> Tensor:
     """Applies what holds for greedy search, sampling and beams alike.
 
@@ -25,7 +29,7 @@ def constrain(
         logits_BV: float32 logits, or log-probabilities in beam search.
         ids_BS: Prompt and generated tokens.
         mask_BS: bool, False at padding.
-        made: How many of the tokens were generated.
+        made: How many of the tokens were generated; of each row, where they differ.
         settings: What to apply.
     """
     if settings.repetition_penalty != 1:

@@ -82,7 +82,8 @@ def test_every_backend_gives_the_oracles_figures(backend: Backend, tiny: Path, d
         )
         for scores in (ours, by_oracle)
     )
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    pair: Any = found, expected
+    np.testing.assert_allclose(*pair, rtol=0, atol=TOLERANCE)
 
 
 class Outcome(NamedTuple):

@@ -126,11 +126,12 @@ def test_an_exported_program_refuses_what_it_cannot_take(folder, tmp_path):
 
 def test_what_cannot_be_exported(folder, tmp_path, monkeypatch):
     model = LOAD(folder("pre_ln"))
-    for settings, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({}, "max_new_tokens: an export needs it"),
         ({"max_new_tokens": 3, "stop_strings": "x"}, "stop_strings cannot be exported"),
         ({"max_new_tokens": 505}, r"9 tokens and 505 new.*max_position_embeddings=512"),
-    ):
+    ]
+    for settings, message in cases:
         with pytest.raises(GenerationError, match=message):
             export_stablehlo(model, tmp_path / "no", 9, **settings)
     with pytest.raises(GenerationError, match="max_prompt: expected an integer above 1"):

@@ -51,7 +51,7 @@ def test_padding_scores_nothing_and_changes_nothing(backend: Backend, folder: An
     config, module = TINY["pre_ln"], scoring(backend)
     model = backend.load(folder(config))
     ids, mask = make_prompts(config, 3, 9), make_mask(side, [9, 5, 2])
-    ids[mask == 0] = config.pad_token_id
+    ids[mask == 0] = config.pad_token_id or 0
     scores, likeliest = module.token_scores(model, ids, mask)
     kept = (mask[:, 1:] & mask[:, :-1]).astype(bool)
     close(scores[kept], expected(config, ids, mask)[0][kept])
@@ -78,7 +78,7 @@ def test_logits_of_few_tokens_are_held_at_a_time(
 def test_other_heads_equal_the_oracle(backend: Backend, folder: Any):
     config, module = TINY["post_ln"], scoring(backend)
     ids, mask = make_prompts(config, 3, 9), make_mask("right", [9, 5, 2])
-    ids[mask == 0] = config.pad_token_id
+    ids[mask == 0] = config.pad_token_id or 0
     head = "sequence_classification"
     params = oracle.random_params(config, head)
     logits = module.class_logits(backend.load(folder(config, head), head), ids, mask)
@@ -114,11 +114,12 @@ def test_rows_of_one_bucket_share_a_program(folder: Any, monkeypatch: pytest.Mon
     if "flax" in BACKENDS:
         from opt_flax import FlaxOPTForCausalLM, scoring
 
+        program: Any = scoring._token_scores
         model = FlaxOPTForCausalLM.from_pretrained(folder(config))
-        before = scoring._token_scores._cache_size()
+        before = program._cache_size()
         for length in lengths:
             scoring.token_scores(model, make_prompts(config, 5, length))
-        assert scoring._token_scores._cache_size() == before + 1
+        assert program._cache_size() == before + 1
     if "tf" in BACKENDS:
         from opt_tf import TFOPTForCausalLM, programs, scoring
 

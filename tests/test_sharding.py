@@ -169,7 +169,8 @@ def test_each_device_holds_its_share(load, name):
     arrays = [layer.fc1.kernel, layer.self_attn.q_proj.kernel, decoder.embed_tokens.embedding]
     assert [parts(a[...]) for a in arrays] + [parts(cache.keys[1])] == SHARES[name]
     ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    assert parts(training._ids(model, IDS)) == (4 // ways, 9)
+    inputs = training._inputs(model, {"input_ids": IDS, "labels": IDS})
+    assert parts(inputs["input_ids"]) == (4 // ways, 9)
     assert len(model.device.device_set) == model.mesh.size
 
 

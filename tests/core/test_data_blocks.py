@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def interrupted() -> Iterator[list[int]]:
         (interrupted, "^$"),
     ],
 )
-def test_nothing_is_half_written(tmp_path: Path, chunks: Callable[[], list[int]], message: str):
+def test_nothing_is_half_written(tmp_path: Path, chunks: Callable[[], Any], message: str):
     with pytest.raises((DataError, KeyboardInterrupt), match=message):
         write_blocks(tmp_path / "a", chunks(), 10, 99)
     assert not list(tmp_path.iterdir())

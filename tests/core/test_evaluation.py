@@ -37,7 +37,7 @@ class Bigrams:
 
 
 def log_likelihood(ids: Any, first: int) -> float:
-    return sum(TABLE[a, b] for a, b in zip(ids[first - 1 :], ids[first:], strict=False))
+    return sum(float(TABLE[a, b]) for a, b in zip(ids[first - 1 :], ids[first:], strict=False))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
