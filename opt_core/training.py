@@ -143,7 +143,8 @@ class TrainConfig:
             is_open = name in open_ones
             if value is None and name.endswith("dropout"):
                 continue
-            if not _is_number(value) or not 0 <= value <= 1 or (is_open and value == 1):
+            share: Any = value
+            if not _is_number(share) or not 0 <= share <= 1 or (is_open and share == 1):
                 bound = "<" if is_open else "<="
                 raise ConfigError(f"{name}: expected 0 <= x {bound} 1, received {value!r}")
 

@@ -305,7 +305,7 @@ def _first(
     block: int | None = None,
 ) -> tuple[_Rows, Array]:
     """The rows with their first token, and the highest logit of each."""
-    model, R = nnx.merge(graph, state), len(history_RS)
+    model, R = nnx.merge(graph, state), history_RS.shape[0]
     logits, cache = begin(model, ids_BT, mask_BT, real_RS, length, past, block)
     rows = _Rows(history_RS, real_RS, jnp.zeros(R, bool), jnp.zeros(R, jnp.int32), cache, 0, length)
     rows, scores = _choose(rows, logits, numbers, model.mesh)

@@ -102,7 +102,7 @@ def _prefill_blocks(
         hidden = lax.dynamic_index_in_dim(out.last_hidden_state, last, 1, keepdims=False)
         return hidden, replace(out.past_key_values, length=jnp.asarray(length, jnp.int32))
 
-    nothing = jnp.zeros((len(ids_BT), model.config.embed_dim), model.dtype)
+    nothing = jnp.zeros((ids_BT.shape[0], model.config.embed_dim), model.dtype)
     cache = replace(cache, length=jnp.asarray(past, jnp.int32), mask=mask_BS)
     count = (length - past + block - 1) // block
     hidden, cache = lax.fori_loop(0, count, read, (nothing, cache))
