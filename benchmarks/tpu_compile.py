@@ -212,7 +212,9 @@ def lower_training(config: OPTConfig, mesh: Mesh, rows: int) -> Iterator[tuple[s
     state = outline(nnx.map_state(place, state), mesh)
     where = NamedSharding(mesh, PartitionSpec(parallel.rows_axes(rows, mesh)))
     ids = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32, sharding=where)
-    yield "training step", training._step.lower(graph, state, ids, np.float32(1e-4)).compile()
+    inputs = {"input_ids": ids, "labels": ids}
+    step = training._step.lower(graph, state, inputs, np.uint32(0), np.float32(1e-4), (0.0, False))
+    yield "training step", step.compile()
 
 
 def _parameters(model: FlaxOPTForCausalLM) -> Any:

@@ -255,7 +255,7 @@ def _add(
     return new if loss is None else jax.tree.map(jnp.add, (loss, gradients), new)
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames=("state", "gradients"))
+@partial(jax.jit, static_argnames="graph", donate_argnames="state")
 def _apply(graph: Any, state: Any, loss: Array, gradients: Any, rate: Array) -> Any:
     model, optimizer = nnx.merge(graph, state)
     return _update(model, optimizer, loss, gradients, rate)
