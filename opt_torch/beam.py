@@ -3,6 +3,7 @@
 Its results equal those of `transformers` 5.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from opt_core.generation import GenerationConfig
 from opt_torch import generation, sampling
 from opt_torch.linear import packed
 from opt_torch.prompts import begin
+from opt_torch.step import make_step
 
 if TYPE_CHECKING:
     from opt_torch.generation import Request
@@ -82,6 +84,7 @@ def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
     is_open = torch.ones((B, 1), dtype=torch.bool, device=device)
     with packed(model, L):
         logits, cache = begin(model, request, rows, prompt + L - 1)
+        step = make_step(model) or partial(generation.decode_step, model)
         for made in range(L):
             history = torch.cat([prompts, running.ids[:, :, :made].flatten(0, 1)], 1)
             scores = F.log_softmax(generation.allowed(logits, request.vocabulary), -1)
@@ -98,7 +101,7 @@ def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
                 break
             parents = parents.gather(1, index) + W * torch.arange(B, device=device)[:, None]
             last = running.ids[:, :, made].flatten()
-            logits, cache = generation.decode_step(model, last, cache.select(parents.flatten()))
+            logits, cache = step(last, cache.select(parents.flatten()))
     count = settings.num_return_sequences
     best = finished.ids[:, :count, : int(finished.lengths[:, :count].max())].flatten(0, 1)
     return torch.cat([request.ids.repeat_interleave(count, 0), best], 1)

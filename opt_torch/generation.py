@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from opt_torch.cache import KVCache
 from opt_torch.inputs import check_inputs, check_prefix, full_mask
 from opt_torch.linear import packed
 from opt_torch.prompts import begin, prefill
+from opt_torch.step import make_step
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -147,6 +149,7 @@ def stream(
     trackers = [StopStringTracker(tokenizer, stops) for _ in rows] if tokenizer and stops else []
     with packed(model, request.new_tokens):
         logits, cache = begin(model, request, rows, prompt + request.new_tokens - 1)
+        step = make_step(model) or partial(decode_step, model)
         for made in range(request.new_tokens):
             end = prompt + made
             logits = allowed(logits, request.vocabulary)
@@ -162,7 +165,7 @@ def stream(
             yield token
             if made + 1 == request.new_tokens or ((len(eos) or trackers) and bool(ended.all())):
                 return
-            logits, cache = decode_step(model, token, cache)
+            logits, cache = step(token, cache)
 
 
 def room(request: Request, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,18 @@ class Linear(nn.Linear):
         packed = self.packed  # read once: a generation in another thread may end in between
         return _PRODUCT(input, weight if packed is None else packed, bias, "none", [], "")
 
+    def product(self) -> Callable[[Tensor], Tensor]:
+        """What computes the same as `forward` from now on, without asking each time how.
+
+        It holds as long as nothing about the layer changes, under `torch.no_grad`.
+        """
+        weight, bias = self.weight if self.packed is None else self.packed, self.bias
+        is_wide = self.weight.dtype == torch.bfloat16 and not _has_bfloat16()
+        if _PRODUCT is None or is_wide or not _is_cpu_type(self.weight):
+            return self.forward
+        call = _PRODUCT.default
+        return lambda input: call(input, weight, bias, "none", [], "")
+
     def pack(self) -> None:
         """Packs the weight, or takes up the packed one from before if the weight is the same."""
         weight = self.weight.detach()
@@ -139,19 +151,28 @@ def available_memory() -> float:
     return float(kib) * 1024
 
 
-def _is_plain(input: Tensor, weight: Tensor) -> bool:
-    """Whether a product is only that: no gradient, no transform, no autocast, types that agree."""
+def is_eager(input: Tensor) -> bool:
+    """Whether a product is only that: no gradient, no transform, no autocast."""
     return not (
-        torch.is_grad_enabled()
+        (input.requires_grad and torch.is_grad_enabled())
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or input.dtype != weight.dtype
-        or input.device != weight.device
-        or type(weight) not in (Tensor, nn.Parameter)
         or input.numel() == 0
-    ) and _is_cpu_type(weight)
+    )
+
+
+def _is_plain(input: Tensor, weight: Tensor) -> bool:
+    """Whether a product may be oneDNN's: only that, and types that agree."""
+    return (
+        not torch.is_grad_enabled()
+        and is_eager(input)
+        and input.dtype == weight.dtype
+        and input.device == weight.device
+        and type(weight) in (Tensor, nn.Parameter)
+        and _is_cpu_type(weight)
+    )
 
 
 def _is_cpu_type(weight: Tensor) -> bool:
