@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from conversion.ahead import Ahead
 from conversion.flax_msgpack import write_flax
+from conversion.flush import Flusher
 from conversion.keras_hub import check_keras_hub, keras_hub_tensors, write_keras_hub
 from conversion.lazy import (
     MemoryTensor,
@@ -192,19 +193,22 @@ def write_weights(
         lambda now=now, then=then: _fetch(now, then, dtype)
         for (_, now), then in zip(tensors, following, strict=True)
     ]
-    with Ahead(tasks) as ahead:
+    with Ahead(tasks) as ahead, Flusher(folder) as flusher:
 
         def pending(index: int, name: str, tensor: LazyTensor) -> PendingTensor:
             def fetch() -> NDArray[Any]:
                 array, broken = ahead.take(index)
+                flusher.wrote(array.nbytes)  # nearly: this one is written next
                 fetched(tensor.name, tensor.nbytes, broken)
                 return array
 
             return PendingTensor(name, tensor.shape, _stored_as(tensor, dtype), fetch)
 
-        return _write(
+        names = _write(
             folder, target, config, limit, [pending(i, *item) for i, item in enumerate(tensors)]
         )
+        flusher.finish()
+        return names
 
 
 def _write(

@@ -47,7 +47,7 @@ def new_folder(folder: Path, failure: type[OPTError] = CheckpointError) -> Gener
                 yield stage
                 _flush(stage)
                 stage.rename(folder)
-                _flush_entry(folder.parent)
+                _flush_folder(folder.parent)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
     except OPTError as error:
@@ -88,14 +88,21 @@ def _clear(stage: Path) -> None:
 def _flush(stage: Path) -> None:
     """Waits until the disk has everything, so that no crash leaves a folder of empty files."""
     for path in sorted(stage.rglob("*"), reverse=True):
-        _flush_entry(path)
-    _flush_entry(stage)
+        if path.is_dir():
+            _flush_folder(path)
+        elif not path.is_symlink():
+            _flush_file(path, os.O_RDWR)
+    _flush_folder(stage)
 
 
-def _flush_entry(path: Path) -> None:
+def _flush_folder(path: Path) -> None:
     with contextlib.suppress(OSError):  # some systems cannot flush a folder
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _flush_file(path, os.O_RDONLY)
+
+
+def _flush_file(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,13 +1,18 @@
 """Never half a folder: errors, kills, full disks, and two processes at once."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import conversion
+from conversion import flush
 from conversion.targets import TARGETS
+from opt_core.errors import CheckpointError
 from tests.conversion.checkpoints import make
 from tests.core.checkpoint_fixtures import TINY
 
@@ -122,3 +127,26 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(limit: int, tmp_path: Path):
         assert message.startswith(str(tmp_path / "out" / to)), message
         assert "cannot be written" in message
         assert "\n" not in message
+
+
+@pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="this system flushes at the end only")
+def test_files_are_flushed_while_others_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make(tmp_path / "a")
+    monkeypatch.setattr(flush, "_EVERY", 1)
+    flushed: set[str] = set()
+
+    def note(handle: int) -> None:
+        flushed.add(Path(f"/proc/self/fd/{handle}").readlink().name)
+
+    monkeypatch.setattr(os, "fdatasync", note)
+    done = conversion.convert(tmp_path / "a", tmp_path / "b", "torch-bin", max_shard_size="2KB")
+    assert flushed & done.files.keys()
+
+    def fail(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    for to in TARGETS:
+        with pytest.raises(CheckpointError, match="cannot be written: Input/output error"):
+            conversion.convert(tmp_path / "a", tmp_path / "c", to)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

@@ -1,5 +1,8 @@
 """A folder appears whole or not at all, whoever makes it."""
 
+import errno
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,24 @@ def test_what_is_there_is_refused_in_the_words_of_what_it_would_hold(
         with pytest.raises(failure, match=what), new_folder(tmp_path / name, failure):
             pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_disk_that_fails_at_the_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is only in the cache when writing ends may turn out not to fit the disk."""
+    fsync = os.fsync
+
+    def full(handle: int) -> None:
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with (
+        pytest.raises(CheckpointError, match="a: cannot be written: No space left"),
+        new_folder(tmp_path / "a") as stage,
+    ):
+        (stage / "x").write_text("x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_errors_name_the_folder_as_the_user_does(tmp_path: Path):
