@@ -1,10 +1,11 @@
 """Memory and speed of conversions, on a checkpoint of random weights of an official size.
 
-    python -m benchmarks.convert_memory /big/disk --preset opt-6.7b
+    python -m benchmarks.convert_memory /big/disk --preset opt-6.7b [--save]
 
-Needs three times the checkpoint's size on disk and cleans up after itself. One JSON line each: how
-fast the disk copies, then every format from safetensors and back, and metaseq's parts. Each
-conversion is a process of its own, started with none of its input in the page cache.
+Needs three times the checkpoint's size on disk and cleans up after itself. Every format from
+safetensors and back, and metaseq's parts; one JSON line each. Beside each conversion the same files
+are copied: both start with none of them in the page cache and end with the result on the disk. A
+conversion is a process of its own.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,8 @@ from opt_core.safetensors_file import PendingTensor
 
 _INTERVAL = 0.01  # seconds between two looks at the memory
 _BLOCK = 1 << 24
+_PARTS = 8
+_RESULTS = Path(__file__).parent / "results" / "convert.json"
 _BY_ROWS = ("embed_tokens.weight", "fc1.weight", "fc1.bias", "qkv_proj.weight", "qkv_proj.bias")
 _BY_COLUMNS = ("fc2.weight", "out_proj.weight")
 
@@ -77,39 +81,58 @@ def make_parts(folder: Path, source: Path, count: int) -> None:
 
 def forget(folder: Path) -> int:
     """Drops a folder's files from the page cache; returns their bytes."""
+    os.sync()  # what is still to be written, by whomever, would be written during the measurement
     size = 0
     for path in folder.rglob("*"):
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             size += os.fstat(handle).st_size
             os.close(handle)
     return size
 
 
-def copy_speed(source: Path, destination: Path) -> float:
-    """Bytes per second of a plain copy, flushed to the disk."""
-    size = forget(source)
+def seconds_to_copy(source: Path, destination: Path) -> float:
+    """How long a plain copy takes, flushed to the disk."""
+    forget(source)
     destination.mkdir()
     start = time.perf_counter()
     for path in source.iterdir():
-        with path.open("rb") as reader, (destination / path.name).open("wb") as writer:
+        with path.open("rb", 0) as reader, (destination / path.name).open("wb", 0) as writer:
             shutil.copyfileobj(reader, writer, _BLOCK)
-            writer.flush()
             os.fsync(writer.fileno())
     seconds = time.perf_counter() - start
     shutil.rmtree(destination)
-    return size / seconds
+    return seconds
 
 
-def measure(source: Path, destination: Path, to: str) -> dict[str, Any]:
-    """Converts in a new process; its speed and its peak of memory besides the page cache."""
-    size = forget(source)
+def convert_alone(source: Path, destination: Path, to: str) -> dict[str, float]:
+    """Converts in a new process; its seconds and its peak of memory besides the page cache."""
+    forget(source)
     command = [sys.executable, "-m", "benchmarks.convert_memory", "--run"]
     command += [str(source), str(destination), to]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return {"bytes": size, **json.loads(done.stdout)}
+    return json.loads(done.stdout)
+
+
+def measure(name: str, source: Path, destination: Path, to: str, pairs: int) -> dict[str, Any]:
+    """Copies and converts in turn; what the last conversion wrote is left there."""
+    copies: list[float] = []
+    runs: list[dict[str, float]] = []
+    for _ in range(pairs):
+        shutil.rmtree(destination, ignore_errors=True)
+        copies.append(seconds_to_copy(source, destination.with_name("copy")))
+        runs.append(convert_alone(source, destination, to))
+    size = forget(source)
+    return {
+        "convert": name,
+        "gb": round(size / 1e9, 2),
+        "mb_s": round(size / median(run["seconds"] for run in runs) / 1e6),
+        "copy_mb_s": round(size / median(copies) / 1e6),
+        "of_copy": [round(c / run["seconds"], 2) for c, run in zip(copies, runs, strict=True)],
+        "cpu_seconds": round(median(run["cpu_seconds"] for run in runs), 1),
+        "peak_gib": round(max(run["peak_gib"] for run in runs), 3),
+    }
 
 
 def convert_watched(source: str, destination: str, to: str) -> dict[str, float]:
@@ -139,25 +162,20 @@ def anonymous_memory() -> int:
     return 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
 
 
-def results(work: Path, config: OPTConfig, formats: list[str], shard: str) -> Iterator[Any]:
+def results(
+    work: Path, config: OPTConfig, formats: list[str], shard: str, pairs: int
+) -> Iterator[dict[str, Any]]:
     """One measurement after the other; never more than three checkpoints on the disk."""
-    source = work / "source"
+    source, made, back = work / "source", work / "made", work / "back"
     make_source(source, config, shard)
-    speed = copy_speed(source, work / "copy")
-    yield {"copy": "cp", "mb_s": speed / 1e6}
-
-    def timed(name: str, start: Path, end: Path, to: str) -> dict[str, Any]:
-        found = measure(start, end, to)
-        rate = found["bytes"] / found["seconds"]
-        return {"convert": name, "mb_s": rate / 1e6, "of_copy": rate / speed, **found}
-
     for to in formats:
-        yield timed(f"safetensors -> {to}", source, work / to, to)
-        yield timed(f"{to} -> safetensors", work / to, work / "back", "safetensors")
-        shutil.rmtree(work / "back")
-        shutil.rmtree(work / to)
-    make_parts(work / "parts", source, 8)
-    yield timed("metaseq in 8 parts -> safetensors", work / "parts", work / "back", "safetensors")
+        yield measure(f"safetensors -> {to}", source, made, to, pairs)
+        yield measure(f"{to} -> safetensors", made, back, "safetensors", pairs)
+        shutil.rmtree(back)
+        shutil.rmtree(made)
+    make_parts(made, source, _PARTS)
+    name = f"metaseq in {_PARTS} parts -> safetensors"
+    yield measure(name, made, back, "safetensors", pairs)
 
 
 def main() -> None:
@@ -169,19 +187,25 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where there is room")
     parser.add_argument("--preset", default="opt-6.7b")
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
-    parser.add_argument("--formats", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--formats", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--shard", default="5GB")
+    parser.add_argument("--pairs", type=int, default=1, help="copies and conversions of each kind")
+    parser.add_argument("--save", action="store_true", help=f"write {_RESULTS.name}")
     options = parser.parse_args()
     config = OPTConfig.from_preset(options.preset)
     if options.layers:
         config = config.replace(num_hidden_layers=options.layers)
     work = options.folder / f"convert-{os.getpid()}"
     work.mkdir(parents=True)
+    found: list[dict[str, Any]] = []
     try:
-        for result in results(work, config, options.formats, options.shard):
+        for result in results(work, config, options.formats, options.shard, options.pairs):
             print(json.dumps(result), flush=True)
+            found.append(result)
     finally:
         shutil.rmtree(work)
+    if options.save:
+        _RESULTS.write_text(f"{json.dumps(found, indent=1)}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

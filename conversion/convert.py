@@ -10,13 +10,13 @@ from typing import Any
 
 from conversion.companions import carry
 from conversion.sources import head_of, open_source
-from conversion.staging import check_is_new, new_folder
 from conversion.targets import TARGETS, write_weights
 from opt_core.checkpoint import plan_load
 from opt_core.config import write_json
 from opt_core.errors import CheckpointError
 from opt_core.hub import resolve
 from opt_core.params import Head
+from opt_core.staging import check_is_new, new_folder
 from opt_core.tensor_file import float_dtype
 
 _ARCHITECTURES: dict[Head, str] = {

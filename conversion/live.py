@@ -7,7 +7,8 @@ import numpy as np
 
 from conversion.backends import BACKENDS, load_backend
 from opt_core.config import OPTConfig
-from opt_core.errors import InputError
+from opt_core.errors import CheckpointError, InputError
+from opt_core.lora import UNMERGED
 from opt_core.params import param_specs
 from opt_core.tensor_file import float_dtype
 
@@ -20,7 +21,8 @@ def to_torch(model: Any) -> Any:
 
     Raises:
         InputError: It is no model of these.
-        ConfigError: PyTorch is not installed.
+        CheckpointError: It has adapters that are not merged.
+        ConfigError: It is quantised, or PyTorch is not installed.
     """
     return _rebuilt(model, "torch")
 
@@ -33,7 +35,8 @@ def to_tf(model: Any) -> Any:
 
     Raises:
         InputError: It is no model of these.
-        ConfigError: TensorFlow is not installed.
+        CheckpointError: It has adapters that are not merged.
+        ConfigError: It is quantised, or TensorFlow is not installed.
     """
     return _rebuilt(model, "tf")
 
@@ -46,7 +49,8 @@ def to_flax(model: Any) -> Any:
 
     Raises:
         InputError: It is no model of these.
-        ConfigError: Flax is not installed.
+        CheckpointError: It has adapters that are not merged.
+        ConfigError: It is quantised, or Flax is not installed.
     """
     return _rebuilt(model, "flax")
 
@@ -58,6 +62,8 @@ def _rebuilt(model: Any, backend: str) -> Any:
         kind = f"{type(model).__module__}.{type(model).__name__}"
         raise InputError(f"model: expected one of opt_torch, opt_tf or opt_flax, received {kind}")
     import_module(f"{mine.module}.quantization").refuse(model, f"to_{backend}")
+    if any(layer.adapts for layer in import_module(f"{mine.module}.lora").adapters(model)):
+        raise CheckpointError(f"to_{backend}: {UNMERGED}")
     name = type(model).__name__.removeprefix(mine.prefix)
     wanted = load_backend(backend, name)
     source = import_module(f"{mine.module}.checkpoint")

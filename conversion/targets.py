@@ -10,8 +10,16 @@ from numpy.typing import NDArray
 
 from conversion.ahead import Ahead
 from conversion.flax_msgpack import write_flax
+from conversion.flush import Flusher
 from conversion.keras_hub import check_keras_hub, keras_hub_tensors, write_keras_hub
-from conversion.lazy import MemoryTensor, contiguous, count_not_finite, joined, transposed
+from conversion.lazy import (
+    MemoryTensor,
+    contiguous,
+    count_not_finite,
+    joined,
+    transposed,
+    will_need,
+)
 from conversion.spelling import TF_MODEL, flax_path, is_kernel, keras2_name
 from conversion.tf_h5 import write_tf_h5
 from conversion.torch_zip import write_torch
@@ -180,19 +188,27 @@ def write_weights(
     """
     limit = parse_size(max_shard_size)
     tensors = list(target.tensors(config, entries))
-    with Ahead([lambda t=tensor: _fetch(t, dtype) for _, tensor in tensors]) as ahead:
+    following = [*(tensor for _, tensor in tensors[1:]), None]
+    tasks = [
+        lambda now=now, then=then: _fetch(now, then, dtype)
+        for (_, now), then in zip(tensors, following, strict=True)
+    ]
+    with Ahead(tasks) as ahead, Flusher(folder) as flusher:
 
         def pending(index: int, name: str, tensor: LazyTensor) -> PendingTensor:
             def fetch() -> NDArray[Any]:
                 array, broken = ahead.take(index)
+                flusher.wrote(array.nbytes)  # nearly: this one is written next
                 fetched(tensor.name, tensor.nbytes, broken)
                 return array
 
             return PendingTensor(name, tensor.shape, _stored_as(tensor, dtype), fetch)
 
-        return _write(
+        names = _write(
             folder, target, config, limit, [pending(i, *item) for i, item in enumerate(tensors)]
         )
+        flusher.finish()
+        return names
 
 
 def _write(
@@ -219,7 +235,11 @@ def _stored_as(tensor: LazyTensor, dtype: np.dtype[Any] | None) -> np.dtype[Any]
     return tensor.dtype if dtype is None else dtype
 
 
-def _fetch(tensor: LazyTensor, dtype: np.dtype[Any] | None) -> tuple[NDArray[Any], int]:
+def _fetch(
+    tensor: LazyTensor, following: LazyTensor | None, dtype: np.dtype[Any] | None
+) -> tuple[NDArray[Any], int]:
+    if following is not None:
+        will_need(following)
     array = tensor.read()
     broken = count_not_finite(array)
     return contiguous(cast_array(tensor.name, array, _stored_as(tensor, dtype))), broken

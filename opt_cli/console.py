@@ -61,6 +61,8 @@ def run(app: typer.Typer, arguments: list[str] | None) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if not stderr.is_terminal:  # or a download would fill a log with its bars
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = app(args=arguments, prog_name="opt-lm", standalone_mode=False)
         sys.stdout.flush()

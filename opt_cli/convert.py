@@ -38,8 +38,9 @@ def convert(
 ) -> None:
     """Write a checkpoint in another format, for another framework.
 
-    The source's format is found from its files. No framework is needed, and no more memory than two
-    tensors take. The new folder appears when it is complete.
+    The source's format is found from its files. The new folder appears when it is complete.
+
+    No framework is needed, and no more memory than two tensors take.
     """
     from conversion import convert
 

@@ -154,7 +154,7 @@ def prepare(
     report.splits = {name: Split() for name in names}
     end = np.array([end_token(tokenizer)])
     seen = Seen(config.cleaning.near_duplicates) if config.cleaning.duplicates else None
-    with new_folder(Path(destination)) as stage, ExitStack() as stack:
+    with new_folder(Path(destination), DataError) as stage, ExitStack() as stack:
         writers: dict[str, BlockWriter] = {}
         for name in names:
             (stage / name).mkdir()

@@ -164,7 +164,7 @@ def write_blocks(
         DataError: Less than one block in all, an id outside the vocabulary, a folder that exists,
             or a disk that refuses.
     """
-    with new_folder(Path(folder)) as stage:
+    with new_folder(Path(folder), DataError) as stage:
         writer = BlockWriter(stage, sequence_length, vocab_size)
         with closing(writer):
             for chunk in chunks:

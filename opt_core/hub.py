@@ -174,7 +174,7 @@ def remote_files(
         if _is_unreachable(error):
             return None
         raise _Repository(name, revision, token).explained(error) from error
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    sizes = {s.rfilename: s.size if type(s.size) is int else 0 for s in info.siblings or []}
     return RemoteFiles(name, sizes, info.sha, token)
 
 
@@ -344,7 +344,8 @@ def _hub_failures() -> tuple[type[Exception], ...]:
     # Its releases use different HTTP clients (httpx, then httpx2), whose transport errors share no
     # other base than this; a broken transfer of its own protocol is a bare RuntimeError.
     http = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
-    return (*http, OSError, RuntimeError, ValueError)
+    # And an answer that is JSON of another kind ends as one of Python's own errors.
+    return (*http, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 
 
 def _actual(error: Exception) -> Exception:

@@ -1,13 +1,16 @@
 """Never half a folder: errors, kills, full disks, and two processes at once."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from conversion.staging import new_folder
+import conversion
+from conversion import flush
 from conversion.targets import TARGETS
 from opt_core.errors import CheckpointError
 from tests.conversion.checkpoints import make
@@ -16,77 +19,63 @@ from tests.core.checkpoint_fixtures import TINY
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
-    def fail(stage: Path) -> None:
-        (stage / "x").write_text("x")
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "a") as stage:
-        fail(stage)
-    assert not list(tmp_path.iterdir())
-    (tmp_path / ".a.partial" / "y").mkdir(parents=True)  # left by a process that was killed
-    (tmp_path / ".a.partial" / "x").write_text("half")
-    with new_folder(tmp_path / "a") as stage:
-        (stage / "z").write_text("whole")
-        assert [p.name for p in stage.iterdir()] == ["z"]
-        with pytest.raises(CheckpointError, match="another process"), new_folder(tmp_path / "a"):
-            pass
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "kept").write_text("kept")
-    (tmp_path / ".b.partial").symlink_to(outside)
-    with new_folder(tmp_path / "b") as stage:
-        (stage / "z").write_text("whole")
-    assert (outside / "kept").exists()
-    assert [p.name for p in (tmp_path / "b").iterdir()] == ["z"]
-
-
 KILLED = """
 import hashlib, json, os, random, signal, sys, time
 from pathlib import Path
 import conversion, h5py
-source, root, to = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-start = time.monotonic()
-conversion.convert(source, root / "whole", to)
-full = time.monotonic() - start
-expected = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (root / "whole").iterdir()}
+from conversion.targets import TARGETS
+source, root = Path(sys.argv[1]), Path(sys.argv[2])
+
+def convert(new, to):
+    conversion.convert(source, new, to, max_shard_size="8MB")
+
+def files(folder):
+    return {p.name: hashlib.sha1(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+formats, expected, seconds = list(TARGETS), {}, {}
+for to in formats:
+    start = time.monotonic()
+    convert(root / to, to)
+    seconds[to] = time.monotonic() - start
+    expected[to] = files(root / to)
 random.seed(0)
 states = []
-for attempt in range(20):
-    new = root / f"new{attempt % 3}"
+for attempt in range(24):
+    to = formats[attempt % len(formats)]
+    new = root / f"new{attempt % 4}"  # where another format was begun
     child = os.fork()
     if not child:
         try:
-            conversion.convert(source, new, to)
+            convert(new, to)
         finally:
             os._exit(0)
-    time.sleep(random.uniform(0, 1.3 * full))
+    time.sleep(random.uniform(0, 1.3 * seconds[to]))
     os.kill(child, random.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
     os.waitpid(child, 0)
     if new.exists():
-        found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in new.iterdir()}
-        assert found == expected, (attempt, found)
+        found = files(new)
+        assert found == expected[to], (attempt, to, found)
         for path in new.iterdir():
             path.unlink()
         new.rmdir()
         states.append("whole")
     else:
         states.append("absent")
-for i in range(3):
-    conversion.convert(source, root / f"new{i}", to)
+for i in range(4):
+    convert(root / f"new{i}", formats[i])
+    assert files(root / f"new{i}") == expected[formats[i]]
 print(json.dumps([states, sorted(p.name for p in root.iterdir())]))
 """
 
 
-@pytest.mark.parametrize("to", ["safetensors", "flax-msgpack"])
-def test_killed_at_any_moment_the_folder_is_whole_or_absent(to: str, tmp_path: Path):
+def test_killed_at_any_moment_the_folder_is_whole_or_absent(tmp_path: Path):
+    """Every format in turn; what a killed process left is in nobody's way."""
     config = TINY.replace(hidden_size=256, ffn_dim=1024, vocab_size=4000, num_hidden_layers=6)
     make(tmp_path / "source", config)
     before = {p.name: p.read_bytes() for p in (tmp_path / "source").iterdir()}
     (tmp_path / "out").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "source"), str(tmp_path / "out"), to],
+        [sys.executable, "-c", KILLED, str(tmp_path / "source"), str(tmp_path / "out")],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -94,8 +83,8 @@ def test_killed_at_any_moment_the_folder_is_whole_or_absent(to: str, tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     states, left = json.loads(done.stdout)
-    assert set(states) == {"whole", "absent"}
-    assert left == ["new0", "new1", "new2", "whole"]
+    assert min(states.count("whole"), states.count("absent")) > 2, states
+    assert left == sorted([*TARGETS, "new0", "new1", "new2", "new3"])
     assert {p.name: p.read_bytes() for p in (tmp_path / "source").iterdir()} == before
 
 
@@ -138,3 +127,26 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(limit: int, tmp_path: Path):
         assert message.startswith(str(tmp_path / "out" / to)), message
         assert "cannot be written" in message
         assert "\n" not in message
+
+
+@pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="this system flushes at the end only")
+def test_files_are_flushed_while_others_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make(tmp_path / "a")
+    monkeypatch.setattr(flush, "_EVERY", 1)
+    flushed: set[str] = set()
+
+    def note(handle: int) -> None:
+        flushed.add(Path(f"/proc/self/fd/{handle}").readlink().name)
+
+    monkeypatch.setattr(os, "fdatasync", note)
+    done = conversion.convert(tmp_path / "a", tmp_path / "b", "torch-bin", max_shard_size="2KB")
+    assert flushed & done.files.keys()
+
+    def fail(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    for to in TARGETS:
+        with pytest.raises(CheckpointError, match="cannot be written: Input/output error"):
+            conversion.convert(tmp_path / "a", tmp_path / "c", to)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

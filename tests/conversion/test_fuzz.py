@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import conversion
 from opt_core.errors import OPTError
 from tests.conversion.checkpoints import make
-from tests.conversion.hostile_corpus import FILES, SECONDS, used
+from tests.conversion.hostile.corpus import FILES, SECONDS, used
 from tests.conversion.metaseq_fixtures import EVEN, write_metaseq
 from tests.core.checkpoint_fixtures import random_weights
 

@@ -3,16 +3,19 @@
 Nothing runs, hangs, takes memory, or is written outside the destination.
 """
 
+import re
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import conversion
+from conversion.sources import open_source
 from opt_core.errors import OPTError
 from tests.conversion.checkpoints import make
-from tests.conversion.hostile_corpus import CORPUS, FILES, MEMORY, SECONDS, used
+from tests.conversion.hostile.corpus import CORPUS, FILES, MEMORY, SECONDS, used
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +64,37 @@ def test_what_is_broken_is_refused_in_one_line(
     assert used() - began < 2 * SECONDS  # for the two calls
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < MEMORY / 1024
     assert list(everything(tmp_path)) == before  # nothing new, nothing run
+
+
+# What the formats start their records with: zip archives, HDF5, MessagePack's extensions.
+MARKS = (b"PK\1\2", b"PK\3\4", b"PK\5\6", b"TREE", b"SNOD", b"HEAP", b"GCOL", b"\xc7", b"\xc8")
+MOST = {"tf-h5": 12, "keras-hub": 6}
+"""Of HDF5 files, as each takes a process."""
+
+
+def boundaries(path: Path) -> list[int]:
+    """Where a part of a file starts or ends: records, header, tensors."""
+    data, found = path.read_bytes(), {8}
+    for mark in MARKS:
+        at = data.find(mark)
+        while at >= 0:
+            found |= {at, at + len(mark)}
+            at = data.find(mark, at + 1)
+    for tensor in open_source(path).checkpoint.tensors.values():
+        found |= {tensor.offset, tensor.offset + tensor.nbytes}
+    return sorted(found - {0, len(data)})
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_what_ends_at_any_boundary_is_refused(kind: str, sound: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(sound / kind, folder)
+    path = folder / FILES[kind]
+    data, places = path.read_bytes(), boundaries(path)
+    assert len(places) > 30
+    for size in places[:: -(-len(places) // MOST.get(kind, len(places)))]:
+        path.unlink()
+        path.write_bytes(data[:size])
+        with pytest.raises(OPTError, match=re.escape(str(path))):
+            conversion.convert(folder, tmp_path / "new")
+        assert not (tmp_path / "new").exists()

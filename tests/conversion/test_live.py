@@ -1,6 +1,8 @@
 """A live model of one backend becomes one of another: the same weights, the same answers."""
 
+from importlib import import_module
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 import conversion
 import opt_torch
 from conversion.backends import inference, load_backend, to_numpy
-from opt_core.errors import InputError
+from opt_core.errors import CheckpointError, InputError
+from opt_core.lora import Adapter, save_adapter
 from tests.backends import BACKENDS, CLASSES
 from tests.configs import CONFIGS
 
@@ -72,6 +75,25 @@ def test_a_head_that_was_untied_stays_so(backend: str):
     new = to(backend, original)
     assert not new.config.tie_word_embeddings
     assert torch.equal(to("torch", new).lm_head.weight, original.lm_head.weight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapters_are_merged_first(backend: str, tmp_path: Path):
+    """Without them the new model would be another one, and nothing would tell."""
+    lora, config = import_module(f"opt_{backend}.lora"), CONFIGS["pre_ln"]
+    rng, adapter = np.random.default_rng(0), Adapter(2, 4.0, ("fc1",))
+    values = lambda spec: rng.normal(0, 0.2, spec.shape)  # noqa: E731
+    save_adapter(tmp_path / "adapter", config, "causal_lm", adapter, values, "base")
+    original = opt_torch.OPTForCausalLM(config, seed=3)
+    model = to(backend, original)
+    lora.load_adapter(model, tmp_path / "adapter")
+    for other in BACKENDS:
+        with pytest.raises(CheckpointError, match=f"to_{other}: the model has adapters: merge"):
+            to(other, model)
+    lora.merge(model)
+    new = to("torch", model)
+    np.testing.assert_allclose(answer("torch", new), answer(backend, model), rtol=0, atol=TOLERANCE)
+    assert np.abs(answer("torch", new) - answer("torch", original)).max() > 100 * TOLERANCE
 
 
 def test_what_is_no_model_is_refused():
