@@ -239,13 +239,12 @@ def harness(
 ) -> None:
     """Tasks of EleutherAI's lm-eval, which is to be installed: pip install 'opt-lm[lm-eval]'."""
     try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
+        lm_eval, lm_tasks = import_module("lm_eval"), import_module("lm_eval.tasks")
     except ImportError:
         raise ConfigError("harness needs lm-eval: pip install 'opt-lm[lm-eval]'") from None
     from opt_core.evaluation_harness import HarnessLM
 
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = lm_tasks.TaskManager(include_path=None if include_path is None else str(include_path))
     if unknown := sorted({*tasks} - {*manager.all_tasks}):
         raise ConfigError(f"lm-eval knows no task {', '.join(unknown)}; its own list: lm_eval ls")
     loaded = _load(model, backend, dtype)

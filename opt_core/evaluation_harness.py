@@ -3,6 +3,8 @@
 Needs the extra `lm-eval`; nothing else in this package imports this module. Sums of
 log-likelihoods and texts are computed by what the project's own evaluation uses.
 """
+# pyright: basic, reportMissingImports=false
+# The library is not there where types are checked.
 
 from collections.abc import Callable, Sequence
 from typing import Any
