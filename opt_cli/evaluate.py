@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from opt_cli import console
+from opt_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from opt_core import OPTTokenizer
@@ -216,6 +217,56 @@ def bias(
             progress,
         )
     _print(asdict(result), json)
+
+
+@app.command("harness")
+def harness(
+    tasks: Annotated[
+        list[str], typer.Argument(help="Tasks of lm-eval, such as lambada_openai.", metavar="TASK")
+    ],
+    model: Model = "mini",
+    backend: Backend = "torch",
+    dtype: Dtype = "float32",
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with task files of your own.", metavar="DIR")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question.", min=0, metavar="N")
+    ] = None,
+    batch_size: BatchSize = 8,
+    limit: Limit = None,
+    json: Json = False,
+) -> None:
+    """Tasks of EleutherAI's lm-eval, which is to be installed: pip install 'opt-lm[lm-eval]'."""
+    try:
+        lm_eval, lm_tasks = import_module("lm_eval"), import_module("lm_eval.tasks")
+    except ImportError:
+        raise ConfigError("harness needs lm-eval: pip install 'opt-lm[lm-eval]'") from None
+    from opt_core.evaluation_harness import HarnessLM
+
+    manager = lm_tasks.TaskManager(include_path=None if include_path is None else str(include_path))
+    if unknown := sorted({*tasks} - {*manager.all_tasks}):
+        raise ConfigError(f"lm-eval knows no task {', '.join(unknown)}; its own list: lm_eval ls")
+    loaded = _load(model, backend, dtype)
+    window = loaded.config.max_position_embeddings
+    wrapped = HarnessLM(
+        loaded.token_scores, loaded.model.generate, loaded.tokenizer, window, batch_size
+    )
+    found = lm_eval.simple_evaluate(
+        wrapped, tasks=tasks, num_fewshot=num_fewshot, limit=limit, task_manager=manager,
+        log_samples=False,
+    )  # fmt: skip
+    results: dict[str, Any] = {} if found is None else found["results"]
+    if json:
+        console.print_json(results)
+        return
+    rows = [
+        (task, name.removesuffix(",none"), value)
+        for task, values in results.items()
+        for name, value in values.items()
+        if isinstance(value, int | float) and name != "sample_len"
+    ]
+    console.table(("task", "metric", "value"), rows)
 
 
 class _Loaded(NamedTuple):

@@ -10,7 +10,7 @@ from opt_core.errors import ConfigError, TrainingError
 
 
 def plot(
-    run: Annotated[Path, typer.Argument(help="Folder of a run of `opt-lm train`.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run of `opt-lm train`.", metavar="RUN")],
     out: Annotated[
         Path | None,
         typer.Option(help="Picture to write, .png, .svg or .pdf (default: RUN/loss.svg)."),

@@ -28,9 +28,14 @@ CLASSES = {
 @with_settings
 def train(
     model: Annotated[
-        str, typer.Argument(help='Folder, hub id, or "mini"; a size to start from scratch.')
+        str,
+        typer.Argument(
+            help='Folder, hub id, or "mini"; a size to start from scratch.', metavar="MODEL"
+        ),
     ],
-    data: Annotated[Path, typer.Argument(help="Folder of `opt-lm prepare`, or a file of data.")],
+    data: Annotated[
+        Path, typer.Argument(help="Folder of `opt-lm prepare`, or a file of data.", metavar="DATA")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.", metavar="RUN")],
     given: dict[str, Any],
     validation: Annotated[

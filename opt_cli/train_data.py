@@ -1,6 +1,8 @@
 """What `opt-lm train` is given to train on, opened."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,9 +96,26 @@ def _prepared(
 
     if not folder.exists():
         how = DataConfig(config.sequence_length, held_out)
-        with console.progress(f"preparing {file}") as progress:
-            prepare([file], folder, _tokenizer(model), how, os.cpu_count() or 1, progress)
+        is_new = not folder.parent.exists()
+        try:
+            with _naming(file), console.progress(f"preparing {file}") as progress:
+                prepare([file], folder, _tokenizer(model), how, os.cpu_count() or 1, progress)
+        except BaseException:
+            if is_new:
+                with suppress(OSError):
+                    folder.parent.rmdir()
+            raise
     return folder
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Puts the file's name before what is wrong with its data."""
+    try:
+        yield
+    except DataError as error:
+        is_named = str(error).startswith(str(file))
+        raise DataError(str(error) if is_named else f"{file}: {error}") from None
 
 
 def _blocks(folder: Path, model_config: "OPTConfig", config: "TrainConfig") -> Any:
@@ -142,7 +161,9 @@ def _questions(
     from opt_core.data_squad import encode_questions, read_questions
 
     length = config.sequence_length
-    windows = encode_questions(read_questions(data), tokenizer, length, length // 3)
+    questions = read_questions(data)
+    with _naming(data):
+        windows = encode_questions(questions, tokenizer, length, length // 3)
     for reason, count in windows.dropped.items():
         console.note(f"{data}: {count} questions left out: {reason}")
     return windows.examples, model_config

@@ -13,7 +13,7 @@ def token_table(backend: "Tokenizer") -> list[bytes | None]:
     vocabulary = backend.get_vocab(with_added_tokens=True)
     table: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
     for token, index in vocabulary.items():
-        table[index] = token.encode("utf-8") if index in added else _spelled(token)
+        table[index] = token.encode("utf-8") if index in added else _bytes_of(token)
     return table
 
 
@@ -23,6 +23,11 @@ def lost_bytes(backend: "Tokenizer") -> frozenset[int]:
         return frozenset()
     vocabulary = backend.get_vocab(with_added_tokens=False)
     return frozenset(byte for char, byte in _BYTE_OF_CHAR.items() if char not in vocabulary)
+
+
+def spelled(data: bytes) -> str:
+    """Bytes as the vocabulary writes them: a character for each."""
+    return data.decode("latin-1").translate(_CHAR_OF_BYTE)
 
 
 def _alphabet() -> Iterator[tuple[str, int]]:
@@ -41,9 +46,10 @@ def _alphabet() -> Iterator[tuple[str, int]]:
 
 
 _BYTE_OF_CHAR = dict(_alphabet())
+_CHAR_OF_BYTE = {byte: char for char, byte in _alphabet()}
 
 
-def _spelled(token: str) -> bytes:
+def _bytes_of(token: str) -> bytes:
     try:
         return bytes([_BYTE_OF_CHAR[char] for char in token])
     except KeyError:  # not written in that alphabet: an entry that stands for itself

@@ -145,6 +145,11 @@ def _occurring(labels: list[str | int], source: str) -> list[str]:
             raise DataError(
                 f"{source}: labels: expected class numbers from 0, found {min(numbers)}"
             )
+        if max(numbers) >= len(numbers):
+            raise DataError(
+                f"{source}: labels: expected class numbers 0, 1, ..., found {max(numbers)} among "
+                f"{len(numbers)} rows: more classes than rows"
+            )
         names = [f"LABEL_{i}" for i in range(max(numbers) + 1)]
     else:
         names = sorted({str(label) for label in labels})

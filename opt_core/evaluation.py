@@ -180,6 +180,40 @@ def score_continuations(
     return [found[i] for i in range(len(rows))]
 
 
+def score_text(
+    token_scores: TokenScores,
+    tokenizer: OPTTokenizer,
+    text: str,
+    window: int,
+    batch_size: int = 8,
+) -> float:
+    """The log-likelihood of a text as a whole, after a beginning-of-text token, in nats.
+
+    Every token is predicted once, in rows that overlap in one token alone; the last row reaches
+    back as far as it can, as EleutherAI's harness does it.
+
+    Args:
+        token_scores: The model's.
+        tokenizer: The model's.
+        text: The text; an empty one has a likelihood of 1.
+        window: Most tokens of a row: the model's `max_position_embeddings`.
+        batch_size: Rows at a time.
+    """
+    ids = np.array([_begin(tokenizer), *tokenizer.encode(text, add_special_tokens=False)], np.int32)
+    firsts = list(range(1, len(ids), window - 1))  # the first token that a row predicts
+    width = min(len(ids) + -len(ids) % _MULTIPLE, window)
+    batch_size = min(batch_size, max(1, len(firsts)))
+    total = 0.0
+    for batch in _batches(firsts, batch_size):
+        ends = [min(first + window - 1, len(ids)) for first in batch]
+        starts = [max(0, end - window) for end in ends]
+        rows = [ids[start:end] for start, end in zip(starts, ends, strict=True)]
+        scores, _ = _scored(token_scores, rows, batch_size, width)
+        for first, start, end, values in zip(batch, starts, ends, scores, strict=True):
+            total += float(values[first - start - 1 : end - start - 1].sum(dtype=np.float64))
+    return total
+
+
 def in_batches(
     examples: Sequence[dict[str, Any]], batch_size: int
 ) -> Iterator[tuple[range, NDArray[np.int32]]]:
@@ -201,10 +235,14 @@ def _encoded_pair(tokenizer: OPTTokenizer, context: str, text: str) -> tuple[lis
     count = len(both) - len(before)
     if count < 1:
         raise DataError(f"{text!r}: expected a text with tokens of its own after its context")
+    return [_begin(tokenizer), *both], count
+
+
+def _begin(tokenizer: OPTTokenizer) -> int:
     begin = tokenizer.bos_token_id if tokenizer.add_bos else tokenizer.eos_token_id
     if begin is None:
         raise DataError("the tokenizer names no token to begin a text with (bos or eos)")
-    return [begin, *both], count
+    return begin
 
 
 def _batches(items: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -1,12 +1,18 @@
 """`opt-lm train` and `opt-lm plot` as users meet them."""
 
+import errno
 import json
+import os
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from opt_cli.main import main
-from opt_core.data_blocks import write_blocks
+from opt_core import run_folder
+from opt_core.data_blocks import TokenBlocks, write_blocks
 from opt_core.run_folder import read_metrics
 from opt_torch import OPTForCausalLM, OPTForSequenceClassification
 from tests.tiny_folder import save_model
@@ -80,6 +86,85 @@ def test_classification_with_adapters(opt_lm, tiny, tmp_path):
     assert about["target_modules"] == ["fc1", "fc2"]
 
 
+def test_answers_to_questions(opt_lm, tiny, tmp_path):
+    """SQuAD's own layout: trained, validated, and measured with what came of it."""
+    context = "The quick brown fox jumps over the lazy dog. " * 4
+    answer = {"text": "the lazy dog", "answer_start": context.index("the lazy dog")}
+    asked = [{"id": f"q{i}", "question": "Over whom?", "answers": [answer]} for i in range(3)]
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": context, "qas": asked}]}]}))
+    code, out, err = opt_lm(
+        "train", tiny, path, "--out", tmp_path / "run", "--task", "qa", "--validation", path,
+        "--max-steps", 40, "--eval-every", 20, "--batch-size", 4, "--sequence-length", 48,
+        "--learning-rate", 1e-2, "--dropout", 0,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "validation loss" in out
+    model = ("-m", tmp_path / "run" / "model", "--max-length", 48, "--stride", 16)
+    code, out, err = opt_lm("eval", "qa", path, *model, "--json")
+    assert code == 0, err
+    assert json.loads(out)["exact_match"] == 100
+
+
+def test_from_scratch_and_tensorboard(opt_lm, tiny, data, tmp_path, monkeypatch):
+    told = []
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "run" / "tensorboard")
+
+        def add_scalar(self, *scalar):
+            told.append(scalar)
+
+        def close(self):
+            told.append("closed")
+
+    command = ("train", tiny, data, "--max-steps", 2, "--batch-size", 25, "--sequence-length", 16,
+               "--from-scratch", "--seed", 3, "--dropout", 0, "--tensorboard", "--out")  # fmt: skip
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    code, _, err = opt_lm(*command, tmp_path / "run")
+    assert code == 2
+    assert "--tensorboard needs a library: pip install 'opt-lm[tensorboard]'" in err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
+    code, _, err = opt_lm(*command, tmp_path / "run")
+    assert code == 0, err
+    records = read_metrics(tmp_path / "run")
+    names = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
+    assert told == [*((name, r[name], r["step"]) for r in records for name in names), "closed"]
+    # The first loss is that of new weights, on all of the data.
+    config = OPTForCausalLM.from_pretrained(tiny).config
+    rows = torch.tensor(np.stack(list(TokenBlocks.open(data / "train"))))
+    fresh = OPTForCausalLM(config, seed=3).eval()
+    assert records[0]["loss"] == pytest.approx(fresh(rows, labels=rows).loss.item(), rel=1e-5)
+
+
+def test_disks_that_refuse(opt_lm, tiny, data, tmp_path, monkeypatch):
+    """A full one keeps the last good checkpoint, and the run goes on when there is room again."""
+    real, written = run_folder.write_safetensors, []
+
+    def write(path, tensors):
+        written.append(path)
+        if len(written) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, tensors)
+
+    command = ("train", tiny, data, "--max-steps", 3, "--save-every", 1, "--batch-size", 4,
+               "--sequence-length", 16, "--out")  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_safetensors", write)
+        code, out, err = opt_lm(*command, tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert "No space left on device; the last good one is of step 1\n" in err
+    code, out, err = opt_lm(*command, tmp_path / "run", "--resume")
+    assert code == 0, err
+    assert "3 steps" in out
+    (tmp_path / "file").touch()
+    code, out, err = opt_lm(*command, tmp_path / "file" / "run")
+    assert (code, out) == (2, "")
+    assert "file/run: cannot be used: Not a directory\n" in err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -99,6 +184,35 @@ def test_bad_settings(opt_lm, tiny, data, tmp_path, options, message):
     assert code == 2
     assert message in " ".join(err.split())
     assert not (tmp_path / "run").exists()
+
+
+SPAN = {"context": "A dog.", "qas": [{"id": "a", "question": "Who?", "answers": [
+    {"text": "cat", "answer_start": 2}]}]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.txt", b"", "data.txt: is empty"),
+        ("data.txt", b"\x7fELF\0\0", "data.txt: binary data, not text"),
+        ("data.txt", b"caf\xe9 \xc3\xa9", "data.txt: byte 3 (0xe9) is not UTF-8"),
+        ("data.txt", b"one two", "data.txt: train: 8 tokens fill no block of 16"),
+        ("data.jsonl", b'{"text": "a", "label": -1}', "data.jsonl: labels: expected class numbers"),
+        ("data.jsonl", b'{"text": "a", "label": 7}', "found 7 among 1 rows: more classes than"),
+        ("data.json", json.dumps({"data": [{"paragraphs": [SPAN]}]}).encode(),
+         "data.json: none of 1 questions is left: 1 answer is not where it should start"),
+    ],
+)  # fmt: skip
+def test_bad_data_is_one_line_and_leaves_nothing(opt_lm, tiny, tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    task = {".txt": "text", ".jsonl": "classification", ".json": "qa"}[path.suffix]
+    given = ("--task", task, "--sequence-length", "16", "--out", tmp_path / "new" / "run")
+    code, out, err = opt_lm("train", tiny, path, *given)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (tmp_path / "new" / "run").exists()
 
 
 def test_no_data_and_no_run(opt_lm, tiny, tmp_path):

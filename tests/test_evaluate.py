@@ -22,6 +22,7 @@ from opt_core.evaluation_bias import evaluate_bias, read_comparisons
 from opt_core.evaluation_choices import evaluate_choices, read_items
 from tests import oracle
 from tests.backends import Backend
+from tests.core.lm_eval_stand_in import install, request
 from tests.tiny_folder import save_model
 
 TOLERANCE = 1e-4
@@ -150,6 +151,39 @@ def test_classes_and_answers(opt_lm: Run, tiny: Path, data: Path, tmp_path: Path
     assert report["answers"] == json.loads(answers.read_text())
     assert report["answers"]["a"] in TEXT
     assert "exact_match" in opt_lm(*arguments).out
+
+
+def test_harness(opt_lm: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """A task of `lm-eval`, which a few lines stand for here, reaches the model."""
+    asked: dict[str, Any] = {}
+
+    def simple_evaluate(lm: Any, **options: Any) -> Any:
+        asked.update(options)
+        ((value, _),) = lm.loglikelihood([request("The", " dog")])
+        (written,) = lm.generate_until([request("The dog", {"until": ["q"], "max_gen_toks": 4})])
+        asked["written"] = written
+        return {"results": {"mine": {"alias": "mine", "acc,none": value, "sample_len": 1}}}
+
+    class TaskManager:
+        def __init__(self, include_path: str | None = None):
+            self.all_tasks = ["mine"] if include_path == "tasks" else []
+
+    arguments = ("eval", "harness", "mine", "-m", tiny)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert opt_lm(*arguments).err == "error: harness needs lm-eval: pip install 'opt-lm[lm-eval]'\n"
+    install(monkeypatch, simple_evaluate=simple_evaluate, TaskManager=TaskManager)
+    assert "lm-eval knows no task mine" in opt_lm(*arguments).err
+    arguments = (*arguments, "--include-path", "tasks", "--num-fewshot", 2, "--limit", 3)
+    out = json.loads(opt_lm(*arguments, "--json").out)
+    assert (asked["tasks"], asked["num_fewshot"], asked["limit"]) == (["mine"], 2, 3)
+    model = opt_torch.OPTForCausalLM.from_pretrained(tiny)
+    tokenizer = OPTTokenizer.from_pretrained(tiny)
+    ids = np.array([tokenizer.encode("The dog")])
+    expected = model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]].item()
+    assert out["mine"]["acc,none"] == pytest.approx(expected, rel=1e-4)
+    new = model.generate(ids, max_new_tokens=4, do_sample=False)[:, ids.shape[1] :]
+    assert asked["written"] == tokenizer.batch_decode(new)[0].partition("q")[0]
+    assert re.search(r"^mine +acc +-", opt_lm(*arguments).out, re.MULTILINE)
 
 
 def test_prepare(opt_lm: Run, data: Path, tmp_path: Path):

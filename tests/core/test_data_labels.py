@@ -57,6 +57,7 @@ def test_labels_are_names_or_numbers(
         ([row("x", 0), row("x", -1)], ["a", "b"], r"rows.jsonl:2: label -1: expected"),
         ([row("x", "c")], ["a", "b"], "rows.jsonl:1: label 'c' is none of a, b"),
         ([row("x", -1), row("x", 1)], None, "expected class numbers from 0, found -1"),
+        ([row("x", 0), row("x", 2)], None, "found 2 among 2 rows: more classes than rows"),
         ([row("x", 1), row("x", "a")], None, "some labels are names and some are numbers"),
         ([row("x", "a"), row("y", "a")], None, "expected at least two classes, found a alone"),
         ([row("x", True)], None, "expected a class's name or number, found bool"),
