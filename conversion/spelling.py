@@ -11,7 +11,9 @@ from opt_core.checkpoint import canonical_name
 from opt_core.dialects import NNX, Dialect
 from opt_core.params import ParamSpec
 
-FLAX = Dialect("flax-msgpack", NNX.leaves, transposes_linear=True)
+FLAX = Dialect(
+    "flax-msgpack", {**NNX.leaves, ("linear", "weight"): "kernel"}, transposes_linear=True
+)
 KERAS2 = Dialect(
     "tf-h5",
     {

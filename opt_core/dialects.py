@@ -72,11 +72,10 @@ KERAS = Dialect(
 NNX = Dialect(
     "nnx",
     {
-        ("linear", "weight"): "kernel",
+        ("linear", "weight"): "weight",  # not `kernel`, which in Flax means [in, out]
         ("linear", "bias"): "bias",
         ("embedding", "weight"): "embedding",
         ("norm", "weight"): "scale",
         ("norm", "bias"): "bias",
     },
-    transposes_linear=True,
 )

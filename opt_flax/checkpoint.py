@@ -165,7 +165,6 @@ def get_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> Array:
         return weight.dequantize()
     variable, layer = locate(model, spec)
     values = variable[...] if layer is None else variable[...][layer]
-    values = values.T if NNX.is_transposed(spec) else values
     return values[: spec.shape[0]]
 
 
@@ -175,8 +174,7 @@ def set_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec, values: NDAr
     if layer is None:
         _fill(model, [spec], [np.asarray(values)], np.dtype(variable.dtype))
     else:
-        own = values.T if NNX.is_transposed(spec) else values
-        variable.set_value(variable[...].at[layer].set(jnp.asarray(own, variable.dtype)))
+        variable.set_value(variable[...].at[layer].set(jnp.asarray(values, variable.dtype)))
 
 
 def wanted_dtype(dtype: str, plan: files.LoadPlan) -> np.dtype[Any]:
@@ -261,12 +259,11 @@ def _fill(
 
     def part(index: tuple[slice, ...]) -> NDArray[Any]:
         """What one device holds, rows beyond the vocabulary being zeros."""
-        layers = range(len(group))[index[0]] if stacked else range(1)
-        places = index[1:] if stacked else index
+        layers, places = (index[0], index[1:]) if stacked else (slice(1), index)
         pieces = []
-        for i in layers:
-            array = arrays[i].T if NNX.is_transposed(group[i]) else arrays[i]
-            piece = cast_array(group[i].name, np.ascontiguousarray(array[places]), dtype)
+        for spec, array in zip(group[layers], arrays[layers], strict=True):
+            # A copy: what JAX is given it may keep, and the file or the caller's array may change.
+            piece = cast_array(spec.name, np.array(array[places], order="C"), dtype)
             sizes = [len(range(n)[s]) for n, s in zip(shape[-array.ndim :], places, strict=True)]
             free = [(0, size - have) for size, have in zip(sizes, piece.shape, strict=True)]
             pieces.append(np.pad(piece, free) if any(after for _, after in free) else piece)

@@ -10,7 +10,6 @@ from flax import nnx
 from jax import Array
 
 from opt_core import lora as files
-from opt_core.dialects import NNX
 from opt_core.errors import ConfigError
 from opt_core.lora import Adapter
 from opt_core.params import param_specs
@@ -31,7 +30,7 @@ class LoraLinear(Linear):
     """
 
     def __init__(self, base: Linear, adapter: Adapter):
-        self.kernel, self.bias = base.kernel, base.bias
+        self.weight, self.bias = base.weight, base.bias
         self.lora_A = Linear(False)
         self.lora_B = Linear(False)
         self.adapter = adapter
@@ -47,7 +46,7 @@ class LoraLinear(Linear):
         out = super().__call__(input)
         if not self.adapts:
             return out
-        low = self.lora_A(input.astype(self.lora_A.kernel.dtype))
+        low = self.lora_A(input.astype(self.lora_A.weight.dtype))
         return out + (self.lora_B(low) * self.adapter.scale).astype(out.dtype)
 
 
@@ -93,9 +92,9 @@ def merge(model: "FlaxOPTPreTrainedModel") -> None:
     """Adds the adapters to the weights: the model is as fast as before, and can be saved."""
     for layer in adapters(model):
         if layer.adapts:
-            plain = layer.kernel[...]
-            product = layer.lora_A.kernel[...] @ layer.lora_B.kernel[...] * layer.adapter.scale
-            layer.kernel.set_value((plain.astype(product.dtype) + product).astype(plain.dtype))
+            plain = layer.weight[...]
+            product = layer.lora_B.weight[...] @ layer.lora_A.weight[...] * layer.adapter.scale
+            layer.weight.set_value((plain.astype(product.dtype) + product).astype(plain.dtype))
             layer.unmerged.set_value(plain)
 
 
@@ -103,7 +102,7 @@ def unmerge(model: "FlaxOPTPreTrainedModel") -> None:
     """Gives the weights back as they were before `merge`, bit for bit."""
     for layer in adapters(model):
         if not layer.adapts:
-            layer.kernel.set_value(layer.unmerged.get_value())
+            layer.weight.set_value(layer.unmerged.get_value())
             layer.unmerged.set_value(None)
 
 
@@ -157,5 +156,5 @@ def _put(model: "FlaxOPTPreTrainedModel", spec: Any, values: Any) -> None:
     """Gives a parameter its values, in the canonical layout; on a mesh every device has them."""
     variable, _ = locate(model, spec)
     dtype = jnp.float32 if variable.get_value() is None else variable.dtype
-    own = jnp.asarray(values.T if NNX.is_transposed(spec) else values, dtype)
+    own = jnp.asarray(values, dtype)
     variable.set_value(parallel.place(own, model.mesh))

@@ -15,6 +15,7 @@ from opt_core.dialects import NNX
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec
 from opt_core.quantization import GROUP, QuantizedTensor
+from opt_flax.linear import product
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
@@ -58,7 +59,7 @@ class QuantizedLinear(nnx.Module):
 
     def __call__(self, input: Array) -> Array:
         """Computes the product."""
-        out = jnp.einsum("...i,oi->...o", input, self.weight.dequantize().astype(input.dtype))
+        out = product(input, self.weight.dequantize().astype(input.dtype))
         return out if self.bias is None else out + self.bias[...]
 
 

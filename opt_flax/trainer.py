@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.config import OPTConfig
-from opt_core.dialects import NNX
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec
 from opt_core.run import Slot, identity
@@ -69,14 +68,12 @@ class Trainer:
 
     def get(self, slot: Slot, spec: ParamSpec) -> NDArray[Any]:
         """Values of a trained parameter, float32 in the canonical layout."""
-        values = as_array(self._variable(slot, spec)[...]).astype(np.float32)
-        return values.T if NNX.is_transposed(spec) else values
+        return as_array(self._variable(slot, spec)[...]).astype(np.float32)
 
     def put(self, slot: Slot, spec: ParamSpec, values: NDArray[Any]) -> None:
         """Replaces them."""
         variable = self._variable(slot, spec)
-        own = np.array(values.T if NNX.is_transposed(spec) else values)
-        variable.set_value(jnp.asarray(own, variable.dtype))
+        variable.set_value(jnp.array(values, variable.dtype))
 
     def export(self, folder: Path) -> None:
         """Writes the model as a Hugging Face folder, adapters merged."""

@@ -166,8 +166,8 @@ def test_stacked_layers_are_the_same_model(folder, variant, tmp_path):
     deep.save_pretrained(tmp_path)
     for path in (tmp_path, folder(config)):
         same = MODEL.from_pretrained(path, scan_layers=True)
-        one = same.get_decoder().layers.fc1.kernel
-        assert one.shape == (config.num_hidden_layers, 32, 56)
+        one = same.get_decoder().layers.fc1.weight
+        assert one.shape == (config.num_hidden_layers, 56, 32)
         first = param_specs(config)[-3]
         checkpoint.set_parameter(same, first, np.full(first.shape, 7, np.float32))
         assert (np.asarray(checkpoint.get_parameter(same, first)) == 7).all()
@@ -270,8 +270,8 @@ def test_types_that_cannot_be_had(folder, tmp_path):
     with pytest.raises(ConfigError, match="dtype: expected one of"):
         model_of(folder, dtype="fp16")
     model = model_of(folder)
-    kernel = model.get_decoder().layers[0].fc2.kernel
-    kernel.set_value(kernel[...] * 1e8)
+    weight = model.get_decoder().layers[0].fc2.weight
+    weight.set_value(weight[...] * 1e8)
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"layers\.0\.fc2\.weight: values beyond the range"):
         MODEL.from_pretrained(tmp_path, dtype="float16")
@@ -292,8 +292,8 @@ def test_a_fresh_head_warns(folder):
         UserWarning, match=r"no score\.weight in this checkpoint; it is freshly initialised"
     ):
         model = kind.from_pretrained(folder("pre_ln"), config=config)
-    assert model.score.kernel.shape == (32, 5)
-    assert 0 < model.score.kernel[...].std() < 0.1
+    assert model.score.weight.shape == (5, 32)
+    assert 0 < model.score.weight[...].std() < 0.1
 
 
 def test_a_head_can_be_left_behind(folder):

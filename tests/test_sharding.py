@@ -150,13 +150,13 @@ def parts(array):
 
 
 SHARES = {
-    # mesh: fc1's kernel (32, 56), q_proj's (32, 32), the embedding (99, 32), a cache (4, 4, 10, 8)
-    "data": [(32, 56), (32, 32), (99, 32), (1, 4, 10, 8)],
-    "fsdp": [(8, 56), (8, 32), (99, 8), (1, 4, 10, 8)],
-    "model": [(32, 14), (32, 8), (25, 32), (4, 1, 10, 8)],
-    "heads that do not divide": [(32, 7), (32, 32), (13, 32), (4, 4, 10, 8)],
-    "mixed": [(16, 28), (16, 16), (50, 16), (1, 2, 10, 8)],
-    "mixed, stacked layers": [(2, 16, 28), (2, 16, 16), (50, 16), (1, 2, 10, 8)],
+    # mesh: fc1's weight (56, 32), q_proj's (32, 32), the embedding (99, 32), a cache (4, 4, 10, 8)
+    "data": [(56, 32), (32, 32), (99, 32), (1, 4, 10, 8)],
+    "fsdp": [(56, 8), (32, 8), (99, 8), (1, 4, 10, 8)],
+    "model": [(14, 32), (8, 32), (25, 32), (4, 1, 10, 8)],
+    "heads that do not divide": [(7, 32), (32, 32), (13, 32), (4, 4, 10, 8)],
+    "mixed": [(28, 16), (16, 16), (50, 16), (1, 2, 10, 8)],
+    "mixed, stacked layers": [(2, 28, 16), (2, 16, 16), (50, 16), (1, 2, 10, 8)],
 }
 
 
@@ -166,7 +166,7 @@ def test_each_device_holds_its_share(load, name):
     decoder = model.get_decoder()
     layer = decoder.layers if decoder.scan_layers else decoder.layers[1]
     cache = model.init_cache(4, 10)
-    arrays = [layer.fc1.kernel, layer.self_attn.q_proj.kernel, decoder.embed_tokens.embedding]
+    arrays = [layer.fc1.weight, layer.self_attn.q_proj.weight, decoder.embed_tokens.embedding]
     assert [parts(a[...]) for a in arrays] + [parts(cache.keys[1])] == SHARES[name]
     ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     inputs = training._inputs(model, {"input_ids": IDS, "labels": IDS})

@@ -70,7 +70,7 @@ def test_weight_decay_spares_norms_and_biases():
     [
         (TORCH, ("model", "decoder", "layers", "1", "fc1", "weight", (56, 32), ("ffn", "hidden"))),
         (KERAS, ("model", "decoder", "blocks", "1", "fc1", "kernel", (32, 56), ("hidden", "ffn"))),
-        (NNX, ("model", "decoder", "layers", "1", "fc1", "kernel", (32, 56), ("hidden", "ffn"))),
+        (NNX, ("model", "decoder", "layers", "1", "fc1", "weight", (56, 32), ("ffn", "hidden"))),
     ],
 )
 def test_a_linear_weight_in_each_dialect(dialect, expected):
