@@ -5,7 +5,7 @@
 Runs by itself, in whatever environment holds that library: nothing of this project is imported.
 
     transformers         transformers 4 or 5, PyTorch
-    transformers-tf      transformers 4, TensorFlow, compiled by XLA; reads DIR's safetensors
+    transformers-tf      transformers 4, TensorFlow, compiled by XLA; reads pytorch_model.bin or safetensors
     transformers-flax    transformers 4, Flax
     keras-hub-tf         KerasHub on TensorFlow, compiled by XLA, random weights of the same shape
     keras-hub-jax        KerasHub on JAX, likewise
@@ -71,7 +71,7 @@ def transformers_tf(model: Path, dtype: str, ids: np.ndarray) -> Tasks:
     import tf_keras
     from transformers import TFOPTForCausalLM
 
-    opt = TFOPTForCausalLM.from_pretrained(model)
+    opt = TFOPTForCausalLM.from_pretrained(model, from_pt=(model / "pytorch_model.bin").exists())
     batch = tf.constant(ids, tf.int32)
     mask = tf.ones_like(batch)
     optimizer = tf_keras.optimizers.AdamW(1e-4, weight_decay=0.1)

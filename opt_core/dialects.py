@@ -60,14 +60,13 @@ TORCH = Dialect(
 KERAS = Dialect(
     "keras",
     {
-        ("linear", "weight"): "kernel",
+        ("linear", "weight"): "weight",
         ("linear", "bias"): "bias",
         ("embedding", "weight"): "embeddings",
         ("norm", "weight"): "gamma",
         ("norm", "bias"): "beta",
     },
     layers="blocks",  # `keras.Model.layers` cannot be assigned
-    transposes_linear=True,
 )
 NNX = Dialect(
     "nnx",

@@ -110,8 +110,7 @@ def get_parameter(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> NDArray[Any
     weight = quantization.find(model, spec)
     if weight is not None:
         return weight.dequantize().numpy()
-    array = locate(model, spec).numpy()
-    return array.T if KERAS.is_transposed(spec) else array
+    return locate(model, spec).numpy()
 
 
 def set_parameter(model: "TFOPTPreTrainedModel", spec: ParamSpec, values: NDArray[Any]) -> None:
@@ -122,7 +121,7 @@ def set_parameter(model: "TFOPTPreTrainedModel", spec: ParamSpec, values: NDArra
         return
     variable = locate(model, spec)
     values = cast_array(spec.name, values, float_dtype(variable.dtype))
-    variable.assign(tf.constant(values.T if KERAS.is_transposed(spec) else values))
+    variable.assign(tf.constant(values))
 
 
 def wanted_dtype(dtype: str, plan: files.LoadPlan) -> str:

@@ -32,11 +32,11 @@ class LoraLinear(Linear):
 
     def __init__(self, base: Linear, adapter: Adapter):
         super().__init__(
-            base.into, base.units, base.use_bias, name=base.name, dtype=base.dtype_policy
+            base.into, base.out, base.use_bias, name=base.name, dtype=base.dtype_policy
         )
-        self._kernel, self.bias = base.kernel, base.bias
+        self.weight, self.bias = base.weight, base.bias
         self.lora_A = Linear(base.into, adapter.rank, False, name="lora_A", dtype="float32")
-        self.lora_B = Linear(adapter.rank, base.units, False, name="lora_B", dtype="float32")
+        self.lora_B = Linear(adapter.rank, base.out, False, name="lora_B", dtype="float32")
         self.lora_A.build()
         self.lora_B.build()
         self.adapter = adapter
@@ -48,7 +48,7 @@ class LoraLinear(Linear):
         """Whether the adapter works beside the weight, which does not hold it."""
         return self.unmerged is None
 
-    def call(self, input: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+    def call(self, input: tf.Tensor) -> tf.Tensor:
         """Computes the layer's output and the adapter's."""
         out: Any = super().call(input)
         if not self.adapts:
@@ -102,11 +102,11 @@ def merge(model: "TFOPTPreTrainedModel") -> None:
     """Adds the adapters to the weights: the model is as fast as before, and can be saved."""
     for layer in adapters(model):
         if layer.adapts:
-            kernel, low, high = _kernels(layer)
-            plain: Any = tf.identity(kernel.value)
-            product: Any = tf.matmul(low.value, high.value)
+            weight, low, high = _weights(layer)
+            plain: Any = tf.identity(weight.value)
+            product: Any = tf.matmul(high.value, low.value)
             wide = tf.cast(plain, product.dtype) + product * layer.adapter.scale
-            kernel.assign(tf.cast(wide, plain.dtype))
+            weight.assign(tf.cast(wide, plain.dtype))
             layer.unmerged = plain
     model.programs.clear()
 
@@ -115,7 +115,7 @@ def unmerge(model: "TFOPTPreTrainedModel") -> None:
     """Gives the weights back as they were before `merge`, bit for bit."""
     for layer in adapters(model):
         if not layer.adapts:
-            _kernels(layer)[0].assign(layer.unmerged)
+            _weights(layer)[0].assign(layer.unmerged)
             layer.unmerged = None
     model.programs.clear()
 
@@ -166,5 +166,5 @@ def adapters(model: "TFOPTPreTrainedModel") -> list[LoraLinear]:
     return [layer for layer in model._flatten_layers() if isinstance(layer, LoraLinear)]
 
 
-def _kernels(layer: LoraLinear) -> tuple[Any, Any, Any]:
-    return layer.kernel, layer.lora_A.kernel, layer.lora_B.kernel
+def _weights(layer: LoraLinear) -> tuple[Any, Any, Any]:
+    return layer.weight, layer.lora_A.weight, layer.lora_B.weight

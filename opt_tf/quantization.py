@@ -14,7 +14,7 @@ from opt_core.dialects import KERAS
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import GROUP, QuantizedTensor, scheme_of
-from opt_tf.linear import Linear
+from opt_tf.linear import Linear, product
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
@@ -83,7 +83,7 @@ class QuantizedLinear(keras.layers.Layer):
 
     def call(self, input: tf.Tensor) -> tf.Tensor:
         """Computes the product."""
-        out = _product(input, self.weight)
+        out = product(input, tf.cast(self.weight.dequantize(), input.dtype))
         return out if self.bias is None else out + tf.convert_to_tensor(self.bias)
 
 
@@ -104,7 +104,7 @@ class QuantizedEmbedding(keras.layers.Layer):
 
     def attend(self, hidden: tf.Tensor) -> tf.Tensor:
         """The product with the table: a tied language-model head."""
-        return _product(hidden, self.weight)
+        return product(hidden, tf.cast(self.weight.dequantize(), hidden.dtype))
 
 
 def prepare(model: "TFOPTPreTrainedModel", quantize: str | None) -> None:
@@ -166,11 +166,6 @@ def refuse(model: "TFOPTPreTrainedModel", action: str) -> None:
         raise ConfigError(
             f"{action}: a model with quantised weights can only be run; load it without quantize"
         )
-
-
-def _product(hidden: tf.Tensor, weight: QuantizedWeight) -> tf.Tensor:
-    matrix = tf.cast(weight.dequantize(), hidden.dtype)
-    return tf.einsum("...i,oi->...o", hidden, matrix)
 
 
 def _locate(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> tuple[Any, str]:

@@ -10,7 +10,6 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from opt_core.config import OPTConfig
-from opt_core.dialects import KERAS
 from opt_core.params import ParamSpec
 from opt_core.run import Slot, identity
 from opt_core.training import TrainConfig
@@ -57,13 +56,11 @@ class Trainer:
 
     def get(self, slot: Slot, spec: ParamSpec) -> NDArray[Any]:
         """Values of a trained parameter, float32 in the canonical layout."""
-        values = self._variable(slot, spec).numpy().astype(np.float32)
-        return values.T if KERAS.is_transposed(spec) else values
+        return self._variable(slot, spec).numpy().astype(np.float32)
 
     def put(self, slot: Slot, spec: ParamSpec, values: NDArray[Any]) -> None:
         """Replaces them."""
-        own = np.array(values.T if KERAS.is_transposed(spec) else values)
-        self._variable(slot, spec).assign(tf.constant(own))
+        self._variable(slot, spec).assign(tf.constant(values))
 
     def export(self, folder: Path) -> None:
         """Writes the model as a Hugging Face folder, adapters merged."""

@@ -5,7 +5,6 @@ from typing import Any
 import tensorflow as tf
 
 import opt_tf  # noqa: F401  it chooses Keras' backend
-from opt_core.dialects import KERAS
 from opt_core.params import Head, param_specs
 from opt_tf.checkpoint import locate
 from tests.backends import Backend
@@ -27,7 +26,4 @@ class TFBackend(Backend):
             loss = model(**inputs).loss
         found = tape.gradient(loss, [locate(model, spec).value for spec in specs])
         arrays = [tf.convert_to_tensor(gradient).numpy() for gradient in found]
-        return {
-            spec.name: array.T if KERAS.is_transposed(spec) else array
-            for spec, array in zip(specs, arrays, strict=True)
-        }
+        return {spec.name: array for spec, array in zip(specs, arrays, strict=True)}

@@ -69,7 +69,7 @@ def test_weight_decay_spares_norms_and_biases():
     ("dialect", "expected"),
     [
         (TORCH, ("model", "decoder", "layers", "1", "fc1", "weight", (56, 32), ("ffn", "hidden"))),
-        (KERAS, ("model", "decoder", "blocks", "1", "fc1", "kernel", (32, 56), ("hidden", "ffn"))),
+        (KERAS, ("model", "decoder", "blocks", "1", "fc1", "weight", (56, 32), ("ffn", "hidden"))),
         (NNX, ("model", "decoder", "layers", "1", "fc1", "weight", (56, 32), ("ffn", "hidden"))),
     ],
 )

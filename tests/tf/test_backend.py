@@ -54,7 +54,7 @@ def test_variables_are_named_by_the_dialect(folder, variant):
     assert len(specs) == len(model.trainable_variables)
     assert model.num_parameters() == sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     block = model.model.decoder.blocks[0]
-    assert block.self_attn.q_proj.kernel.shape == (32, 32)
+    assert block.self_attn.q_proj.weight.shape == (32, 32)
     assert block.final_layer_norm.epsilon == 1e-5
 
 

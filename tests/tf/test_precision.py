@@ -68,8 +68,8 @@ def test_dtype_auto_is_the_stored_one(folder, tmp_path):
 
 def test_values_beyond_float16_are_refused(folder, tmp_path):
     model = model_of(folder)
-    kernel = model.get_decoder().blocks[0].fc2.kernel
-    kernel.assign(kernel * 1e8)
+    weight = model.get_decoder().blocks[0].fc2.weight
+    weight.assign(weight * 1e8)
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"layers\.0\.fc2\.weight: values beyond the range"):
         opt_tf.TFOPTForCausalLM.from_pretrained(tmp_path, dtype="float16")
@@ -81,6 +81,6 @@ def test_a_fresh_head_warns(folder):
         model = opt_tf.TFOPTForSequenceClassification.from_pretrained(
             folder("pre_ln"), config=config
         )
-    kernel: Any = model.score.kernel
-    assert kernel.shape == (32, 5)
-    assert 0 < np.std(kernel.numpy()) < 0.1
+    weight: Any = model.score.weight
+    assert weight.shape == (5, 32)
+    assert 0 < np.std(weight.numpy()) < 0.1
