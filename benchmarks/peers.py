@@ -5,7 +5,7 @@
 Runs by itself, in whatever environment holds that library: nothing of this project is imported.
 
     transformers         transformers 4 or 5, PyTorch
-    transformers-tf      transformers 4, TensorFlow, compiled by XLA; reads pytorch_model.bin or safetensors
+    transformers-tf      transformers 4, TensorFlow, compiled by XLA
     transformers-flax    transformers 4, Flax
     keras-hub-tf         KerasHub on TensorFlow, compiled by XLA, random weights of the same shape
     keras-hub-jax        KerasHub on JAX, likewise

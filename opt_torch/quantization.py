@@ -40,11 +40,11 @@ _CPU = torch.device("cpu")
 _ROW = torch.ones(1, 1)
 
 # Not public, but what PyTorch's own quantised modules call; a build may lack them.
-_MAKE = torch.ops.aten._make_per_channel_quantized_tensor
+_MAKE: Any = getattr(torch, "_make_per_channel_quantized_tensor", None)
 _PACK = getattr(torch.ops.quantized, "linear_prepack", None)
 _UNPACK = getattr(torch.ops.quantized, "linear_unpack", None)
 _PRODUCT = getattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32", None)
-HAS_INTEGERS = None not in (_PACK, _UNPACK, _PRODUCT) and (
+HAS_INTEGERS = None not in (_MAKE, _PACK, _UNPACK, _PRODUCT) and (
     "fbgemm" in torch.backends.quantized.supported_engines
 )
 """Whether this build of PyTorch computes in integers on the CPU."""
