@@ -13,6 +13,7 @@ from conversion.flax_msgpack import write_flax
 from conversion.flush import Flusher
 from conversion.keras_hub import check_keras_hub, keras_hub_tensors, write_keras_hub
 from conversion.lazy import (
+    Buffers,
     MemoryTensor,
     contiguous,
     count_not_finite,
@@ -189,8 +190,9 @@ def write_weights(
     limit = parse_size(max_shard_size)
     tensors = list(target.tensors(config, entries))
     following = [*(tensor for _, tensor in tensors[1:]), None]
+    buffers = Buffers()
     tasks = [
-        lambda now=now, then=then: _fetch(now, then, dtype)
+        lambda now=now, then=then: _fetch(now, then, dtype, buffers)
         for (_, now), then in zip(tensors, following, strict=True)
     ]
     with Ahead(tasks) as ahead, Flusher(folder) as flusher:
@@ -236,13 +238,17 @@ def _stored_as(tensor: LazyTensor, dtype: np.dtype[Any] | None) -> np.dtype[Any]
 
 
 def _fetch(
-    tensor: LazyTensor, following: LazyTensor | None, dtype: np.dtype[Any] | None
+    tensor: LazyTensor,
+    following: LazyTensor | None,
+    dtype: np.dtype[Any] | None,
+    buffers: Buffers,
 ) -> tuple[NDArray[Any], int]:
     if following is not None:
         will_need(following)
     array = tensor.read()
     broken = count_not_finite(array)
-    return contiguous(cast_array(tensor.name, array, _stored_as(tensor, dtype))), broken
+    array = cast_array(tensor.name, array, _stored_as(tensor, dtype))
+    return contiguous(array, buffers), broken
 
 
 def _split(tensors: Sequence[PendingTensor], limit: int) -> list[list[PendingTensor]]:

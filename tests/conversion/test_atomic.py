@@ -27,7 +27,7 @@ from conversion.targets import TARGETS
 source, root = Path(sys.argv[1]), Path(sys.argv[2])
 
 def convert(new, to):
-    conversion.convert(source, new, to, max_shard_size="8MB")
+    conversion.convert(source, new, to, max_shard_size="5MB")
 
 def files(folder):
     return {p.name: hashlib.sha1(p.read_bytes()).hexdigest() for p in folder.iterdir()}
@@ -70,7 +70,7 @@ print(json.dumps([states, sorted(p.name for p in root.iterdir())]))
 
 def test_killed_at_any_moment_the_folder_is_whole_or_absent(tmp_path: Path):
     """Every format in turn; what a killed process left is in nobody's way."""
-    config = TINY.replace(hidden_size=256, ffn_dim=1024, vocab_size=4000, num_hidden_layers=6)
+    config = TINY.replace(hidden_size=256, ffn_dim=1024, vocab_size=4000, num_hidden_layers=3)
     make(tmp_path / "source", config)
     before = {p.name: p.read_bytes() for p in (tmp_path / "source").iterdir()}
     (tmp_path / "out").mkdir()

@@ -12,7 +12,7 @@ import torch
 
 import conversion
 from conversion import flax_msgpack, targets
-from conversion.lazy import contiguous
+from conversion.lazy import Buffers, contiguous
 from conversion.sources import open_source
 from conversion.targets import TARGETS
 from opt_core.errors import CheckpointError, ConfigError, OPTError
@@ -337,6 +337,25 @@ def test_no_more_than_two_tensors_are_held(
     monkeypatch.setattr(targets, "_fetch", fetch)
     conversion.convert(tmp_path / "a", tmp_path / "b", to)
     assert most <= 3  # one is written, one is ready, and one is being let go of
+
+
+def test_memory_is_used_again_when_nobody_looks_at_it():
+    buffers, matrix = Buffers(), np.arange(6, dtype=np.float32).reshape(2, 3)
+    first = contiguous(matrix.T, buffers)
+    second = contiguous(matrix.T + 1, buffers)
+    third = contiguous((matrix + 2).T, buffers)
+    assert not np.shares_memory(first, third)
+    np.testing.assert_array_equal(first, matrix.T)
+    looked_at = first.reshape(-1).view(np.uint8).data
+    address = first.ctypes.data
+    del first
+    kept = bytes(looked_at)
+    assert contiguous((matrix + 3).T, buffers).ctypes.data != address
+    assert bytes(looked_at) == kept
+    del looked_at
+    assert contiguous((matrix + 4).T, buffers).ctypes.data == address
+    np.testing.assert_array_equal(second, matrix.T + 1)
+    np.testing.assert_array_equal(third, matrix.T + 2)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")

@@ -41,9 +41,16 @@ def assert_same_weights(a: Any, b: Any) -> None:
         assert torch.equal(tensor, state[name]), name
 
 
-@pytest.mark.parametrize("head", CLASSES)
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(("a", "b"), list(product(BACKENDS, repeat=2)))
+# A pair is the reader of one backend and the writer of another: every pair for one model, and for
+# the others those without torch, which stands at both ends anyway.
+CASES = [
+    (a, b, name, head)
+    for a, b, name, head in product(BACKENDS, BACKENDS, CONFIGS, CLASSES)
+    if (name, head) == ("pre_ln", "causal_lm") or len({"torch", a, b}) == len(BACKENDS)
+]
+
+
+@pytest.mark.parametrize(("a", "b", "name", "head"), CASES)
 def test_every_pair_of_backends(a: str, b: str, name: str, head: Any):
     original = getattr(opt_torch, CLASSES[head])(CONFIGS[name], seed=3)
     first = to(a, original)

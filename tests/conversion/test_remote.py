@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 import conversion
 from opt_cli.main import main
@@ -19,6 +17,7 @@ from opt_core.params import count_parameters
 from tests.conversion.checkpoints import make
 from tests.conversion.hub import Handler, Hub, serving, whole
 from tests.core.checkpoint_fixtures import EMBEDDING, TINY
+from tests.hub_here import lead
 from tests.small_tokenizer import write_opt_folder
 
 Info = Callable[[str], tuple[int, dict[str, Any], str]]
@@ -27,14 +26,8 @@ Info = Callable[[str], tuple[int, dict[str, Any], str]]
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serving() as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        template = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        disable_progress_bars()
+        lead(monkeypatch, served.url, tmp_path / "hf")
         yield served
-        enable_progress_bars()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ import pytest
 
 from opt_core.errors import CheckpointError
 from opt_core.hub import TOKENIZER_FILES, model_files, resolve
+from tests.hub_here import lead
 
 ROOT = Path(__file__).parents[2]
 COMMITS = {"main": "a" * 40, "old": "b" * 40}
@@ -133,7 +133,7 @@ def hub():
     state = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(state))
     state.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield state
     server.shutdown()
@@ -141,59 +141,25 @@ def hub():
     thread.join()
 
 
-# Any address but the server's own is refused before it is contacted.
-SCRIPT = """
-import json, socket, sys
-connect = socket.socket.connect
-def guarded(self, address):
-    if self.family != socket.AF_UNIX and address[0] != "127.0.0.1":
-        raise SystemExit(f"contacted {address}")
-    return connect(self, address)
-socket.socket.connect = guarded
-lookup = socket.getaddrinfo
-def looked_up(host, *rest, **more):
-    if host not in ("127.0.0.1", b"127.0.0.1"):
-        raise SystemExit(f"looked up {host}")
-    return lookup(host, *rest, **more)
-socket.getaddrinfo = looked_up
-from opt_core.errors import CheckpointError
-from opt_core.hub import resolve
-name, options = json.loads(sys.argv[1])
-if "files" in options: options["files"] = tuple(options["files"])
-if "optional" in options: options["optional"] = tuple(options["optional"])
-try:
-    folder = resolve(name, **options)
-    print(json.dumps([str(folder), {p.relative_to(folder).as_posix(): p.read_text()
-        for p in folder.rglob("*") if p.is_file()}]))
-except CheckpointError as error:
-    print(json.dumps(["error", str(error)]))
-"""
-
-
 @pytest.fixture
 def ask(hub, tmp_path):
-    """Calls `resolve` in a process of its own: huggingface_hub reads its settings when loaded."""
+    """Calls `resolve`; gives the files of the folder, or what the error says."""
 
     def call(name: str, environment: dict[str, str] | None = None, **options: object):
-        kept = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "HOME")
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, json.dumps([name, options])],
-            cwd=ROOT,
-            env={key: os.environ[key] for key in kept if key in os.environ}
-            | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*"}
-            | (environment or {}),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        where, what = json.loads(done.stdout.splitlines()[-1])
-        if where == "error":
-            assert "\n" not in what
-            return what
-        assert where.startswith(str(tmp_path / "hf"))
-        return what
+        given = environment or {}
+        with pytest.MonkeyPatch.context() as patch:
+            offline = given.get("HF_HUB_OFFLINE") == "1"
+            lead(patch, given.get("HF_ENDPOINT", hub.url), tmp_path / "hf", offline)
+            try:
+                folder = resolve(name, **options)
+            except CheckpointError as error:
+                folder, told = None, str(error)
+        if folder is None:
+            assert "\n" not in told
+            return told
+        assert folder.is_relative_to(tmp_path / "hf")
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
     return call
 
