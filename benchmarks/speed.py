@@ -96,11 +96,12 @@ def flax_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) -> 
     load_s = time.time() - start
     mask = np.ones(ids.shape, np.int32)
     config = TrainConfig(lr_schedule="constant")
-    forward = nnx.jit(lambda model, ids: model(ids).logits)
+    graph, state = nnx.split(model)  # `nnx.jit` would copy the weights at every call
+    forward = jax.jit(lambda state, ids: nnx.merge(graph, state)(ids).logits)
     optimizer: Any = None
 
     def prefill() -> Any:
-        return float(forward(model, ids)[0, -1, 0])
+        return float(forward(state, ids)[0, -1, 0])
 
     def generate(new: int) -> None:
         out = model.generate(

@@ -50,7 +50,9 @@ def causal_lm(logits_BTV: Array, labels: Any, label_smoothing: float = 0.0) -> A
     """
     B, T, V = logits_BTV.shape
     targets = classes("labels", labels, (B, T), V)[:, 1:]
-    return _cross_entropy(logits_BTV[:, :-1], targets, IGNORED, label_smoothing)
+    # Nothing follows the last token. The logits are large: a slice of them would be a copy.
+    targets = jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORED)
+    return _cross_entropy(logits_BTV, targets, IGNORED, label_smoothing)
 
 
 def classification(
@@ -144,7 +146,9 @@ def last_token(input_ids: Any, hidden_BTP: Array, pad_token_id: int | None) -> A
 def _cross_entropy(logits: Array, targets: Array, ignored: int, smoothing: float = 0.0) -> Array:
     """Mean negative log-likelihood of the targets, those that equal `ignored` left out."""
     logits, kept = widen(logits), targets != ignored
-    picked = jnp.take_along_axis(logits, jnp.where(kept, targets, 0)[..., None], -1)[..., 0]
+    # Compared, not looked up: the gradient is then one pass over the logits, without a scatter.
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    picked = jnp.where(is_target, logits, 0).sum(-1)
     nats = jax.nn.logsumexp(logits, -1) - (1 - smoothing) * picked
     if smoothing:
         nats = nats - smoothing * logits.mean(-1)
