@@ -1,5 +1,6 @@
 """Causal self-attention: projections, masks and the kernels behind one interface."""
 
+from itertools import pairwise
 from typing import Any
 
 import keras
@@ -10,6 +11,8 @@ from opt_tf.cache import KVCache
 from opt_tf.linear import Linear, drop, sizes
 
 IMPLEMENTATIONS = ("eager", "sdpa")
+_PIECE, _PIECES = 128, 4
+"""Queries of a long text that are taken together, at least; and the most pieces of a text."""
 
 
 class TFOPTAttention(keras.layers.Layer):
@@ -67,7 +70,8 @@ class TFOPTAttention(keras.layers.Layer):
             if not cache.is_empty:
                 key, value = (buffer[:, :, : cache.visible(T)] for buffer in buffers)
         weights = None
-        if output_attentions or self.implementation == "eager" or (seed is not None):
+        drops = seed is not None and self.dropout > 0
+        if output_attentions or self.implementation == "eager" or drops:
             mixed, weights = eager(query, key, value, bias_B1TS, self.dropout, seed)
         else:
             mixed = sdpa(query, key, value, bias_B1TS)
@@ -121,5 +125,19 @@ def eager(
 def sdpa(
     q_BHTK: tf.Tensor, k_BHSK: tf.Tensor, v_BHSK: tf.Tensor, bias_B1TS: tf.Tensor | None
 ) -> tf.Tensor:
-    """Attention without its weights, left to XLA to fuse: TensorFlow has no kernel of its own."""
-    return eager(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, 0.0, None)[0]
+    """Attention without its weights: TensorFlow has no kernel of its own for it.
+
+    A long text is taken in pieces, each with the keys up to its end: those behind it would only be
+    multiplied to be masked.
+    """
+    T, S = sizes(q_BHTK)[2], sizes(k_BHSK)[2]
+    is_whole = isinstance(T, int) and isinstance(S, int) and T == S  # nothing came before
+    count = min(_PIECES, T // _PIECE) if is_whole and bias_B1TS is not None else 1
+    if count < 2:
+        return eager(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, 0.0, None)[0]
+    assert bias_B1TS is not None
+    mixed, starts = [], [T * i // count for i in range(count + 1)]
+    for start, end in pairwise(starts):
+        query, bias = q_BHTK[:, :, start:end], bias_B1TS[:, :, start:end, :end]
+        mixed.append(eager(query, k_BHSK[:, :, :end], v_BHSK[:, :, :end], bias, 0.0, None)[0])
+    return tf.concat(mixed, 2)

@@ -79,13 +79,17 @@ def test_filters_act_on_beams(backend, folder, settings):
         assert [ours[row]] == theirs
 
 
-@pytest.mark.xla
+FILTERS = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[7], [52, 52]]}
+
+
 @pytest.mark.parametrize(
-    "filters",
-    [{}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[7], [52, 52]]}],
-    ids=["plain", "filters"],
+    ("variant", "filters"),
+    [
+        pytest.param("pre_ln", {}, marks=pytest.mark.xla),
+        pytest.param("pre_ln", FILTERS, marks=pytest.mark.xla),
+        *((variant, FILTERS) for variant in CONFIGS if variant != "pre_ln"),
+    ],
 )
-@pytest.mark.parametrize("variant", CONFIGS)
 def test_a_padded_batch_of_beams_is_its_rows(backend, folder, variant, filters):
     lengths = [9, 4, 1]
     ids, mask = make_prompts(CONFIGS[variant], 3, 9), make_mask("left", lengths)

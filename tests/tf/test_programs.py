@@ -22,7 +22,7 @@ COUNT = """
     import opt_tf
     from tests.configs import CONFIGS
     from tests.reference import make_mask, make_prompts
-    model = opt_tf.TFOPTForCausalLM(CONFIGS["pre_ln"])
+    model = opt_tf.TFOPTForCausalLM(CONFIGS["pre_ln"].replace(num_hidden_layers=1))
     def report():
         print(len(list(Path(sys.argv[1]).glob("*before_optimizations.txt"))))
     settings = {
@@ -46,13 +46,21 @@ COUNT = """
     report()
     model.generate(make_prompts(model.config, 3, 5), **settings, temperature=2.0)
     report()
+    for length in (5, 9, 12):
+        prompts = make_prompts(model.config, 2, length, seed=length)
+        prompts[:, length // 2] = prompts[:, -1]
+        guesses = {"prompt_lookup_num_tokens": 3}
+        model.generate(prompts, max_new_tokens=20, eos_token_id=None, **guesses)
+        report()
 """
 
 
 def test_another_prompt_or_setting_compiles_nothing(tmp_path):
     """XLA writes down each program it compiles: first tokens, other tokens; per kind and shape."""
     result = python(COUNT, "tensorflow", str(tmp_path), XLA_FLAGS=f"--xla_dump_to={tmp_path}")
-    assert result.stdout.split() == ["2", "3", "5", "7"], result.stderr
+    *counts, first, second, third = result.stdout.split()
+    assert counts == ["2", "3", "5", "7"], result.stderr
+    assert first == second == third != "7"
 
 
 def test_generation_follows_the_weights(folder):
@@ -109,3 +117,19 @@ def test_any_shape_can_be_traced_at_once(folder):
         out, eager = run(ids.astype(np.int32), mask), model(ids, attention_mask=mask, labels=ids)
         np.testing.assert_allclose(out.logits, eager.logits, rtol=0, atol=2e-5)
         np.testing.assert_allclose(out.loss, eager.loss, rtol=1e-5)
+
+
+def test_long_texts_in_pieces_are_the_whole(folder):
+    """What "sdpa" leaves out is what its mask hides: the same numbers, also of padded rows."""
+    ids, mask = make_prompts(CONFIGS["pre_ln"], 2, 301), make_mask("left", [301, 140])
+    labels, found = np.where(mask, ids, -100), []
+    labels[1, -140] = -100  # nothing but padding foretells it
+    for kind in ("sdpa", "eager"):
+        model = model_of(folder, attn_implementation=kind)
+        with tf.GradientTape() as tape:
+            out = model(ids, attention_mask=mask, labels=labels)
+        query = model.get_decoder().blocks[0].self_attn.q_proj.weight
+        found.append((out.logits.numpy()[mask > 0], tape.gradient(out.loss, query.value).numpy()))
+    (logits, gradient), (theirs, other) = found
+    np.testing.assert_allclose(logits, theirs, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(gradient, other, rtol=0, atol=1e-5 * np.abs(other).max())
