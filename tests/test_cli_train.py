@@ -134,7 +134,8 @@ def test_from_scratch_and_tensorboard(opt_lm, tiny, data, tmp_path, monkeypatch)
     assert told == [*((name, r[name], r["step"]) for r in records for name in names), "closed"]
     # The first loss is that of new weights, on all of the data.
     config = OPTForCausalLM.from_pretrained(tiny).config
-    rows = torch.tensor(np.stack(list(TokenBlocks.open(data / "train"))))
+    blocks = TokenBlocks.open(data / "train")
+    rows = torch.tensor(np.stack([blocks[i] for i in range(len(blocks))]))
     fresh = OPTForCausalLM(config, seed=3).eval()
     assert records[0]["loss"] == pytest.approx(fresh(rows, labels=rows).loss.item(), rel=1e-5)
 
