@@ -196,7 +196,7 @@ SPAN = {"context": "A dog.", "qas": [{"id": "a", "question": "Who?", "answers": 
     [
         ("data.txt", b"", "data.txt: is empty"),
         ("data.txt", b"\x7fELF\0\0", "data.txt: binary data, not text"),
-        ("data.txt", b"caf\xe9 \xc3\xa9", "data.txt: byte 3 (0xe9) is not UTF-8"),
+        ("data.txt", b"la \xe9 \xc3\xa9", "data.txt: byte 3 (0xe9) is not UTF-8"),
         ("data.txt", b"one two", "data.txt: train: 8 tokens fill no block of 16"),
         ("data.jsonl", b'{"text": "a", "label": -1}', "data.jsonl: labels: expected class numbers"),
         ("data.jsonl", b'{"text": "a", "label": 7}', "found 7 among 1 rows: more classes than"),
