@@ -85,13 +85,18 @@ def whole(request: Handler, data: bytes, start: int, stop: int) -> None:
     request.reply(200, data, ETag='"x"')
 
 
+class Server(ThreadingHTTPServer):
+    """A server that says nothing when a client that has heard enough hangs up."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Quietly."""
+
+
 @contextmanager
 def serving() -> Iterator[Hub]:
     """A hub, until the end of the block."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
-    server.daemon_threads = True
-    server.handle_error = lambda *_: None  # a client that has heard enough hangs up
+    server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     threading.Thread(target=server.serve_forever, daemon=True, args=(0.01,)).start()
     hub.url = f"http://127.0.0.1:{server.server_port}"
     yield hub

@@ -8,6 +8,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,11 +146,12 @@ def hub():
 def ask(hub, tmp_path):
     """Calls `resolve`; gives the files of the folder, or what the error says."""
 
-    def call(name: str, environment: dict[str, str] | None = None, **options: object):
+    def call(name: str, environment: dict[str, str] | None = None, **options: Any):
         given = environment or {}
+        url = given.get("HF_ENDPOINT") or str(hub.url)
         with pytest.MonkeyPatch.context() as patch:
             offline = given.get("HF_HUB_OFFLINE") == "1"
-            lead(patch, given.get("HF_ENDPOINT", hub.url), tmp_path / "hf", offline)
+            lead(patch, url, tmp_path / "hf", offline)
             try:
                 folder = resolve(name, **options)
             except CheckpointError as error:
