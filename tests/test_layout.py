@@ -41,6 +41,7 @@ OWN_NAMES = {
         "BLOCK",
         "widened",
         "FEW_ROWS",
+        "product",
         "sizes",
         "Embedding",
         "WORTHWHILE",
