@@ -17,7 +17,15 @@ from opt_core.config import OPTConfig  # noqa: E402
 from opt_core.errors import CheckpointError, ConfigError  # noqa: E402
 from opt_core.params import param_specs  # noqa: E402
 from opt_core.training import TrainConfig  # noqa: E402
-from opt_flax import beam, checkpoint, generation, programs, speculative, training  # noqa: E402
+from opt_flax import (  # noqa: E402
+    beam,
+    checkpoint,
+    generation,
+    linear,
+    programs,
+    speculative,
+    training,
+)
 from tests.backends import GRADIENT_TOLERANCE, ORACLE_TOLERANCE  # noqa: E402
 from tests.configs import CONFIGS  # noqa: E402
 from tests.reference import make_mask, make_prompts  # noqa: E402
@@ -138,6 +146,18 @@ def test_guesses_need_no_other_program(folder):
     run([[2, 7, 8, 9, 7, 8, 9, 7]], 2**40, 1.5)
     run([[2, 5, 6, 5]], 4, 0.1)
     assert counts() == after
+
+
+def test_few_rows_are_multiplied_the_other_way_round_on_a_cpu():
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=(56, 32)), jnp.float32)
+    for shape in ((32,), (1, 32), (3, 2, 32), (linear.FEW_ROWS, 32), (linear.FEW_ROWS + 1, 32)):
+        rows = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape) / 100
+        few = np.prod(shape[:-1]) <= linear.FEW_ROWS
+        close(linear.product(rows, weight), np.asarray(rows) @ np.asarray(weight).T, 2e-4)
+        for platform in ("cpu", "tpu", "cuda"):
+            traced = jax.jit(linear.product).trace(rows, weight)
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+            assert ("optimization_barrier" in text) == (few and platform == "cpu")
 
 
 @pytest.mark.parametrize(

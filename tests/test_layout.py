@@ -43,6 +43,7 @@ OWN_NAMES = {
         "BLOCK",
         "widened",
         "FEW_ROWS",
+        "product",
         "sizes",
         "Embedding",
         "WORTHWHILE",
