@@ -31,7 +31,7 @@ OPTIONS = (
 
 def command(text: Path, out: Path, backend: str) -> list[str]:
     """The command line of the run."""
-    options = (*OPTIONS, "--out", out, "--backend", backend, "--resume")
+    options = (*OPTIONS, "--validation", text, "--out", out, "--backend", backend, "--resume")
     return [sys.executable, "-m", "opt_cli", "train", "mini", str(text), *map(str, options)]
 
 
@@ -54,6 +54,13 @@ def life(arguments: list[str], out: Path, moments: random.Random) -> int | None:
     if process.returncode != -signal.SIGKILL:
         raise RuntimeError(errors.decode())
     return last_step(out)
+
+
+def to_the_end(arguments: list[str]) -> None:
+    """Starts or resumes a run and lets it finish."""
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
 
 
 def last_step(out: Path) -> int:
@@ -92,13 +99,13 @@ def main() -> None:
         moments = random.Random(args.seed)
         with tempfile.TemporaryDirectory() as folder:
             peace, killed = Path(folder, "peace"), Path(folder, "killed")
-            subprocess.run(command(args.text, peace, backend), check=True, capture_output=True)
+            to_the_end(command(args.text, peace, backend))
             steps: list[Any] = []
             while len(steps) < args.kills:
                 steps.append(life(command(args.text, killed, backend), killed, moments))
                 if steps[-1] is None:
                     raise RuntimeError(f"the run ended after {len(steps) - 1} kills; try a --seed")
-            subprocess.run(command(args.text, killed, backend), check=True, capture_output=True)
+            to_the_end(command(args.text, killed, backend))
             found = {"backend": backend, "steps": STEPS, "killed_at": steps}
             print(json.dumps(found | compare(killed, peace)), flush=True)
 
