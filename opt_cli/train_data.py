@@ -73,13 +73,14 @@ def _text(
     from opt_core.data_blocks import BLOCKS_FILE
 
     if data.is_file():
-        data = _prepared(data, model, config, out / "data", HELD_OUT if config.eval_every else 0)
+        held_out = HELD_OUT if config.eval_every and validation is None else 0
+        data = _prepared(data, model, config, out / "data", held_out)
     if validation is not None and validation.is_file():
         validation = _prepared(validation, model, config, out / "data-validation", 0) / "train"
     if (data / "train" / BLOCKS_FILE).exists():
-        held_out = data / "validation"
-        if validation is None and (held_out / BLOCKS_FILE).exists():
-            validation = held_out
+        beside = data / "validation"
+        if validation is None and (beside / BLOCKS_FILE).exists():
+            validation = beside
         data = data / "train"
     train = _blocks(data, model_config, config)
     return Opened(
@@ -100,11 +101,13 @@ def _prepared(
         try:
             with _naming(file), console.progress(f"preparing {file}") as progress:
                 prepare([file], folder, _tokenizer(model), how, os.cpu_count() or 1, progress)
-        except BaseException:
+        except DataError as error:
+            hint = "; or name other data: --validation" if "validation" in str(error) else ""
+            raise DataError(f"{error}{hint}") from None
+        finally:
             if is_new:
                 with suppress(OSError):
-                    folder.parent.rmdir()
-            raise
+                    folder.parent.rmdir()  # where nothing came of it
     return folder
 
 

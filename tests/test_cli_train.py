@@ -216,6 +216,22 @@ def test_bad_data_is_one_line_and_leaves_nothing(opt_lm, tiny, tmp_path, name, c
     assert not (tmp_path / "new" / "run").exists()
 
 
+def test_a_text_that_cannot_be_split(opt_lm, tiny, tmp_path):
+    """One document: it is validated on another file, of which nothing is held out."""
+    for name in ("train.txt", "other.txt"):
+        (tmp_path / name).write_text(" ".join(f"{i} quick foxes and a dog," for i in range(40)))
+    command = ("train", tiny, tmp_path / "train.txt", "--out", tmp_path / "run", "--max-steps", 1,
+               "--batch-size", 2, "--sequence-length", 16, "--eval-every", 1)  # fmt: skip
+    code, _, err = opt_lm(*command)
+    assert code == 2
+    assert "none of 1 documents fell on this side" in err
+    assert err.endswith("; or name other data: --validation\n")
+    code, out, err = opt_lm(*command, "--validation", tmp_path / "other.txt")
+    assert code == 0, err
+    assert "validation loss" in out
+    assert not (tmp_path / "run" / "data" / "validation").exists()
+
+
 def test_no_data_and_no_run(opt_lm, tiny, tmp_path):
     code, _, err = opt_lm("train", tiny, tmp_path / "none", "--out", tmp_path / "run")
     assert code == 2
