@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from opt_core.config import write_json
 from opt_core.errors import CheckpointError, OPTError, TrainingError
+from opt_core.lock import locked
 from opt_core.safetensors_file import (
     PendingTensor,
     parse_json_object,
@@ -185,7 +186,7 @@ def open_run(path: Path, settings: Mapping[str, Any], resume: bool) -> Generator
         if not resume and os.path.lexists(path) and not _is_new(path):
             raise TrainingError(f"{path}: already exists; resume it or name another folder")
         path.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with locked(path, TrainingError(f"{path}: another process is training here")):
             if about.exists():
                 _check_settings(path, parse_json_object(about.read_bytes(), about), wanted)
             else:
@@ -242,21 +243,3 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Generator[None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs in one folder at a time are the user's care
-        yield
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise TrainingError(f"{path}: another process is training here") from None
-        yield
-    finally:
-        os.close(handle)

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from opt_core.errors import CheckpointError, OPTError
+from opt_core.lock import locked
 
 
 def check_is_new(folder: Path, failure: type[OPTError] = CheckpointError) -> None:
@@ -41,7 +42,7 @@ def new_folder(folder: Path, failure: type[OPTError] = CheckpointError) -> Gener
         if stage.is_symlink() or (stage.exists() and not stage.is_dir()):
             stage.unlink()
         stage.mkdir(exist_ok=True)
-        with _locked(stage, folder, failure):
+        with locked(stage, failure(f"{folder}: another process is writing it")):
             try:
                 _clear(stage)
                 yield stage
@@ -57,24 +58,6 @@ def new_folder(folder: Path, failure: type[OPTError] = CheckpointError) -> Gener
         raise type(error)(str(error).replace(str(stage), str(folder))) from None
     except OSError as error:
         raise failure(f"{folder}: cannot be written: {error.strerror or error}") from None
-
-
-@contextlib.contextmanager
-def _locked(stage: Path, folder: Path, failure: type[OPTError]) -> Generator[None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows: two writers of one folder at a time are the user's care
-        yield
-        return
-    handle = os.open(stage, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise failure(f"{folder}: another process is writing it") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def _clear(stage: Path) -> None:

@@ -1,9 +1,9 @@
 """Linear layers and embeddings: what holds a parameter, and the product it takes part in.
 
 A weight is kept as [out, in], as in PyTorch and in checkpoints, and is not called `kernel`, which
-in Flax means [in, out]: XLA's CPU products read this layout up to three times as fast for one row
-and for a few, and as fast for many; accelerators choose layouts of their own. The values are left
-for `opt_flax.checkpoint` to fill in.
+in Flax means [in, out]: XLA's CPU products of one row and of eight read this layout 1.2 to 2.9
+times as fast, those of many rows as fast; accelerators choose layouts of their own. The values are
+left for `opt_flax.checkpoint` to fill in.
 """
 
 import math

@@ -4,7 +4,7 @@ A layer keeps the numbers of `opt_core.quantization`. There are two ways to comp
 
 - With the weight they stand for, a block of it at a time: no whole weight is ever there in floating
   point. That saves memory, not time.
-- "int8" on the CPU, where PyTorch is built with FBGEMM: in integers, several times as fast. The
+- "int8" on the CPU, where PyTorch is built with FBGEMM: in integers, faster than float32. The
   input is quantised too, each row by itself, to 7 bits: processors without instructions for such
   products add pairs of them up in 16 bits, which 8 bits would overflow. Every sum is exact, so a
   row's result depends on nothing but the row.
