@@ -329,7 +329,12 @@ def test_as_a_module_with_a_pipe_on_either_side(tiny: Path):
 
 def start_long_generation(tiny: Path) -> subprocess.Popen[bytes]:
     command = [*COMMAND, "generate", "Now is", "-m", str(tiny), "-n", "4000", "--do-sample"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores it; heirs too
+    try:
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_broken_pipe_ends_quietly(tiny: Path):
