@@ -3,7 +3,8 @@
     python -m benchmarks.speed --backend torch --model DIR --task decode --dtype float32
 
 Tasks: prefill (1 x 512), decode (1 x 32, then 64 new tokens), batch (8 x 32, then 64 new tokens
-each), train (4 x 256, AdamW), load. Figures: `tok_s` and `best`, tokens per second, median and best
+each), lookup (as decode, with prompt lookup, for a text that repeats itself), train (4 x 256,
+AdamW), load. Figures: `tok_s` and `best`, tokens per second, median and best
 of the repetitions, counting new tokens (decode, batch) or processed ones (prefill, train);
 `first_s`, the first call with everything it has to set up; `load_s`; `rss_gib`, peak resident
 memory.
@@ -21,16 +22,29 @@ from typing import Any
 
 import numpy as np
 
+from conversion.backends import to_numpy
 from opt_core import OPTConfig, TrainConfig
+from opt_core.errors import InputError
+from opt_core.hub import resolve
 from opt_core.quantization import SCHEMES
 
 SHAPES = {
     "prefill": (1, 512),
     "decode": (1, 32),
     "batch": (8, 32),
+    "lookup": (1, 32),
     "train": (4, 256),
     "load": (1, 8),
 }
+"""Rows and tokens of each task's prompt."""
+
+GENERATING = ("decode", "batch", "lookup")
+
+GUESSES = 10
+"""Tokens that prompt lookup guesses at a time."""
+
+PERIOD = 8
+"""After so many tokens a text for prompt lookup repeats itself."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +54,14 @@ class Work:
     Attributes:
         load_s: Seconds that loading took, imports left out.
         prefill: Computes all logits of the prompt.
-        generate: Adds so many tokens to the prompt.
+        generate: Adds so many tokens to the prompt, guessing so many at a time by prompt lookup
+            (None: none), and returns all ids.
         train: Takes one optimizer step.
     """
 
     load_s: float
     prefill: Callable[[], Any]
-    generate: Callable[[int], Any]
+    generate: Callable[[int, int | None], np.ndarray]
     train: Callable[[], Any]
 
 
@@ -68,11 +83,8 @@ def torch_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) ->
         with torch.inference_mode():
             return model(batch, attention_mask=mask).logits[0, -1, 0].item()
 
-    def generate(new: int) -> None:
-        out = model.generate(
-            batch, attention_mask=mask, max_new_tokens=new, eos_token_id=None, do_sample=False
-        )
-        assert out.shape[1] == batch.shape[1] + new
+    def generate(new: int, lookup: int | None) -> np.ndarray:
+        return to_numpy(model.generate(batch, attention_mask=mask, **greedy(new, lookup)))
 
     def train() -> float:
         nonlocal optimizer
@@ -103,11 +115,8 @@ def flax_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) -> 
     def prefill() -> Any:
         return float(forward(state, ids)[0, -1, 0])
 
-    def generate(new: int) -> None:
-        out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=new, eos_token_id=None, do_sample=False
-        )
-        assert out.shape[1] == ids.shape[1] + new
+    def generate(new: int, lookup: int | None) -> np.ndarray:
+        return to_numpy(model.generate(ids, attention_mask=mask, **greedy(new, lookup)))
 
     def train() -> float:
         nonlocal optimizer
@@ -137,11 +146,8 @@ def tf_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) -> Wo
     def prefill() -> float:
         return float(forward(batch)[0, -1, 0])
 
-    def generate(new: int) -> None:
-        out = model.generate(
-            batch, attention_mask=mask, max_new_tokens=new, eos_token_id=None, do_sample=False
-        )
-        assert out.shape[1] == ids.shape[1] + new
+    def generate(new: int, lookup: int | None) -> np.ndarray:
+        return to_numpy(model.generate(batch, attention_mask=mask, **greedy(new, lookup)))
 
     def train() -> float:
         nonlocal optimizer
@@ -154,36 +160,73 @@ def tf_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) -> Wo
 BACKENDS = {"torch": torch_work, "tf": tf_work, "flax": flax_work}
 
 
-def main() -> None:
-    """Runs the command line above."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--backend", choices=BACKENDS, required=True)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--task", choices=SHAPES, required=True)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--quantize", choices=SCHEMES)
-    parser.add_argument("--reps", type=int, default=3)
-    parser.add_argument("--new", type=int, default=64)
-    args = parser.parse_args()
-    shape = SHAPES[args.task]
-    vocabulary = OPTConfig.from_pretrained(args.model).vocab_size
-    ids = np.random.default_rng(0).integers(4, min(50000, vocabulary), shape)
+def prompt(task: str, config: OPTConfig, new: int) -> np.ndarray:
+    """Random ids for a task: as many as its shape says, or as the model has room for."""
+    rows, length = SHAPES[task]
+    room = config.max_position_embeddings - (new if task in GENERATING else 0)
+    if room < 1:
+        raise InputError(
+            f"new tokens: expected less than {config.max_position_embeddings}, received {new}"
+        )
+    shape = (rows, min(length, room))
+    ids = np.random.default_rng(0).integers(4, min(50000, config.vocab_size), shape)
+    if task == "lookup":
+        ids = np.resize(ids[:, :PERIOD], shape)
     ids[:, 0] = 2
-    work = BACKENDS[args.backend](args.model, args.dtype, args.quantize, ids)
-    result: dict[str, Any] = {
-        "system": f"opt-lm-{args.backend}", "model": args.model.resolve().name, "task": args.task,
-        "dtype": args.dtype, "quantize": args.quantize, "load_s": round(work.load_s, 2),
+    return ids
+
+
+def greedy(new: int, lookup: int | None) -> dict[str, Any]:
+    """Settings of generation: exactly so many new tokens, whatever the model's own file says."""
+    return {
+        "max_new_tokens": new, "eos_token_id": None, "do_sample": False,
+        "prompt_lookup_num_tokens": lookup,
     }  # fmt: skip
-    if args.task != "load":
-        generates = args.task in ("decode", "batch")
-        call = (lambda: work.generate(args.new)) if generates else getattr(work, args.task)
-        tokens = shape[0] * (args.new if generates else shape[1])
-        seconds = [timed(call) for _ in range(args.reps + 1)]
+
+
+def measure(
+    backend: str,
+    model: str | Path,
+    task: str,
+    dtype: str = "float32",
+    quantize: str | None = None,
+    reps: int = 3,
+    new: int = 64,
+) -> dict[str, Any]:
+    """Times one task in this process.
+
+    Args:
+        backend: "torch", "tf" or "flax".
+        model: Folder, hub id, or "mini".
+        task: One of `SHAPES`.
+        dtype: Of the weights.
+        quantize: "int8", "int4", or None.
+        reps: Timed repetitions; one more goes before them.
+        new: Tokens to add in the tasks that generate.
+
+    Returns:
+        The fields that the module's docstring names.
+    """
+    path = resolve(model)
+    ids = prompt(task, OPTConfig.from_pretrained(path), new)
+    work = BACKENDS[backend](path, dtype, quantize, ids)
+    result: dict[str, Any] = {
+        "system": f"opt-lm-{backend}", "model": path.resolve().name, "task": task,
+        "dtype": dtype, "quantize": quantize, "load_s": round(work.load_s, 2),
+    }  # fmt: skip
+    if task != "load":
+        lookup = GUESSES if task == "lookup" else None
+        generates = task in GENERATING
+        call = (lambda: work.generate(new, lookup)) if generates else getattr(work, task)
+        if lookup and not np.array_equal(work.generate(new, None), call()):
+            raise RuntimeError("guessing changed the text")
+        tokens = ids.shape[0] * new if generates else ids.size
+        seconds = [timed(call) for _ in range(reps + 1)]
         result["first_s"] = round(seconds[0], 2)
         result["tok_s"] = round(tokens / statistics.median(seconds[1:]), 1)
         result["best"] = round(tokens / min(seconds[1:]), 1)
     result["rss_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-    print(json.dumps(result))
+    return result
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -191,6 +234,19 @@ def timed(call: Callable[[], Any]) -> float:
     start = time.time()
     call()
     return time.time() - start
+
+
+def main() -> None:
+    """Runs the command line above."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--backend", choices=BACKENDS, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--task", choices=SHAPES, required=True)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quantize", choices=SCHEMES)
+    parser.add_argument("--reps", type=int, default=3)
+    parser.add_argument("--new", type=int, default=64)
+    print(json.dumps(measure(**vars(parser.parse_args()))))
 
 
 if __name__ == "__main__":

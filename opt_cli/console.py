@@ -143,12 +143,14 @@ def table(header: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> None:
         title = Text(header[i]) if header else ""
         made.add_column(title, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        shown = (
-            f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
-            for v in row
-        )
-        made.add_row(*(Text(text) for text in shown))
+        made.add_row(*(Text(_shown(value)) for value in row))
     stdout.print(made)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @contextmanager

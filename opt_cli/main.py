@@ -4,7 +4,19 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from opt_cli import console, convert, evaluate, export, generate, info, plot, prepare, train, verify
+from opt_cli import (
+    bench,
+    console,
+    convert,
+    evaluate,
+    export,
+    generate,
+    info,
+    plot,
+    prepare,
+    train,
+    verify,
+)
 
 app = typer.Typer(
     cls=console.PipeGroup,
@@ -17,6 +29,7 @@ app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("verify")(verify.verify)
 app.command("export")(export.export)
+app.command("bench")(bench.bench)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("plot")(plot.plot)

@@ -376,3 +376,30 @@ def test_a_terminal_gets_style_but_nothing_from_the_model_to_act_on(tiny: Path):
     assert done.returncode == 0
     assert "Now\N{SYMBOL FOR ESCAPE}[2J[b]is[/b]" in shown
     assert "\x1b[1m" in shown
+
+
+def test_bench_measures(opt_lm: Run, tiny: Path):
+    tasks = ("prefill", "lookup", "train")
+    given = [part for task in tasks for part in ("--task", task)]
+    code, out, err = opt_lm("bench", tiny, *given, "--reps", 1, "-n", 4, "--json")
+    assert (code, err) == (0, "")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["task"] for row in rows] == list(tasks)
+    assert all(0 < row["tok_s"] <= row["best"] for row in rows)
+    code, out, err = opt_lm("bench", "mini", "--task", "decode", "--reps", 1, "-n", 4)
+    assert (code, err) == (0, "")
+    assert re.search(r"^decode +\d", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--task", "speed"), "--task: expected one of prefill, decode, batch"),
+        (("--quantize", "int2"), 'quantize: expected "int8", "int4" or None, received \'int2\''),
+        (("-n", 256), "new tokens: expected less than 256, received 256"),
+    ],
+)
+def test_bench_refuses(opt_lm: Run, options: tuple[Any, ...], message: str):
+    code, out, err = opt_lm("bench", "mini", "--task", "decode", *options)
+    assert (code, out) == (2, "")
+    assert message in err
