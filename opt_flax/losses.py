@@ -1,5 +1,6 @@
 """Losses as `transformers` defines them, in float32 or better, and the classifier's pooling."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,9 @@ from opt_core.accumulation import IGNORED
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_flax.inputs import as_tensor, check_range, is_known
+
+CHUNK = 2**24
+"""Logits that `next_token` keeps at a time."""
 
 
 def widen(logits: Array) -> Array:
@@ -53,6 +57,83 @@ def causal_lm(logits_BTV: Array, labels: Any, label_smoothing: float = 0.0) -> A
     # Nothing follows the last token. The logits are large: a slice of them would be a copy.
     targets = jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORED)
     return _cross_entropy(logits_BTV, targets, IGNORED, label_smoothing)
+
+
+def next_token(
+    hidden_BTP: Array, head_VP: Array, labels: Any, label_smoothing: float = 0.0
+) -> Array:
+    """`causal_lm` of hidden states, for training: the logits are never there all at once.
+
+    Each chunk of rows goes to its logits, its loss and its gradients before the next one.
+
+    Args:
+        hidden_BTP: The decoder's last hidden states.
+        head_VP: Weight of the language-model head.
+        labels: (B, T) ids, unshifted, -100 to ignore one.
+        label_smoothing: Share of the likelihood that is asked for everywhere.
+    """
+    (B, T, P), V = hidden_BTP.shape, head_VP.shape[0]
+    targets = classes("labels", labels, (B, T), V)[:, 1:]
+    targets = jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORED)
+    return _next_token(hidden_BTP.reshape(B * T, P), head_VP, targets.reshape(-1), label_smoothing)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _next_token(rows_NP: Array, head_VP: Array, targets_N: Array, smoothing: float) -> Array:
+    """Mean cross entropy of `rows @ head.T`."""
+    return _by_chunks(rows_NP, head_VP, targets_N, smoothing, False)[0]
+
+
+def _next_token_forward(
+    rows_NP: Array, head_VP: Array, targets_N: Array, smoothing: float
+) -> tuple[Array, tuple[Array, Array]]:
+    """The same, and its gradients, computed on the way forward."""
+    loss, grad_head, grad_rows = _by_chunks(rows_NP, head_VP, targets_N, smoothing, True)
+    return loss, (grad_rows, grad_head)
+
+
+def _next_token_backward(
+    smoothing: float, gradients: tuple[Array, Array], upstream: Array
+) -> tuple[Array, Array, None]:
+    grad_rows, grad_head = ((upstream * g).astype(g.dtype) for g in gradients)
+    return grad_rows, grad_head, None
+
+
+_next_token.defvjp(_next_token_forward, _next_token_backward)
+
+
+def _by_chunks(
+    rows_NP: Array, head_VP: Array, targets_N: Array, smoothing: float, with_gradients: bool
+) -> Any:
+    """Mean cross entropy, and where they are wanted the gradients of head and rows."""
+    (N, P), V = rows_NP.shape, head_VP.shape[0]
+    count = -(-N * V // CHUNK)
+    free = -N % count
+    rows = jnp.pad(rows_NP, ((0, free), (0, 0))).reshape(count, -1, P)
+    targets = jnp.pad(targets_N, (0, free), constant_values=IGNORED).reshape(count, -1, 1)
+    share = 1 / (targets != IGNORED).sum()
+
+    def one(found: Any, chunk: Any) -> Any:
+        some, wanted = chunk
+        logits = widen(jnp.einsum("np,vp->nv", some, head_VP))
+        weights = jnp.where(wanted == IGNORED, 0, share)
+        # Compared, not looked up: the gradient is then one pass over the logits, without a scatter.
+        is_target = jnp.arange(V) == wanted
+        norm = jax.nn.logsumexp(logits, -1, keepdims=True)
+        nats = norm - (1 - smoothing) * jnp.where(is_target, logits, 0).sum(-1, keepdims=True)
+        if smoothing:
+            nats = nats - smoothing * logits.mean(-1, keepdims=True)
+        total = found[0] + (nats * weights).sum()
+        if not with_gradients:
+            return (total, found[1]), None
+        slope = jnp.exp(logits - norm) - (1 - smoothing) * is_target - smoothing / V
+        slope = (slope * weights).astype(some.dtype)
+        grad_head = found[1] + jnp.einsum("nv,np->vp", slope, some)
+        return (total, grad_head), jnp.einsum("nv,vp->np", slope, head_VP)
+
+    start = jnp.zeros((), widen(rows[0]).dtype), jnp.zeros_like(head_VP)
+    (total, grad_head), grad_rows = jax.lax.scan(one, start, (rows, targets))
+    return total, grad_head, None if grad_rows is None else grad_rows.reshape(-1, P)[:N]
 
 
 def classification(

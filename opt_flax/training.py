@@ -20,7 +20,7 @@ from opt_flax import lora, losses
 from opt_flax.checkpoint import path_of
 from opt_flax.inputs import check_inputs
 from opt_flax.parallel import place, spread_rows
-from opt_flax.quantization import refuse
+from opt_flax.quantization import is_quantized, refuse
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
@@ -121,7 +121,11 @@ def loss_of(
     call: Any = model
     if model.head == "causal_lm":
         labels = inputs.pop("labels")
-        return losses.causal_lm(call(**inputs).logits, labels, label_smoothing)
+        head = _head(model)
+        if head is None:
+            return losses.causal_lm(call(**inputs).logits, labels, label_smoothing)
+        hidden = call.model(**inputs).last_hidden_state
+        return losses.next_token(hidden, head, labels, label_smoothing)
     if model.head == "sequence_classification":
         labels = inputs.pop("labels")
         logits = call(**inputs).logits
@@ -200,6 +204,18 @@ def _inputs(model: "FlaxOPTPreTrainedModel", batch: accumulation.Batch) -> dict[
     }
 
 
+def _head(model: Any) -> Array | None:
+    """Weight of the language-model head (V, P), where `losses.next_token` can use it.
+
+    It cannot where the weight is quantised, nor on a mesh: chunks of rows would not stay spread.
+    """
+    if model.mesh is not None or is_quantized(model):
+        return None
+    if model.lm_head is not None:
+        return model.lm_head.weight[...]
+    return model.get_decoder().embed_tokens.embedding[...]
+
+
 def _descend(updates: Any, state: Any, params: Any = None, **given: Any) -> Any:
     return jax.tree.map(lambda update: update * -given["learning_rate"], updates), state
 
@@ -227,14 +243,16 @@ def _update(
 ) -> tuple[Any, Array, Array]:
     """Moves the weights, unless that would spoil them."""
     norm = optax.tree.norm(gradients)
+    graph, state = nnx.split((model, optimizer))
+
+    def move(state: Any) -> Any:
+        model, optimizer = nnx.merge(graph, state)
+        optimizer.update(model, gradients, learning_rate=rate)
+        return nnx.state((model, optimizer))
+
+    # A condition, not a choice among results: these would be held beside what they replace.
     is_sound = jnp.isfinite(loss) & jnp.isfinite(norm)
-    old = jax.tree.map(lambda value: value, nnx.state((model, optimizer)))  # not what is updated
-    optimizer.update(model, gradients, learning_rate=rate)
-
-    def choose(old: Array, new: Array) -> Array:
-        return new if new is old else jnp.where(is_sound, new, old)
-
-    return jax.tree.map(choose, old, nnx.state((model, optimizer))), loss, norm
+    return jax.lax.cond(is_sound, move, lambda state: state, state), loss, norm
 
 
 @partial(jax.jit, static_argnames=("graph", "how"), donate_argnames="state")

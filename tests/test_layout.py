@@ -43,6 +43,7 @@ OWN_NAMES = {
         "BLOCK",
         "widened",
         "FEW_ROWS",
+        "MANY_ROWS",
         "product",
         "sizes",
         "Embedding",
@@ -84,7 +85,7 @@ RULES = {
     "opt_core": Rule({"opt_core"}, set()),
     **{name: Rule({"opt_core", name, *FRAMEWORKS[name]}, set()) for name in BACKENDS},
     "conversion": Rule({"opt_core", "conversion"}, HEAVY - {"transformers"}),
-    "opt_cli": Rule({"opt_core", "conversion", "opt_cli"}, set(BACKENDS)),
+    "opt_cli": Rule({"opt_core", "conversion", "opt_cli"}, {*BACKENDS, "benchmarks"}),
 }
 
 

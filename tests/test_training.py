@@ -52,11 +52,13 @@ def reference_steps(config, batches, smoothing=0.0):
 
 @pytest.mark.hf
 @pytest.mark.parametrize("variant", CONFIGS)
-def test_three_steps_equal_float64(backend, folder, variant):
-    """One variant in parts, with smoothed labels and labels that have no say."""
+def test_three_steps_equal_float64(backend, folder, variant, monkeypatch):
+    """One variant in parts, with smoothed labels, some without a say, and few logits at a time."""
     config, train = CONFIGS[variant].replace(dropout=0.0, attention_dropout=0.0), CONFIG
     batches: list = [make_prompts(config, 4, 12, seed=s) for s in range(3)]
     if variant == "post_ln":
+        if backend.name != "tf":  # whose loss gains nothing from chunks
+            monkeypatch.setattr(f"opt_{backend.name}.losses.CHUNK", 5 * config.vocab_size)
         train = CONFIG.replace(gradient_accumulation_steps=2, label_smoothing=0.1)
         batches = [{"input_ids": ids, "labels": np.where(ids < 40, -100, ids)} for ids in batches]
     ours = backend.train(backend.load(folder(config)), batches, train)
