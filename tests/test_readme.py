@@ -1,10 +1,13 @@
 """The README's Python blocks run, one after another, as a reader would run them."""
 
+import json
 import re
 import warnings
 from pathlib import Path
 
 import pytest
+
+from benchmarks import compare
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
@@ -31,3 +34,7 @@ def test_every_file_it_names_exists():
     root = README.parent
     for name in re.findall(r"`([a-z_]+/[\w/.]+\.(?:py|md))`", README.read_text(encoding="utf-8")):
         assert (root / name).exists(), name
+
+
+def test_the_table_of_speeds_is_that_of_the_results():
+    assert compare.table(json.loads(compare.RESULTS.read_text())) in README.read_text("utf-8")
