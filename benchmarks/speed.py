@@ -5,7 +5,7 @@
 Tasks: prefill (1 x 512), decode (1 x 32, then 64 new tokens), batch (8 x 32, then 64 new tokens
 each), lookup (as decode, with prompt lookup, for a text that repeats itself), train (4 x 256,
 AdamW), load. Figures: `tok_s` and `best`, tokens per second, median and best
-of the repetitions, counting new tokens (decode, batch) or processed ones (prefill, train);
+of the repetitions, counting new tokens (decode, batch, lookup) or processed ones (prefill, train);
 `first_s`, the first call with everything it has to set up; `load_s`; `rss_gib`, peak resident
 memory.
 """

@@ -111,29 +111,30 @@ def _by_chunks(
     free = -N % count
     rows = jnp.pad(rows_NP, ((0, free), (0, 0))).reshape(count, -1, P)
     targets = jnp.pad(targets_N, (0, free), constant_values=IGNORED).reshape(count, -1, 1)
-    share = 1 / (targets != IGNORED).sum()
+    dtype = widen(rows_NP[:0]).dtype
+    number = (targets != IGNORED).sum().astype(dtype)
 
     def one(found: Any, chunk: Any) -> Any:
         some, wanted = chunk
         logits = widen(jnp.einsum("np,vp->nv", some, head_VP))
-        weights = jnp.where(wanted == IGNORED, 0, share)
+        kept = wanted != IGNORED
         # Compared, not looked up: the gradient is then one pass over the logits, without a scatter.
         is_target = jnp.arange(V) == wanted
         norm = jax.nn.logsumexp(logits, -1, keepdims=True)
         nats = norm - (1 - smoothing) * jnp.where(is_target, logits, 0).sum(-1, keepdims=True)
         if smoothing:
             nats = nats - smoothing * logits.mean(-1, keepdims=True)
-        total = found[0] + (nats * weights).sum()
+        total = found[0] + jnp.where(kept, nats, 0).sum()
         if not with_gradients:
             return (total, found[1]), None
         slope = jnp.exp(logits - norm) - (1 - smoothing) * is_target - smoothing / V
-        slope = (slope * weights).astype(some.dtype)
+        slope = jnp.where(kept, slope / number, 0).astype(some.dtype)
         grad_head = found[1] + jnp.einsum("nv,np->vp", slope, some)
         return (total, grad_head), jnp.einsum("nv,vp->np", slope, head_VP)
 
-    start = jnp.zeros((), widen(rows[0]).dtype), jnp.zeros_like(head_VP)
+    start = jnp.zeros((), dtype), jnp.zeros_like(head_VP)
     (total, grad_head), grad_rows = jax.lax.scan(one, start, (rows, targets))
-    return total, grad_head, None if grad_rows is None else grad_rows.reshape(-1, P)[:N]
+    return total / number, grad_head, None if grad_rows is None else grad_rows.reshape(-1, P)[:N]
 
 
 def classification(

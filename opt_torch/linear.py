@@ -7,6 +7,7 @@ it is made where memory allows, used while a model generates, kept for the next 
 against the parameters before every use. The parameters themselves are never touched.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -53,7 +54,7 @@ class Linear(nn.Linear):
         return _PRODUCT(input, weight if packed is None else packed, bias, "none", [], "")
 
     def product(self) -> Callable[[Tensor], Tensor]:
-        """What computes the same as `forward` from now on, without asking each time how.
+        """What computes the same as `forward` for rows (N, in), without asking each time how.
 
         It holds as long as nothing about the layer changes, under `torch.no_grad`.
         """
@@ -61,8 +62,14 @@ class Linear(nn.Linear):
         is_wide = self.weight.dtype == torch.bfloat16 and not _has_bfloat16()
         if _PRODUCT is None or is_wide or not _is_cpu_type(self.weight):
             return self.forward
-        call = _PRODUCT.default
-        return lambda input: call(input, weight, bias, "none", [], "")
+        call, many = _PRODUCT.default, MANY_ROWS if weight.dtype == torch.float32 else math.inf
+
+        def multiply(input: Tensor) -> Tensor:
+            if len(input) < many:
+                return call(input, weight, bias, "none", [], "")
+            return F.linear(input, weight, bias)
+
+        return multiply
 
     def pack(self) -> None:
         """Packs the weight, or takes up the packed one from before if the weight is the same."""

@@ -71,6 +71,24 @@ def test_three_steps_equal_float64(backend, folder, variant, monkeypatch):
         np.testing.assert_allclose(ours[name], value, rtol=0, atol=STEP_TOLERANCE, err_msg=name)
 
 
+def test_a_batch_without_a_label_changes_nothing(backend, folder):
+    """Its loss is NaN, as in transformers: weight decay alone would move the weights otherwise."""
+    model = backend.load(folder(CONFIGS["pre_ln"]))
+    ids = make_prompts(CONFIGS["pre_ln"], 2, 9)
+    training = importlib.import_module(f"opt_{backend.name}.training")
+    before = backend.train(model, [], CONFIG)
+    loss, _ = training.train_step(
+        model,
+        training.make_optimizer(model, CONFIG),
+        {"input_ids": ids, "labels": np.full_like(ids, -100)},
+        CONFIG,
+        step=1,
+    )
+    assert np.isnan(loss)
+    for name, value in backend.train(model, [], CONFIG).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
 @pytest.mark.hf
 def test_adapters_equal_float64(backend, folder):
     """Three steps of adapters: the same as in float64, and the model itself untouched."""
