@@ -200,7 +200,11 @@ def ctranslate2(model: Path, dtype: str, ids: np.ndarray) -> Tasks:
         )
         assert all(len(row.sequences_ids[0]) == new for row in rows)
 
-    return {"prefill": prefill, "generate": generate}
+    def logits(ids: np.ndarray) -> np.ndarray:
+        rows = [opt.forward_batch([[words[i] for i in row]]) for row in ids]
+        return np.concatenate([np.array(x.to(library.DataType.float32)) for x in rows])
+
+    return {"prefill": prefill, "generate": generate, "logits": logits}
 
 
 SYSTEMS = {
@@ -219,10 +223,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--system", choices=SYSTEMS, required=True)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--task", choices=SHAPES, required=True)
+    parser.add_argument("--task", choices=SHAPES, default="prefill")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--ids", type=Path, help="with --logits: (B, T) ids, a .npy file")
+    parser.add_argument("--logits", type=Path, help="write logits to this .npy file, time nothing")
     args = parser.parse_args()
     os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"}
     if args.system in KERAS_BACKENDS:
@@ -233,6 +239,9 @@ def main() -> None:
     start = time.perf_counter()
     tasks = SYSTEMS[args.system](args.model, args.dtype, ids)
     load_s = time.perf_counter() - start
+    if args.logits is not None:
+        np.save(args.logits, tasks["logits"](np.load(args.ids)))
+        return
     generates = args.task in ("decode", "batch")
     call = (lambda: tasks["generate"](args.new)) if generates else tasks[args.task]
     tokens = shape[0] * (args.new if generates else shape[1])

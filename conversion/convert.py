@@ -8,10 +8,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from conversion.companions import carry
-from conversion.sources import head_of, open_source
+from conversion.sources import Source, head_of, open_source
 from conversion.targets import TARGETS, write_weights
-from opt_core.checkpoint import plan_load
+from opt_core.checkpoint import LoadPlan, plan_load
 from opt_core.config import write_json
 from opt_core.errors import CheckpointError
 from opt_core.hub import resolve
@@ -82,13 +84,47 @@ def convert(
     """
     if to not in TARGETS:
         raise CheckpointError(f"to: expected one of {', '.join(TARGETS)}, received {to!r}")
-    target, wanted = TARGETS[to], None if dtype is None else float_dtype(dtype)
+    wanted = None if dtype is None else float_dtype(dtype)
     new = Path(os.path.abspath(Path(destination).expanduser()))
     check_is_new(new)  # before anything is downloaded
     path = resolve(source, convertible=True, **hub)
     found = open_source(path)
-    head = head_of(found.checkpoint)
-    plan = plan_load(found.checkpoint, found.read_config(), head)
+    plan = plan_load(found.checkpoint, found.read_config(), head_of(found.checkpoint))
+    files, notes = write_checkpoint(found, plan, new, to, wanted, max_shard_size, progress)
+    return Conversion(
+        new,
+        found.checkpoint.format,
+        to,
+        files,
+        sum(spec.size for spec, _ in plan.entries),
+        notes,
+    )
+
+
+def write_checkpoint(
+    found: Source,
+    plan: LoadPlan,
+    new: Path,
+    to: str,
+    dtype: np.dtype[Any] | None,
+    max_shard_size: int | str,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Writes the tensors of a plan and all that belongs to them, as `convert` does.
+
+    Args:
+        found: Where they come from.
+        plan: The tensors, and the configuration they fit.
+        new: The folder to make.
+        to: One of `TARGETS`.
+        dtype: Type to store; None keeps each tensor's own.
+        max_shard_size: Most bytes of tensors per file.
+        progress: Called with the bytes read so far and in all.
+
+    Returns:
+        Name and bytes of each weight file, and what the user should know.
+    """
+    target, head = TARGETS[to], head_of(found.checkpoint)
     total = sum(tensor.nbytes for _, tensor in plan.entries)
     broken: dict[str, int] = {}
     done = 0
@@ -101,32 +137,28 @@ def convert(
         if progress is not None:
             progress(min(done, total), total)
 
-    with _enough_memory(path), new_folder(new) as stage:
+    with enough_memory(found), new_folder(new) as stage:
         carry(found.checkpoint.folder, stage, keras_hub=to == "keras-hub")
         names = write_weights(
-            stage, target, plan.config, plan.entries, wanted, max_shard_size, fetched
+            stage, target, plan.config, plan.entries, dtype, max_shard_size, fetched
         )
         if to != "keras-hub":  # which has a config.json of its own
-            stored = plan.entries[0][1].dtype.name if wanted is None else wanted.name
+            stored = plan.entries[0][1].dtype.name if dtype is None else dtype.name
             values = plan.config.replace(dtype=stored).to_dict()
             values |= {"architectures": [_ARCHITECTURES[head]]}
             write_json(stage / "config.json", values)
         files = {name: (stage / name).stat().st_size for name in names}
     notes = [*found.notes, *filter(None, [target.note and target.note(plan.config)])]
     notes += [f"{name}: {count} values are NaN or infinite" for name, count in broken.items()]
-    return Conversion(
-        new,
-        found.checkpoint.format,
-        to,
-        files,
-        sum(spec.size for spec, _ in plan.entries),
-        tuple(notes),
-    )
+    return files, tuple(notes)
 
 
 @contextlib.contextmanager
-def _enough_memory(path: Path) -> Generator[None]:
+def enough_memory(found: Source) -> Generator[None]:
+    """Says in one line that a tensor does not fit into memory."""
     try:
         yield
     except MemoryError:
-        raise CheckpointError(f"{path}: not enough memory for its largest tensor") from None
+        raise CheckpointError(
+            f"{found.checkpoint.folder}: not enough memory for its largest tensor"
+        ) from None

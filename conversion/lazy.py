@@ -1,4 +1,4 @@
-"""Tensors made of others: joined, transposed, or few enough bytes to be in memory already.
+"""Tensors made of others: joined, transposed, scaled, or few enough bytes to be in memory already.
 
 Each has the interface of `opt_core.tensor_file.LazyTensor`: nothing is read until it is asked for,
 so that a conversion never holds more than the tensor it is writing.
@@ -124,25 +124,21 @@ def _elements(part: LazyTensor, start: int, stop: int) -> LazyTensor:
     return part.rows(start // row, stop // row)
 
 
-@dataclass(frozen=True)
-class TransposedTensor:
-    """A matrix seen the other way round, where it cannot be a view of its file.
-
-    Attributes:
-        base: The matrix.
-    """
+@dataclass(frozen=True, eq=False)
+class _Derived:
+    """What a tensor made of one other has in common with it."""
 
     base: LazyTensor
 
     @property
     def name(self) -> str:
-        """Name of the matrix."""
+        """Name of the tensor."""
         return self.base.name
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix, reversed."""
-        return self.base.shape[::-1]
+        """Shape of the tensor."""
+        return self.base.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -156,13 +152,26 @@ class TransposedTensor:
 
     @property
     def file(self) -> Path:
-        """The matrix's file."""
+        """The tensor's file."""
         return self.base.file
 
     @property
     def offset(self) -> int:
-        """Where the matrix starts in its file."""
+        """Where the tensor starts in its file."""
         return self.base.offset
+
+
+class TransposedTensor(_Derived):
+    """A matrix seen the other way round, where it cannot be a view of its file.
+
+    Attributes:
+        base: The matrix.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix, reversed."""
+        return self.base.shape[::-1]
 
     def is_same_as(self, other: LazyTensor) -> bool:
         """Whether both are the same matrix, transposed."""
@@ -175,6 +184,43 @@ class TransposedTensor:
     def read(self) -> NDArray[Any]:
         """The values."""
         return self.base.read().T
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledTensor(_Derived):
+    """A tensor multiplied by powers of two, one per row or column: nothing is rounded.
+
+    Attributes:
+        base: The tensor.
+        factors: As many as there are rows (or elements of a vector), or columns.
+        axis: 0 for rows, 1 for columns.
+    """
+
+    factors: NDArray[np.float32]
+    axis: int = 0
+
+    def is_same_as(self, other: LazyTensor) -> bool:
+        """Whether it is this one."""
+        return self is other
+
+    def rows(self, start: int, stop: int) -> LazyTensor:
+        """Part of the tensor along its first dimension."""
+        factors = self.factors if self.axis else self.factors[start:stop]
+        return replace(self, base=self.base.rows(start, stop), factors=factors)
+
+    def read(self) -> NDArray[Any]:
+        """The values.
+
+        Raises:
+            CheckpointError: One is beyond its type's range.
+        """
+        array = self.base.read()
+        factors = self.factors.astype(array.dtype)
+        with np.errstate(over="ignore"):
+            out = array * (factors if self.axis or array.ndim == 1 else factors[:, None])
+        if count_not_finite(out) > count_not_finite(array):
+            raise CheckpointError(f"{self.file}: {self.name!r}: scaled, it is beyond {self.dtype}")
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +290,7 @@ def will_need(tensor: LazyTensor) -> None:
 def _stored(tensor: LazyTensor) -> Iterator[StoredTensor]:
     if isinstance(tensor, StoredTensor):
         yield tensor
-    elif isinstance(tensor, TransposedTensor):
+    elif isinstance(tensor, TransposedTensor | ScaledTensor):
         yield from _stored(tensor.base)
     elif isinstance(tensor, JoinedTensor):
         for part in tensor.parts:

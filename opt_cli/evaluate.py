@@ -21,6 +21,7 @@ app = typer.Typer(help="Measure a model: perplexity, choices, classes, answers, 
 Model = Annotated[str, typer.Option("--model", "-m", help='Folder, hub id or "mini".')]
 Backend = Annotated[str, typer.Option(help="torch, tf or flax.", metavar="NAME")]
 Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 ...")]
+Quantize = Annotated[str | None, typer.Option(help="int8 or int4.", metavar="SCHEME")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Rows at a time.", min=1)]
 Limit = Annotated[int | None, typer.Option(help="Look at no more than so many.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
@@ -33,6 +34,7 @@ def perplexity(
     model: Model = "mini",
     backend: Backend = "torch",
     dtype: Dtype = "float32",
+    quantize: Quantize = None,
     window: Annotated[
         int | None,
         typer.Option(help="Tokens of a row (default: all the model takes).", min=2, metavar="N"),
@@ -59,7 +61,7 @@ def perplexity(
     from opt_core.evaluation import text_perplexity
 
     text = read_text(file)
-    loaded = _load(model, backend, dtype)
+    loaded = _load(model, backend, dtype, quantize)
     with console.progress("scoring", unit="windows") as progress:
         result = text_perplexity(
             loaded.token_scores,
@@ -80,6 +82,7 @@ def multiple_choice(
     model: Model = "mini",
     backend: Backend = "torch",
     dtype: Dtype = "float32",
+    quantize: Quantize = None,
     batch_size: BatchSize = 8,
     limit: Limit = None,
     json: Json = False,
@@ -92,7 +95,7 @@ def multiple_choice(
     from opt_core.evaluation_choices import evaluate_choices, read_items
 
     format, items = read_items(file, limit)
-    loaded = _load(model, backend, dtype)
+    loaded = _load(model, backend, dtype, quantize)
     with console.progress("scoring", unit="rows") as progress:
         result = evaluate_choices(
             loaded.token_scores,
@@ -130,7 +133,7 @@ def classification(
     from opt_core.data_labels import encode_labelled_texts, read_labelled_texts
     from opt_core.evaluation_heads import evaluate_classification
 
-    loaded = _load(model, backend, dtype, "OPTForSequenceClassification")
+    loaded = _load(model, backend, dtype, kind="OPTForSequenceClassification")
     known = loaded.config.id2label or {}
     names = [known.get(i, f"LABEL_{i}") for i in range(loaded.config.num_labels)]
     data = read_labelled_texts(file, names, text_field, label_field, pair_field, limit)
@@ -176,7 +179,7 @@ def qa(
     from opt_core.evaluation_heads import evaluate_questions
 
     questions = read_questions(file, limit)
-    loaded = _load(model, backend, dtype, "OPTForQuestionAnswering")
+    loaded = _load(model, backend, dtype, kind="OPTForQuestionAnswering")
     length = min(max_length, loaded.config.max_position_embeddings)
     windows = encode_questions(questions, loaded.tokenizer, length, stride, training=False)
     with console.progress("answering", unit="rows") as progress:
@@ -197,6 +200,7 @@ def bias(
     model: Model = "mini",
     backend: Backend = "torch",
     dtype: Dtype = "float32",
+    quantize: Quantize = None,
     batch_size: BatchSize = 8,
     limit: Limit = None,
     json: Json = False,
@@ -205,7 +209,7 @@ def bias(
     from opt_core.evaluation_bias import evaluate_bias, read_comparisons
 
     format, comparisons = read_comparisons(file, limit)
-    loaded = _load(model, backend, dtype)
+    loaded = _load(model, backend, dtype, quantize)
     with console.progress("scoring", unit="rows") as progress:
         result = evaluate_bias(
             loaded.token_scores,
@@ -227,6 +231,7 @@ def harness(
     model: Model = "mini",
     backend: Backend = "torch",
     dtype: Dtype = "float32",
+    quantize: Quantize = None,
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with task files of your own.", metavar="DIR")
     ] = None,
@@ -247,7 +252,7 @@ def harness(
     manager = lm_tasks.TaskManager(include_path=None if include_path is None else str(include_path))
     if unknown := sorted({*tasks} - {*manager.all_tasks}):
         raise ConfigError(f"lm-eval knows no task {', '.join(unknown)}; its own list: lm_eval ls")
-    loaded = _load(model, backend, dtype)
+    loaded = _load(model, backend, dtype, quantize)
     window = loaded.config.max_position_embeddings
     wrapped = HarnessLM(
         loaded.token_scores, loaded.model.generate, loaded.tokenizer, window, batch_size
@@ -289,7 +294,13 @@ class _Loaded(NamedTuple):
         return partial(getattr(self.scoring, name), self.model)
 
 
-def _load(model: str, backend: str, dtype: str, kind: str = "OPTForCausalLM") -> _Loaded:
+def _load(
+    model: str,
+    backend: str,
+    dtype: str,
+    quantize: str | None = None,
+    kind: str = "OPTForCausalLM",
+) -> _Loaded:
     from conversion.backends import load_backend
     from opt_core import OPTTokenizer
     from opt_core.hub import resolve
@@ -297,7 +308,9 @@ def _load(model: str, backend: str, dtype: str, kind: str = "OPTForCausalLM") ->
     path = resolve(model)
     tokenizer = OPTTokenizer.from_pretrained(path)
     with console.progress(f"loading {model}") as progress:
-        made = load_backend(backend, kind).from_pretrained(path, dtype=dtype, progress=progress)
+        made = load_backend(backend, kind).from_pretrained(
+            path, dtype=dtype, quantize=quantize, progress=progress
+        )
     return _Loaded(made, tokenizer, import_module(f"opt_{backend}.scoring"))
 
 

@@ -1,5 +1,6 @@
 """The command's entry point and the list of its subcommands."""
 
+import os
 from typing import Annotated, NoReturn
 
 import typer
@@ -14,6 +15,8 @@ from opt_cli import (
     info,
     plot,
     prepare,
+    programs,
+    smooth,
     train,
     verify,
 )
@@ -28,6 +31,7 @@ app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("verify")(verify.verify)
+app.command("smooth")(smooth.smooth)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.command("prepare")(prepare.prepare)
@@ -51,6 +55,8 @@ def opt_lm(
         typer.echo(f"opt-lm {__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    elif context.invoked_subcommand in ("generate", "eval", "train"):
+        programs.keep_programs()
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -62,4 +68,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     Args:
         arguments: Command-line arguments; None takes those of the process.
     """
+    # What TensorFlow says while it loads is for its own developers; errors are raised all the same.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     raise SystemExit(console.run(app, arguments))

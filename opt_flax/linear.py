@@ -17,6 +17,10 @@ from opt_flax.parallel import constrain_rows, constrain_table
 
 FEW_ROWS = 64
 """Up to so many rows a product is computed the other way round on a CPU."""
+_PARTS = (8, 4, 2)
+"""Parts of the weight that a single row is multiplied with: the most that divide it evenly."""
+_MULTIPLE = 8
+"""More than half as many rows are filled up to a multiple: others cost up to half as much again."""
 
 
 class Linear(nnx.Module):
@@ -80,8 +84,16 @@ def _plain(input: Array, weight: Array) -> Array:
 def _reversed(input: Array, weight: Array) -> Array:
     """XLA's library for products rearranges the right factor at every call: here the small one.
 
-    The barrier keeps XLA from turning the product round again.
+    The barrier keeps XLA from turning the product round again. A single row is multiplied with
+    parts of the weight, each of which gets a thread of its own.
     """
-    rows = input.reshape(-1, input.shape[-1])
-    out = lax.optimization_barrier(jnp.einsum("oi,bi->ob", weight, rows))
-    return out.T.reshape(*input.shape[:-1], -1)
+    (out, width), rows = weight.shape, input.reshape(-1, input.shape[-1])
+    count = len(rows)
+    parts = next((parts for parts in _PARTS if out % parts == 0), 1) if count == 1 else 1
+    if 2 * count > _MULTIPLE:
+        rows = jnp.pad(rows, ((0, -count % _MULTIPLE), (0, 0)))
+    rows = jnp.broadcast_to(rows, (parts, *rows.shape))
+    pieces = weight.reshape(parts, -1, width)
+    each = lax.optimization_barrier(jnp.einsum("poi,pbi->pob", pieces, rows))
+    columns = each.reshape(out, -1)[:, :count]
+    return columns.T.reshape(*input.shape[:-1], out)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from opt_cli.programs import keep_programs
 from opt_core.checkpoint_writer import save_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.params import Head, param_specs
@@ -24,6 +25,9 @@ EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Workers and the processes they start share what XLA compiles.
+os.environ.setdefault("XDG_CACHE_HOME", str(Path(__file__).parents[1] / ".pytest_cache"))
+keep_programs()
 
 
 @pytest.fixture(params=BACKENDS)

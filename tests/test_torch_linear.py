@@ -160,3 +160,30 @@ def test_bfloat16_without_instructions_is_rounded_once(monkeypatch, rows, bias):
         out = layer(states)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=2**-8)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "bare"])
+@pytest.mark.parametrize("out", [48, 50], ids=["divides", "does not"])
+def test_a_single_row_is_multiplied_part_by_part(monkeypatch, out, bias):
+    torch.manual_seed(0)
+    layer, row = linear.Linear(33, out, bias=bias), torch.randn(1, 1, 33)
+    expected = torch.nn.functional.linear(row, layer.weight, layer.bias).detach()
+    with torch.no_grad():
+        calls = []
+        monkeypatch.setattr(linear, "_PRODUCT", _Recorder(linear._PRODUCT, calls))
+        for found in (layer(row), layer.product()(row[0])[None]):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert bool(calls) == (out % linear._PARTS > 0)
+        layer.weight.data = layer.weight.data.T.contiguous().T  # parts of this are no views
+        torch.testing.assert_close(layer(row), expected, rtol=1e-5, atol=1e-5)
+
+
+class _Recorder:
+    """oneDNN's product, which keeps a list of its calls."""
+
+    def __init__(self, product, calls):
+        self.product, self.calls, self.default = product, calls, self
+
+    def __call__(self, *arguments):
+        self.calls.append(arguments)
+        return self.product(*arguments)

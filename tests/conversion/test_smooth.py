@@ -1,0 +1,126 @@
+"""Smoothing: the same model to the last bit, with smaller outliers, for every architecture."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conversion.peaks import input_peaks
+from conversion.smooth import rows_of, smooth
+from conversion.sources import open_source
+from opt_core.config import OPTConfig
+from opt_core.errors import CheckpointError, ConfigError, DataError
+from tests import oracle
+from tests.configs import CONFIGS
+from tests.conversion.checkpoints import values
+from tests.core.checkpoint_fixtures import Weights, write
+
+IDS = np.random.default_rng(5).integers(4, 90, (3, 12))
+PEAK_ERROR = 1e-5  # float32 against float64, relative
+
+VARIANTS = {**CONFIGS, "gelu": CONFIGS["pre_ln"].replace(activation_function="gelu")}
+PLACES = {"pre_ln": 4, "post_ln": 2, "galactica": 1, "gelu": 3}
+
+
+def save(folder: Path, config: OPTConfig, weights: Weights) -> None:
+    write(folder, weights)
+    config.save_pretrained(folder)
+
+
+def with_outliers(folder: Path, config: OPTConfig, dtype: str = "float32") -> Weights:
+    weights = {n: w.astype(dtype) for n, w in oracle.random_params(config).items()}
+    for name in weights:
+        if name.endswith("layer_norm.weight"):
+            weights[name][[1, 5]] *= 64
+    save(folder, config, weights)
+    return weights
+
+
+def logits(folder: Path, config: OPTConfig) -> Any:
+    return oracle.forward(values(folder), config, IDS).logits
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_model_stays_the_same_to_the_last_bit(variant: str, tmp_path: Path):
+    config = VARIANTS[variant]
+    with_outliers(tmp_path / "a", config)
+    done = smooth(tmp_path / "a", tmp_path / "b", IDS)
+    assert np.array_equal(logits(tmp_path / "a", config), logits(tmp_path / "b", config))
+    assert done.inputs == (4 * config.num_hidden_layers, PLACES[variant] * config.num_hidden_layers)
+    before, after = values(tmp_path / "a"), values(tmp_path / "b")
+    assert any(not np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_outliers_become_smaller(tmp_path: Path):
+    config = CONFIGS["pre_ln"]
+    with_outliers(tmp_path / "a", config)
+    done = smooth(tmp_path / "a", tmp_path / "b", IDS)
+    before, after = done.outliers
+    assert before > 50
+    assert after < before / 4
+    again = smooth(tmp_path / "b", tmp_path / "c", IDS)
+    assert again.outliers[0] == pytest.approx(after, rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_inputs_are_what_the_model_computes(variant: str, tmp_path: Path):
+    config = VARIANTS[variant]
+    save(tmp_path / "a", config, oracle.random_params(config))
+    source = open_source(tmp_path / "a").checkpoint
+    peaks = input_peaks(config, source.tensors, IDS)
+    weights = {n: np.asarray(t.read(), np.float64) for n, t in source.tensors.items()}
+    if config.activation_function == "gelu":  # the tanh form is near enough here
+        config = config.replace(activation_function="gelu_new")
+    states = oracle.forward(weights, config, IDS).hidden_states
+    for layer in range(config.num_hidden_layers):
+        name = f"model.decoder.layers.{layer}"
+        x = states[layer]
+        if config.do_layer_norm_before:
+            x = oracle._layer_norm(x, weights, f"{name}.self_attn_layer_norm")
+        expected = np.abs(x).max((0, 1))
+        found = peaks[f"{name}.self_attn.qkv"]
+        np.testing.assert_allclose(found, expected, rtol=PEAK_ERROR, atol=PEAK_ERROR)
+
+
+def test_float16_that_would_overflow_is_refused(tmp_path: Path):
+    config = CONFIGS["pre_ln"]
+    weights = with_outliers(tmp_path / "a", config, "float16")
+    name = "model.decoder.layers.0.fc2.weight"
+    weights[name] = np.full_like(weights[name], 6e4)
+    save(tmp_path / "a", config, weights)
+    with pytest.raises(CheckpointError, match="scaled, it is beyond float16"):
+        smooth(tmp_path / "a", tmp_path / "b", IDS, alpha=1.0)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 1.5}, r"alpha: expected 0..1, received 1.5"),
+        ({"ids_BT": IDS.astype(float)}, "text: expected rows of ids, received float64"),
+        ({"ids_BT": IDS + 1000}, "text: expected ids in 0.."),
+        ({"ids_BT": np.full((1, 10_000), 4)}, "text: expected rows of at most"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str, tmp_path: Path):
+    with_outliers(tmp_path / "a", CONFIGS["pre_ln"])
+    with pytest.raises(ConfigError, match=message):
+        smooth(tmp_path / "a", tmp_path / "b", **({"ids_BT": IDS} | changes))
+    assert not (tmp_path / "b").exists()
+
+
+def test_nan_is_refused(tmp_path: Path):
+    config = CONFIGS["pre_ln"]
+    weights = oracle.random_params(config)
+    weights["model.decoder.layers.1.fc1.bias"][0] = np.nan
+    save(tmp_path / "a", config, weights)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.fc2: inputs are NaN or infinite"):
+        smooth(tmp_path / "a", tmp_path / "b", IDS)
+
+
+def test_rows_are_taken_evenly():
+    assert rows_of(range(10), 2, 3).tolist() == [[0, 1, 2], [7, 8, 9]]
+    assert rows_of(range(7), 5, 3).tolist() == [[0, 1, 2], [4, 5, 6]]
+    with pytest.raises(DataError, match="the text has 2 tokens, less than one row of 3"):
+        rows_of([1, 2], 1, 3)
