@@ -1,4 +1,4 @@
-"""What flows into the linear layers of a model, measured on a text, one layer in memory at a time."""
+"""What flows into the linear layers of a model on a text, with one layer in memory at a time."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,6 +14,7 @@ from opt_core.tensor_file import LazyTensor
 Array = NDArray[np.float32]
 _TOP = "model.decoder"
 _EPSILON = 1e-5
+_HALF = np.float32(0.5)
 
 
 def input_peaks(
@@ -117,11 +118,11 @@ def _read(tensors: Mapping[str, LazyTensor], name: str) -> Array:
 
 def _gelu(x: Array) -> Array:
     inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
-    return x * (1 + np.tanh(inner)) / 2
+    return _HALF * (x + x * np.tanh(inner))
 
 
 def _silu(x: Array) -> Array:
-    return x * (1 + np.tanh(x / 2)) / 2
+    return _HALF * (x + x * np.tanh(_HALF * x))
 
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

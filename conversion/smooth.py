@@ -107,7 +107,7 @@ def smooth(
         peaks[place.peak] = peaks[place.peak] / factors
         for name in place.makers:
             if name in tensors:  # a model may have no biases
-                tensors[name] = ScaledTensor(tensors[name], 1 / factors)
+                tensors[name] = ScaledTensor(tensors[name], np.reciprocal(factors))
         for name in place.takers:
             tensors[name] = ScaledTensor(tensors[name], factors, axis=1)
         count += 1

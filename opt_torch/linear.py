@@ -2,11 +2,11 @@
 
 PyTorch computes float32 products on the CPU with MKL, which reads the weights of small ones at half
 to three quarters of the rate oneDNN reaches, and is a sixth faster for large ones. A single row is
-fastest as a batch of products with parts of the weight: MKL gives each to one core, and oneDNN takes
-40 microseconds for a call of any size where this takes 3. For bfloat16
-oneDNN is nearly twice as fast once the weights are in its own blocked order. That is a second copy:
-it is made where memory allows, used while a model generates, kept for the next time, and checked
-against the parameters before every use. The parameters themselves are never touched.
+fastest as a batch of products with parts of the weight: MKL gives each to one core, and a call of
+oneDNN takes 40 microseconds before it begins, where this takes 3. For bfloat16 oneDNN is nearly
+twice as fast once the weights are in its own blocked order. That is a second copy: it is made where
+memory allows, used while a model generates, kept for the next time, and checked against the
+parameters before every use. The parameters themselves are never touched.
 """
 
 import math
@@ -32,7 +32,7 @@ MANY_ROWS = 256
 """From so many rows on MKL's float32 product is the faster one."""
 
 _PARTS = 8
-"""Parts of a weight that a single float32 row is multiplied with, or as many as there are threads."""
+"""Parts of a weight that a single float32 row is multiplied with, at least one per thread."""
 
 BLOCK = 2**19
 """Numbers of a bfloat16 weight that are widened at once."""

@@ -10,6 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import opt_torch  # noqa: E402
+from conversion.smooth import rows_of, smooth  # noqa: E402
+from opt_core import OPTTokenizer  # noqa: E402
 from opt_core.quantization import quantize_array  # noqa: E402
 from opt_torch import quantization  # noqa: E402
 from opt_torch.quantization import QuantizedLinear, QuantizedWeight  # noqa: E402
@@ -145,3 +147,35 @@ def test_it_is_near_the_float_model():
         theirs, ours = full(ids).logits, model(ids).logits
     error = (ours - theirs).pow(2).mean().sqrt() / theirs.std()
     assert 0 < float(error) < MINI_ERROR
+
+
+def test_smoothing_undoes_what_outliers_cost(tmp_path):
+    """On `mini`, some inputs of its layers 64 times as large, and their weights as much smaller."""
+    with_outliers(tmp_path / "outliers")
+    folder = tmp_path / "smoothed"
+    tokenizer = OPTTokenizer.from_pretrained("mini")
+    text = tokenizer.encode("Now is the winter of our discontent made glorious summer. " * 40)
+    smooth(tmp_path / "outliers", folder, rows_of(text, 4, 128))
+    ids, errors = torch.tensor([text[:128]]), []
+    for path in ("mini", tmp_path / "outliers", folder):
+        models = [
+            opt_torch.OPTForCausalLM.from_pretrained(path, dtype="float32", quantize=quantize)
+            for quantize in (None, "int8")
+        ]
+        with torch.no_grad():
+            exact, rounded = (model(ids).logits for model in models)
+        errors.append(float((rounded - exact).norm() / exact.norm()))
+    assert errors[1] > 5 * errors[0]
+    assert errors[2] < 1.2 * errors[0]
+
+
+def with_outliers(folder):
+    """Writes such a copy of `mini`."""
+    model = opt_torch.OPTForCausalLM.from_pretrained("mini", dtype="float32")
+    readers = tuple(f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "fc1"))
+    for name, value in model.state_dict().items():
+        if ".layers." in name and "layer_norm" in name:
+            value[3::90] *= 64
+        elif name.endswith(readers):
+            value[:, 3::90] /= 64
+    model.save_pretrained(folder)

@@ -1,5 +1,6 @@
 """Smoothing: the same model to the last bit, with smaller outliers, for every architecture."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from conversion.peaks import input_peaks
 from conversion.smooth import rows_of, smooth
 from conversion.sources import open_source
+from opt_cli.main import main
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, ConfigError, DataError
 from tests import oracle
@@ -105,8 +107,9 @@ def test_float16_that_would_overflow_is_refused(tmp_path: Path):
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str, tmp_path: Path):
     with_outliers(tmp_path / "a", CONFIGS["pre_ln"])
+    changes = {"ids_BT": IDS} | changes
     with pytest.raises(ConfigError, match=message):
-        smooth(tmp_path / "a", tmp_path / "b", **({"ids_BT": IDS} | changes))
+        smooth(tmp_path / "a", tmp_path / "b", **changes)
     assert not (tmp_path / "b").exists()
 
 
@@ -124,3 +127,18 @@ def test_rows_are_taken_evenly():
     assert rows_of(range(7), 5, 3).tolist() == [[0, 1, 2], [4, 5, 6]]
     with pytest.raises(DataError, match="the text has 2 tokens, less than one row of 3"):
         rows_of([1, 2], 1, 3)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    text = tmp_path / "text.txt"
+    text.write_text("Now is the winter of our discontent. " * 40)
+    out = str(tmp_path / "smoothed")
+    for more, code in ((("--json",), 0), ((), 2)):
+        with pytest.raises(SystemExit) as end:
+            main(["smooth", "mini", out, "--text", str(text), "--length", "64", *more])
+        assert end.value.code == code
+        said = capsys.readouterr()
+        if code:
+            assert said.err.strip() == f"error: {out}: already exists; name a new folder"
+        else:
+            assert json.loads(said.out)["inputs"] == [16, 16]
