@@ -26,7 +26,7 @@ def keep_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "jax")
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(LIMIT))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def programs_folder() -> Path:

@@ -28,10 +28,10 @@ class FlaxOPTAttention(nnx.Module):
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.dropout = config.attention_dropout
         bias = config.enable_bias
-        self.k_proj = Linear(bias)
-        self.v_proj = Linear(bias)
-        self.q_proj = Linear(bias)
-        self.out_proj = Linear(bias)
+        self.k_proj = Linear(bias, mesh)
+        self.v_proj = Linear(bias, mesh)
+        self.q_proj = Linear(bias, mesh)
+        self.out_proj = Linear(bias, mesh)
 
     def __call__(
         self,

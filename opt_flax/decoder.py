@@ -66,8 +66,8 @@ class FlaxOPTDecoderLayer(nnx.Module):
         self.activation = config.activation_function
         self.self_attn = FlaxOPTAttention(config, implementation, mesh)
         self.self_attn_layer_norm = make_norm(config)
-        self.fc1 = Linear(bias)
-        self.fc2 = Linear(bias)
+        self.fc1 = Linear(bias, mesh)
+        self.fc2 = Linear(bias, mesh)
         self.final_layer_norm = make_norm(config)
 
     def __call__(
@@ -120,8 +120,8 @@ class FlaxOPTDecoder(nnx.Module):
         self.rngs = nnx.Rngs(dropout=0)
         self.embed_tokens = Embedding(mesh, config.vocab_size, config.pad_token_id)
         self.embed_positions = Embedding(mesh)
-        self.project_out = Linear(False) if config.has_projections else None
-        self.project_in = Linear(False) if config.has_projections else None
+        self.project_out = Linear(False, mesh) if config.has_projections else None
+        self.project_in = Linear(False, mesh) if config.has_projections else None
         self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None
         count = 1 if scan_layers else config.num_hidden_layers
         layers = [FlaxOPTDecoderLayer(config, implementation, mesh) for _ in range(count)]

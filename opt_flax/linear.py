@@ -7,6 +7,7 @@ left for `opt_flax.checkpoint` to fill in.
 """
 
 import math
+from functools import partial
 
 import jax.numpy as jnp
 from flax import nnx
@@ -26,13 +27,14 @@ _MULTIPLE = 8
 class Linear(nnx.Module):
     """`input @ weight.T + bias`."""
 
-    def __init__(self, use_bias: bool):
+    def __init__(self, use_bias: bool, mesh: Mesh | None = None):
+        self.mesh = mesh
         self.weight = nnx.Param(None)
         self.bias = nnx.Param(None) if use_bias else None
 
     def __call__(self, input: Array) -> Array:
         """Computes the product."""
-        out = product(input, self.weight[...])
+        out = product(input, self.weight[...], self.mesh)
         return out if self.bias is None else out + self.bias[...]
 
 
@@ -66,34 +68,37 @@ class Embedding(nnx.Module):
 
     def attend(self, hidden: Array, count: int) -> Array:
         """The product with the table, its first `count` rows: a tied language-model head."""
-        return product(hidden, self.embedding[...])[..., :count]
+        return product(hidden, self.embedding[...], self.mesh)[..., :count]
 
 
-def product(input: Array, weight: Array) -> Array:
+def product(input: Array, weight: Array, mesh: Mesh | None = None) -> Array:
     """`input @ weight.T`, for an input (..., I) and a weight (O, I)."""
     rows = math.prod(input.shape[:-1])
     if not (isinstance(rows, int) and rows <= FEW_ROWS):
         return _plain(input, weight)
-    return lax.platform_dependent(input, weight, cpu=_reversed, default=_plain)
+    return lax.platform_dependent(input, weight, cpu=partial(_reversed, mesh), default=_plain)
 
 
 def _plain(input: Array, weight: Array) -> Array:
     return jnp.einsum("...i,oi->...o", input, weight)
 
 
-def _reversed(input: Array, weight: Array) -> Array:
+def _reversed(mesh: Mesh | None, input: Array, weight: Array) -> Array:
     """XLA's library for products rearranges the right factor at every call: here the small one.
 
     The barrier keeps XLA from turning the product round again. A single row is multiplied with
-    parts of the weight, each of which gets a thread of its own.
+    parts of the weight, each of which gets a thread of its own; on a mesh the weight is in parts
+    already, and others would have to be sent around.
     """
     (out, width), rows = weight.shape, input.reshape(-1, input.shape[-1])
     count = len(rows)
-    parts = next((parts for parts in _PARTS if out % parts == 0), 1) if count == 1 else 1
-    if 2 * count > _MULTIPLE:
-        rows = jnp.pad(rows, ((0, -count % _MULTIPLE), (0, 0)))
-    rows = jnp.broadcast_to(rows, (parts, *rows.shape))
-    pieces = weight.reshape(parts, -1, width)
-    each = lax.optimization_barrier(jnp.einsum("poi,pbi->pob", pieces, rows))
-    columns = each.reshape(out, -1)[:, :count]
+    parts = next((parts for parts in _PARTS if out % parts == 0), 1)
+    if count == 1 and parts > 1 and mesh is None:
+        pieces = weight.reshape(parts, -1, width)
+        each = jnp.einsum("poi,pbi->pob", pieces, jnp.broadcast_to(rows, (parts, 1, width)))
+    else:
+        if 2 * count > _MULTIPLE:
+            rows = jnp.pad(rows, ((0, -count % _MULTIPLE), (0, 0)))
+        each = jnp.einsum("oi,bi->ob", weight, rows)
+    columns = lax.optimization_barrier(each).reshape(out, -1)[:, :count]
     return columns.T.reshape(*input.shape[:-1], out)

@@ -30,7 +30,7 @@ class LoraLinear(Linear):
     """
 
     def __init__(self, base: Linear, adapter: Adapter):
-        self.weight, self.bias = base.weight, base.bias
+        self.weight, self.bias, self.mesh = base.weight, base.bias, base.mesh
         self.lora_A = Linear(False)
         self.lora_B = Linear(False)
         self.adapter = adapter

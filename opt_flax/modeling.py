@@ -253,7 +253,7 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
 
     def _build(self, implementation: str, scan_layers: bool) -> None:
         super()._build(implementation, scan_layers)
-        self.lm_head = None if self.config.tie_word_embeddings else Linear(False)
+        self.lm_head = None if self.config.tie_word_embeddings else Linear(False, self.mesh)
 
     def __call__(
         self,

@@ -27,6 +27,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Workers and the processes they start share what XLA compiles.
 os.environ.setdefault("XDG_CACHE_HOME", str(Path(__file__).parents[1] / ".pytest_cache"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")  # counting thousands takes time
 keep_programs()
 
 
