@@ -188,15 +188,17 @@ def ctranslate2(model: Path, dtype: str, ids: np.ndarray) -> Tasks:
     threads = len(os.sched_getaffinity(0))
     opt = library.Generator(str(model), device="cpu", compute_type=dtype, intra_threads=threads)
     words = json.loads((model / "vocabulary.json").read_text())
-    prompts = [[words[i] for i in row] for row in ids]
+
+    def prompts() -> list[list[str]]:
+        return [[words[i] for i in row] for row in ids]
 
     def prefill() -> float:
-        logits = opt.forward_batch(prompts)
+        logits = opt.forward_batch(prompts())
         return float(np.array(logits.to(library.DataType.float32))[0, -1, 0])
 
     def generate(new: int) -> None:
         rows = opt.generate_batch(
-            prompts, max_length=new, min_length=new, beam_size=1, include_prompt_in_result=False
+            prompts(), max_length=new, min_length=new, beam_size=1, include_prompt_in_result=False
         )
         assert all(len(row.sequences_ids[0]) == new for row in rows)
 

@@ -150,9 +150,10 @@ def test_guesses_need_no_other_program(folder):
 
 def test_few_rows_are_multiplied_the_other_way_round_on_a_cpu():
     weight = jnp.asarray(np.random.default_rng(0).normal(size=(56, 32)), jnp.float32)
-    for shape in ((32,), (1, 32), (2, 32), (3, 2, 32), (11, 32), (linear.FEW_ROWS, 32), (linear.FEW_ROWS + 1, 32)):
+    most = linear.FEW_ROWS
+    for shape in ((32,), (1, 32), (2, 32), (3, 2, 32), (11, 32), (most, 32), (most + 1, 32)):
         rows = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape) / 100
-        few = np.prod(shape[:-1]) <= linear.FEW_ROWS
+        few = np.prod(shape[:-1]) <= most
         close(linear.product(rows, weight), np.asarray(rows) @ np.asarray(weight).T, 2e-4)
         for platform in ("cpu", "tpu", "cuda"):
             traced = jax.jit(linear.product).trace(rows, weight)

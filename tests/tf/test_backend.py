@@ -5,13 +5,17 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
+import tensorflow as tf
+
 from opt_core import TrainConfig
 from opt_core.dialects import KERAS
 from opt_core.params import param_specs
-from opt_tf import training
+from opt_tf import linear, training
 from opt_tf.checkpoint import locate
 from tests.configs import CONFIGS
 from tests.tf.models import model_of, python
+
+PRODUCT_ERROR = 1e-5  # of sums of 32 products of normal numbers, in float32
 
 IMPORTS = {
     "unset": ("import opt_tf, keras; print(keras.config.backend())", None, "tensorflow"),
@@ -63,3 +67,12 @@ def test_weight_decay_follows_the_parameter_list(folder):
     optimizer = training.make_optimizer(model, TrainConfig())
     for spec in param_specs(model.config):
         assert optimizer._use_weight_decay(locate(model, spec).value) == spec.decays, spec.name
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 8, 11, 64, 65])
+@pytest.mark.parametrize("out", [56, 57], ids=["in parts", "whole"])
+def test_products_of_any_number_of_rows(count, out):
+    rng = np.random.default_rng(0)
+    weight, rows = (rng.normal(size=(n, 32)).astype(np.float32) for n in (out, count))
+    found = linear.product(tf.constant(rows[None]), tf.constant(weight))
+    np.testing.assert_allclose(found[0], rows @ weight.T, rtol=0, atol=PRODUCT_ERROR)
