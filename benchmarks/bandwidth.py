@@ -11,24 +11,16 @@ time taken off; `share`, the ratio of these medians.
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compare import weights_read
 from benchmarks.limits import READ_BYTES, best
-from benchmarks.speed import BACKENDS, prompt
+from benchmarks.speed import BACKENDS, prompt, timed
 from opt_core import OPTConfig
-from opt_core.params import count_parameters
 
 TRIES = 3
 """Readings in a turn; the fastest counts."""
-
-
-def weight_bytes(config: OPTConfig) -> int:
-    """Bytes a decoded token reads in float32: all weights, of the positions only one row."""
-    positions = (config.max_position_embeddings + 2) * config.hidden_size
-    return 4 * (count_parameters(config) - positions)
 
 
 def measure(backend: str, model: Path, turns: int, new: int) -> dict[str, Any]:
@@ -39,19 +31,14 @@ def measure(backend: str, model: Path, turns: int, new: int) -> dict[str, Any]:
     ids = prompt("decode", config, new + 1)
     work = BACKENDS[backend](model, "float32", None, ids)
 
-    def seconds(call: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
     calls = [lambda count=count: work.generate(count, None) for count in (1, new + 1)]
     for call in calls:
         call()
     reading, decoding = [], []
     for _ in range(turns):
         reading.append(READ_BYTES / best(block.sum, TRIES) / 1e9)
-        first, all_of_them = (seconds(call) for call in calls)
-        decoding.append(new * weight_bytes(config) / (all_of_them - first) / 1e9)
+        first, all_of_them = (timed(call) for call in calls)
+        decoding.append(new * 4 * weights_read(config) / (all_of_them - first) / 1e9)
     read, decode = statistics.median(reading), statistics.median(decoding)
     return {
         "backend": backend, "model": model.name, "turns": turns, "read_gb_s": round(read, 1),

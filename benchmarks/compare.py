@@ -52,14 +52,19 @@ def run(command: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def weights_read(config: OPTConfig) -> int:
+    """Numbers that a decoded token reads: every weight, but of the positions only one row."""
+    positions = (config.max_position_embeddings + 2) * config.hidden_size
+    return count_parameters(config) - positions
+
+
 def limit(config: OPTConfig, task: str, dtype: str, limits: dict[str, float]) -> float:
     """Tokens per second that the machine's ceilings allow.
 
     A decoded token reads every weight once, a row of a table aside, and eight rows read them
     together; a token of a prompt costs two operations per weight, one of training six.
     """
-    positions = (config.max_position_embeddings + 2) * config.hidden_size
-    weights = count_parameters(config) - positions
+    weights = weights_read(config)
     if task in ("decode", "batch"):
         return SHAPES[task][0] * limits["read_gb_s"] * 1e9 / (weights * BYTES[dtype])
     rate = limits["bfloat16_gflop_s" if dtype == "bfloat16" else "float32_gflop_s"]
