@@ -1,18 +1,19 @@
 """Linear layers in the layout that is fast: oneDNN's on the CPU, wherever no gradient is wanted.
 
 PyTorch computes float32 products on the CPU with MKL, which reads the weights of small ones at half
-to three quarters of the rate oneDNN reaches, and is a sixth faster for large ones. A single row is
-fastest as a batch of products with parts of the weight: MKL gives each to one core, and a call of
-oneDNN takes 40 microseconds before it begins, where this takes 3. For bfloat16 oneDNN is nearly
-twice as fast once the weights are in its own blocked order. That is a second copy: it is made where
-memory allows, used while a model generates, kept for the next time, and checked against the
-parameters before every use. The parameters themselves are never touched.
+to three quarters of the rate oneDNN reaches. A batch of products with parts of the weight is faster
+than either: MKL gives each part to one core, and a call of oneDNN takes 40 microseconds before it
+begins, where this takes 3. With AVX2 that holds for any number of rows, wide inputs (out <= in) of
+256 rows and more aside, where a whole product of MKL's is the best; with wider instructions it is
+known of single rows only. For bfloat16 oneDNN is nearly twice as fast once the weights are in its
+own blocked order. That is a second copy: it is made where memory allows, used while a model
+generates, kept for the next time, and checked against the parameters before every use. The
+parameters themselves are never touched.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,10 +30,12 @@ WORTHWHILE = 32
 """Tokens to generate from which on packing is done; it costs what about 16 tokens save."""
 
 MANY_ROWS = 256
-"""From so many rows on MKL's float32 product is the faster one."""
+"""From so many rows on MKL's float32 product with a whole weight is faster than oneDNN's."""
 
 _PARTS = 8
-"""Parts of a weight that a single float32 row is multiplied with, at least one per thread."""
+"""Parts of a weight that float32 rows are multiplied with, at least one per thread."""
+_COLUMNS = 4096
+"""Columns of a result that are computed at once, for several rows: they stay in the cache."""
 
 BLOCK = 2**19
 """Numbers of a bfloat16 weight that are widened at once."""
@@ -52,11 +55,7 @@ class Linear(nn.Linear):
         if _PRODUCT is None or not _is_plain(input, weight):
             return F.linear(input, weight, bias)
         if weight.dtype == torch.float32:
-            rows = input.shape[:-1].numel()
-            if rows >= MANY_ROWS:
-                return F.linear(input, weight, bias)
-            if rows == 1 and (multiply := _row_product(weight, bias)):
-                return multiply(input)
+            return _float_product(weight, bias, input.shape[:-1].numel())(input)
         if weight.dtype == torch.bfloat16 and not _has_bfloat16():
             return widened(input, weight, bias)
         packed = self.packed  # read once: a generation in another thread may end in between
@@ -71,18 +70,11 @@ class Linear(nn.Linear):
         is_wide = self.weight.dtype == torch.bfloat16 and not _has_bfloat16()
         if _PRODUCT is None or is_wide or not _is_cpu_type(self.weight):
             return self.forward
-        call, many, single = _PRODUCT.default, math.inf, None
         if weight.dtype == torch.float32:
-            many, single = MANY_ROWS, _row_product(weight, bias)
-
-        def multiply(input: Tensor) -> Tensor:
-            if single is not None and len(input) == 1:
-                return single(input)
-            if len(input) < many:
-                return call(input, weight, bias, "none", [], "")
-            return F.linear(input, weight, bias)
-
-        return multiply
+            choose = cache(partial(_float_product, weight, bias))
+            return lambda input: choose(len(input))(input)
+        call = _PRODUCT.default
+        return lambda input: call(input, weight, bias, "none", [], "")
 
     def pack(self) -> None:
         """Packs the weight, or takes up the packed one from before if the weight is the same."""
@@ -187,17 +179,25 @@ def is_eager(input: Tensor) -> bool:
     )
 
 
-def _row_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """What multiplies a single float32 row with a weight, part by part.
-
-    Returns:
-        A function of (..., in) with one row; None where the weight cannot be divided, or nothing is
-        gained.
-    """
+def _float_product(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
+    """What multiplies so many float32 rows (..., in) with a weight, the fastest way known."""
     (out, width), threads = weight.shape, torch.get_num_threads()
-    parts = -(-_PARTS // threads) * threads
-    if out % parts or not weight.is_contiguous() or not torch.backends.mkl.is_available():
-        return None
+    parts, is_many = -(-_PARTS // threads) * threads, rows >= MANY_ROWS
+    has_parts = out % parts == 0 and weight.is_contiguous() and torch.backends.mkl.is_available()
+    if has_parts and rows == 1:
+        return _row_product(weight, bias, parts)
+    if has_parts and _has_avx2_only() and not (is_many and out <= width):
+        return _rows_product(weight, bias, parts)
+    if is_many:
+        return lambda input: F.linear(input, weight, bias)
+    assert _PRODUCT is not None
+    call = _PRODUCT.default
+    return lambda input: call(input, weight, bias, "none", [], "")
+
+
+def _row_product(weight: Tensor, bias: Tensor | None, parts: int) -> Callable[[Tensor], Tensor]:
+    """What multiplies a single row with a weight, part by part."""
+    out, width = weight.shape
     columns = weight.view(parts, out // parts, width).transpose(1, 2)
     shifts = None if bias is None else bias.view(parts, 1, -1)
 
@@ -205,6 +205,31 @@ def _row_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tens
         row = input.reshape(1, 1, width).expand(parts, 1, width)
         product = row.bmm(columns) if shifts is None else torch.baddbmm(shifts, row, columns)
         return product.view(*input.shape[:-1], out)
+
+    return multiply
+
+
+def _rows_product(weight: Tensor, bias: Tensor | None, parts: int) -> Callable[[Tensor], Tensor]:
+    """What multiplies any number of rows with a weight, part by part."""
+    out, width = weight.shape
+    step = max(_COLUMNS // parts, 1) * parts
+    pieces = [
+        (
+            weight[start : start + step].view(parts, -1, width).transpose(1, 2),
+            None if bias is None else bias[start : start + step].view(parts, 1, -1),
+        )
+        for start in range(0, out, step)
+    ]
+
+    def multiply(input: Tensor) -> Tensor:
+        rows = input.reshape(1, -1, width)
+        rows = rows.expand(parts, *rows.shape[1:])
+        result = input.new_empty(rows.shape[1], out)
+        for columns, place in zip(pieces, result.split(step, 1), strict=True):
+            weights, shifts = columns
+            each = rows.bmm(weights) if shifts is None else torch.baddbmm(shifts, rows, weights)
+            place.unflatten(1, (parts, -1)).copy_(each.transpose(0, 1))
+        return result.view(*input.shape[:-1], out)
 
     return multiply
 
@@ -230,3 +255,8 @@ def _is_cpu_type(weight: Tensor) -> bool:
 @cache
 def _has_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
+def _has_avx2_only() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"

@@ -163,23 +163,43 @@ def test_bfloat16_without_instructions_is_rounded_once(monkeypatch, rows, bias):
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "bare"])
-@pytest.mark.parametrize("out", [48, 50], ids=["divides", "does not"])
-def test_a_single_row_is_multiplied_part_by_part(monkeypatch, out, bias):
+@pytest.mark.parametrize("out", [40, 50], ids=["divides", "does not"])
+@pytest.mark.parametrize("rows", [1, 3, 300])
+@pytest.mark.parametrize("avx2_only", [True, False], ids=["avx2", "wider"])
+def test_float32_rows_are_multiplied_part_by_part(monkeypatch, avx2_only, rows, out, bias):
+    """With wider instructions than AVX2 only a single one is."""
+    monkeypatch.setattr(linear, "_has_avx2_only", lambda: avx2_only)
+    monkeypatch.setattr(linear, "_COLUMNS", 16)
     torch.manual_seed(0)
-    layer, row = linear.Linear(33, out, bias=bias), torch.randn(1, 1, 33)
-    expected = torch.nn.functional.linear(row, layer.weight, layer.bias).detach()
+    layer, states = linear.Linear(33, out, bias=bias), torch.randn(rows, 1, 33)
+    expected = torch.nn.functional.linear(states.double(), layer.weight.double())
+    expected = (expected if layer.bias is None else expected + layer.bias).float().detach()
+    close = {"rtol": 1e-5, "atol": 1e-5}
     with torch.no_grad():
-        calls = []
+        calls, wholes = [], []
         monkeypatch.setattr(linear, "_PRODUCT", _Recorder(linear._PRODUCT, calls))
-        for found in (layer(row), layer.product()(row[0])[None]):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        assert bool(calls) == (out % linear._PARTS > 0)
+        monkeypatch.setattr(linear.F, "linear", _Recorder(torch.nn.functional.linear, wholes))
+        for found in (layer(states), layer.product()(states[:, 0])[:, None]):
+            torch.testing.assert_close(found, expected, **close)
+        is_whole = out % linear._PARTS > 0 or (rows > 1 and not avx2_only)
+        assert [bool(calls), bool(wholes)] == [is_whole and rows < 256, is_whole and rows > 256]
         layer.weight.data = layer.weight.data.T.contiguous().T  # parts of this are no views
-        torch.testing.assert_close(layer(row), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer(states), expected, **close)
+
+
+@pytest.mark.parametrize("rows", [255, 256])
+def test_many_rows_of_a_wide_input_are_multiplied_with_a_whole_weight(monkeypatch, rows):
+    monkeypatch.setattr(linear, "_has_avx2_only", lambda: True)
+    layer, states, wholes = linear.Linear(48, 48), torch.randn(rows, 48), []
+    expected = layer(states)
+    monkeypatch.setattr(linear.F, "linear", _Recorder(torch.nn.functional.linear, wholes))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(states), expected, rtol=1e-5, atol=1e-5)
+    assert len(wholes) == (rows >= linear.MANY_ROWS)
 
 
 class _Recorder:
-    """oneDNN's product, which keeps a list of its calls."""
+    """A product that keeps a list of its calls."""
 
     def __init__(self, product, calls):
         self.product, self.calls, self.default = product, calls, self
