@@ -1,5 +1,6 @@
 """Causal self-attention: projections, masks and the kernels behind one interface."""
 
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from opt_flax.linear import Linear
 from opt_flax.parallel import rows_axes
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
+_PIECE, _PIECES = 64, 4
+"""Queries of a long text that are taken together, at least; and the most pieces of a text."""
 
 
 class FlaxOPTAttention(nnx.Module):
@@ -139,7 +142,19 @@ def drop(values: Array, rate: float, key: Array | None) -> Array:
 
 
 def sdpa(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_B1TS: Array | None) -> Array:
-    """JAX's own attention."""
+    """JAX's own attention; on a CPU, a long text in pieces, each with the keys up to its end.
+
+    The keys behind it would only be multiplied to be masked.
+    """
+    T, S = q_BHTK.shape[2], k_BHSK.shape[2]
+    is_whole = isinstance(T, int) and isinstance(S, int) and T == S  # nothing came before
+    if not is_whole or T < 2 * _PIECE:
+        return _jax_sdpa(q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
+    states = (q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
+    return jax.lax.platform_dependent(*states, cpu=_by_pieces, default=_jax_sdpa)
+
+
+def _jax_sdpa(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_B1TS: Array | None) -> Array:
     mixed = jax.nn.dot_product_attention(
         *(x.swapaxes(1, 2) for x in (q_BHTK, k_BHSK, v_BHSK)),
         bias=bias_B1TS,
@@ -147,6 +162,18 @@ def sdpa(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_B1TS: Array | None) -
         implementation="xla",
     )
     return mixed.swapaxes(1, 2)
+
+
+def _by_pieces(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_B1TS: Array | None) -> Array:
+    T = q_BHTK.shape[2]
+    count = min(_PIECES, T // _PIECE)
+    mixed, starts = [], [T * i // count for i in range(count + 1)]
+    for start, end in pairwise(starts):
+        query, bias = q_BHTK[:, :, start:end], bias_B1TS
+        if bias is not None:
+            bias = bias[:, :, start:end, :end]
+        mixed.append(eager(query, k_BHSK[:, :, :end], v_BHSK[:, :, :end], bias, 0.0, None)[0])
+    return jnp.concatenate(mixed, 2)
 
 
 def flash(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from opt_flax.parallel import constrain_rows, constrain_table
 
 FEW_ROWS = 64
-"""Up to so many rows a product is computed the other way round on a CPU, come what may."""
+"""Up to so many rows a CPU's product is computed the other way round, whatever XLA makes of it."""
 _PARTS = (8, 4, 2)
 """Parts of the weight that a single row is multiplied with: the most that divide it evenly."""
 _MULTIPLE = 8
@@ -88,7 +88,7 @@ def _plain(input: Array, weight: Array) -> Array:
 
 
 def _turned(input: Array, weight: Array) -> Array:
-    """The other way round too, but XLA may do as it likes: training is a twelfth faster so."""
+    """The other way round too, but XLA may turn it back: training is a twelfth faster so."""
     columns = jnp.einsum("oi,bi->ob", weight, input.reshape(-1, input.shape[-1]))
     return columns.T.reshape(*input.shape[:-1], len(weight))
 

@@ -241,6 +241,26 @@ def test_each_dropout_field_acts(folder, where, attention_implementation):
     assert np.abs(outputs.mean(0) - quiet(ids).logits).max() < 6 * outputs.std(0).max()
 
 
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "bare"])
+def test_long_texts_in_pieces_are_the_whole(folder, padded):
+    """What "sdpa" leaves out on a CPU is what its mask hides."""
+    ids, mask = make_prompts(CONFIGS["pre_ln"], 2, 301), make_mask("left", [301, 140])
+    mask = mask if padded else np.ones_like(mask)
+    labels, found = np.where(mask, ids, -100), []
+    if padded:
+        labels[1, -140] = -100  # nothing but padding foretells it
+    for kind in ("sdpa", "eager"):
+        model = model_of(folder, attn_implementation=kind)
+        model.eval()
+        given = {"attention_mask": mask} if padded else {}
+        gradient = nnx.grad(lambda m, given=given: m(ids, labels=labels, **given).loss)(model)
+        query = gradient["model"]["decoder"]["layers"][0]["self_attn"]["q_proj"]["weight"][...]
+        found.append((np.asarray(model(ids, **given).logits)[mask > 0], np.asarray(query)))
+    (logits, slope), (theirs, other) = found
+    np.testing.assert_allclose(logits, theirs, rtol=0, atol=ORACLE_TOLERANCE)
+    np.testing.assert_allclose(slope, other, rtol=0, atol=GRADIENT_TOLERANCE * np.abs(other).max())
+
+
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("variant", CONFIGS)
 def test_gradient_checkpointing_changes_no_gradient(folder, variant, scan):
