@@ -125,35 +125,41 @@ def versions() -> dict[str, str]:
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table."""
     rows = [
-        "| task | this project | tok/s | compared with | tok/s | ratio (of single rounds) | of the limit |",  # noqa: E501
-        "|---|---|---|---|---|---|---|",
+        "| model | task | this project | tok/s | compared with | tok/s | ratio (of single rounds) | of the limit |",  # noqa: E501
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(results["rows"], key=lambda row: (row["ours"], row["peer"])):
+    tasks = list(SHAPES)
+    for row in sorted(results["rows"], key=lambda row: (*_pair(row), tasks.index(row["task"]))):
         low, high = row["ratios"]
         rows.append(
-            f"| {row['task']} | {row['ours']} | {row['ours_tok_s']:.4g} | {row['peer']} "
-            f"| {row['peer_tok_s']:.4g} | **{row['ratio']:.2f}** ({low:.2f}-{high:.2f}) "
-            f"| {row['share']:.0%} |"
+            f"| {row['model']} | {row['task']} | {row['ours']} | {row['ours_tok_s']:.4g} "
+            f"| {row['peer']} | {row['peer_tok_s']:.4g} "
+            f"| **{row['ratio']:.2f}** ({low:.2f}-{high:.2f}) | {row['share']:.0%} |"
         )
     return "\n".join(rows)
+
+
+def _pair(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What the bars of one group have in common."""
+    return row["ours"], row["peer"], row["model"]
 
 
 def chart(results: dict[str, Any], file: Path) -> None:
     """Draws the ratios as bars, one group per pair."""
     from matplotlib import pyplot
 
-    pairs = list(dict.fromkeys((row["ours"], row["peer"]) for row in results["rows"]))
+    pairs = sorted({_pair(row) for row in results["rows"]})
     tasks = [task for task in SHAPES if any(row["task"] == task for row in results["rows"])]
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.9 * len(pairs)), layout="constrained")
     height = 0.8 / len(tasks)
     for i, task in enumerate(tasks):
-        ratios = {(r["ours"], r["peer"]): r["ratio"] for r in results["rows"] if r["task"] == task}
+        ratios = {_pair(row): row["ratio"] for row in results["rows"] if row["task"] == task}
         places = [p - i * height for p, pair in enumerate(pairs) if pair in ratios]
         bars = axes.barh(places, [ratios[p] for p in pairs if p in ratios], height, label=task)
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks([p - 0.3 for p in range(len(pairs))])
-    axes.set_yticklabels([f"{ours}\nvs {peer}" for ours, peer in pairs], fontsize=8)
+    axes.set_yticklabels([f"{ours}, {model}\nvs {peer}" for ours, peer, model in pairs], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("tokens per second, as a multiple of the other library's")
     axes.spines[["top", "right"]].set_visible(False)

@@ -123,7 +123,7 @@ def transformers_flax(model: Path, dtype: str, ids: np.ndarray) -> Tasks:
 
     def loss(params: Any, key: Any) -> Any:
         options = {"params": params, "dropout_rng": key, "deterministic": False}
-        logits = opt(batch, attention_mask=mask, train=True, **options).logits[:, :-1]
+        logits = opt(batch, attention_mask=mask, **options).logits[:, :-1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 
     @jax.jit

@@ -68,6 +68,7 @@ def smooth(
     alpha: float = 0.5,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int, int], None] | None = None,
+    writing: Callable[[int, int], None] | None = None,
     **hub: Any,
 ) -> Smoothing:
     """Writes a copy of a model, as safetensors, whose activations have fewer outliers.
@@ -81,6 +82,7 @@ def smooth(
         alpha: How much of the range goes from inputs to weights, 0 to 1.
         max_shard_size: Most bytes of tensors per file.
         progress: Called with the layers measured and in all.
+        writing: Called after that with the bytes read to be written and in all.
         **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
 
     Raises:
@@ -113,7 +115,7 @@ def smooth(
         count += 1
     entries = [(spec, tensors[spec.name]) for spec, _ in plan.entries]
     files, notes = write_checkpoint(
-        found, replace(plan, entries=entries), new, "safetensors", None, max_shard_size, None
+        found, replace(plan, entries=entries), new, "safetensors", None, max_shard_size, writing
     )
     return Smoothing(new, files, (len(peaks), count), (outliers, _worst(peaks.values())), notes)
 

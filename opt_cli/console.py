@@ -162,8 +162,8 @@ def progress(what: str, unit: str | None = None) -> Iterator[Callable[..., None]
         unit: What is counted, such as "rows"; None: bytes.
 
     Yields:
-        A function to call with (bytes done, bytes in all) and, where it changes, what is under way.
-        Until it is called, the bar only pulses.
+        A function to call with (bytes done, bytes in all) and, where they change, what is under way
+        and its unit. Until it is called, the bar only pulses.
     """
     if not stderr.is_terminal:
         yield lambda *_: None
@@ -179,9 +179,12 @@ def progress(what: str, unit: str | None = None) -> Iterator[Callable[..., None]
     )
     with Progress(*columns, console=stderr, transient=True) as bar:
         task = bar.add_task(what, total=None, amount="")
-        start = time.monotonic()
+        now, start = what, time.monotonic()
 
-        def update(done: int, total: int, what: str = what) -> None:
+        def update(done: int, total: int, what: str = what, unit: str | None = unit) -> None:
+            nonlocal now, start
+            if what != now:
+                now, start = what, time.monotonic()
             rate = done / max(1e-3, time.monotonic() - start)
             amount = f"{decimal(done)} of {decimal(total)}, {decimal(int(rate))}/s"
             if unit is not None:

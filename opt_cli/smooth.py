@@ -43,7 +43,15 @@ def smooth(
     tokenizer = OPTTokenizer.from_pretrained(resolve(source, convertible=True, revision=revision))
     ids = rows_of(tokenizer.encode(read_text(text)), rows, length)
     with console.progress("measuring", unit="layers") as progress:
-        done = smooth(source, destination, ids, alpha, progress=progress, revision=revision)
+        done = smooth(
+            source,
+            destination,
+            ids,
+            alpha,
+            progress=progress,
+            writing=lambda done, total: progress(done, total, "writing", None),
+            revision=revision,
+        )
     if json:
         console.print_json(asdict(done) | {"path": str(done.path)})
         return

@@ -10,6 +10,7 @@ from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_torch.cache import KVCache
 from opt_torch.linear import Linear
+from opt_torch.quantization import project
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
 
@@ -51,8 +52,8 @@ class OPTAttention(nn.Module):
         """
         B, T, D = hidden_BTD.shape
         query, key, value = (
-            projection(hidden_BTD).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            states.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
+            for states in project((self.q_proj, self.k_proj, self.v_proj), hidden_BTD)
         )
         if cache is not None:
             key, value = cache.write(self.layer, key, value)

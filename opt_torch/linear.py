@@ -179,6 +179,12 @@ def is_eager(input: Tensor) -> bool:
     )
 
 
+def has_own_ways(module: nn.Module) -> bool:
+    """Whether calling a module may do something beside its class' `forward`."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks or "forward" in vars(module) or nn.modules.module._has_any_global_hook())
+
+
 def _float_product(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
     """What multiplies so many float32 rows (..., in) with a weight, the fastest way known."""
     (out, width), threads = weight.shape, torch.get_num_threads()

@@ -7,14 +7,14 @@ A layer keeps the numbers of `opt_core.quantization`. There are two ways to comp
 - "int8" on the CPU, where PyTorch is built with FBGEMM: in integers, faster than float32. The
   input is quantised too, each row by itself, to 7 bits: processors without instructions for such
   products add pairs of them up in 16 bits, which 8 bits would overflow. Every sum is exact, so a
-  row's result depends on nothing but the row.
+  row's result depends on nothing but the row, and layers with one input can share one product.
 
 Such a model can only be run: it has no parameters to train and none to save.
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from opt_core.dialects import TORCH
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec
 from opt_core.quantization import GROUP, QuantizedTensor
-from opt_torch.linear import is_eager
+from opt_torch.linear import has_own_ways, is_eager
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
@@ -50,10 +50,24 @@ HAS_INTEGERS = None not in (_MAKE, _PACK, _UNPACK, _PRODUCT) and (
 """Whether this build of PyTorch computes in integers on the CPU."""
 
 
+class _Packed(NamedTuple):
+    """Where a weight lies in FBGEMM's order.
+
+    Attributes:
+        order: What FBGEMM made of it and of those that are multiplied with the same input.
+        count: How many weights that are.
+        start: The first row of this one.
+    """
+
+    order: Any
+    count: int
+    start: int
+
+
 class QuantizedWeight(nn.Module):
     """The numbers of a weight [out, in], as in `QuantizedTensor`."""
 
-    packed: Any = None
+    packed: _Packed | None = None
     """An "int8" weight in FBGEMM's order, from the first product in integers on."""
     is_table = False
     """Whether rows are looked up, too; otherwise `values` go once `packed` is there."""
@@ -92,32 +106,14 @@ class QuantizedWeight(nn.Module):
         for start in range(0, len(self.scales), step):
             yield self.dequantize(slice(start, start + step))
 
-    def pack(self) -> Any:
-        """The weight in FBGEMM's order, which takes the place of `values`."""
-        packed, values = self.packed, self.values
-        if packed is not None or values is None:
-            return packed
-        zeros, engine = torch.zeros(len(values), dtype=torch.int64), torch.backends.quantized.engine
-        torch.backends.quantized.engine = "fbgemm"
-        try:
-            assert _PACK is not None
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.quantize_per_tensor")  # to be replaced
-                rows = _MAKE(values, self.scales, zeros, 0)
-            packed = self.packed = _PACK(rows, None)
-        finally:
-            torch.backends.quantized.engine = engine
-        if not self.is_table:
-            self.values = None
-        return packed
-
     def _values(self) -> Tensor:
         values, packed = self.values, self.packed  # another thread may be packing
         if values is not None:
             return values
         assert _UNPACK is not None
-        unpacked: Tensor = _UNPACK(packed)[0].int_repr()
-        return unpacked
+        assert packed is not None
+        unpacked: Tensor = _UNPACK(packed.order)[0].int_repr()
+        return unpacked[packed.start : packed.start + len(self.scales)].clone()
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: the plain numbers."""
@@ -164,24 +160,75 @@ class QuantizedLinear(nn.Module):
 
     def product(self) -> Callable[[Tensor], Tensor]:
         """What computes the same as `forward` from now on; see `Linear.product`."""
-        if not self.counts(_ROW):
-            return self.forward
-        multiply = self.multiplier()
-        return lambda input: multiply(*scaled(input)).to(input.dtype)
+        return _multiplier([self]) if self.counts(_ROW) else self.forward
 
-    def multiplier(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """What computes the product in integers, from what `scaled` gives; float32."""
-        assert _PRODUCT is not None
-        # Past the overload's own call, which searches its arguments for script objects each time.
-        call, packed = _PRODUCT.default._op, self.weight.pack()
-        step, zero = _UNSIGNED if self.is_unsigned else _SIGNED
-        bias = None if self.bias is None else self.bias.float()
 
-        def multiply(rows: Tensor, size: Tensor) -> Tensor:
-            out: Tensor = call(rows, step, zero, packed)
-            return out.mul_(size) if bias is None else torch.addcmul(bias, out, size)
+def products(linears: Sequence[Any]) -> Callable[[Tensor], list[Tensor]]:
+    """What computes the products of linear layers with one input; see `Linear.product`."""
+    if not all(isinstance(layer, QuantizedLinear) and layer.counts(_ROW) for layer in linears):
+        each = [layer.product() for layer in linears]
+        return lambda input: [product(input) for product in each]
+    multiply, sizes = _multiplier(linears), [len(layer.weight.scales) for layer in linears]
+    return lambda input: list(multiply(input).split(sizes, -1))
 
-        return multiply
+
+def project(linears: Sequence[nn.Module], input: Tensor) -> list[Tensor]:
+    """What linear layers make of one input; in integers that is one product, if all are plain."""
+    if all(
+        isinstance(layer, QuantizedLinear) and layer.counts(input) and not has_own_ways(layer)
+        for layer in linears
+    ):
+        return products(linears)(input)
+    return [layer(input) for layer in linears]
+
+
+def _multiplier(layers: Sequence[QuantizedLinear]) -> Callable[[Tensor], Tensor]:
+    """What computes the products of layers with one input in integers, one behind the other."""
+    assert _PRODUCT is not None
+    # Past the overload's own call, which searches its arguments for script objects each time.
+    call, order = _PRODUCT.default._op, _pack([layer.weight for layer in layers])
+    step, zero = _UNSIGNED if layers[0].is_unsigned else _SIGNED
+    biases = [layer.bias.float() for layer in layers if layer.bias is not None]
+    bias = torch.cat(biases) if biases else None
+
+    def multiply(input: Tensor) -> Tensor:
+        rows, size = scaled(input)
+        out: Tensor = call(rows, step, zero, order)
+        out = out.mul_(size) if bias is None else torch.addcmul(bias, out, size)
+        return out.to(input.dtype)
+
+    return multiply
+
+
+def _pack(weights: Sequence[QuantizedWeight]) -> Any:
+    """Weights with one input in FBGEMM's order, which takes the place of their `values`."""
+    counts = [len(weight.scales) for weight in weights]
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    now = [weight.packed for weight in weights]
+    first = now[0]
+    if first is not None and all(
+        packed is not None
+        and packed.order is first.order
+        and (packed.count, packed.start) == (len(weights), start)
+        for packed, start in zip(now, starts, strict=True)
+    ):
+        return first.order
+    values = torch.cat([weight._values() for weight in weights])
+    scales = torch.cat([weight.scales for weight in weights])
+    zeros, engine = torch.zeros(len(values), dtype=torch.int64), torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        assert _PACK is not None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor")  # to be replaced
+            order = _PACK(_MAKE(values, scales, zeros, 0), None)
+    finally:
+        torch.backends.quantized.engine = engine
+    for weight, start in zip(weights, starts, strict=True):
+        weight.packed = _Packed(order, len(weights), start)
+        if not weight.is_table:
+            weight.values = None
+    return order
 
 
 def scaled(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,20 +239,6 @@ def scaled(input: Tensor) -> tuple[Tensor, Tensor]:
     wide = input if input.dtype == torch.float32 else input.float()
     size = wide.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST)
     return wide / size, size
-
-
-def products(linears: Sequence[Any]) -> Callable[[Tensor], list[Tensor]]:
-    """What computes the products of linear layers with one input; see `Linear.product`."""
-    if not all(isinstance(layer, QuantizedLinear) and layer.counts(_ROW) for layer in linears):
-        each = [layer.product() for layer in linears]
-        return lambda input: [product(input) for product in each]
-    multipliers = [layer.multiplier() for layer in linears]
-
-    def multiply(input: Tensor) -> list[Tensor]:
-        rows, size = scaled(input)
-        return [multiply(rows, size).to(input.dtype) for multiply in multipliers]
-
-    return multiply
 
 
 class QuantizedEmbedding(nn.Module):

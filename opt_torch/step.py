@@ -17,7 +17,7 @@ from opt_core.params import POSITION_OFFSET
 from opt_torch.attention import OPTAttention, make_bias
 from opt_torch.cache import KVCache, position_rows
 from opt_torch.decoder import ACTIVATIONS, OPTDecoder, OPTDecoderLayer
-from opt_torch.linear import Linear, is_eager
+from opt_torch.linear import Linear, has_own_ways, is_eager
 from opt_torch.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -82,15 +82,12 @@ def is_plain(model: "OPTForCausalLM") -> bool:
         model.device.type == "cpu"
         and decoder.implementation == "sdpa"
         and is_eager(decoder.embed_positions.weight)
-        and not nn.modules.module._has_any_global_hook()
         and all(_is_plain(module, kinds) for module in model.modules())
     )
 
 
 def _is_plain(module: nn.Module, kinds: set[type[nn.Module]]) -> bool:
-    has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
-    is_own = type(module) in kinds and "forward" not in vars(module)
-    return is_own and not has_hooks and not module.training
+    return type(module) in kinds and not has_own_ways(module) and not module.training
 
 
 class _Block:

@@ -37,9 +37,10 @@ OWN_NAMES = {
     },
     "generation.py": {"bucketed"},
     "losses.py": {"CHUNK", "next_token"},
-    "quantization.py": {"prepare", "HAS_INTEGERS", "products", "scaled"},
+    "quantization.py": {"prepare", "HAS_INTEGERS", "products", "project", "scaled"},
     "linear.py": {
         "is_eager",
+        "has_own_ways",
         "BLOCK",
         "widened",
         "FEW_ROWS",

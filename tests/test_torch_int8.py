@@ -101,6 +101,32 @@ def test_packed_weights_take_the_place_of_the_plain_ones():
     assert half(rows.bfloat16()).dtype == torch.bfloat16
 
 
+def test_queries_keys_and_values_are_one_product(folder):
+    model = opt_torch.OPTForCausalLM.from_pretrained(folder("pre_ln"), quantize="int8")
+    ids, given = torch.tensor([[2, 5, 9, 4]]), {"max_new_tokens": 5, "eos_token_id": None}
+    attention: Any = model.get_decoder().layers[0].self_attn
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    plain = [part.weight.dequantize() for part in parts]
+    together = model(ids).logits
+    order = parts[0].weight.packed.order
+    assert [part.weight.packed.order is order for part in parts] == [True] * 3
+    assert [part.weight.values for part in parts] == [None] * 3
+    model.generate(ids, **given)
+    assert parts[2].weight.packed.order is order, "packed once, for prompts and for steps"
+    for part, weight in zip(parts, plain, strict=True):
+        assert torch.equal(part.weight.dequantize(), weight)
+        assert torch.equal(copy.deepcopy(part).weight.dequantize(), weight)
+
+    seen = []  # a projection with a hook is called, and by itself
+    hook = parts[1].register_forward_hook(lambda *call: seen.append(call))
+    assert torch.equal(model(ids).logits, together)
+    assert len(seen) == 1
+    assert [part.weight.packed.count for part in parts] == [1] * 3
+    hook.remove()
+    assert torch.equal(model(ids).logits, together)
+    assert [part.weight.packed.count for part in parts] == [3] * 3
+
+
 def test_gradients_and_transforms_go_through_the_weight_itself():
     layer, tensor = make_linear(6, 9)
     row = torch.randn(1, 9, requires_grad=True)

@@ -65,6 +65,29 @@ def test_outliers_become_smaller(tmp_path: Path):
     assert again.outliers[0] == pytest.approx(after, rel=1e-4)
 
 
+def test_progress_of_measuring_and_writing(tmp_path: Path):
+    config = CONFIGS["pre_ln"]
+    weights = with_outliers(tmp_path / "a", config)
+    layers: list[tuple[int, int]] = []
+    written: list[tuple[int, int]] = []
+
+    def writing(*amounts: int) -> None:
+        assert len(layers) == config.num_hidden_layers
+        written.append((amounts[0], amounts[1]))
+
+    smooth(
+        tmp_path / "a",
+        tmp_path / "b",
+        IDS,
+        progress=lambda *amounts: layers.append(amounts),
+        writing=writing,
+    )
+    count, total = config.num_hidden_layers, sum(weight.nbytes for weight in weights.values())
+    assert layers == [(layer + 1, count) for layer in range(count)]
+    assert written == sorted(written)
+    assert written[-1] == (total, total)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_inputs_are_what_the_model_computes(variant: str, tmp_path: Path):
     config = VARIANTS[variant]
