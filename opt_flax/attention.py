@@ -142,14 +142,7 @@ def drop(values: Array, rate: float, key: Array | None) -> Array:
 
 
 def sdpa(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_B1TS: Array | None) -> Array:
-    """JAX's own attention; on a CPU, a long text in pieces, each with the keys up to its end.
-
-    The keys behind it would only be multiplied to be masked.
-    """
-    T, S = q_BHTK.shape[2], k_BHSK.shape[2]
-    is_whole = isinstance(T, int) and isinstance(S, int) and T == S  # nothing came before
-    if not is_whole or T < 2 * _PIECE:
-        return _jax_sdpa(q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
+    """JAX's own attention; on a CPU spelled out, which needs no other order of keys and values."""
     states = (q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
     return jax.lax.platform_dependent(*states, cpu=_by_pieces, default=_jax_sdpa)
 
@@ -165,8 +158,15 @@ def _jax_sdpa(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_B1TS: Array | No
 
 
 def _by_pieces(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_B1TS: Array | None) -> Array:
-    T = q_BHTK.shape[2]
-    count = min(_PIECES, T // _PIECE)
+    """A long text in pieces, each with the keys up to its end.
+
+    The keys behind it would only be multiplied to be masked.
+    """
+    T, S = q_BHTK.shape[2], k_BHSK.shape[2]
+    is_whole = isinstance(T, int) and isinstance(S, int) and T == S  # nothing came before
+    count = min(_PIECES, T // _PIECE) if is_whole else 1
+    if count < 2:
+        return eager(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, 0.0, None)[0]
     mixed, starts = [], [T * i // count for i in range(count + 1)]
     for start, end in pairwise(starts):
         query, bias = q_BHTK[:, :, start:end], bias_B1TS

@@ -1,5 +1,6 @@
 """The key-value cache: buffers of a fixed size, and positions that follow from what they hold."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -51,11 +52,31 @@ class KVCache:
         Returns:
             The layer's buffers (B, H, S, K) with them.
         """
-        start = (0, 0, self.length, 0)
-        return (
-            lax.dynamic_update_slice(self.keys[layer], key_BHTK, start),
-            lax.dynamic_update_slice(self.values[layer], value_BHTK, start),
-        )
+        return self._put(self.keys[layer], key_BHTK), self._put(self.values[layer], value_BHTK)
+
+    def _put(self, buffer: Array, new_BHTK: Array) -> Array:
+        write = lax.dynamic_update_slice
+        if buffer.shape[0] != 1:
+            return write(buffer, new_BHTK, (0, 0, self.length, 0))
+        return write(buffer[0], new_BHTK[0], (0, self.length, 0))[None]  # as in `squeezed`
+
+    def squeezed(self) -> "KVCache":
+        """The same without the axis of a single row, as a compiled loop had better carry it.
+
+        XLA leaves that axis out of attention's products. A loop that has it copies every buffer
+        twice in each step: for the products, and for the next step.
+        """
+        is_single = self.keys[0].shape[0] == 1
+        return self._each(lambda buffer: buffer[0]) if is_single else self
+
+    def unsqueezed(self) -> "KVCache":
+        """What `squeezed` was made of."""
+        is_squeezed = self.keys[0].ndim == 3
+        return self._each(lambda buffer: buffer[None]) if is_squeezed else self
+
+    def _each(self, change: Callable[[Array], Array]) -> "KVCache":
+        keys, values = tuple(map(change, self.keys)), tuple(map(change, self.values))
+        return replace(self, keys=keys, values=values)
 
     def slots(self, count: int) -> int:
         """Slots to look at with `count` new tokens: these alone, or all there are.
@@ -137,12 +158,8 @@ class KVCache:
         Args:
             rows: (any,) integer row numbers.
         """
-        return replace(
-            self,
-            keys=tuple(buffer[rows] for buffer in self.keys),
-            values=tuple(buffer[rows] for buffer in self.values),
-            mask=None if self.mask is None else self.mask[rows],
-        )
+        mask = None if self.mask is None else self.mask[rows]
+        return replace(self._each(lambda buffer: buffer[rows]), mask=mask)
 
     def regroup(self, index_BW: Array, mesh: Mesh | None = None) -> "KVCache":
         """The cache of other rows, each chosen within its own prompt's: no device asks another.

@@ -348,5 +348,10 @@ def _loop(graph: Any, state: Any, rows: _Rows, numbers: _Numbers, limit: int) ->
     def goes_on(rows: _Rows) -> Array:
         return (rows.made < limit) & ~rows.ended.all()
 
-    rows = lax.while_loop(goes_on, lambda rows: _advance(model, rows, numbers), rows)
-    return rows._replace(history=replicate(rows.history, model.mesh))
+    def advance(rows: _Rows) -> _Rows:
+        rows = _advance(model, rows._replace(cache=rows.cache.unsqueezed()), numbers)
+        return rows._replace(cache=rows.cache.squeezed())
+
+    rows = lax.while_loop(goes_on, advance, rows._replace(cache=rows.cache.squeezed()))
+    history = replicate(rows.history, model.mesh)
+    return rows._replace(history=history, cache=rows.cache.unsqueezed())

@@ -1,5 +1,6 @@
 """The key-value cache: buffers of a fixed size, and positions that follow from what they hold."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,13 +53,29 @@ class KVCache:
         return self._put(self.keys[layer], key_BHTK), self._put(self.values[layer], value_BHTK)
 
     def _put(self, buffer: tf.Tensor, new_BHTK: tf.Tensor) -> tf.Tensor:
-        # The products of attention see B and H as one; so must the write, or XLA makes two copies
-        # of every buffer in each step.
-        B, H, S, K = sizes(buffer)
-        start: Any = (0, self.length, 0)
-        rows = tf.reshape(new_BHTK, (-1, sizes(new_BHTK)[2], K))
-        written: Any = keras.ops.slice_update(tf.reshape(buffer, (-1, S, K)), start, rows)
-        return tf.reshape(written, (B, H, S, K))
+        write: Any = keras.ops.slice_update
+        if buffer.shape[0] != 1:
+            return write(buffer, (0, 0, self.length, 0), new_BHTK)
+        buffer, new = tf.squeeze(buffer, 0), tf.squeeze(new_BHTK, 0)  # as in `squeezed`
+        return tf.expand_dims(write(buffer, (0, self.length, 0), new), 0)
+
+    def squeezed(self) -> "KVCache":
+        """The same without the axis of a single row, as a compiled loop had better carry it.
+
+        XLA leaves that axis out of attention's products. A loop that has it copies every buffer
+        twice in each step: for the products, and for the next step.
+        """
+        is_single = self.keys[0].shape[0] == 1
+        return self._each(lambda buffer: tf.squeeze(buffer, 0)) if is_single else self
+
+    def unsqueezed(self) -> "KVCache":
+        """What `squeezed` was made of."""
+        is_squeezed = len(self.keys[0].shape) == 3
+        return self._each(lambda buffer: tf.expand_dims(buffer, 0)) if is_squeezed else self
+
+    def _each(self, change: Callable[[tf.Tensor], tf.Tensor]) -> "KVCache":
+        keys, values = tuple(map(change, self.keys)), tuple(map(change, self.values))
+        return replace(self, keys=keys, values=values)
 
     def visible(self, count: int) -> int:
         """Slots to look at with `count` new tokens: the filled ones, or all where unknown."""
@@ -127,12 +144,8 @@ class KVCache:
         Args:
             rows: (any,) integer row numbers.
         """
-        return replace(
-            self,
-            keys=tuple(tf.gather(buffer, rows) for buffer in self.keys),
-            values=tuple(tf.gather(buffer, rows) for buffer in self.values),
-            mask=None if self.mask is None else tf.gather(self.mask, rows),
-        )
+        mask = None if self.mask is None else tf.gather(self.mask, rows)
+        return replace(self._each(lambda buffer: tf.gather(buffer, rows)), mask=mask)
 
     # What lets caches go in and out of a tf.function.
     def __tf_flatten__(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

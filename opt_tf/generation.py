@@ -6,7 +6,7 @@ step. Prompts are padded on the right to a length out of a few, so that another 
 another program; what lies behind a prompt is never looked at and then overwritten.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -288,10 +288,18 @@ def _loop(
         is_open = state.made < inputs["new_tokens"]
         return is_open & ~tf.reduce_all(state.ended) if settings.eos_ids else is_open
 
-    state = _State(
-        *tf.while_loop(goes_on, lambda *s: _step(model, settings, inputs, _State(*s)), state)
-    )
+    def step(*state: Any) -> _State:
+        state = _with(_State(*state), KVCache.unsqueezed)
+        return _with(_step(model, settings, inputs, state), KVCache.squeezed)
+
+    state = _State(*tf.while_loop(goes_on, step, _with(state, KVCache.squeezed)))
     return state.made, state.history
+
+
+def _with(state: _State, change: Callable[[KVCache], KVCache]) -> _State:
+    """The state with its cache changed."""
+    cache = change(KVCache(state.keys, state.values))
+    return state._replace(keys=cache.keys, values=cache.values)
 
 
 def _constrained(
