@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 
 import conversion
-from conversion.sources import open_source
-from conversion.targets import TARGETS
-from conversion.torch_zip import write_torch
-from opt_core.checkpoint_writer import save_checkpoint
+from conversion.formats.torch_zip import write_torch
+from conversion.readers import open_source
+from conversion.writers import TARGETS
+from opt_core.checkpoints.safetensors_format import PendingTensor
+from opt_core.checkpoints.save import save_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.params import ParamSpec, param_specs
-from opt_core.safetensors_file import PendingTensor
 
 _INTERVAL = 0.01  # seconds between two looks at the memory
 _BLOCK = 1 << 24

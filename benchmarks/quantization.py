@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 
 from benchmarks.compare import PEERS, machine, named, versions
 from conversion.backends import BACKENDS, load_backend, to_numpy
-from conversion.smooth import rows_of, smooth
+from conversion.smoothquant import rows_of, smooth
 from opt_core import OPTTokenizer
-from opt_core.config import write_json
-from opt_core.evaluation import text_perplexity
+from opt_core.evaluation.perplexity import text_perplexity
 from opt_core.hub import resolve
+from opt_core.json_files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "quantization.json"
 KINDS: dict[str, dict[str, Any]] = {

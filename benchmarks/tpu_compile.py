@@ -43,10 +43,10 @@ from rich.console import Console
 from rich.table import Table
 
 from opt_core.config import OPTConfig
-from opt_core.generation import GenerationConfig
-from opt_core.training import TrainConfig
-from opt_flax import FlaxOPTForCausalLM, attention, checkpoint, generation, parallel, training
-from opt_flax.programs import TracedSettings
+from opt_core.generation.config import GenerationConfig
+from opt_core.training.config import TrainConfig
+from opt_flax import FlaxOPTForCausalLM, attention, checkpoint, generation, sharding, training
+from opt_flax.compilation import TracedSettings
 
 RESULTS = Path(__file__).parent / "results" / "tpu.json"
 PROGRAMS = ("prefill", "decode step", "decode loop", "training step")
@@ -145,7 +145,7 @@ def make_mesh(chip: str, sizes: tuple[int, ...]) -> Mesh:
     described = topologies.get_topology_desc(
         platform="tpu", topology_name=f"{chip}:{shape}", **options
     )
-    return parallel.make_mesh(*sizes, devices=described.devices)
+    return sharding.make_mesh(*sizes, devices=described.devices)
 
 
 def make_model(config: OPTConfig, mesh: Mesh, scan_layers: bool) -> FlaxOPTForCausalLM:
@@ -210,7 +210,7 @@ def lower_training(config: OPTConfig, mesh: Mesh, rows: int) -> Iterator[tuple[s
         return leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
 
     state = outline(nnx.map_state(place, state), mesh)
-    where = NamedSharding(mesh, PartitionSpec(parallel.rows_axes(rows, mesh)))
+    where = NamedSharding(mesh, PartitionSpec(sharding.rows_axes(rows, mesh)))
     ids = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32, sharding=where)
     inputs = {"input_ids": ids, "labels": ids}
     step = training._step.lower(graph, state, inputs, np.uint32(0), np.float32(1e-4), (0.0, False))

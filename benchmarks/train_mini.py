@@ -22,7 +22,7 @@ from rich.progress import Progress, TextColumn
 from tokenizers import ByteLevelBPETokenizer
 
 from opt_core import GenerationConfig, OPTConfig, OPTTokenizer, TrainConfig
-from opt_core.config import write_json
+from opt_core.json_files import write_json
 from opt_torch import OPTForCausalLM
 from opt_torch.training import evaluate, fit
 

@@ -2,7 +2,7 @@
 
 from conversion.convert import Conversion, convert
 from conversion.describe import Description, describe
-from conversion.live import to_flax, to_tf, to_torch
+from conversion.models import to_flax, to_tf, to_torch
 from conversion.verify import Report, verify
 
 __all__ = [

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from conversion.companions import carry
-from conversion.sources import Source, head_of, open_source
-from conversion.targets import TARGETS, write_weights
-from opt_core.checkpoint import LoadPlan, plan_load
-from opt_core.config import write_json
+from conversion.readers import Source, head_of, open_source
+from conversion.sidecar_files import carry
+from conversion.writers import TARGETS, write_weights
+from opt_core.checkpoints.atomic import check_is_new, new_folder
+from opt_core.checkpoints.load import LoadPlan, plan_load
+from opt_core.checkpoints.tensors import float_dtype
 from opt_core.errors import CheckpointError
 from opt_core.hub import resolve
+from opt_core.json_files import write_json
 from opt_core.params import Head
-from opt_core.staging import check_is_new, new_folder
-from opt_core.tensor_file import float_dtype
 
 _ARCHITECTURES: dict[Head, str] = {
     "none": "OPTModel",

@@ -10,16 +10,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from conversion.companions import is_keras_hub
-from conversion.remote import headers_of
-from conversion.sources import head_of, open_source
-from opt_core.checkpoint import Checkpoint, plan_load
+from conversion.readers import head_of, open_source
+from conversion.remote_headers import headers_of
+from conversion.sidecar_files import is_keras_hub
+from opt_core.checkpoints.load import Checkpoint, plan_load
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, OPTError
-from opt_core.generation import GenerationConfig
+from opt_core.generation.config import GenerationConfig
 from opt_core.hub import remote_files, resolve
 from opt_core.params import Head
-from opt_core.tokenizer import OPTTokenizer
+from opt_core.text.tokenizer import OPTTokenizer
 
 _LM_HEAD = "lm_head.weight"
 _STALE = {

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from conversion.backends import inference, load_backend, to_numpy
 from conversion.convert import convert
-from conversion.sources import open_source
-from opt_core.checkpoint import open_checkpoint
+from conversion.readers import open_source
+from opt_core.checkpoints.load import open_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, InputError
-from opt_core.generation import GenerationConfig
+from opt_core.generation.config import GenerationConfig
 from opt_core.hub import resolve
-from opt_core.tokenizer import OPTTokenizer
+from opt_core.text.tokenizer import OPTTokenizer
 
 PROMPTS = (
     "The capital of France is",

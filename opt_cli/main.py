@@ -7,6 +7,7 @@ import typer
 
 from opt_cli import (
     bench,
+    compilation_cache,
     console,
     convert,
     evaluate,
@@ -15,7 +16,6 @@ from opt_cli import (
     info,
     plot,
     prepare,
-    programs,
     smooth,
     train,
     verify,
@@ -56,7 +56,7 @@ def opt_lm(
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
     elif context.invoked_subcommand in ("generate", "eval", "train"):
-        programs.keep_programs()
+        compilation_cache.keep_programs()
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -17,7 +17,7 @@ def plot(
     ] = None,
 ) -> None:
     """Draw loss and learning rate over the steps of a run."""
-    from opt_core.run_folder import METRICS_FILE, read_metrics
+    from opt_core.training.run_folder import METRICS_FILE, read_metrics
 
     records = read_metrics(run)
     steps = [r for r in records if r.get("loss") is not None]

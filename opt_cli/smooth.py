@@ -35,10 +35,10 @@ def smooth(
 
     Rows are taken evenly from the text. No framework is needed.
     """
-    from conversion.smooth import rows_of, smooth
-    from opt_core.data_read import read_text
+    from conversion.smoothquant import rows_of, smooth
+    from opt_core.data.readers import read_text
     from opt_core.hub import resolve
-    from opt_core.tokenizer import OPTTokenizer
+    from opt_core.text.tokenizer import OPTTokenizer
 
     tokenizer = OPTTokenizer.from_pretrained(resolve(source, convertible=True, revision=revision))
     ids = rows_of(tokenizer.encode(read_text(text)), rows, length)

@@ -15,7 +15,7 @@ from opt_core.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from opt_core import OPTConfig, TrainConfig
-    from opt_core.run import RunResult
+    from opt_core.training.loop import RunResult
 
 CLASSES = {
     "text": "OPTForCausalLM",
@@ -72,10 +72,10 @@ def train(
     RUN gets metrics.jsonl, checkpoints, and in the end model/, a Hugging Face folder. The same
     command with --resume goes on where a killed one stopped, to the same result.
     """
+    from opt_cli.progress import watching
     from opt_cli.train_data import open_data
-    from opt_cli.watch import watching
-    from opt_core.batches import Batches
-    from opt_core.run import run
+    from opt_core.data.batches import Batches
+    from opt_core.training.loop import run
 
     if task not in CLASSES:
         raise ConfigError(f"--task: expected {', '.join(CLASSES)}, received {task!r}")
@@ -154,7 +154,7 @@ def _trainer(
 def _finish(result: "RunResult", source: Path | None, json: bool) -> None:
     """Puts the tokenizer beside the model and says how it went."""
     if source is not None:
-        from conversion.companions import carry
+        from conversion.sidecar_files import carry
 
         carry(source if source.is_dir() else source.parent, result.model)
     if json:

@@ -70,7 +70,7 @@ def _text(
     data: Path, validation: Path | None, model: Path | None, model_config: "OPTConfig",
     config: "TrainConfig", out: Path,
 ) -> Opened:  # fmt: skip
-    from opt_core.data_blocks import BLOCKS_FILE
+    from opt_core.data.token_blocks import BLOCKS_FILE
 
     if data.is_file():
         held_out = HELD_OUT if config.eval_every and validation is None else 0
@@ -93,7 +93,7 @@ def _prepared(
     file: Path, model: Path | None, config: "TrainConfig", folder: Path, held_out: float
 ) -> Path:
     """Prepares a file of text, if a run before has not."""
-    from opt_core.data import DataConfig, prepare
+    from opt_core.data.preparation import DataConfig, prepare
 
     if not folder.exists():
         how = DataConfig(config.sequence_length, held_out)
@@ -122,7 +122,7 @@ def _naming(file: Path) -> Iterator[None]:
 
 
 def _blocks(folder: Path, model_config: "OPTConfig", config: "TrainConfig") -> Any:
-    from opt_core.data_blocks import TokenBlocks
+    from opt_core.data.token_blocks import TokenBlocks
 
     blocks = TokenBlocks.open(folder)
     if blocks.vocab_size > model_config.vocab_size:
@@ -143,7 +143,7 @@ def _classification(
     trained: "OPTConfig | None",
 ) -> tuple[Any, "OPTConfig"]:  # fmt: skip
     """Labelled texts, and the configuration with their labels; those of training data hold."""
-    from opt_core.data_labels import encode_labelled_texts, read_labelled_texts
+    from opt_core.data.classification import encode_labelled_texts, read_labelled_texts
 
     names = None
     if trained is not None:
@@ -161,7 +161,7 @@ def _questions(
     data: Path, tokenizer: "OPTTokenizer", model_config: "OPTConfig", config: "TrainConfig",
     trained: "OPTConfig | None",
 ) -> tuple[Any, "OPTConfig"]:  # fmt: skip
-    from opt_core.data_squad import encode_questions, read_questions
+    from opt_core.data.squad import encode_questions, read_questions
 
     length = config.sequence_length
     questions = read_questions(data)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from opt_core.training import TrainConfig
+from opt_core.training.config import TrainConfig
 
 _PANELS = {
     "learning_rate": "Optimizer", "gradient_accumulation_steps": "Computation",

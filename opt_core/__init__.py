@@ -8,7 +8,7 @@ Shapes are written as letters, in names (`q_BHTK`) and docstrings alike:
 
 from opt_core.config import OPTConfig
 from opt_core.generation import GenerationConfig
-from opt_core.tokenizer import OPTTokenizer
+from opt_core.text import OPTTokenizer
 from opt_core.training import TrainConfig
 
 __version__ = "0.1.0"

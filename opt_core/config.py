@@ -5,7 +5,6 @@ dropped key is how two implementations come to give different numbers for one ch
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -14,6 +13,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from opt_core.errors import ConfigError
+from opt_core.json_files import read_json, write_json
 from opt_core.presets import PRESETS
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish")
@@ -270,28 +270,6 @@ class OPTConfig:
         if "num_labels" in changes and changes["num_labels"] != self.num_labels:
             changes.setdefault("id2label", None)
         return dataclasses.replace(self, **changes)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object, or says in one line why it cannot."""
-    try:
-        values: dict[str, Any] | list[Any] | str | float | None
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object, received {type(values).__name__}")
-    return values
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON object beside its place, then renames it there: no reader sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.tmp")
-    part.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def _default_labels(count: int) -> dict[int, str]:

@@ -15,7 +15,7 @@ from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_flax.cache import KVCache
 from opt_flax.linear import Linear
-from opt_flax.parallel import rows_axes
+from opt_flax.sharding import rows_axes
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
 _PIECE, _PIECES = 64, 4

@@ -15,9 +15,9 @@ from jax import Array, lax
 from opt_core.errors import GenerationError
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
-from opt_flax.parallel import replicate
-from opt_flax.programs import TracedSettings
-from opt_flax.prompts import begin
+from opt_flax.compilation import TracedSettings
+from opt_flax.prefill import begin
+from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
     from opt_flax.generation import Request

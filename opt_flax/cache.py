@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.params import POSITION_OFFSET
-from opt_flax.parallel import constrain_rows
+from opt_flax.sharding import constrain_rows
 
 
 @jax.tree_util.register_dataclass

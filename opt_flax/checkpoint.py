@@ -16,19 +16,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
-from opt_core import checkpoint as files
-from opt_core.checkpoint_writer import save_checkpoint
+from opt_core.checkpoints import load as files
+from opt_core.checkpoints.save import save_checkpoint
+from opt_core.checkpoints.tensors import cast_array
 from opt_core.config import DTYPES, OPTConfig
 from opt_core.dialects import NNX
 from opt_core.errors import CheckpointError, ConfigError
-from opt_core.generation import GenerationConfig
+from opt_core.generation.config import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.initialization import initial_value
-from opt_core.lora import UNMERGED
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import check_scheme, quantize_array, scheme_of
-from opt_core.tensor_file import cast_array
-from opt_flax import attention, parallel, quantization
+from opt_core.training.lora import UNMERGED
+from opt_flax import attention, quantization, sharding
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
@@ -230,13 +230,13 @@ def _layout(
     """The shape and place of a variable."""
     spec, stacked = group[0], locate(model, group[0])[1] is not None
     shape = tuple(
-        parallel.padded_rows(spec, model.mesh) if axis == "vocab" else size
+        sharding.padded_rows(spec, model.mesh) if axis == "vocab" else size
         for axis, size in zip(NNX.axes(spec), NNX.shape(spec), strict=True)
     )
     shape = (len(group), *shape) if stacked else shape
     if model.mesh is None:
         return shape, SingleDeviceSharding(jnp.zeros(()).device)
-    parts = parallel.partition(spec, model.config, model.mesh)
+    parts = sharding.partition(spec, model.config, model.mesh)
     return shape, NamedSharding(model.mesh, PartitionSpec(None, *parts) if stacked else parts)
 
 

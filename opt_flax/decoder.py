@@ -16,7 +16,7 @@ from opt_core.params import POSITION_OFFSET
 from opt_flax.attention import FlaxOPTAttention, drop, make_bias
 from opt_flax.cache import KVCache, position_rows
 from opt_flax.linear import Embedding, Linear
-from opt_flax.parallel import constrain_rows
+from opt_flax.sharding import constrain_rows
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,

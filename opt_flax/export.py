@@ -12,12 +12,12 @@ import numpy as np
 from flax import nnx
 from jax import Array, export
 
+from opt_core.checkpoints.safetensors_format import PendingTensor, write_safetensors
 from opt_core.errors import CheckpointError, ConfigError, GenerationError
-from opt_core.generation import GenerationConfig
-from opt_core.safetensors_file import PendingTensor, write_safetensors
-from opt_core.tokenizer import OPTTokenizer
+from opt_core.generation.config import GenerationConfig
+from opt_core.text.tokenizer import OPTTokenizer
 from opt_flax import beam, generation, quantization
-from opt_flax.programs import TracedSettings
+from opt_flax.compilation import TracedSettings
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM

@@ -18,16 +18,16 @@ from jax import Array, lax
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from opt_core.detokenizer import StopStringTracker
 from opt_core.errors import GenerationError
-from opt_core.generation import GenerationConfig
-from opt_core.tokenizer import OPTTokenizer
+from opt_core.generation.config import GenerationConfig
+from opt_core.text.detokenizer import StopStringTracker
+from opt_core.text.tokenizer import OPTTokenizer
 from opt_flax import sampling
 from opt_flax.cache import KVCache
+from opt_flax.compilation import TracedSettings, bucket
 from opt_flax.inputs import check_inputs, check_prefix
-from opt_flax.parallel import replicate
-from opt_flax.programs import TracedSettings, bucket
-from opt_flax.prompts import begin
+from opt_flax.prefill import begin
+from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM

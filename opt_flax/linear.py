@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from opt_flax.parallel import constrain_rows, constrain_table
+from opt_flax.sharding import constrain_rows, constrain_table
 
 FEW_ROWS = 64
 """Up to so many rows a CPU's product is computed the other way round, whatever XLA makes of it."""

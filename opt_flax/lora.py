@@ -9,11 +9,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from opt_core import lora as files
 from opt_core.errors import ConfigError
-from opt_core.lora import Adapter
 from opt_core.params import param_specs
-from opt_flax import parallel
+from opt_core.training import lora as files
+from opt_core.training.lora import Adapter
+from opt_flax import sharding
 from opt_flax.checkpoint import as_array, get_parameter, locate, path_of
 from opt_flax.linear import Linear
 
@@ -157,4 +157,4 @@ def _put(model: "FlaxOPTPreTrainedModel", spec: Any, values: Any) -> None:
     variable, _ = locate(model, spec)
     dtype = jnp.float32 if variable.get_value() is None else variable.dtype
     own = jnp.asarray(values, dtype)
-    variable.set_value(parallel.place(own, model.mesh))
+    variable.set_value(sharding.place(own, model.mesh))

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 from jax import Array
 
-from opt_core.accumulation import IGNORED
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
+from opt_core.training.microbatches import IGNORED
 from opt_flax.inputs import as_tensor, check_range, is_known
 
 CHUNK = 2**24

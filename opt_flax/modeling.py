@@ -12,10 +12,10 @@ from jax.sharding import Mesh, Sharding
 
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, GenerationError, InputError
-from opt_core.generation import GenerationConfig
+from opt_core.generation.config import GenerationConfig
 from opt_core.params import Head, count_parameters
-from opt_core.tokenizer import OPTTokenizer
-from opt_flax import beam, checkpoint, generation, losses, parallel, quantization, speculative
+from opt_core.text.tokenizer import OPTTokenizer
+from opt_flax import beam, checkpoint, generation, losses, quantization, sharding, speculative
 from opt_flax.attention import IMPLEMENTATIONS
 from opt_flax.cache import KVCache, init_cache
 from opt_flax.decoder import FlaxOPTDecoder, OPTOutput
@@ -46,7 +46,7 @@ class FlaxOPTPreTrainedModel(nnx.Module):
                 Pallas' on TPU).
             scan_layers: Keep the layers' weights stacked and run them by `jax.lax.scan`, so that
                 a deep model compiles sooner.
-            mesh: Devices to spread the weights over (`opt_flax.parallel`); None: one device.
+            mesh: Devices to spread the weights over (`opt_flax.sharding`); None: one device.
 
         Raises:
             ConfigError: No such attention implementation, or a mesh that cannot be used.
@@ -58,7 +58,7 @@ class FlaxOPTPreTrainedModel(nnx.Module):
             )
         self.config = config
         self.generation_config = GenerationConfig.from_model(config)
-        parallel.check_mesh(mesh)
+        sharding.check_mesh(mesh)
         self.mesh = mesh
         self._build(attn_implementation, scan_layers)
         self.get_decoder().rngs = nnx.Rngs(dropout=seed or 0)
@@ -123,7 +123,7 @@ class FlaxOPTPreTrainedModel(nnx.Module):
             path_or_hub_id: Folder, weight file, hub id such as "facebook/opt-125m", or "mini".
             dtype: "float32", "bfloat16", "float16", "float64" (if JAX has it enabled), or "auto"
                 for the stored one.
-            mesh: Devices to spread the weights over, as `opt_flax.parallel` says: each reads its
+            mesh: Devices to spread the weights over, as `opt_flax.sharding` says: each reads its
                 part of the file, no host holds the whole. None: JAX's default device.
             attn_implementation: "sdpa", "eager" or "flash_attention_2".
             progress: Called with (bytes loaded, bytes in all) after each tensor.

@@ -14,10 +14,10 @@ from flax import nnx
 from jax import Array, lax
 from numpy.typing import NDArray
 
+from opt_flax.compilation import bucket
 from opt_flax.inputs import check_inputs, check_window
 from opt_flax.losses import widen
-from opt_flax.parallel import replicate, spread_rows
-from opt_flax.programs import bucket
+from opt_flax.sharding import replicate, spread_rows
 
 if TYPE_CHECKING:
     from opt_flax.heads import FlaxOPTForQuestionAnswering, FlaxOPTForSequenceClassification

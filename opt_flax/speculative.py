@@ -18,14 +18,14 @@ from flax import nnx
 from jax import Array, lax
 
 from opt_core.errors import GenerationError
-from opt_core.generation import GenerationConfig
-from opt_core.speculation import Ids, Mask, Rows, Slots, check_assistant
-from opt_core.tokenizer import OPTTokenizer
+from opt_core.generation.config import GenerationConfig
+from opt_core.generation.speculation import Ids, Mask, Rows, Slots, check_assistant
+from opt_core.text.tokenizer import OPTTokenizer
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
-from opt_flax.parallel import replicate
-from opt_flax.programs import TracedSettings, bucket
-from opt_flax.prompts import begin
+from opt_flax.compilation import TracedSettings, bucket
+from opt_flax.prefill import begin
+from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
     from opt_flax.generation import Request

@@ -1,4 +1,4 @@
-"""A model in training, as `opt_core.run` wants it."""
+"""A model in training, as `opt_core.training.loop` wants it."""
 
 from collections.abc import Iterable
 from os import PathLike
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec
-from opt_core.run import Slot, identity
-from opt_core.training import TrainConfig
+from opt_core.training.config import TrainConfig
+from opt_core.training.loop import Slot, identity
 from opt_flax import lora
 from opt_flax.checkpoint import as_array, locate, path_of
 from opt_flax.training import evaluate, make_optimizer, train_step
@@ -33,14 +33,14 @@ class Trainer:
 
     Raises:
         ConfigError: The model's layers are stacked, or its weights are spread over a mesh:
-            `opt_flax.resume` has checkpoints for these.
+            `opt_flax.training_checkpoints` has checkpoints for these.
     """
 
     def __init__(self, model: "FlaxOPTPreTrainedModel", config: TrainConfig):
         if model.mesh is not None or model.get_decoder().scan_layers:
             raise ConfigError(
                 "a model on a mesh or with scan_layers is trained with train_step and "
-                "opt_flax.resume.TrainingCheckpoints"
+                "opt_flax.training_checkpoints.TrainingCheckpoints"
             )
         self.model, self.config = model, config
         self.optimizer = make_optimizer(model, config)

@@ -12,15 +12,15 @@ import optax
 from flax import nnx
 from jax import Array
 
-from opt_core import accumulation
 from opt_core.errors import InputError
 from opt_core.params import param_specs
-from opt_core.training import TrainConfig
+from opt_core.training import microbatches
+from opt_core.training.config import TrainConfig
 from opt_flax import lora, losses
 from opt_flax.checkpoint import path_of
 from opt_flax.inputs import check_inputs
-from opt_flax.parallel import place, spread_rows
 from opt_flax.quantization import is_quantized, refuse
+from opt_flax.sharding import place, spread_rows
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
@@ -86,9 +86,9 @@ def train_step(
     count = config.gradient_accumulation_steps
     loss: Any = None
     norm = gradients = loss
-    named = accumulation.as_batch(batch)
+    named = microbatches.as_batch(batch)
     for number, (part, share) in enumerate(
-        accumulation.parts(named, count, model.head == "causal_lm")
+        microbatches.parts(named, count, model.head == "causal_lm")
     ):
         inputs, seed = _inputs(model, part), np.uint32(config.dropout_seed(step, number))
         if count == 1:
@@ -117,7 +117,7 @@ def loss_of(
         label_smoothing: Share of the likelihood that is asked for everywhere.
         **options: `deterministic` and `rngs`, as the model takes them.
     """
-    inputs: Any = accumulation.as_batch(batch) | options
+    inputs: Any = microbatches.as_batch(batch) | options
     call: Any = model
     if model.head == "causal_lm":
         labels = inputs.pop("labels")
@@ -140,8 +140,8 @@ def evaluate(model: "FlaxOPTPreTrainedModel", batches: Iterable[Any]) -> float:
     graph, state = nnx.split(model)
     total, count = 0.0, 0
     for batch in batches:
-        named = accumulation.as_batch(batch)
-        predicted = accumulation.count_labels(named, model.head == "causal_lm")
+        named = microbatches.as_batch(batch)
+        predicted = microbatches.count_labels(named, model.head == "causal_lm")
         if predicted:
             total += float(_loss(graph, state, _inputs(model, named))) * predicted
         count += predicted
@@ -188,7 +188,7 @@ class _Trained:
         return tuple(path) in self.paths
 
 
-def _inputs(model: "FlaxOPTPreTrainedModel", batch: accumulation.Batch) -> dict[str, Array]:
+def _inputs(model: "FlaxOPTPreTrainedModel", batch: microbatches.Batch) -> dict[str, Array]:
     """The batch, checked while its values can still be looked at."""
     ids, mask, *_ = check_inputs(
         model.config, model.dtype, batch["input_ids"], batch.get("attention_mask"), None, None, None

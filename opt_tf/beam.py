@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tensorflow as tf
 
 from opt_core.errors import GenerationError
-from opt_core.generation import GenerationConfig
+from opt_core.generation.config import GenerationConfig
 from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
+from opt_tf.compilation import compiled, program_inputs
 from opt_tf.linear import sizes
-from opt_tf.programs import compiled, program_inputs
-from opt_tf.prompts import begin
+from opt_tf.prefill import begin
 
 if TYPE_CHECKING:
     from opt_tf.generation import Request

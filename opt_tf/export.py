@@ -9,10 +9,10 @@ import keras
 import tensorflow as tf
 
 from opt_core.errors import GenerationError
-from opt_core.generation import GenerationConfig
-from opt_core.tokenizer import OPTTokenizer
+from opt_core.generation.config import GenerationConfig
+from opt_core.text.tokenizer import OPTTokenizer
 from opt_tf import beam, generation, quantization
-from opt_tf.programs import program_settings
+from opt_tf.compilation import program_settings
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM

@@ -14,16 +14,16 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from opt_core.detokenizer import StopStringTracker
 from opt_core.errors import GenerationError
-from opt_core.generation import GenerationConfig
-from opt_core.tokenizer import OPTTokenizer
+from opt_core.generation.config import GenerationConfig
+from opt_core.text.detokenizer import StopStringTracker
+from opt_core.text.tokenizer import OPTTokenizer
 from opt_tf import sampling
 from opt_tf.cache import KVCache
+from opt_tf.compilation import bucket, compiled, program_inputs
 from opt_tf.inputs import check_inputs, check_prefix, full_mask
 from opt_tf.linear import sizes
-from opt_tf.programs import bucket, compiled, program_inputs
-from opt_tf.prompts import begin, prefill
+from opt_tf.prefill import begin, prefill
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from opt_core import lora as files
 from opt_core.dialects import KERAS
 from opt_core.errors import ConfigError
-from opt_core.lora import Adapter
 from opt_core.params import param_specs
+from opt_core.training import lora as files
+from opt_core.training.lora import Adapter
 from opt_tf.checkpoint import get_parameter, set_parameter
 from opt_tf.linear import Linear
 

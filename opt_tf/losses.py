@@ -4,9 +4,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from opt_core.accumulation import IGNORED
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
+from opt_core.training.microbatches import IGNORED
 from opt_tf.inputs import as_tensor, check_range, is_known
 from opt_tf.linear import sizes
 

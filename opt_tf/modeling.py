@@ -10,16 +10,16 @@ import tensorflow as tf
 
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, GenerationError, InputError
-from opt_core.generation import GenerationConfig
+from opt_core.generation.config import GenerationConfig
 from opt_core.params import Head, count_parameters
 from opt_core.quantization import check_scheme
-from opt_core.tokenizer import OPTTokenizer
+from opt_core.text.tokenizer import OPTTokenizer
 from opt_tf import beam, checkpoint, generation, losses, quantization, speculative
 from opt_tf.attention import IMPLEMENTATIONS
 from opt_tf.cache import KVCache, init_cache
 from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
-from opt_tf.fitting import Fitted
 from opt_tf.inputs import check_inputs, check_window, full_mask
+from opt_tf.keras_fit import Fitted
 from opt_tf.linear import Linear, sizes
 
 

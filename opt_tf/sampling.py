@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from opt_core.generation import GenerationConfig
+from opt_core.generation.config import GenerationConfig
 from opt_tf.linear import sizes
 
 BANNED = float("-inf")

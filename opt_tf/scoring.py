@@ -12,11 +12,11 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from opt_tf import programs
+from opt_tf import compilation
+from opt_tf.compilation import bucket
 from opt_tf.inputs import check_inputs, check_window
 from opt_tf.linear import sizes
 from opt_tf.losses import widen
-from opt_tf.programs import bucket
 
 if TYPE_CHECKING:
     from opt_tf.heads import TFOPTForQuestionAnswering, TFOPTForSequenceClassification
@@ -103,7 +103,7 @@ def _compiled(model: "TFOPTPreTrainedModel", program: Callable[..., Any], *fixed
     key = (program, *fixed)
     if key not in model.programs:
         run = partial(program, model, *fixed)
-        model.programs[key] = tf.function(run, jit_compile=programs.JIT_COMPILE, autograph=False)
+        model.programs[key] = tf.function(run, jit_compile=compilation.JIT_COMPILE, autograph=False)
     return model.programs[key]
 
 

@@ -14,14 +14,14 @@ import numpy as np
 import tensorflow as tf
 
 from opt_core.errors import GenerationError
-from opt_core.generation import GenerationConfig
-from opt_core.speculation import Ids, Rows, Slots, check_assistant
-from opt_core.tokenizer import OPTTokenizer
+from opt_core.generation.config import GenerationConfig
+from opt_core.generation.speculation import Ids, Rows, Slots, check_assistant
+from opt_core.text.tokenizer import OPTTokenizer
 from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
+from opt_tf.compilation import bucket, compiled, program_inputs
 from opt_tf.linear import sizes
-from opt_tf.programs import bucket, compiled, program_inputs
-from opt_tf.prompts import begin
+from opt_tf.prefill import begin
 
 if TYPE_CHECKING:
     from opt_tf.generation import Request

@@ -1,4 +1,4 @@
-"""A model in training, as `opt_core.run` wants it."""
+"""A model in training, as `opt_core.training.loop` wants it."""
 
 from collections.abc import Iterable
 from os import PathLike
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from opt_core.config import OPTConfig
 from opt_core.params import ParamSpec
-from opt_core.run import Slot, identity
-from opt_core.training import TrainConfig
+from opt_core.training.config import TrainConfig
+from opt_core.training.loop import Slot, identity
 from opt_tf import lora
 from opt_tf.checkpoint import locate
 from opt_tf.training import evaluate, make_optimizer, train_step

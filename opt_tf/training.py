@@ -8,11 +8,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from opt_core import accumulation
 from opt_core.errors import InputError
 from opt_core.params import param_specs
-from opt_core.training import TrainConfig
-from opt_tf import lora, losses, programs
+from opt_core.training import microbatches
+from opt_core.training.config import TrainConfig
+from opt_tf import compilation, lora, losses
 from opt_tf.checkpoint import locate
 from opt_tf.inputs import check_inputs
 from opt_tf.quantization import refuse
@@ -107,7 +107,7 @@ def train_step(
     smoothing = config.label_smoothing
     loss: Any = None
     norm = gradients = loss
-    parts = accumulation.parts(_arrays(batch), count, model.head == "causal_lm")
+    parts = microbatches.parts(_arrays(batch), count, model.head == "causal_lm")
     for number, (part, share) in enumerate(parts):
         inputs = _inputs(model, part)
         seeds.assign(tf.constant([config.dropout_seed(step, number), 0], seeds.dtype))
@@ -138,7 +138,7 @@ def loss_of(
         label_smoothing: Share of the likelihood that is asked for everywhere.
         **options: `training`, as the model takes it.
     """
-    inputs: Any = accumulation.as_batch(batch) | options
+    inputs: Any = microbatches.as_batch(batch) | options
     call: Any = model
     if model.head == "causal_lm":
         labels = inputs.pop("labels")
@@ -157,7 +157,7 @@ def evaluate(model: "TFOPTPreTrainedModel", batches: Iterable[Any]) -> float:
     total, count = 0.0, 0
     for batch in batches:
         named = _arrays(batch)
-        predicted = accumulation.count_labels(named, model.head == "causal_lm")
+        predicted = microbatches.count_labels(named, model.head == "causal_lm")
         if predicted:
             total += float(_compiled(model, _loss)(_inputs(model, named))) * predicted
         count += predicted
@@ -231,16 +231,16 @@ def _compiled(model: "TFOPTPreTrainedModel", program: Callable[..., Any], *fixed
     key = (program, *fixed)
     if key not in model.programs:
         run = partial(program, model, *fixed)
-        model.programs[key] = tf.function(run, jit_compile=programs.JIT_COMPILE, autograph=False)
+        model.programs[key] = tf.function(run, jit_compile=compilation.JIT_COMPILE, autograph=False)
     return model.programs[key]
 
 
-def _arrays(batch: Any) -> accumulation.Batch:
+def _arrays(batch: Any) -> microbatches.Batch:
     """The batch on the host, where it can be cut and counted."""
-    return {name: np.asarray(value) for name, value in accumulation.as_batch(batch).items()}
+    return {name: np.asarray(value) for name, value in microbatches.as_batch(batch).items()}
 
 
-def _inputs(model: "TFOPTPreTrainedModel", batch: accumulation.Batch) -> dict[str, tf.Tensor]:
+def _inputs(model: "TFOPTPreTrainedModel", batch: microbatches.Batch) -> dict[str, tf.Tensor]:
     """The batch as tensors, checked while its values can still be looked at."""
     ids, mask, *_ = check_inputs(
         model.config, model.compute_dtype, batch["input_ids"], batch.get("attention_mask"),

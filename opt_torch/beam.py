@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opt_core.errors import GenerationError
-from opt_core.generation import GenerationConfig
+from opt_core.generation.config import GenerationConfig
 from opt_torch import generation, sampling
+from opt_torch.fast_decode import make_step
 from opt_torch.linear import packed
-from opt_torch.prompts import begin
-from opt_torch.step import make_step
+from opt_torch.prefill import begin
 
 if TYPE_CHECKING:
     from opt_torch.generation import Request

@@ -12,17 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from opt_core import checkpoint as files
-from opt_core.checkpoint_writer import save_checkpoint
+from opt_core.checkpoints import load as files
+from opt_core.checkpoints.save import save_checkpoint
 from opt_core.config import DTYPES, OPTConfig
 from opt_core.dialects import TORCH
 from opt_core.errors import CheckpointError, ConfigError
-from opt_core.generation import GenerationConfig
+from opt_core.generation.config import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.initialization import initial_value
-from opt_core.lora import UNMERGED
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import check_scheme, quantize_array, scheme_of
+from opt_core.training.lora import UNMERGED
 from opt_torch import attention, quantization
 from opt_torch.quantization import QuantizedLinear, QuantizedWeight
 

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from opt_core.detokenizer import StopStringTracker
 from opt_core.errors import GenerationError
-from opt_core.generation import GenerationConfig
-from opt_core.tokenizer import OPTTokenizer
+from opt_core.generation.config import GenerationConfig
+from opt_core.text.detokenizer import StopStringTracker
+from opt_core.text.tokenizer import OPTTokenizer
 from opt_torch import sampling
 from opt_torch.cache import KVCache
+from opt_torch.fast_decode import make_step
 from opt_torch.inputs import check_inputs, check_prefix, full_mask
 from opt_torch.linear import packed
-from opt_torch.prompts import begin, prefill
-from opt_torch.step import make_step
+from opt_torch.prefill import begin, prefill
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from opt_core import lora as files
 from opt_core.errors import ConfigError
-from opt_core.lora import Adapter
 from opt_core.params import param_specs
+from opt_core.training import lora as files
+from opt_core.training.lora import Adapter
 from opt_torch.checkpoint import get_parameter, locate, set_parameter
 from opt_torch.linear import Linear
 

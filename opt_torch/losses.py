@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt_core.accumulation import IGNORED
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
+from opt_core.training.microbatches import IGNORED
 from opt_torch.inputs import as_tensor, check_range, is_known
 
 CHUNK = 2**24

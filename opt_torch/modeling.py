@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, GenerationError, InputError
-from opt_core.generation import GenerationConfig
+from opt_core.generation.config import GenerationConfig
 from opt_core.params import Head, count_parameters
-from opt_core.tokenizer import OPTTokenizer
+from opt_core.text.tokenizer import OPTTokenizer
 from opt_torch import beam, checkpoint, generation, losses, quantization, speculative
 from opt_torch.attention import IMPLEMENTATIONS
 from opt_torch.cache import KVCache, init_cache

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt_core.generation import GenerationConfig
+from opt_core.generation.config import GenerationConfig
 
 BANNED = float("-inf")
 

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opt_core.errors import GenerationError
-from opt_core.generation import GenerationConfig
-from opt_core.speculation import Ids, Mask, Rows, Slots, check_assistant
-from opt_core.tokenizer import OPTTokenizer
+from opt_core.generation.config import GenerationConfig
+from opt_core.generation.speculation import Ids, Mask, Rows, Slots, check_assistant
+from opt_core.text.tokenizer import OPTTokenizer
 from opt_torch import generation, sampling
 from opt_torch.cache import KVCache
 from opt_torch.linear import packed
-from opt_torch.prompts import begin
+from opt_torch.prefill import begin
 
 if TYPE_CHECKING:
     from opt_torch.generation import Request

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from opt_core import accumulation
 from opt_core.errors import InputError
-from opt_core.training import TrainConfig
+from opt_core.training import microbatches
+from opt_core.training.config import TrainConfig
 from opt_torch import lora, losses
 from opt_torch.checkpoint import locate
 from opt_torch.quantization import refuse
@@ -69,8 +69,8 @@ def train_step(
         group["lr"] = config.learning_rate_at(step)
     device = model.device
     total = torch.zeros((), device=device)
-    named = accumulation.as_batch(batch)
-    parts = accumulation.parts(named, config.gradient_accumulation_steps, model.head == "causal_lm")
+    named = microbatches.as_batch(batch)
+    parts = microbatches.parts(named, config.gradient_accumulation_steps, model.head == "causal_lm")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for number, (part, share) in enumerate(parts):
             torch.manual_seed(config.dropout_seed(step, number))
@@ -94,7 +94,7 @@ def loss_of(model: "OPTPreTrainedModel", batch: Any, label_smoothing: float = 0.
         batch: As for `train_step`.
         label_smoothing: Share of the likelihood that is asked for everywhere.
     """
-    inputs: Any = accumulation.as_batch(batch)
+    inputs: Any = microbatches.as_batch(batch)
     if model.head == "causal_lm":
         labels = inputs.pop("labels")
         hidden = model.get_submodule("model")(**inputs).last_hidden_state
@@ -116,8 +116,8 @@ def evaluate(model: "OPTPreTrainedModel", batches: Iterable[Any]) -> float:
     model.eval()
     total, count = 0.0, 0
     for batch in batches:
-        named = accumulation.as_batch(batch)
-        predicted = accumulation.count_labels(named, model.head == "causal_lm")
+        named = microbatches.as_batch(batch)
+        predicted = microbatches.count_labels(named, model.head == "causal_lm")
         if predicted:
             total += loss_of(model, named).item() * predicted
         count += predicted

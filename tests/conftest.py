@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from opt_cli.programs import keep_programs
-from opt_core.checkpoint_writer import save_checkpoint
+from opt_cli.compilation_cache import keep_programs
+from opt_core.checkpoints.save import save_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.params import Head, param_specs
-from opt_core.tokenizer import OPTTokenizer
-from tests.backends import BACKENDS, Backend, make_backend
-from tests.configs import CONFIGS
+from opt_core.text.tokenizer import OPTTokenizer
+from tests.support.backends import BACKENDS, Backend, make_backend
+from tests.support.configs import CONFIGS
 
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 
@@ -46,7 +46,7 @@ def graphs_where_xla_is_not_asked_for(
     if not asked and "backend" in request.fixturenames:
         backend = request.getfixturevalue("backend")
         if isinstance(backend, Backend) and backend.name == "tf":
-            monkeypatch.setattr("opt_tf.programs.JIT_COMPILE", False)
+            monkeypatch.setattr("opt_tf.compilation.JIT_COMPILE", False)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,9 +62,9 @@ def compiled_programs_are_dropped() -> Iterator[None]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes (once) the folder of a tiny model: `folder("pre_ln")`, `folder(config, head, seed=1)`.
 
-    Its weights are `tests.oracle.random_params(config, head, seed)`.
+    Its weights are `tests.support.oracle.random_params(config, head, seed)`.
     """
-    from tests.oracle import random_params
+    from tests.support.oracle import random_params
 
     made: dict[tuple[OPTConfig, Head, int], Path] = {}
 
@@ -93,7 +93,7 @@ def torch_is_quiet() -> None:
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OPTTokenizer]:
     """A tiny model with a tokenizer: its folder and the tokenizer."""
-    from tests.tiny_folder import save_model
+    from tests.support.tiny_folder import save_model
 
     path = save_model(tmp_path_factory.mktemp("texts") / "model")
     return path, OPTTokenizer.from_pretrained(path)

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-import tests.backends
+import tests.support.backends
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = {"opt_torch": "", "opt_tf": "TF", "opt_flax": "Flax"}
 """Every backend and the prefix of its classes; the others are held to opt_torch, the first."""
 
 OWN_FILES = {
-    "opt_torch": {"step.py"},
-    "opt_tf": {"programs.py", "fitting.py"},
-    "opt_flax": {"programs.py", "parallel.py", "resume.py"},
+    "opt_torch": {"fast_decode.py"},
+    "opt_tf": {"compilation.py", "keras_fit.py"},
+    "opt_flax": {"compilation.py", "sharding.py", "training_checkpoints.py"},
 }
 """Files for what a framework alone needs (so far): a step without modules, programs,
 Keras' fit, meshes."""
@@ -190,7 +190,7 @@ def test_backends_have_the_same_files_and_names(backend: str):
 
 
 def test_tests_run_on_every_backend():
-    assert [f"opt_{name}" for name in tests.backends.BACKENDS] == PRESENT
+    assert [f"opt_{name}" for name in tests.support.backends.BACKENDS] == PRESENT
 
 
 def test_public_names_are_compared_without_the_prefix_of_classes(tmp_path: Path):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from conversion import hdf5, hdf5_worker
+from conversion.formats import hdf5, hdf5_worker
 
 HOSTILE = ("test_hostile", "test_fuzz", "test_atomic")
 """Where HDF5 files are read as they are outside of tests: in a process that may crash."""

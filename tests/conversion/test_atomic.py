@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import conversion
-from conversion import flush
-from conversion.targets import TARGETS
+from conversion.streaming import background_flush
+from conversion.writers import TARGETS
 from opt_core.errors import CheckpointError
-from tests.conversion.checkpoints import make
-from tests.core.checkpoint_fixtures import TINY
+from tests.support.checkpoint_fixtures import TINY
+from tests.support.format_fixtures import make
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ KILLED = """
 import hashlib, json, os, random, signal, sys, time
 from pathlib import Path
 import conversion, h5py
-from conversion.targets import TARGETS
+from conversion.writers import TARGETS
 source, root = Path(sys.argv[1]), Path(sys.argv[2])
 
 def convert(new, to):
@@ -92,7 +92,7 @@ FULL = """
 import json, resource, signal, sys
 from pathlib import Path
 import conversion
-from conversion.targets import TARGETS
+from conversion.writers import TARGETS
 from opt_core.errors import OPTError
 source, root = Path(sys.argv[1]), Path(sys.argv[2])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -132,7 +132,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(limit: int, tmp_path: Path):
 @pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="this system flushes at the end only")
 def test_files_are_flushed_while_others_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     make(tmp_path / "a")
-    monkeypatch.setattr(flush, "_EVERY", 1)
+    monkeypatch.setattr(background_flush, "_EVERY", 1)
     flushed: set[str] = set()
 
     def note(handle: int) -> None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import conversion
-from conversion import flax_msgpack, targets
-from conversion.lazy import Buffers, contiguous
-from conversion.sources import open_source
-from conversion.targets import TARGETS
+from conversion import writers
+from conversion.formats import flax_msgpack
+from conversion.readers import open_source
+from conversion.streaming.lazy_tensors import Buffers, contiguous
+from conversion.writers import TARGETS
 from opt_core.errors import CheckpointError, ConfigError, OPTError
-from opt_core.tokenizer import OPTTokenizer
-from tests.conversion.checkpoints import assert_values, make, values
-from tests.core.checkpoint_fixtures import (
+from opt_core.text.tokenizer import OPTTokenizer
+from tests.support.checkpoint_fixtures import (
     EMBEDDING,
     PROJECTED,
     TINY,
@@ -28,8 +28,9 @@ from tests.core.checkpoint_fixtures import (
     write,
     write_sharded,
 )
-from tests.small_tokenizer import write_opt_folder
-from tests.tiny_folder import save_model
+from tests.support.format_fixtures import assert_values, make, values
+from tests.support.small_tokenizer import write_opt_folder
+from tests.support.tiny_folder import save_model
 
 SHARDED = [name for name, target in TARGETS.items() if target.sharded]
 
@@ -334,7 +335,7 @@ def test_no_more_than_two_tensors_are_held(
         weakref.finalize(array, held.discard, key)
         return array, 0
 
-    monkeypatch.setattr(targets, "_fetch", fetch)
+    monkeypatch.setattr(writers, "_fetch", fetch)
     conversion.convert(tmp_path / "a", tmp_path / "b", to)
     assert most <= 3  # one is written, one is ready, and one is being let go of
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 import conversion
-from conversion.targets import TARGETS
+from conversion.writers import TARGETS
 from opt_cli.main import main
 from opt_core.params import count_parameters
-from tests.conversion.checkpoints import assert_values, make
-from tests.core.checkpoint_fixtures import (
+from tests.support.checkpoint_fixtures import (
     EMBEDDING,
     TINY,
     UNTIED,
     write,
 )
+from tests.support.format_fixtures import assert_values, make
 
 ROOT = Path(__file__).parents[2]
 

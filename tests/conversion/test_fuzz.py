@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import conversion
 from opt_core.errors import OPTError
-from tests.conversion.checkpoints import make
-from tests.conversion.hostile.corpus import FILES, SECONDS, used
-from tests.conversion.metaseq_fixtures import EVEN, write_metaseq
-from tests.core.checkpoint_fixtures import random_weights
+from tests.support.checkpoint_fixtures import random_weights
+from tests.support.format_fixtures import make
+from tests.support.hostile.corpus import FILES, SECONDS, used
+from tests.support.metaseq_fixtures import EVEN, write_metaseq
 
 EXAMPLES = int(os.environ.get("OPT_FUZZ_EXAMPLES", "0"))
 # An HDF5 file takes a process.

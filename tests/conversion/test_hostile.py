@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import conversion
-from conversion.sources import open_source
+from conversion.readers import open_source
 from opt_core.errors import OPTError
-from tests.conversion.checkpoints import make
-from tests.conversion.hostile.corpus import CORPUS, FILES, MEMORY, SECONDS, used
+from tests.support.format_fixtures import make
+from tests.support.hostile.corpus import CORPUS, FILES, MEMORY, SECONDS, used
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 import conversion
-from conversion.sources import open_source
+from conversion.readers import open_source
 from opt_core.config import OPTConfig
-from opt_core.tokenizer import OPTTokenizer
-from tests.core.checkpoint_fixtures import BARE, PROJECTED, TINY, UNTIED, write
-from tests.oracle import forward, random_params
-from tests.small_tokenizer import write_opt_folder
+from opt_core.text.tokenizer import OPTTokenizer
+from tests.support.checkpoint_fixtures import BARE, PROJECTED, TINY, UNTIED, write
+from tests.support.oracle import forward, random_params
+from tests.support.small_tokenizer import write_opt_folder
 
 HERE = Path(__file__).parent
 RECORDED = sorted(path.name for path in (HERE / "recorded").iterdir())

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import conversion
-from conversion.sources import open_source
-from conversion.targets import TARGETS
-from opt_core.checkpoint import plan_load
+from conversion.readers import open_source
+from conversion.writers import TARGETS
+from opt_core.checkpoints.load import plan_load
 from opt_core.config import OPTConfig
 from opt_core.errors import OPTError
-from tests.core.checkpoint_fixtures import BARE, PROJECTED, TINY, UNTIED, random_weights, write
+from tests.support.checkpoint_fixtures import BARE, PROJECTED, TINY, UNTIED, random_weights, write
 
 GALACTICA = BARE.replace(activation_function="gelu", bos_token_id=0)
 # Model, stored type, and the formats that cannot hold it.

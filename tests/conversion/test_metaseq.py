@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import conversion
-from conversion.sources import open_source
+from conversion.readers import open_source
 from opt_core.errors import CheckpointError
-from tests.conversion.metaseq_fixtures import (
+from tests.support.checkpoint_fixtures import PROJECTED, UNTIED, random_weights
+from tests.support.metaseq_fixtures import (
     EVEN,
     fake,
     forget,
@@ -22,7 +23,6 @@ from tests.conversion.metaseq_fixtures import (
     save,
     write_metaseq,
 )
-from tests.core.checkpoint_fixtures import PROJECTED, UNTIED, random_weights
 
 MODELS = {
     "pre-LN": EVEN,

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from opt_core.config import OPTConfig, write_json
+from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
+from opt_core.json_files import write_json
 from opt_core.presets import PRESETS
 
 HUB_125M = {

@@ -9,7 +9,7 @@ from opt_core.config import OPTConfig
 from opt_core.dialects import KERAS, NNX, TORCH
 from opt_core.initialization import initial_value
 from opt_core.params import Head, count_parameters, param_specs
-from tests.configs import CONFIGS
+from tests.support.configs import CONFIGS
 
 PUBLISHED = {
     "opt-125m": 125_239_296,

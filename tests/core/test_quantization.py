@@ -6,7 +6,7 @@ import pytest
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.params import param_specs
 from opt_core.quantization import GROUP, SCHEMES, check_scheme, quantize_array, scheme_of
-from tests.configs import CONFIGS
+from tests.support.configs import CONFIGS
 
 
 def random(rows: int, width: int) -> np.ndarray:

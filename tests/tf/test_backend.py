@@ -12,8 +12,8 @@ from opt_core.dialects import KERAS
 from opt_core.params import param_specs
 from opt_tf import linear, training
 from opt_tf.checkpoint import locate
-from tests.configs import CONFIGS
-from tests.tf.models import model_of, python
+from tests.support.configs import CONFIGS
+from tests.support.tf_models import model_of, python
 
 PRODUCT_ERROR = 1e-5  # of sums of 32 products of normal numbers, in float32
 

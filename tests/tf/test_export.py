@@ -14,9 +14,9 @@ import tensorflow as tf
 
 from opt_core.errors import GenerationError
 from opt_tf.export import export_saved_model, export_tflite
-from tests.configs import CONFIGS
-from tests.reference import make_mask, make_prompts
-from tests.tf.models import model_of
+from tests.support.configs import CONFIGS
+from tests.support.reference import make_mask, make_prompts
+from tests.support.tf_models import model_of
 
 EOS = list(range(40, 50))
 

@@ -13,9 +13,9 @@ import tensorflow as tf
 
 from opt_core import TrainConfig
 from opt_tf import training
-from tests.configs import CONFIGS
-from tests.reference import make_prompts
-from tests.tf.models import QUIET, model_of
+from tests.support.configs import CONFIGS
+from tests.support.reference import make_prompts
+from tests.support.tf_models import QUIET, model_of
 
 
 @pytest.mark.parametrize("variant", [*CONFIGS, "untied"])

@@ -12,9 +12,9 @@ import keras
 import tensorflow as tf
 
 from opt_core.errors import CheckpointError, ConfigError
-from tests.configs import CONFIGS
-from tests.reference import make_mask, make_prompts
-from tests.tf.models import QUIET, history_of, model_of
+from tests.support.configs import CONFIGS
+from tests.support.reference import make_mask, make_prompts
+from tests.support.tf_models import QUIET, history_of, model_of
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
-from tests.tf.models import ROOT
+from tests.support.tf_models import ROOT
 
 FIT = """
     import contextlib, json, os, sys
@@ -25,8 +25,8 @@ FIT = """
     import opt_tf
     from opt_core import TrainConfig
     from opt_tf.training import make_optimizer
-    from tests.configs import CONFIGS
-    from tests.reference import make_prompts
+    from tests.support.configs import CONFIGS
+    from tests.support.reference import make_prompts
 
     def fit(scope, dropout=0.0):
         config = CONFIGS["pre_ln"].replace(dropout=dropout)

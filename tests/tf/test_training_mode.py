@@ -7,9 +7,9 @@ pytest.importorskip("tensorflow")
 
 import tensorflow as tf
 
-from tests.configs import CONFIGS
-from tests.reference import make_prompts
-from tests.tf.models import model_of
+from tests.support.configs import CONFIGS
+from tests.support.reference import make_prompts
+from tests.support.tf_models import model_of
 
 
 def test_dropout_is_on_in_training_only(folder):

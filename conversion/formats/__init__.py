@@ -1,0 +1,1 @@
+"""The checkpoint formats: what each is called inside, read and written tensor by tensor."""

@@ -1,0 +1,161 @@
+"""Which format a checkpoint has, found from its files, and its tensors under canonical names."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from conversion.formats.flax_msgpack import read_flax
+from conversion.formats.keras_hub import has_hidden_rows, keras_hub_config, read_keras_hub
+from conversion.formats.metaseq import derive_config, open_metaseq
+from conversion.formats.names import from_keras2, from_path, is_kernel
+from conversion.formats.tf_h5 import read_tf_h5
+from conversion.streaming.lazy_tensors import transposed
+from opt_core.checkpoints.load import (
+    Checkpoint,
+    Format,
+    canonical_name,
+    open_checkpoint,
+    read_files,
+    read_index,
+)
+from opt_core.checkpoints.safetensors_format import read_safetensors
+from opt_core.checkpoints.tensors import LazyTensor
+from opt_core.config import OPTConfig
+from opt_core.errors import CheckpointError
+from opt_core.params import Head
+
+
+class _Foreign(NamedTuple):
+    format: Format
+    read: Callable[[Path], Mapping[str, LazyTensor]]
+    rename: Callable[[str], str | None]
+
+
+def _from_flax(name: str) -> str | None:
+    return from_path(name.split("/"))
+
+
+_TF = _Foreign("tf-h5", read_tf_h5, from_keras2)
+_FLAX = _Foreign("flax-msgpack", read_flax, _from_flax)
+_KERAS_HUB = _Foreign("keras-hub", read_keras_hub, canonical_name)
+_TORCH_SUFFIXES = (".pt", ".pth")
+# An index comes before the single file of its format: hub repositories keep stale single files.
+_NATIVE_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+_FOREIGN_FILES = {
+    "tf_model.h5.index.json": _TF,
+    "tf_model.h5": _TF,
+    "flax_model.msgpack.index.json": _FLAX,
+    "flax_model.msgpack": _FLAX,
+    "model.weights.h5": _KERAS_HUB,  # KerasHub itself takes it before the index
+    "model.weights.json": _KERAS_HUB,
+    "task.weights.h5": _KERAS_HUB,
+}
+WEIGHT_FILES = (*_NATIVE_FILES, *_FOREIGN_FILES)
+"""Names of weight files and indices, in the order in which they are preferred."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint in any format, headers read.
+
+    Attributes:
+        checkpoint: Its tensors, under canonical names and in the canonical layout.
+        read_config: Reads or derives its configuration; may raise an OPTError.
+        notes: What had to be assumed, one line each.
+    """
+
+    checkpoint: Checkpoint
+    read_config: Callable[[], OPTConfig]
+    notes: tuple[str, ...] = ()
+
+
+def open_source(path: Path) -> Source:
+    """Finds the weights of a folder, or takes the file named, and reads their headers.
+
+    Args:
+        path: Folder, weight file, or index of a sharded checkpoint. In a folder safetensors come
+            first, then torch's, TensorFlow's, Flax', KerasHub's and metaseq's files; an index
+            comes before the single file of its format.
+
+    Raises:
+        CheckpointError: There are no weights, or they are damaged.
+    """
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path}: no such file or folder")
+    folder, name = (path, _first_of(path)) if path.is_dir() else (path.parent, path.name)
+    if path.suffix in _TORCH_SUFFIXES and not path.is_dir():
+        return _open_metaseq(path)
+    if not name and any(p.suffix in _TORCH_SUFFIXES for p in path.iterdir()):
+        return _open_metaseq(path)
+    kind = _FOREIGN_FILES.get(name) or _by_suffix(name)
+    if kind is None:
+        return _source(_native(path))
+    is_index = name.endswith((".index.json", ".weights.json"))
+    shards = read_index(folder / name) if is_index else {name: None}
+    if kind is _KERAS_HUB:  # whose index lists groups
+        shards = dict.fromkeys(shards)
+    checkpoint = read_files(folder, shards, kind.format, kind.read, kind.rename)
+    if kind is _KERAS_HUB:
+        note = "KerasHub keeps no rows in front of position 0: they are zero"
+        notes = () if has_hidden_rows(checkpoint.tensors) else (note,)
+        return Source(checkpoint, lambda: keras_hub_config(folder, checkpoint.files), notes)
+    return _source(checkpoint)
+
+
+def _native(path: Path) -> Checkpoint:
+    checkpoint = open_checkpoint(path)  # which knows what to say if there is nothing
+    names = [tensor.name for tensor in checkpoint.tensors.values()]
+    if checkpoint.format != "safetensors" or not any(map(is_kernel, names)):
+        return checkpoint
+    # Saved as safetensors by a model of TensorFlow or Flax: their names, their layout.
+    shards = dict.fromkeys(file.name for file in checkpoint.files)
+    folder = checkpoint.files[0].parent
+    return read_files(folder, shards, checkpoint.format, _read_turned, _from_framework)
+
+
+def _read_turned(path: Path) -> Mapping[str, LazyTensor]:
+    stored = read_safetensors(path)
+    return {
+        n: transposed(t) if is_kernel(n) and len(t.shape) == 2 else t for n, t in stored.items()
+    }
+
+
+def _from_framework(name: str) -> str | None:
+    return from_keras2(name) if "/" in name else from_path(name.split("."))
+
+
+def _source(checkpoint: Checkpoint) -> Source:
+    return Source(checkpoint, lambda: OPTConfig.from_pretrained(checkpoint.folder))
+
+
+def _first_of(folder: Path) -> str:
+    return next((name for name in WEIGHT_FILES if os.path.lexists(folder / name)), "")
+
+
+def _by_suffix(name: str) -> _Foreign | None:
+    if name.endswith((".weights.h5", ".weights.json")):
+        return _KERAS_HUB
+    return {".h5": _TF, ".msgpack": _FLAX}.get(Path(name).suffix)
+
+
+def _open_metaseq(path: Path) -> Source:
+    checkpoint, settings = open_metaseq(path)
+    if (checkpoint.folder / "config.json").exists():
+        return _source(checkpoint)
+    note = "no config.json: the configuration was derived from the shapes and the training settings"
+    return Source(checkpoint, lambda: derive_config(checkpoint, settings), (note,))
+
+
+def head_of(checkpoint: Checkpoint) -> Head:
+    """What sits on a checkpoint's decoder."""
+    names = checkpoint.tensors.keys()
+    if "score.weight" in names:
+        return "sequence_classification"
+    return "question_answering" if "qa_outputs.weight" in names else "causal_lm"

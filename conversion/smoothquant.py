@@ -1,0 +1,182 @@
+"""Outliers moved out of the activations, into the weights: a copy of a model that quantises better.
+
+SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): `x @ w.T` stays what it is when each input is
+divided by a factor and its column of the weight multiplied by it. The factor of an input is
+`max |x| ** alpha / max |w| ** (1 - alpha)`, so that both sides share the range. The division is
+folded into what makes the input: a norm, the value projection, or the first feed-forward weight.
+
+Factors are rounded to powers of two here. Nothing else is rounded then: the new model computes, bit
+for bit, what the old one does, in every backend, until it is loaded with `quantize="int8"`.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conversion.calibration import input_peaks
+from conversion.convert import enough_memory, write_checkpoint
+from conversion.readers import head_of, open_source
+from conversion.streaming.lazy_tensors import ScaledTensor
+from opt_core.checkpoints.atomic import check_is_new
+from opt_core.checkpoints.load import plan_load
+from opt_core.checkpoints.tensors import LazyTensor
+from opt_core.config import OPTConfig
+from opt_core.errors import CheckpointError, ConfigError, DataError
+from opt_core.hub import resolve
+
+Factors = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """What `smooth` did.
+
+    Attributes:
+        path: The new folder.
+        files: Name and bytes of each weight file.
+        inputs: How many layers' inputs were looked at, and how many could be changed.
+        outliers: Largest input of a layer as a multiple of its median input, before and after: the
+            worst layer.
+        notes: What the user should know, one line each.
+    """
+
+    path: Path
+    files: dict[str, int]
+    inputs: tuple[int, int]
+    outliers: tuple[float, float]
+    notes: tuple[str, ...]
+
+
+class _Place(NamedTuple):
+    """Where a factor goes: tensors whose rows make the input, and weights whose columns take it."""
+
+    peak: str
+    makers: tuple[str, ...]
+    takers: tuple[str, ...]
+
+
+def smooth(
+    source: str | PathLike[str],
+    destination: str | PathLike[str],
+    ids_BT: NDArray[Any],
+    alpha: float = 0.5,
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[int, int], None] | None = None,
+    writing: Callable[[int, int], None] | None = None,
+    **hub: Any,
+) -> Smoothing:
+    """Writes a copy of a model, as safetensors, whose activations have fewer outliers.
+
+    No framework is needed, and no more memory than one layer and the text's activations take.
+
+    Args:
+        source: As for `convert`.
+        destination: A new folder.
+        ids_BT: Rows of a text such as the model will see, without padding.
+        alpha: How much of the range goes from inputs to weights, 0 to 1.
+        max_shard_size: Most bytes of tensors per file.
+        progress: Called with the layers measured and in all.
+        writing: Called after that with the bytes read to be written and in all.
+        **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+
+    Raises:
+        CheckpointError: As for `convert`.
+        ConfigError: `alpha` or the text does not fit.
+    """
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"alpha: expected 0..1, received {alpha}")
+    new = Path(os.path.abspath(Path(destination).expanduser()))
+    check_is_new(new)
+    found = open_source(resolve(source, convertible=True, **hub))
+    plan = plan_load(found.checkpoint, found.read_config(), head_of(found.checkpoint))
+    _check_text(ids_BT, plan.config)
+    tensors = {spec.name: tensor for spec, tensor in plan.entries}
+    with enough_memory(found):
+        peaks = input_peaks(plan.config, tensors, ids_BT, progress)
+    for name, peak in peaks.items():
+        if not np.isfinite(peak).all():
+            raise CheckpointError(f"{found.checkpoint.folder}: {name}: inputs are NaN or infinite")
+    outliers = _worst(peaks.values())
+    count = 0
+    for place in _places(plan.config):
+        factors = _factors(peaks[place.peak], [tensors[name] for name in place.takers], alpha)
+        peaks[place.peak] = peaks[place.peak] / factors
+        for name in place.makers:
+            if name in tensors:  # a model may have no biases
+                tensors[name] = ScaledTensor(tensors[name], np.reciprocal(factors))
+        for name in place.takers:
+            tensors[name] = ScaledTensor(tensors[name], factors, axis=1)
+        count += 1
+    entries = [(spec, tensors[spec.name]) for spec, _ in plan.entries]
+    files, notes = write_checkpoint(
+        found, replace(plan, entries=entries), new, "safetensors", None, max_shard_size, writing
+    )
+    return Smoothing(new, files, (len(peaks), count), (outliers, _worst(peaks.values())), notes)
+
+
+def rows_of(ids: Sequence[int], rows: int, length: int) -> NDArray[np.int32]:
+    """Rows taken evenly from a text, fewer where it is short of them.
+
+    Args:
+        ids: The text.
+        rows: Rows wanted.
+        length: Tokens of a row.
+
+    Raises:
+        DataError: The text is shorter than one row.
+    """
+    if len(ids) < length:
+        raise DataError(f"the text has {len(ids)} tokens, less than one row of {length}")
+    count = min(rows, len(ids) // length)
+    starts = np.linspace(0, len(ids) - length, count).astype(int)
+    return np.array([ids[start : start + length] for start in starts], np.int32)
+
+
+def _check_text(ids_BT: NDArray[Any], config: OPTConfig) -> None:
+    rows, longest = np.asarray(ids_BT), config.max_position_embeddings
+    if rows.ndim != 2 or not rows.size or not np.issubdtype(rows.dtype, np.integer):
+        raise ConfigError(f"text: expected rows of ids, received {rows.dtype} {list(rows.shape)}")
+    if rows.shape[1] > longest:
+        raise ConfigError(f"text: expected rows of at most {longest} ids, received {rows.shape[1]}")
+    if rows.min() < 0 or rows.max() >= config.vocab_size:
+        raise ConfigError(f"text: expected ids in 0..{config.vocab_size - 1}")
+
+
+def _places(config: OPTConfig) -> Iterator[_Place]:
+    for layer in range(config.num_hidden_layers):
+        name = f"model.decoder.layers.{layer}"
+        attention = f"{name}.self_attn"
+        # A norm behind its layer also makes what is added to the next one's output; and not every
+        # norm has weights.
+        if config.do_layer_norm_before and config.layer_norm_elementwise_affine:
+            qkv = tuple(f"{attention}.{x}_proj.weight" for x in "qkv")
+            yield _Place(f"{attention}.qkv", _both(f"{attention}_layer_norm"), qkv)
+            yield _Place(f"{name}.fc1", _both(f"{name}.final_layer_norm"), (f"{name}.fc1.weight",))
+        out = f"{attention}.out_proj"
+        yield _Place(out, _both(f"{attention}.v_proj"), (f"{out}.weight",))
+        if config.activation_function == "relu":  # which scales as its input does
+            yield _Place(f"{name}.fc2", _both(f"{name}.fc1"), (f"{name}.fc2.weight",))
+
+
+def _both(name: str) -> tuple[str, str]:
+    return f"{name}.weight", f"{name}.bias"
+
+
+def _factors(peaks: Factors, takers: list[LazyTensor], alpha: float) -> Factors:
+    """The power of two nearest to each input's factor; 1 where input or weight is always 0."""
+    columns = np.stack([np.abs(w.read().astype(np.float32)).max(0) for w in takers]).max(0)
+    used = (peaks > 0) & (columns > 0)
+    x, w = np.log2(np.where(used, peaks, 1)), np.log2(np.where(used, columns, 1))
+    powers = np.where(used, alpha * x - (1 - alpha) * w, 0)
+    return np.exp2(np.rint(powers - np.median(powers))).astype(np.float32)
+
+
+def _worst(peaks: Iterable[Factors]) -> float:
+    """How far the largest input of a layer is above the median one, in the worst layer."""
+    return max((float(p.max() / np.median(p[p > 0])) for p in peaks if p.any()), default=1.0)

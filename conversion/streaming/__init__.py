@@ -1,0 +1,1 @@
+"""Tensors on their way from one file to another, one at a time."""

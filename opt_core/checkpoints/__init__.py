@@ -1,0 +1,1 @@
+"""Checkpoints on disk: found, compared with the configuration, streamed in, and written."""

@@ -1,0 +1,170 @@
+"""Torch's `.bin` files (zip archives, torch 1.6 and later), read without torch, mapped in place."""
+
+import struct
+import zipfile
+from pathlib import Path
+from typing import cast
+
+from opt_core.checkpoints.tensors import StoredTensor, TensorFile
+from opt_core.checkpoints.torch_pickle import Storage, StorageView, parse_pickle
+from opt_core.errors import CheckpointError
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and the extra field
+_ZIP_MAGIC = b"PK\x03\x04"
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled constant
+_MAX_PICKLE = 1 << 24  # opt-175b's would be half a megabyte
+_MAX_SMALL_ENTRY = 64
+
+
+def read_torch_file(path: Path) -> dict[str, StoredTensor]:
+    """Reads which tensors a torch file holds, and where; nothing in the file is executed.
+
+    Accepted are a dict of tensors, and a dict whose "state_dict" is one (training checkpoints).
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, compressed, encrypted, big-endian, older than
+            torch 1.6, or holds anything that is not a tensor.
+    """
+    archive = TorchArchive(TensorFile(path))
+    content = parse_pickle(archive.pickle, path)
+    if isinstance(content, dict) and "state_dict" in content:
+        content = cast(dict[object, object], content)["state_dict"]
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: expected a dict of tensors, received {type(content).__name__}; re-save it "
+            "with torch.save(model.state_dict(), path)"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for name, value in cast(dict[object, object], content).items():
+        if not isinstance(name, str) or not isinstance(value, StorageView):
+            raise CheckpointError(
+                f"{path}: {name!r}: expected a tensor, received {type(value).__name__}; a weight "
+                "file may hold tensors only"
+            )
+        tensors[name] = archive.tensor(name, value)
+    return tensors
+
+
+class TorchArchive:
+    """The zip archive that `torch.save` writes.
+
+    Args:
+        source: The open file.
+
+    Attributes:
+        pickle: What describes its contents; nothing of it has been read.
+
+    Raises:
+        CheckpointError: It is no such archive, or damaged, compressed, encrypted or big-endian.
+    """
+
+    def __init__(self, source: TensorFile) -> None:
+        self.source = source
+        path = source.path
+        if source.bytes_at(0, len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
+            raise CheckpointError(
+                f"{path}: written by torch before 1.6 (or without its zip format); re-save it with "
+                "torch.save(torch.load(path), path)"
+            )
+        if source.bytes_at(0, len(_ZIP_MAGIC)) != _ZIP_MAGIC:
+            raise CheckpointError(f"{path}: not a torch file: expected a zip archive")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self.entries = {info.filename: info for info in archive.infolist()}
+                if len(self.entries) != len(archive.infolist()):
+                    raise CheckpointError(f"{path}: an archive entry occurs twice; it is damaged")
+                self.root = self._root()
+                order = self._small(archive, "byteorder", _MAX_SMALL_ENTRY) or b"little"
+                if order != b"little":
+                    raise CheckpointError(f"{path}: byte order {order!r}; expected b'little'")
+                self.pickle = self._small(archive, "data.pkl", _MAX_PICKLE)
+        except CheckpointError:
+            raise
+        except (
+            zipfile.BadZipFile, RuntimeError, OSError, EOFError, struct.error, ValueError,
+            LookupError, OverflowError, MemoryError,
+        ) as error:  # fmt: skip
+            raise CheckpointError(
+                f"{path}: damaged or truncated zip archive ({error}); download it again"
+            ) from None
+
+    def _root(self) -> str:
+        roots = [name[:-9] for name in self.entries if name.endswith("/data.pkl")]
+        if len(roots) != 1 or "/" in roots[0]:
+            raise CheckpointError(
+                f"{self.source.path}: not a torch file: expected one data.pkl in the archive, "
+                f"received {len(roots)}"
+            )
+        return roots[0]
+
+    def _small(self, archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+        info = self.entries.get(f"{self.root}/{name}")
+        if info is None:
+            return b""
+        self._check_stored(info)
+        if info.file_size > limit:
+            raise CheckpointError(
+                f"{self.source.path}: {name} has {info.file_size} bytes; expected at most {limit}"
+            )
+        return archive.read(info)
+
+    def _check_stored(self, info: zipfile.ZipInfo) -> None:
+        if info.flag_bits & 1 or info.compress_type != zipfile.ZIP_STORED:
+            kind = "encrypted" if info.flag_bits & 1 else "compressed"
+            raise CheckpointError(
+                f"{self.source.path}: {info.filename} is {kind}; expected it stored as it is, as "
+                "torch.save does"
+            )
+        if info.compress_size != info.file_size:
+            raise CheckpointError(f"{self.source.path}: {info.filename} has two sizes; damaged")
+
+    def tensor(self, name: str, view: StorageView) -> StoredTensor:
+        """Where a tensor of the pickle lies.
+
+        Raises:
+            CheckpointError: Its storage is missing, or too short for it.
+        """
+        start, size = self._storage(view.storage)
+        dtype = view.storage.dtype
+        strides = None if _is_contiguous(view.shape, view.strides) else view.strides
+        begin = view.offset * dtype.itemsize
+        tensor = StoredTensor(name, view.shape, dtype, self.source, start + begin, strides)
+        if begin + tensor.extent > size:
+            raise CheckpointError(
+                f"{self.source.path}: {name} reaches byte {begin + tensor.extent} of a storage "
+                f"of {size}"
+            )
+        return tensor
+
+    def _storage(self, storage: Storage) -> tuple[int, int]:
+        path = self.source.path
+        info = self.entries.get(f"{self.root}/data/{storage.key}")
+        if info is None:
+            raise CheckpointError(f"{path}: storage {storage.key!r} is missing from the archive")
+        self._check_stored(info)
+        needed = storage.numel * storage.dtype.itemsize
+        if needed > info.file_size:
+            raise CheckpointError(
+                f"{path}: storage {storage.key!r}: expected {needed} bytes, "
+                f"received {info.file_size}"
+            )
+        header = self.source.bytes_at(info.header_offset, _LOCAL_HEADER.size)
+        if info.header_offset < 0 or not header.startswith(_ZIP_MAGIC):
+            raise CheckpointError(f"{path}: {info.filename} is not where the archive says")
+        _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        if start + info.file_size > self.source.size:
+            raise CheckpointError(f"{path}: {info.filename} reaches past the end of the file")
+        return start, needed
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and step != expected:
+            return 0 in shape
+        expected *= size
+    return True

@@ -1,0 +1,1 @@
+"""Data for training: read, cleaned, tokenised, in blocks and in batches."""

@@ -1,0 +1,326 @@
+"""Prepares text for training: read, clean, drop duplicates, split, tokenise, write token blocks.
+
+Documents are cleaned and tokenised in several processes, a chunk at a time, and come back in the
+order they were read in: the result does not depend on the number of processes.
+"""
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from opt_core.checkpoints.atomic import new_folder
+from opt_core.data.cleaning import Cleaning, clean, length_problem
+from opt_core.data.deduplication import Fingerprints, Seen, fingerprints
+from opt_core.data.readers import Document, find_files, read_documents, refuse
+from opt_core.data.token_blocks import BlockWriter
+from opt_core.data.tokenization import BulkTokenizer, end_token, start_tokens
+from opt_core.errors import DataError
+from opt_core.json_files import write_json
+from opt_core.text.tokenizer import OPTTokenizer
+
+TRAIN, VALIDATION = "train", "validation"
+REPORT_FILE = "report.json"
+_CHUNK = 1 << 19  # characters
+_EXAMPLES = 3  # places named per reason
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How to turn files into token blocks.
+
+    Attributes:
+        sequence_length: Tokens per block.
+        validation_fraction: Share of the documents to hold out. A document's own text decides, so
+            that it stays on its side when others are added.
+        text_field: Where the text is in JSON lines and tables.
+        separator: What separates the documents of a text file; None: each file is one document.
+        skip_bad: Whether to drop and count what cannot be read, rather than stop there.
+        cleaning: What to change and what to drop.
+
+    Raises:
+        DataError: A value out of range.
+    """
+
+    sequence_length: int = 2048
+    validation_fraction: float = 0.01
+    text_field: str = "text"
+    separator: str | None = None
+    skip_bad: bool = False
+    cleaning: Cleaning = field(default_factory=Cleaning)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise DataError(
+                f"validation_fraction: expected 0 <= x < 1, received {self.validation_fraction}"
+            )
+        if self.separator == "":
+            raise DataError("separator: expected some characters, received none")
+
+
+@dataclass
+class Split:
+    """One side of a prepared data set.
+
+    Attributes:
+        documents: Documents in it.
+        tokens: Their tokens, with the one after each.
+        blocks: Blocks that they fill.
+        left_out: Tokens at the end that fill no block.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    blocks: int = 0
+    left_out: int = 0
+
+
+@dataclass
+class DataReport:
+    """What became of some files.
+
+    Attributes:
+        files: Files read.
+        documents: Documents in them, readable or not.
+        bytes: Bytes of text read, in UTF-8.
+        removed_characters: Characters that belong in no text, removed from documents.
+        dropped: Reason -> number of documents dropped for it.
+        examples: Reason -> where the first of them are.
+        splits: "train" and, where something is held out, "validation".
+    """
+
+    files: int = 0
+    documents: int = 0
+    bytes: int = 0
+    removed_characters: int = 0
+    dropped: dict[str, int] = field(default_factory=dict[str, int])
+    examples: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    splits: dict[str, Split] = field(default_factory=dict[str, Split])
+
+    def drop(self, place: str, reason: str, message: str = "") -> None:
+        """Counts one dropped document."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < _EXAMPLES:
+            places.append(f"{place}: {message}" if message else place)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def prepare(
+    sources: Iterable[str | PathLike[str]],
+    destination: str | PathLike[str],
+    tokenizer: OPTTokenizer,
+    config: DataConfig | None = None,
+    processes: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> DataReport:
+    """Writes a folder with `train` and `validation`, token blocks each, and `report.json`.
+
+    Between two documents is the end-of-text token; OPT's stream begins with one, too. The folder
+    appears whole or not at all.
+
+    Args:
+        sources: Files and folders (`opt_core.data.readers`).
+        destination: A new folder.
+        tokenizer: Makes the ids.
+        config: How; None: the defaults.
+        processes: How many processes clean and tokenise. With more than one, a script must keep its
+            own work under `if __name__ == "__main__":`, as Python's multiprocessing asks.
+        progress: Called with (bytes of the files read, bytes in all).
+
+    Raises:
+        DataError: A source cannot be read, nothing is left, or less than one block is, or the
+            destination exists or cannot be written.
+    """
+    config = config or DataConfig()
+    if processes < 1:
+        raise DataError(f"processes: expected at least 1, received {processes}")
+    files = find_files(sources)
+    report = DataReport(len(files))
+    names = [TRAIN, *([VALIDATION] if config.validation_fraction else [])]
+    report.splits = {name: Split() for name in names}
+    end = np.array([end_token(tokenizer)])
+    seen = Seen(config.cleaning.near_duplicates) if config.cleaning.duplicates else None
+    with new_folder(Path(destination), DataError) as stage, ExitStack() as stack:
+        writers: dict[str, BlockWriter] = {}
+        for name in names:
+            (stage / name).mkdir()
+            writer = BlockWriter(stage / name, config.sequence_length, tokenizer.vocab_size)
+            writers[name] = stack.enter_context(closing(writer))
+            writer.write(start_tokens(tokenizer))
+        documents = _documents(files, config, report, progress)
+        for chunk, done in _worked(_chunks(documents), tokenizer, config, processes):
+            kept: dict[str, list[bytes]] = {name: [] for name in names}
+            report.removed_characters += done.removed
+            report.bytes += done.bytes
+            for i, document in enumerate(chunk):
+                problem = done.problems[i]
+                if problem is None and seen is not None:
+                    problem = seen.problem(done.fingerprints, i)
+                if problem is not None:
+                    report.drop(document.place, problem)
+                    continue
+                place = int.from_bytes(done.fingerprints.digests[i][:8]) / 2**64
+                name = VALIDATION if place < config.validation_fraction else TRAIN
+                kept[name] += (done.ids[i], end.astype(done.dtype).tobytes())
+                report.splits[name].documents += 1
+            for name, ids in kept.items():
+                writers[name].write(np.frombuffer(b"".join(ids), done.dtype))
+        _check_left(report)
+        for name, writer in writers.items():
+            _finish(writer, name, report)
+        write_json(stage / REPORT_FILE, report.to_dict())
+    return report
+
+
+class _Done(NamedTuple):
+    """What became of a chunk: a value per document, or one in all."""
+
+    problems: list[str | None]
+    ids: list[bytes]
+    fingerprints: Fingerprints
+    dtype: str
+    removed: int
+    bytes: int
+
+
+class _Work:
+    """Cleans and tokenises chunks; every process has one."""
+
+    current: "_Work"
+
+    def __init__(self, tokenizer: OPTTokenizer, cleaning: Cleaning) -> None:
+        self._tokenize, self._cleaning = BulkTokenizer(tokenizer), cleaning
+
+    def __call__(self, texts: list[str]) -> _Done:
+        cleaned = [clean(text, self._cleaning) for text in texts]
+        problems = [length_problem(text, self._cleaning) for text, _ in cleaned]
+        found = fingerprints([text for text, _ in cleaned])
+        for i, share in enumerate(found.repetition):
+            if problems[i] is None and share > self._cleaning.max_repetition:
+                problems[i] = "repetitive"
+        ids = [
+            self._tokenize(text) if problem is None else b""
+            for (text, _), problem in zip(cleaned, problems, strict=True)
+        ]
+        removed = sum(count for _, count in cleaned)
+        size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
+        return _Done(problems, ids, found, self._tokenize.dtype.str, removed, size)
+
+
+def _start_worker(tokenizer: OPTTokenizer, cleaning: Cleaning) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
+    _Work.current = _Work(tokenizer, cleaning)
+
+
+def _work(texts: list[str]) -> _Done:
+    return _Work.current(texts)
+
+
+def _worked(
+    chunks: Iterator[list[Document]], tokenizer: OPTTokenizer, config: DataConfig, processes: int
+) -> Iterator[tuple[list[Document], _Done]]:
+    """Each chunk with what became of it, in order."""
+    if processes == 1:
+        work = _Work(tokenizer, config.cleaning)
+        for chunk in chunks:
+            yield chunk, work([document.text for document in chunk])
+        return
+    pool = ProcessPoolExecutor(
+        processes, get_context("spawn"), _start_worker, (tokenizer, config.cleaning)
+    )
+    waiting: deque[tuple[list[Document], Future[_Done]]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(_work, [document.text for document in chunk])))
+            if len(waiting) > 2 * processes:  # enough to keep them busy, and no more in memory
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process ended by itself, perhaps for lack of memory; try fewer processes"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _documents(
+    files: list[Path],
+    config: DataConfig,
+    report: DataReport,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[Document]:
+    """All documents of all files; what cannot be read is counted or refused."""
+
+    def drop(place: str, reason: str, message: str) -> None:
+        report.documents += 1
+        report.drop(place, reason, message)
+
+    sizes = [os.stat(path).st_size for path in files]
+    before, total = 0, sum(sizes)
+    for path, size in zip(files, sizes, strict=True):
+
+        def tell(done: int, before: int = before) -> None:
+            if progress:
+                progress(before + done, total)
+
+        bad = drop if config.skip_bad else refuse
+        for document in read_documents(path, config.text_field, config.separator, bad, tell):
+            report.documents += 1
+            yield document
+        before += size
+        tell(0, before)
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in groups of some hundred kilobytes."""
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        group.append(document)
+        size += len(document.text)
+        if size >= _CHUNK:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _check_left(report: DataReport) -> None:
+    counts = {name: split.documents for name, split in report.splits.items()}
+    if not sum(counts.values()):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
+        raise DataError(
+            f"no document is left of {report.documents} read" + (f": {reasons}" if reasons else "")
+        )
+    for name, count in counts.items():
+        if not count:
+            raise DataError(
+                f"{name}: none of {sum(counts.values())} documents fell on this side; give more "
+                "documents (for text files, name their separator) or another validation_fraction"
+            )
+
+
+def _finish(writer: BlockWriter, name: str, report: DataReport) -> None:
+    split = report.splits[name]
+    split.tokens = writer.tokens
+    try:
+        split.blocks, split.left_out = writer.finish()
+    except DataError as error:
+        hint = " or another validation_fraction" if name == VALIDATION else ""
+        raise DataError(f"{name}: {error}{hint}") from None

@@ -1,0 +1,359 @@
+"""Reads documents and rows from the files people keep text in.
+
+Text (.txt, .text, .md), JSON lines (.jsonl, .ndjson, .json), tables (.csv, .tsv) and Parquet; all
+but Parquet also as .gz or .zst. Everything is UTF-8. What cannot be read is an error that names the
+file and the place in it, or, where the caller wants that, one more document dropped.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+from opt_core.errors import DataError
+from opt_core.json_files import parse_json
+
+TEXT, LINES, TABLE, PARQUET = "text", "lines", "table", "parquet"
+_KINDS = {
+    **dict.fromkeys((".txt", ".text", ".md"), TEXT),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), LINES),
+    **dict.fromkeys((".csv", ".tsv"), TABLE),
+    ".parquet": PARQUET,
+}
+_COMPRESSIONS = (".gz", ".zst")
+_PIECE = 1 << 20
+_INSTALL = 'pip install "opt-lm[data]"'
+
+Bad = Callable[[str, str, str], None]
+"""What to do with what cannot be read: called with its place, a short reason, and what is wrong."""
+
+
+class Document(NamedTuple):
+    """One text and where it was found, such as "corpus.jsonl:12"."""
+
+    text: str
+    place: str
+
+
+def refuse(place: str, reason: str, message: str) -> None:
+    """The strict way to treat what cannot be read.
+
+    Raises:
+        DataError: Always.
+    """
+    raise DataError(f"{place}: {message}")
+
+
+def find_files(paths: Iterable[str | PathLike[str]]) -> list[Path]:
+    """The files to read: those named, and those of a known kind below the folders named, sorted.
+
+    Raises:
+        DataError: A path does not exist, is of no known kind, or a folder holds no such file.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
+            if not inside:
+                raise DataError(f"{path}: holds no file of a known kind ({', '.join(_KINDS)})")
+            found += inside
+        elif not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+        elif not _kind(path):
+            raise DataError(
+                f"{path}: expected a name that ends in {', '.join(_KINDS)}, or one of these and "
+                f"{' or '.join(_COMPRESSIONS)}"
+            )
+        else:
+            found.append(path)
+    return found
+
+
+def read_documents(
+    path: Path,
+    text_field: str = "text",
+    separator: str | None = None,
+    bad: Bad = refuse,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Document]:
+    """The documents of one file, in order.
+
+    Args:
+        path: A file of a known kind.
+        text_field: Where the text is in JSON lines and tables.
+        separator: What separates the documents of a text file; None: each file is one.
+        bad: What to do with a document that cannot be read.
+        progress: Called with the bytes of the file that have been read.
+    """
+    if _kind(path) == TEXT:
+        yield from _text_documents(path, separator, bad, progress)
+        return
+    for place, row in read_rows(path, bad, progress, columns=[text_field]):
+        text = row.get(text_field)
+        if isinstance(text, str):
+            yield Document(text, place)
+        elif text_field in row:
+            kind = type(text).__name__
+            bad(place, "no text", f"{text_field!r}: expected a string, found {kind}")
+        else:
+            there = ", ".join(map(repr, row)) or "nothing"
+            bad(place, "no text", f"expected a field {text_field!r}, found {there}")
+
+
+def read_rows(
+    path: str | PathLike[str],
+    bad: Bad = refuse,
+    progress: Callable[[int], None] | None = None,
+    columns: list[str] | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of JSON lines, a JSON list, a table or a Parquet file, each with its place.
+
+    Args:
+        path: A file of a known kind; a text file has no rows.
+        bad: What to do with a row that cannot be read.
+        progress: Called with the bytes of the file that have been read.
+        columns: All that is wanted of a Parquet file.
+    """
+    path = find_files([path])[0] if not Path(path).is_dir() else Path(path)
+    kind = _kind(path)
+    if kind == PARQUET:
+        yield from _parquet_rows(path, columns, progress)
+    elif kind == LINES:
+        yield from _json_rows(path, bad, progress)
+    elif kind == TABLE:
+        yield from _table_rows(path, bad, progress)
+    else:
+        raise DataError(f"{path}: expected rows (JSON lines, a table or Parquet), not text")
+
+
+def read_text(path: str | PathLike[str]) -> str:
+    """A whole text file, line ends as line feeds.
+
+    Raises:
+        DataError: It is missing, empty, binary or not UTF-8.
+    """
+    (document,) = read_documents(find_files([path])[0])
+    return document.text
+
+
+def read_json_data(path: str | PathLike[str]) -> Any:
+    """A whole JSON file, compressed or not.
+
+    Raises:
+        DataError: It is missing, empty, not UTF-8 or not JSON.
+    """
+    path = Path(path)
+    with _opened(path, None) as stream:
+        data = stream.read()
+    return parse_json(_decoded(data, str(path), refuse) or "", path, DataError)
+
+
+def _kind(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        kind = _KINDS.get(suffixes[-2]) if len(suffixes) > 1 else None
+        return None if kind == PARQUET else kind
+    return _KINDS.get(suffixes[-1]) if suffixes else None
+
+
+@contextmanager
+def _opened(path: Path, progress: Callable[[int], None] | None) -> Generator[IO[bytes]]:
+    """The bytes of a file, decompressed; whatever goes wrong with them is a `DataError`."""
+    suffix = path.suffix.lower()
+    damaged: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
+    try:
+        with open(path, "rb") as file:
+            if suffix == ".gz":
+                stream: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=file))
+            elif suffix == ".zst":
+                zstandard = _library("zstandard", path)
+                damaged = (*damaged, zstandard.ZstdError)
+                reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+                stream = cast("IO[bytes]", io.BufferedReader(reader))
+            else:
+                stream = file
+            yield cast("IO[bytes]", _Watched(stream, file, progress)) if progress else stream
+    except damaged as error:
+        raise DataError(f"{path}: damaged {suffix[1:]} data: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+class _Watched:
+    """A stream that tells how far its file has been read."""
+
+    def __init__(self, stream: IO[bytes], file: IO[bytes], progress: Callable[[int], None]):
+        self._stream, self._file, self._progress = stream, file, progress
+        self._told = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._progress(self._file.tell())
+        return data
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in self._stream:
+            if self._file.tell() - self._told > _PIECE:
+                self._told = self._file.tell()
+                self._progress(self._told)
+            yield line
+
+
+def _library(name: str, path: Path) -> Any:
+    try:
+        return __import__(name, fromlist=["*"])
+    except ModuleNotFoundError:
+        package = name.partition(".")[0]
+        raise DataError(f"{path}: needs {package}, which is not installed: {_INSTALL}") from None
+
+
+def _decoded(data: bytes, place: str, bad: Bad) -> str | None:
+    """The text, or None where it is not UTF-8 and `bad` accepted that."""
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        bad(place, "not UTF-8", _not_utf8(data, error.start, error.start))
+        return None
+
+
+def _not_utf8(data: bytes, index: int, offset: int) -> str:
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "is UTF-16; convert it to UTF-8"
+    if b"\0" in data:
+        return f"binary data, not text (byte {data.index(0) + offset - index} is zero)"
+    return f"byte {offset} (0x{data[index]:02x}) is not UTF-8; convert the text to UTF-8"
+
+
+def _text_documents(
+    path: Path, separator: str | None, bad: Bad, progress: Callable[[int], None] | None
+) -> Iterator[Document]:
+    decoder = io.IncrementalNewlineDecoder(
+        codecs.getincrementaldecoder("utf-8-sig")(), translate=True
+    )
+    held, count, offset = "", 0, 0
+    with _opened(path, progress) as stream:
+        while True:
+            data = stream.read(_PIECE if separator else -1)
+            pending = len(decoder.getstate()[0])
+            try:
+                held += decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                message = _not_utf8(error.object, error.start, offset - pending + error.start)
+                bad(str(path), "not UTF-8", message)
+                return
+            if "\0" in held:
+                bad(str(path), "binary", f"binary data, not text (a zero byte after {offset})")
+                return
+            offset += len(data)
+            if not data:
+                break
+            if separator:
+                *whole, held = held.split(separator)
+                for text in whole:
+                    count += 1
+                    yield Document(text, f"{path}:{count}")
+    if held.strip() or not count:
+        if not offset:
+            bad(str(path), "empty file", "is empty")
+            return
+        yield Document(held, f"{path}:{count + 1}" if separator else str(path))
+
+
+def _json_rows(
+    path: Path, bad: Bad, progress: Callable[[int], None] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    with _opened(path, progress) as stream:
+        for number, line in enumerate(stream, 1):
+            place = f"{path}:{number}"
+            if not line.strip():
+                continue
+            if number == 1 and line.lstrip(codecs.BOM_UTF8)[:1] == b"[":
+                break
+            text = _decoded(line, place, bad)
+            if text is None:
+                continue
+            try:
+                row: Any = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                if "\0" in text:
+                    bad(place, "binary", "binary data, not JSON")
+                else:
+                    bad(place, "not JSON", f"not valid JSON: {error}")
+                continue
+            if isinstance(row, dict):
+                yield place, cast("dict[str, Any]", row)
+            else:
+                bad(place, "not JSON", f"expected a JSON object, found {type(row).__name__}")
+        else:
+            if not number:
+                bad(str(path), "empty file", "is empty")
+            return
+    rows: Any = read_json_data(path)
+    for i, row in enumerate(cast("list[Any]", rows), 1):
+        if isinstance(row, dict):
+            yield f"{path}:[{i}]", cast("dict[str, Any]", row)
+        else:
+            kind = type(row).__name__
+            bad(f"{path}:[{i}]", "not JSON", f"expected a JSON object, found {kind}")
+
+
+def _table_rows(
+    path: Path, bad: Bad, progress: Callable[[int], None] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(sys.maxsize)
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    with _opened(path, progress) as stream:
+        text = _decoded(stream.read(), str(path), bad)
+    if text is None:
+        return
+    if not text.strip() or "\0" in text:
+        reason = "binary" if text.strip() else "empty file"
+        bad(str(path), reason, "binary data, not a table" if text.strip() else "is empty")
+        return
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        for row in reader:
+            values = {name: value for name, value in row.items() if isinstance(name, str)}
+            if None in row or None in row.values():
+                wanted = len(reader.fieldnames or ())
+                bad(
+                    f"{path}:{reader.line_num}",
+                    "not a table",
+                    f"expected {wanted} columns, as the first line has",
+                )
+                continue
+            yield f"{path}:{reader.line_num}", values
+    except csv.Error as error:
+        bad(f"{path}:{reader.line_num}", "not a table", str(error))
+
+
+def _parquet_rows(
+    path: Path, columns: list[str] | None, progress: Callable[[int], None] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    parquet, arrow = _library("pyarrow.parquet", path), _library("pyarrow", path)
+    count, size = 0, path.stat().st_size
+    try:
+        with parquet.ParquetFile(path) as file:
+            names: list[str] = file.schema_arrow.names
+            missing = [name for name in columns or () if name not in names]
+            if missing:
+                there = ", ".join(map(repr, names))
+                raise DataError(f"{path}: expected a column {missing[0]!r}, found {there}")
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
+                    count += 1
+                    yield f"{path}:{count}", row
+                if progress:
+                    progress(size * count // max(1, file.metadata.num_rows))
+    except (arrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: damaged, or no Parquet file: {reason}") from None

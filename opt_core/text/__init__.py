@@ -1,0 +1,5 @@
+"""Text to ids and back, whole or one token at a time."""
+
+from opt_core.text.tokenizer import Encoding, OPTTokenizer
+
+__all__ = ["Encoding", "OPTTokenizer"]

@@ -1,0 +1,186 @@
+"""Devices and meshes: which part of every array each device holds.
+
+A mesh has three axes: "data" splits the batch, "fsdp" splits the batch and the weights, "model"
+splits heads, feed-forward and vocabulary. One table says which logical axis of a parameter goes to
+which axis of the mesh; the axes themselves come from `opt_core.params`. A dimension that a mesh
+axis does not divide stays whole, except the vocabulary, which is padded.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax, make_array_from_callback
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from opt_core.config import OPTConfig
+from opt_core.dialects import NNX
+from opt_core.errors import ConfigError
+from opt_core.params import ParamSpec
+
+AXES = ("data", "fsdp", "model")
+"""The mesh's axes, outermost first: neighbouring devices share a "model" group."""
+
+RULES: dict[str, str | None] = {
+    "vocab": "model",
+    "heads": "model",
+    "ffn": "model",
+    "hidden": "fsdp",
+    "embed": "fsdp",
+    "position": None,
+    "labels": None,
+}
+"""Logical axis of a parameter -> the mesh axis that splits it."""
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = 1, model: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of `data` x `fsdp` x `model` devices.
+
+    Args:
+        data: Ways to split the batch.
+        fsdp: Ways to split the batch and the weights (fully sharded data parallelism).
+        model: Ways to split heads, feed-forward and vocabulary (tensor parallelism).
+        devices: The JAX devices; by default the first ones JAX has, of all hosts.
+
+    Raises:
+        ConfigError: There are fewer devices, or sizes below 1.
+    """
+    sizes = (data, fsdp, model)
+    asked = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+    if any(type(size) is not int or size < 1 for size in sizes):
+        raise ConfigError(f"mesh: expected integers of at least 1, received {asked}")
+    found = jax.devices() if devices is None else list(devices)
+    count = math.prod(sizes)
+    if count > len(found) or (devices is not None and count != len(found)):
+        raise ConfigError(f"mesh: {asked} needs {count} devices, received {len(found)}")
+    mesh = jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 3, devices=found[:count])
+    check_mesh(mesh)
+    return mesh
+
+
+def check_mesh(mesh: Mesh | None) -> None:
+    """Refuses a mesh whose axes are not those of `make_mesh`.
+
+    Raises:
+        ConfigError: It is no mesh; an axis is missing, unknown, or not of the type
+            `AxisType.Auto`; or this process has none of its devices.
+    """
+    if mesh is None:
+        return
+    if not isinstance(mesh, Mesh):
+        raise ConfigError(f"mesh: expected a jax.sharding.Mesh, received {type(mesh).__name__}")
+    if set(mesh.axis_names) != set(AXES) or set(mesh.axis_types) != {AxisType.Auto}:
+        kinds = ", ".join(sorted(str(kind) for kind in set(mesh.axis_types)))
+        raise ConfigError(
+            f"mesh: expected the axes {', '.join(AXES)} of type Auto (opt_flax.sharding.make_mesh),"
+            f" received {', '.join(map(str, mesh.axis_names))} of type {kinds}"
+        )
+    if jax.process_index() not in {device.process_index for device in mesh.devices.flat}:
+        raise ConfigError(
+            f"mesh: expected devices of every process, received none of process "
+            f"{jax.process_index()} of {jax.process_count()}"
+        )
+
+
+def padded_rows(spec: ParamSpec, mesh: Mesh | None) -> int:
+    """Rows of a vocabulary's table so that the mesh divides it: 50272 = 2**5 * 1571 seldom does."""
+    ways = 1 if mesh is None else mesh.shape["model"]
+    return -(-spec.shape[0] // ways) * ways
+
+
+def partition(spec: ParamSpec, config: OPTConfig, mesh: Mesh) -> PartitionSpec:
+    """How a parameter, in the NNX layout, lies on a mesh."""
+    parts: list[str | None] = []
+    for axis, size in zip(NNX.axes(spec), NNX.shape(spec), strict=True):
+        where = RULES[axis]
+        # Heads stay whole: half a head on a device would need its other half in every product.
+        units = {"heads": config.num_attention_heads, "vocab": 0}.get(axis, size)
+        parts.append(where if where and _splits(units, where, mesh) else None)
+    # As XLA spells it: a program's results then lie as its arguments do, and it is found again.
+    while parts and parts[-1] is None:
+        parts.pop()
+    return PartitionSpec(*parts)
+
+
+def constrain_rows(values: Array, mesh: Mesh | None, heads: int | None = None) -> Array:
+    """Splits an activation over the mesh: its rows, and its heads where it has them.
+
+    Args:
+        values: (B, ...).
+        mesh: The mesh; None changes nothing.
+        heads: The dimension that counts heads.
+    """
+    if mesh is None:
+        return values
+    parts: list[Any] = [rows_axes(values.shape[0], mesh)]
+    if heads is not None and _splits(values.shape[heads], "model", mesh):
+        parts += [None] * (heads - 1) + ["model"]
+    return lax.with_sharding_constraint(values, NamedSharding(mesh, PartitionSpec(*parts)))
+
+
+def rows_axes(rows: int, mesh: Mesh) -> tuple[str, ...] | None:
+    """The mesh axes that split a batch: as many of "data" and "fsdp" as divide it."""
+    for axes in (("data", "fsdp"), ("data",), ("fsdp",)):
+        if rows % math.prod(mesh.shape[a] for a in axes) == 0:
+            return tuple(a for a in axes if mesh.shape[a] > 1) or None
+    return None
+
+
+def constrain_table(table: Array, rows: int, axis: str, mesh: Mesh | None) -> Array:
+    """An embedding's table, laid out for looking up a batch.
+
+    Where "fsdp" splits the batch it cannot split what is looked up too: the table's rows are made
+    whole first, as products do with their weights.
+
+    Args:
+        table: (any, any).
+        rows: Rows B of the batch.
+        axis: Logical axis of the table's rows.
+        mesh: The mesh; None changes nothing.
+    """
+    if mesh is None or "fsdp" not in (rows_axes(rows, mesh) or ()):
+        return table
+    return lax.with_sharding_constraint(table, NamedSharding(mesh, PartitionSpec(RULES[axis])))
+
+
+def replicate(values: Array, mesh: Mesh | None) -> Array:
+    """Puts the whole of an array on every device, so that every host can read it."""
+    if mesh is None:
+        return values
+    return lax.with_sharding_constraint(values, NamedSharding(mesh, PartitionSpec()))
+
+
+def spread_rows(values: Any, mesh: Mesh | None) -> Any:
+    """Gives each device its rows of a batch (B, ...) that every host has; a spread one stays."""
+    if mesh is None or (isinstance(values, Array) and not values.is_fully_addressable):
+        return values
+    sharding = NamedSharding(mesh, PartitionSpec(rows_axes(len(values), mesh)))
+    return make_array_from_callback(values.shape, sharding, lambda part: values[part])
+
+
+def place(tree: Any, mesh: Mesh | None) -> Any:
+    """Puts what is not on the mesh yet (counters, random keys) on every device of it."""
+    if mesh is None:
+        return tree
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def put(value: Array) -> Array:
+        if value.sharding.device_set == whole.device_set:
+            return value
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            data = put(jax.random.key_data(value))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+        data = np.asarray(value)
+        return make_array_from_callback(value.shape, whole, lambda part: data[part])
+
+    return jax.tree.map(put, tree)
+
+
+def _splits(count: int, axis: str, mesh: Mesh) -> bool:
+    """Whether a mesh axis divides something, and is more than one device."""
+    return mesh.shape[axis] > 1 and count % mesh.shape[axis] == 0

@@ -1,0 +1,111 @@
+"""The cache: however a sequence is cut into calls, the numbers are those of one uncached pass."""
+
+import numpy as np
+import pytest
+
+from opt_core.errors import InputError
+from tests.support.configs import CONFIGS
+from tests.support.reference import make_mask, make_prompts
+
+SAME = 2e-5
+"""Cached against uncached logits: the same sums in another order."""
+LENGTH = 12
+MASKS = {
+    "bare": None,
+    "left": make_mask("left", [LENGTH, 7, 2]),
+    "holes": np.array([[1] * LENGTH, [0, 1, 1, 0] * 3, [1, 1, 0] * 4]),
+}
+
+
+def in_pieces(backend, model, ids, mask, cuts, whole_mask, slots=LENGTH):
+    """Logits of all tokens, computed piece by piece through a cache."""
+    cache, logits, start = model.init_cache(len(ids), slots), [], 0
+    for end in [*cuts, ids.shape[1]]:
+        given = {}
+        if mask is not None:
+            given = {"attention_mask": mask[:, :end] if whole_mask else mask[:, start:end]}
+        out = backend.run(model, input_ids=ids[:, start:end], past_key_values=cache, **given)
+        cache, start = out.past_key_values, end
+        logits.append(out.logits)
+    return np.concatenate(logits, 1)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("whole_mask", [True, False])
+@pytest.mark.parametrize("cuts", [[6], [5, 6, 7, 8, 9, 10, 11], [1, 4, 11]], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_pieces_equal_the_whole(backend, folder, variant, mask, cuts, whole_mask, attention):
+    mask = MASKS[mask]
+    ids = make_prompts(CONFIGS[variant], 3, LENGTH)
+    model = backend.load(folder(variant), attn_implementation=attention)
+    whole = backend.run(model, input_ids=ids, attention_mask=mask).logits
+    pieces = in_pieces(backend, model, ids, mask, cuts, whole_mask)
+    seen = np.ones_like(ids, bool) if mask is None else np.cumsum(mask, 1) > 0
+    np.testing.assert_allclose(pieces[seen], whole[seen], rtol=0, atol=SAME)
+
+
+def test_free_slots_change_nothing(backend, folder):
+    ids = make_prompts(CONFIGS["pre_ln"], 2, LENGTH)
+    model = backend.load(folder("pre_ln"))
+    exact = in_pieces(backend, model, ids, None, [5], True)
+    roomy = in_pieces(backend, model, ids, None, [5], True, slots=50)
+    np.testing.assert_allclose(roomy, exact, rtol=0, atol=SAME)
+
+
+def test_padding_changes_no_row(backend, folder):
+    """A left-padded row equals the row alone, through the cache too."""
+    lengths = [LENGTH, 7, 2]
+    ids = make_prompts(CONFIGS["post_ln"], 3, LENGTH)
+    model = backend.load(folder("post_ln"))
+    padded = in_pieces(backend, model, ids, make_mask("left", lengths), [10, 11], False)
+    for row, length in enumerate(lengths):
+        alone = backend.run(model, input_ids=ids[row : row + 1, -length:]).logits
+        np.testing.assert_allclose(padded[row : row + 1, -length:], alone, rtol=0, atol=SAME)
+
+
+def test_explicit_positions_with_a_cache(backend, folder):
+    ids = make_prompts(CONFIGS["pre_ln"], 2, LENGTH)
+    positions = np.arange(LENGTH)[None].repeat(2, 0) * 3
+    model = backend.load(folder("pre_ln"))
+    whole = backend.run(model, input_ids=ids, position_ids=positions).logits
+    first = backend.run(
+        model,
+        input_ids=ids[:, :8],
+        position_ids=positions[:, :8],
+        past_key_values=model.init_cache(2, 20),
+    )
+    second = backend.run(
+        model,
+        input_ids=ids[:, 8:],
+        position_ids=positions[:, 8:],
+        past_key_values=first.past_key_values,
+    )
+    np.testing.assert_allclose(
+        np.concatenate([first.logits, second.logits], 1), whole, rtol=0, atol=SAME
+    )
+
+
+def test_a_full_cache_is_an_error(backend, folder):
+    model = backend.load(folder("pre_ln"))
+    out = model(make_prompts(CONFIGS["pre_ln"], 1, 4), past_key_values=model.init_cache(1, 5))
+    with pytest.raises(InputError, match="5 slots; 4 are taken and 2 more"):
+        model(np.array([[5, 6]]), past_key_values=out.past_key_values)
+
+
+def test_a_cache_of_other_rows_is_an_error(backend, folder):
+    model = backend.load(folder("pre_ln"))
+    with pytest.raises(InputError, match="holds 2 rows, the input has 3"):
+        model(make_prompts(CONFIGS["pre_ln"], 3, 4), past_key_values=model.init_cache(2, 5))
+
+
+def test_a_cache_needs_room(backend, folder):
+    with pytest.raises(InputError, match="at least 1 row and 1 slot"):
+        backend.load(folder("pre_ln")).init_cache(2, 0)
+
+
+def test_a_cache_of_another_model(backend, folder):
+    deeper = CONFIGS["pre_ln"].replace(num_hidden_layers=3)
+    cache = backend.load(folder(deeper)).init_cache(1, 8)
+    with pytest.raises(InputError, match="past_key_values is of another model: expected"):
+        backend.load(folder("pre_ln"))([[2, 5]], past_key_values=cache)

@@ -1,0 +1,54 @@
+"""What XLA makes of the loop that decodes: no step may copy the key-value cache."""
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.backends import BACKENDS, make_backend
+
+SETTINGS = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+
+
+def loop_of_flax(model, ids) -> Any:
+    from opt_flax import generation
+
+    request = generation.prepare(model, ids, None, None, 0, None, **SETTINGS)
+    graph, state, rows, numbers = generation._begin(model, request, 0)
+    limit = np.int32(request.new_tokens)
+    return generation._loop.lower(graph, state, rows, numbers, limit).compile().as_text()
+
+
+def loop_of_tf(model, ids) -> Any:
+    from opt_tf import generation
+    from opt_tf.compilation import compiled, program_inputs
+
+    request = generation.prepare(model, ids, None, None, 0, None, **SETTINGS)
+    inputs = program_inputs(request, *generation.room(request), 0)
+    state, _ = compiled(model, request, generation._start)(inputs)
+    program = compiled(model, request, generation._loop)
+    return program.experimental_get_compiler_ir(inputs, state)(stage="optimized_hlo")
+
+
+LOOPS = {"tf": loop_of_tf, "flax": loop_of_flax}
+
+
+@pytest.mark.xla
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name in LOOPS])
+def test_no_step_copies_the_cache(folder, name, rows):
+    model = make_backend(name).load(folder("pre_ln"))
+    config, slots = model.config, 32
+    text = LOOPS[name](model, np.full((rows, 5), 7))
+    (body,) = re.findall(r"while\(.*body=%?([\w.\-]+)", text)
+    (lines,) = re.findall(rf"^%?{re.escape(body)} .*?^}}", text, re.MULTILINE | re.DOTALL)
+    assert " dot(" in lines
+    buffer = rows * slots * config.hidden_size
+    # What XLA fuses is named after what is in it.
+    sizes = [
+        math.prod(map(int, shape.split(",")))
+        for shape in re.findall(r"%[\w.\-]*copy[\w.\-]* = f32\[([\d,]+)\]", lines)
+    ]
+    assert sizes.count(buffer) == 0

@@ -1,0 +1,32 @@
+"""JAX and Flax behind the interface of `tests.support.backends`."""
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from opt_core.params import Head, param_specs
+from tests.support.backends import Backend
+from tests.support.oracle import Array
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+class FlaxBackend(Backend):
+    """Flax NNX."""
+
+    def array(self, value: Any) -> jax.Array:
+        return jnp.asarray(value)
+
+    def random(self, seed: int) -> Any:
+        return jax.random.key(seed)
+
+    def gradients(self, model: Any, head: Head, **inputs: Any) -> dict[str, Array]:
+        gradients = nnx.grad(lambda m: m(**inputs).loss)(model)
+        holder = nnx.clone(model)
+        nnx.update(holder, gradients)
+        checkpoint = importlib.import_module("opt_flax.checkpoint")
+        specs = param_specs(model.config, head)
+        return {s.name: self.numpy(checkpoint.get_parameter(holder, s)) for s in specs}

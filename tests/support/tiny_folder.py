@@ -1,0 +1,20 @@
+"""A complete model folder of some kilobytes, tokenizer included, for tests that need a path."""
+
+from pathlib import Path
+from typing import Any
+
+import opt_torch
+from opt_core import OPTTokenizer
+from tests.support.configs import CONFIGS
+from tests.support.small_tokenizer import write_opt_folder
+
+PADDING_ROWS = 3
+"""Rows of the embedding that no token has, as in the real models."""
+
+
+def save_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Saves a random model with a small tokenizer; fields of its config may be changed."""
+    ids = OPTTokenizer.from_pretrained(write_opt_folder(folder)).vocab_size
+    fields = {"vocab_size": ids + PADDING_ROWS, "init_std": 0.3, **changes}
+    opt_torch.OPTForCausalLM(CONFIGS["pre_ln"].replace(**fields), seed=seed).save_pretrained(folder)
+    return folder

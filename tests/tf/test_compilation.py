@@ -1,0 +1,133 @@
+"""Compiled programs: what is compiled how often, and what may go through them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow")
+
+import opt_tf  # isort: skip  it chooses Keras' backend
+import tensorflow as tf
+
+from tests.support import oracle
+from tests.support.backends import ORACLE_TOLERANCE
+from tests.support.configs import CONFIGS
+from tests.support.reference import make_mask, make_prompts
+from tests.support.tf_models import model_of, python
+
+COUNT = """
+    import sys
+    from pathlib import Path
+    import opt_tf
+    from tests.support.configs import CONFIGS
+    from tests.support.reference import make_mask, make_prompts
+    model = opt_tf.TFOPTForCausalLM(CONFIGS["pre_ln"].replace(num_hidden_layers=1))
+    def report():
+        print(len(list(Path(sys.argv[1]).glob("*before_optimizations.txt"))))
+    settings = {
+        "eos_token_id": None, "do_sample": True, "top_p": 0.9, "repetition_penalty": 1.1,
+        "no_repeat_ngram_size": 2, "bad_words_ids": [[3, 4]], "max_new_tokens": 40,
+    }
+    for length, changes in (
+        (5, {"seed": 1, "temperature": 0.7}),
+        (9, {"seed": 2, "temperature": 1.3, "top_p": 0.5}),
+        (30, {"temperature": 0.5, "repetition_penalty": 1.4, "max_new_tokens": 33}),
+        (12, {"temperature": 0.6, "attention_mask": make_mask("left", [12, 4])}),
+    ):
+        model.generate(make_prompts(model.config, 2, length), **settings | changes)
+    report()
+    for length in (5, 9):
+        list(model.stream(make_prompts(model.config, 2, length), **settings, temperature=length))
+    report()
+    for length in (5, 9):
+        prompts = make_prompts(model.config, 2, length)
+        model.generate(prompts, max_new_tokens=length, num_beams=3, length_penalty=length / 8)
+    report()
+    model.generate(make_prompts(model.config, 3, 5), **settings, temperature=2.0)
+    report()
+    guesses = {"prompt_lookup_num_tokens": 3, "eos_token_id": None, "max_new_tokens": 20}
+    for lengths in ((5, 9), (12, 7)):
+        for length in lengths:
+            model.generate(make_prompts(model.config, 2, length, seed=length), **guesses)
+        report()
+"""
+
+
+def test_another_prompt_or_setting_compiles_nothing(tmp_path):
+    """XLA writes down each program it compiles: first tokens, other tokens; per kind and shape."""
+    result = python(COUNT, "tensorflow", str(tmp_path), XLA_FLAGS=f"--xla_dump_to={tmp_path}")
+    # With guesses there are three: the prompt, a pass that checks some, and one without any.
+    assert result.stdout.split() == ["2", "3", "5", "7", "10", "10"], result.stderr
+
+
+def test_generation_follows_the_weights(folder):
+    """Programs read the weights anew: none is kept inside them."""
+    model, ids = model_of(folder), make_prompts(CONFIGS["pre_ln"], 2, 5)
+    settings = {"max_new_tokens": 8, "eos_token_id": None}
+    before = model.generate(ids, **settings).numpy()
+    other = opt_tf.TFOPTForCausalLM(CONFIGS["pre_ln"], seed=4)
+    for a, b in zip(model.trainable_variables, other.trainable_variables, strict=True):
+        a.assign(b)
+    after = model.generate(ids, **settings).numpy()
+    np.testing.assert_array_equal(after, other.generate(ids, **settings))
+    assert (before != after).any()
+
+
+def test_a_cache_may_be_continued_twice(folder):
+    model, ids = model_of(folder), make_prompts(CONFIGS["pre_ln"], 1, 6)
+    first = model(ids[:, :4], past_key_values=model.init_cache(1, 10)).past_key_values
+    once, again = (model(ids[:, 4:], past_key_values=first).logits for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+
+
+def test_caches_go_through_functions_of_tensorflow(folder):
+    model, ids = model_of(folder), make_prompts(CONFIGS["pre_ln"], 2, 6)
+    run = tf.function(lambda ids, cache: model(ids, past_key_values=cache))
+    first: Any = run(tf.constant(ids[:, :4]), model.init_cache(2, 8))
+    assert isinstance(first, opt_tf.TFOPTOutput)
+    cache: Any = first.past_key_values
+    assert cache.length == 4
+    second = run(tf.constant(ids[:, 4:]), cache)
+    np.testing.assert_allclose(second.logits, model(ids).logits[:, 4:], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["graph", "xla"])
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_compiled_logits_equal_the_oracle(folder, variant, compiled):
+    config, model = CONFIGS[variant], model_of(folder, variant)
+    ids, mask = make_prompts(config, 3, 9), make_mask("left", [9, 5, 1])
+    run = tf.function(lambda *x: model(*x).logits, jit_compile=compiled)
+    theirs = oracle.forward(oracle.random_params(config), config, ids, attention_mask=mask).logits
+    ours, seen = run(tf.constant(ids), tf.constant(mask)).numpy(), np.cumsum(mask, 1) > 0
+    np.testing.assert_allclose(ours[seen], theirs[seen], rtol=0, atol=ORACLE_TOLERANCE)
+
+
+def test_any_shape_can_be_traced_at_once(folder):
+    model = model_of(folder)
+    run = tf.function(
+        lambda ids, mask: model(ids, attention_mask=mask, labels=ids),
+        input_signature=[tf.TensorSpec((None, None), tf.int32)] * 2,
+    )
+    for batch, length in ((2, 5), (3, 9)):
+        ids, mask = make_prompts(model.config, batch, length), np.ones((batch, length), int)
+        mask[0, :2] = 0
+        out, eager = run(ids.astype(np.int32), mask), model(ids, attention_mask=mask, labels=ids)
+        np.testing.assert_allclose(out.logits, eager.logits, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(out.loss, eager.loss, rtol=1e-5)
+
+
+def test_long_texts_in_pieces_are_the_whole(folder):
+    """What "sdpa" leaves out is what its mask hides: the same numbers, also of padded rows."""
+    ids, mask = make_prompts(CONFIGS["pre_ln"], 2, 301), make_mask("left", [301, 140])
+    labels, found = np.where(mask, ids, -100), []
+    labels[1, -140] = -100  # nothing but padding foretells it
+    for kind in ("sdpa", "eager"):
+        model = model_of(folder, attn_implementation=kind)
+        with tf.GradientTape() as tape:
+            out = model(ids, attention_mask=mask, labels=labels)
+        query = model.get_decoder().blocks[0].self_attn.q_proj.weight
+        found.append((out.logits.numpy()[mask > 0], tape.gradient(out.loss, query.value).numpy()))
+    (logits, gradient), (theirs, other) = found
+    np.testing.assert_allclose(logits, theirs, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(gradient, other, rtol=0, atol=1e-5 * np.abs(other).max())
