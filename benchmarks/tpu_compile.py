@@ -151,7 +151,7 @@ def make_mesh(chip: str, sizes: tuple[int, ...]) -> Mesh:
 def make_model(config: OPTConfig, mesh: Mesh, scan_layers: bool) -> FlaxOPTForCausalLM:
     """A model in bfloat16 whose weights have places on the chips, and no values."""
     model = FlaxOPTForCausalLM(config, None, "flash_attention_2", scan_layers, mesh)
-    checkpoint.outline(model, jnp.dtype(jnp.bfloat16))
+    checkpoint.init_abstract(model, jnp.dtype(jnp.bfloat16))
     return model
 
 

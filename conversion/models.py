@@ -61,7 +61,7 @@ def _rebuilt(model: Any, backend: str) -> Any:
     if mine is None:
         kind = f"{type(model).__module__}.{type(model).__name__}"
         raise InputError(f"model: expected one of opt_torch, opt_tf or opt_flax, received {kind}")
-    import_module(f"{mine.module}.quantization").refuse(model, f"to_{backend}")
+    import_module(f"{mine.module}.quantization").check_not_quantized(model, f"to_{backend}")
     if any(layer.adapts for layer in import_module(f"{mine.module}.lora").adapters(model)):
         raise CheckpointError(f"to_{backend}: {UNMERGED}")
     name = type(model).__name__.removeprefix(mine.prefix)
@@ -100,5 +100,5 @@ def _empty(wanted: Any, backend: str, checkpoint: Any, config: OPTConfig, dtype:
         return wanted(config, seed=None, dtype=dtype)
     model = wanted(config, seed=None)
     if backend == "flax":
-        checkpoint.outline(model, float_dtype(dtype))
+        checkpoint.init_abstract(model, float_dtype(dtype))
     return model

@@ -129,11 +129,11 @@ def eager(
     elif T > 1:
         wide = jnp.where(jnp.tri(T, S, S - T, dtype=bool), wide, -jnp.inf)
     weights = jax.nn.softmax(wide, -1).astype(scores.dtype)
-    mixed = jnp.einsum("bhts,bhsk->bhtk", drop(weights, dropout, key), v_BHSK)
+    mixed = jnp.einsum("bhts,bhsk->bhtk", apply_dropout(weights, dropout, key), v_BHSK)
     return mixed, weights
 
 
-def drop(values: Array, rate: float, key: Array | None) -> Array:
+def apply_dropout(values: Array, rate: float, key: Array | None) -> Array:
     """Dropout: zeroes a share of the values and scales up the others; none without a key."""
     if key is None or rate == 0:
         return values

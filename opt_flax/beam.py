@@ -16,14 +16,14 @@ from opt_core.errors import GenerationError
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
 from opt_flax.compilation import TracedSettings
-from opt_flax.prefill import begin
+from opt_flax.prefill import prefill_prompts
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
     from opt_flax.generation import Request
     from opt_flax.modeling import FlaxOPTForCausalLM
 
-NEVER = -1.0e9
+NEG_INF = -1.0e9
 """Score of a place that holds no beam yet: finite, so that sums of it stay comparable."""
 
 
@@ -69,21 +69,21 @@ def search(model: "FlaxOPTForCausalLM", request: "Request") -> Array:
         raise GenerationError("stop_strings with num_beams > 1 is not supported; use eos_token_id")
     (B, prompt), W = request.ids.shape, settings.num_beams
     graph, state = nnx.split(model)
-    history, real = generation.room(request, W)
+    history, real = generation.allocate_tokens(request, W)
     ids, mask = generation.bucketed(request)
     traced = TracedSettings.of(settings)
     limits = _Limits(traced, np.int32(prompt), request.new_tokens, request.vocabulary)
     search, best = _first(
         graph, state, ids, mask, history, real, limits, request.past, request.block
     )
-    generation.check_possible(best)
+    generation.check_logits(best)
     finished = _loop(graph, state, search, limits).finished
     count = settings.num_return_sequences
     ids, lengths = (np.asarray(x)[:, :count] for x in (finished.ids, finished.lengths))
     return jnp.asarray(ids[:, :, : prompt + lengths.max()].reshape(B * count, -1))
 
 
-def grow(
+def extend_beams(
     running: Beams, scores_RV: Array, end: Array, made: int | Array, settings: Any
 ) -> tuple[Beams, Array]:
     """The best continuations of the running beams by one token.
@@ -111,7 +111,7 @@ def grow(
     return Beams(ids, scores, jnp.full_like(grown.lengths, made + 1)), index // V
 
 
-def settle(
+def finish_beams(
     finished: Beams,
     grown: Beams,
     ends_BC: Array,
@@ -129,7 +129,7 @@ def settle(
     if settings.early_stopping is True:
         closed = closed | (finished.lengths > 0).all(1, keepdims=True)
     scores = grown.scores / jnp.float32(made + 1) ** settings.length_penalty
-    scores = scores + closed * NEVER + ~ends_BC * NEVER
+    scores = scores + closed * NEG_INF + ~ends_BC * NEG_INF
     grown = Beams(grown.ids, scores, grown.lengths * ends_BC)
     both = Beams(*(jnp.concatenate(pair, 1) for pair in zip(finished, grown, strict=True)))
     return both.best(W)[0]
@@ -147,7 +147,7 @@ def can_improve(
         length = jnp.where(settings.length_penalty > 0, jnp.float32(limit), length)
     best = running.scores[:, :1] / length**settings.length_penalty
     worst = finished.scores.min(1, keepdims=True)
-    return (best > jnp.where(finished.lengths > 0, worst, NEVER)).any(1, keepdims=True)
+    return (best > jnp.where(finished.lengths > 0, worst, NEG_INF)).any(1, keepdims=True)
 
 
 class _Limits(NamedTuple):
@@ -169,7 +169,7 @@ class _Search(NamedTuple):
     is_open: Array
     parents: Array
     made: int | Array
-    goes_on: Array
+    keep_going: Array
 
 
 @partial(jax.jit, static_argnames=("graph", "block"))
@@ -188,9 +188,9 @@ def _first(
     model = nnx.merge(graph, state)
     (B, _), (R, S) = ids_BT.shape, history_RS.shape
     W = R // B
-    logits, cache = begin(model, ids_BT, mask_BT, real_RS, limits.prompt, past, block)
+    logits, cache = prefill_prompts(model, ids_BT, mask_BT, real_RS, limits.prompt, past, block)
     empty = Beams(
-        history_RS.reshape(B, W, S), jnp.full((B, W), NEVER), jnp.zeros((B, W), jnp.int32)
+        history_RS.reshape(B, W, S), jnp.full((B, W), NEG_INF), jnp.zeros((B, W), jnp.int32)
     )
     # All beams start alike: only the first may be continued, or the same text would come W times.
     running = empty._replace(scores=empty.scores.at[:, 0].set(0))
@@ -206,21 +206,21 @@ def _continue(search: _Search, logits: Array, limits: _Limits) -> tuple[_Search,
     settings, made, (B, W, S) = limits.settings, search.made, search.running.ids.shape
     end = limits.prompt + made
     real = search.real & (jnp.arange(S) < end)
-    scores = jax.nn.log_softmax(generation.allowed(logits, limits.vocabulary), -1)
+    scores = jax.nn.log_softmax(generation.mask_vocabulary(logits, limits.vocabulary), -1)
     history = search.running.ids.reshape(B * W, S)
-    scores = sampling.constrain(scores, history, real, end, made, settings)
-    grown, parents = grow(search.running, scores, end, made, settings)
+    scores = sampling.process_logits(scores, history, real, end, made, settings)
+    grown, parents = extend_beams(search.running, scores, end, made, settings)
     last = lax.dynamic_index_in_dim(grown.ids, end, 2, keepdims=False)
     ends = jnp.isin(last, jnp.array(settings.eos_ids, jnp.int32)) | (made + 1 == limits.limit)
-    finished = settle(search.finished, grown, ends, made, search.is_open, settings)
-    running, index = grown._replace(scores=grown.scores + ends * NEVER).best(W)
+    finished = finish_beams(search.finished, grown, ends, made, search.is_open, settings)
+    running, index = grown._replace(scores=grown.scores + ends * NEG_INF).best(W)
     is_open = search.is_open & can_improve(running, finished, made + 1, limits.limit, settings)
-    goes_on = ~ends.all() & is_open.any()
+    keep_going = ~ends.all() & is_open.any()
     if settings.early_stopping is True:
-        goes_on &= ~(finished.lengths > 0).all()
+        keep_going &= ~(finished.lengths > 0).all()
     parents = jnp.take_along_axis(parents, index, 1)
     search = _Search(
-        search.cache, search.real, running, finished, is_open, parents, made + 1, goes_on
+        search.cache, search.real, running, finished, is_open, parents, made + 1, keep_going
     )
     return search, scores
 
@@ -237,6 +237,6 @@ def _loop(graph: Any, state: Any, search: _Search, limits: _Limits) -> _Search:
         logits, cache = generation.decode_step(model, last.reshape(-1), cache)
         return _continue(search._replace(cache=cache), logits, limits)[0]
 
-    search = lax.while_loop(lambda search: search.goes_on, advance, search)
+    search = lax.while_loop(lambda search: search.keep_going, advance, search)
     finished = Beams(*(replicate(values, model.mesh) for values in search.finished))
     return search._replace(finished=finished)

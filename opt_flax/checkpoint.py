@@ -43,7 +43,7 @@ def initialize(model: "FlaxOPTPreTrainedModel", seed: int) -> None:
         _fill(model, group, values, np.dtype(np.float32))
 
 
-def outline(model: "FlaxOPTPreTrainedModel", dtype: np.dtype[Any]) -> None:
+def init_abstract(model: "FlaxOPTPreTrainedModel", dtype: np.dtype[Any]) -> None:
     """Gives every parameter its shape, type and place, as `jax.ShapeDtypeStruct`, and no values."""
     for group in _groups(model):
         shape, sharding = _layout(model, group)
@@ -74,7 +74,7 @@ def from_pretrained(
     home = folder if folder.is_dir() else folder.parent
     config = config or OPTConfig.from_pretrained(home)
     plan = files.plan_load(files.open_checkpoint(folder), config, cls.head)
-    wanted = wanted_dtype(dtype, plan)
+    wanted = resolve_dtype(dtype, plan)
     if attn_implementation == "flash_attention_2":
         attention.check_flash(attention.platform_of(mesh), wanted)
     model = cls(plan.config, None, attn_implementation, scan_layers, mesh)
@@ -84,7 +84,7 @@ def from_pretrained(
         scheme = scheme_of(spec, quantize)
         if scheme is not None:
             values = quantize_array(spec.name, array, scheme)
-            quantization.place(model, spec, values, wanted)
+            quantization.set_quantized(model, spec, values, wanted)
             continue
         waiting[spec.name] = array  # a view of the file: nothing was read yet
         group = groups[spec.name]
@@ -110,7 +110,7 @@ def save_pretrained(
 
     The first process writes; the others take part in gathering, and wait until all is there.
     """
-    quantization.refuse(model, "save_pretrained")
+    quantization.check_not_quantized(model, "save_pretrained")
     if any(getattr(module, "adapts", False) for _, module in nnx.iter_graph(model)):
         raise CheckpointError(f"{folder}: {UNMERGED}")
     specs = param_specs(model.config, model.head)
@@ -148,7 +148,7 @@ def save_pretrained(
 
 def locate(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> tuple[nnx.Param[Any], int | None]:
     """The variable that holds a parameter, and its place in a stack of layers or None."""
-    path, layer = path_of(model, spec)
+    path, layer = parameter_path(model, spec)
     node: Any = model
     for part in path:
         node = node[part] if isinstance(part, int) else getattr(node, part)
@@ -160,7 +160,7 @@ def get_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> Array:
 
     Those of a quantised one are what it stands for.
     """
-    weight = quantization.find(model, spec)
+    weight = quantization.get_quantized(model, spec)
     if weight is not None:
         return weight.dequantize()
     variable, layer = locate(model, spec)
@@ -177,7 +177,7 @@ def set_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec, values: NDAr
         variable.set_value(variable[...].at[layer].set(jnp.asarray(values, variable.dtype)))
 
 
-def wanted_dtype(dtype: str, plan: files.LoadPlan) -> np.dtype[Any]:
+def resolve_dtype(dtype: str, plan: files.LoadPlan) -> np.dtype[Any]:
     """The type to load as; "auto" is the stored one.
 
     Raises:
@@ -199,7 +199,7 @@ def as_array(values: Array) -> NDArray[Any]:
     return np.asarray(values)
 
 
-def path_of(
+def parameter_path(
     model: "FlaxOPTPreTrainedModel", spec: ParamSpec
 ) -> tuple[tuple[str | int, ...], int | None]:
     """Where a parameter lies in the model's state, and its place in a stack of layers or None."""

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opt_core.config import OPTConfig
 from opt_core.params import POSITION_OFFSET
-from opt_flax.attention import FlaxOPTAttention, drop, make_bias
+from opt_flax.attention import FlaxOPTAttention, apply_dropout, make_bias
 from opt_flax.cache import KVCache, position_rows
 from opt_flax.linear import Embedding, Linear
 from opt_flax.sharding import constrain_rows
@@ -88,14 +88,14 @@ class FlaxOPTDecoderLayer(nnx.Module):
         hidden, weights, buffers = self.self_attn(
             hidden, bias, mask, cache, layer, keys[0], output_attentions
         )
-        hidden = residual + drop(hidden, self.dropout, keys[1])
+        hidden = residual + apply_dropout(hidden, self.dropout, keys[1])
         if not self.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
         residual = hidden
         if self.norm_first:
             hidden = self.final_layer_norm(hidden)
         hidden = self.fc2(ACTIVATIONS[self.activation](self.fc1(hidden)))
-        hidden = residual + drop(hidden, self.dropout, keys[2])
+        hidden = residual + apply_dropout(hidden, self.dropout, keys[2])
         if not self.norm_first:
             hidden = self.final_layer_norm(hidden)
         return hidden, weights, buffers

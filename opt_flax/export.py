@@ -64,7 +64,7 @@ def export_stablehlo(
             has.
         GenerationError: A setting that cannot be honoured, or that cannot be exported.
     """
-    quantization.refuse(model, "export")
+    quantization.check_not_quantized(model, "export")
     if model.mesh is not None:
         raise ConfigError("export: expected a model on one device, received one on a mesh")
     if model.get_decoder().implementation == "flash_attention_2":

@@ -26,7 +26,7 @@ from opt_flax import sampling
 from opt_flax.cache import KVCache
 from opt_flax.compilation import TracedSettings, bucket
 from opt_flax.inputs import check_inputs, check_prefix
-from opt_flax.prefill import begin
+from opt_flax.prefill import prefill_prompts
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def stream(
         rows = _step(graph, state, rows._replace(token=rows.token.copy()), numbers)
 
 
-def room(request: Request, copies: int) -> tuple[NDArray[Any], NDArray[Any]]:
+def allocate_tokens(request: Request, copies: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """The prompts, each so many times, with room behind them, and where tokens are real."""
     ids, mask = request.ids, request.mask
     mask = np.ones(ids.shape, bool) if mask is None else mask
@@ -223,7 +223,7 @@ def bucketed(request: Request) -> tuple[NDArray[Any], NDArray[Any] | None]:
     return np.pad(request.ids, free, constant_values=request.pad), mask
 
 
-def check_possible(best_B: Array) -> None:
+def check_logits(best_B: Array) -> None:
     """Refuses rows in which no token can come: all are banned, or the model gave NaN.
 
     Args:
@@ -249,7 +249,7 @@ def generate(
     return jnp.asarray(np.asarray(rows.history)[:, :length])
 
 
-def allowed(logits_BV: Array, vocabulary: int | Array) -> Array:
+def mask_vocabulary(logits_BV: Array, vocabulary: int | Array) -> Array:
     """Logits in float32, ids from `vocabulary` on banned."""
     known = jnp.arange(logits_BV.shape[1]) < vocabulary
     return jnp.where(known, logits_BV.astype(jnp.float32), sampling.BANNED)
@@ -282,12 +282,12 @@ def _begin(
     settings, (_, T) = request.settings, request.ids.shape
     key = jax.random.fold_in(jax.random.key(seed % 2**31), seed // 2**31)
     numbers = _Numbers(TracedSettings.of(settings), key, request.vocabulary, request.pad)
-    history, real = room(request, settings.num_return_sequences)
+    history, real = allocate_tokens(request, settings.num_return_sequences)
     ids, mask = bucketed(request)
     rows, best = _first(
         graph, state, ids, mask, history, real, np.int32(T), numbers, request.past, request.block
     )
-    check_possible(best)
+    check_logits(best)
     return graph, state, rows, numbers
 
 
@@ -306,7 +306,7 @@ def _first(
 ) -> tuple[_Rows, Array]:
     """The rows with their first token, and the highest logit of each."""
     model, R = nnx.merge(graph, state), history_RS.shape[0]
-    logits, cache = begin(model, ids_BT, mask_BT, real_RS, length, past, block)
+    logits, cache = prefill_prompts(model, ids_BT, mask_BT, real_RS, length, past, block)
     rows = _Rows(history_RS, real_RS, jnp.zeros(R, bool), jnp.zeros(R, jnp.int32), cache, 0, length)
     rows, scores = _choose(rows, logits, numbers, model.mesh)
     return rows, replicate(scores.max(-1), model.mesh)
@@ -318,9 +318,9 @@ def _choose(
     """Gives every row its next token; returns the constrained logits too."""
     settings, end = numbers.settings, rows.prompt + rows.made
     real = rows.real & (jnp.arange(rows.real.shape[1]) < end)
-    scores = allowed(logits, numbers.vocabulary)
-    scores = sampling.constrain(scores, rows.history, real, end, rows.made, settings)
-    token = sampling.choose(scores, settings, jax.random.fold_in(numbers.key, rows.made))
+    scores = mask_vocabulary(logits, numbers.vocabulary)
+    scores = sampling.process_logits(scores, rows.history, real, end, rows.made, settings)
+    token = sampling.select_tokens(scores, settings, jax.random.fold_in(numbers.key, rows.made))
     token = replicate(jnp.where(rows.ended, numbers.pad, token), mesh)
     ended = rows.ended | jnp.isin(token, jnp.array(settings.eos_ids, jnp.int32))
     history = lax.dynamic_update_slice(rows.history, token[:, None], (0, end))
@@ -345,13 +345,13 @@ def _loop(graph: Any, state: Any, rows: _Rows, numbers: _Numbers, limit: int) ->
     """Tokens until there are `limit` of them or every row has ended."""
     model = nnx.merge(graph, state)
 
-    def goes_on(rows: _Rows) -> Array:
+    def keep_going(rows: _Rows) -> Array:
         return (rows.made < limit) & ~rows.ended.all()
 
     def advance(rows: _Rows) -> _Rows:
         rows = _advance(model, rows._replace(cache=rows.cache.unsqueezed()), numbers)
         return rows._replace(cache=rows.cache.squeezed())
 
-    rows = lax.while_loop(goes_on, advance, rows._replace(cache=rows.cache.squeezed()))
+    rows = lax.while_loop(keep_going, advance, rows._replace(cache=rows.cache.squeezed()))
     history = replicate(rows.history, model.mesh)
     return rows._replace(history=history, cache=rows.cache.unsqueezed())

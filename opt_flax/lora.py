@@ -14,7 +14,7 @@ from opt_core.params import param_specs
 from opt_core.training import lora as files
 from opt_core.training.lora import Adapter
 from opt_flax import sharding
-from opt_flax.checkpoint import as_array, get_parameter, locate, path_of
+from opt_flax.checkpoint import as_array, get_parameter, locate, parameter_path
 from opt_flax.linear import Linear
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def apply(
     if model.get_decoder().scan_layers:
         raise ConfigError("scan_layers: stacked layers take no adapters; load the model without")
     for spec in files.adapted_specs(model.config, adapter.targets):
-        *outer, name, _ = path_of(model, spec)[0]
+        *outer, name, _ = parameter_path(model, spec)[0]
         parent: Any = model
         for part in outer:
             parent = parent[part] if isinstance(part, int) else getattr(parent, part)

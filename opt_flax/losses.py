@@ -11,19 +11,19 @@ from jax import Array
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
-from opt_core.training.microbatches import IGNORED
+from opt_core.training.microbatches import IGNORE_INDEX
 from opt_flax.inputs import as_tensor, check_range, is_known
 
 CHUNK = 2**24
-"""Logits that `next_token` keeps at a time."""
+"""Logits that `chunked_causal_lm` keeps at a time."""
 
 
-def widen(logits: Array) -> Array:
+def upcast(logits: Array) -> Array:
     """Logits in at least float32, in which losses are computed."""
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-def classes(name: str, values: Any, shape: tuple[int, ...], count: int) -> Array:
+def check_labels(name: str, values: Any, shape: tuple[int, ...], count: int) -> Array:
     """Class numbers as a checked int32 array.
 
     Args:
@@ -40,7 +40,9 @@ def classes(name: str, values: Any, shape: tuple[int, ...], count: int) -> Array
         )
     if is_known(labels):
         kept = np.asarray(labels)
-        check_range(name, kept[kept != IGNORED], 0, count - 1, f"or {IGNORED} to leave one out")
+        check_range(
+            name, kept[kept != IGNORE_INDEX], 0, count - 1, f"or {IGNORE_INDEX} to leave one out"
+        )
     return labels.astype(jnp.int32)
 
 
@@ -53,13 +55,13 @@ def causal_lm(logits_BTV: Array, labels: Any, label_smoothing: float = 0.0) -> A
         label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     B, T, V = logits_BTV.shape
-    targets = classes("labels", labels, (B, T), V)[:, 1:]
+    targets = check_labels("labels", labels, (B, T), V)[:, 1:]
     # Nothing follows the last token. The logits are large: a slice of them would be a copy.
-    targets = jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORED)
-    return _cross_entropy(logits_BTV, targets, IGNORED, label_smoothing)
+    targets = jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
+    return _cross_entropy(logits_BTV, targets, IGNORE_INDEX, label_smoothing)
 
 
-def next_token(
+def chunked_causal_lm(
     hidden_BTP: Array, head_VP: Array, labels: Any, label_smoothing: float = 0.0
 ) -> Array:
     """`causal_lm` of hidden states, for training: the logits are never there all at once.
@@ -73,18 +75,20 @@ def next_token(
         label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     (B, T, P), V = hidden_BTP.shape, head_VP.shape[0]
-    targets = classes("labels", labels, (B, T), V)[:, 1:]
-    targets = jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORED)
-    return _next_token(hidden_BTP.reshape(B * T, P), head_VP, targets.reshape(-1), label_smoothing)
+    targets = check_labels("labels", labels, (B, T), V)[:, 1:]
+    targets = jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
+    return _chunked_causal_lm(
+        hidden_BTP.reshape(B * T, P), head_VP, targets.reshape(-1), label_smoothing
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _next_token(rows_NP: Array, head_VP: Array, targets_N: Array, smoothing: float) -> Array:
+def _chunked_causal_lm(rows_NP: Array, head_VP: Array, targets_N: Array, smoothing: float) -> Array:
     """Mean cross entropy of `rows @ head.T`."""
     return _by_chunks(rows_NP, head_VP, targets_N, smoothing, False)[0]
 
 
-def _next_token_forward(
+def _chunked_causal_lm_forward(
     rows_NP: Array, head_VP: Array, targets_N: Array, smoothing: float
 ) -> tuple[Array, tuple[Array, Array]]:
     """The same, and its gradients, computed on the way forward."""
@@ -92,14 +96,14 @@ def _next_token_forward(
     return loss, (grad_rows, grad_head)
 
 
-def _next_token_backward(
+def _chunked_causal_lm_backward(
     smoothing: float, gradients: tuple[Array, Array], upstream: Array
 ) -> tuple[Array, Array, None]:
     grad_rows, grad_head = ((upstream * g).astype(g.dtype) for g in gradients)
     return grad_rows, grad_head, None
 
 
-_next_token.defvjp(_next_token_forward, _next_token_backward)
+_chunked_causal_lm.defvjp(_chunked_causal_lm_forward, _chunked_causal_lm_backward)
 
 
 def _by_chunks(
@@ -110,14 +114,14 @@ def _by_chunks(
     count = -(-N * V // CHUNK)
     free = -N % count
     rows = jnp.pad(rows_NP, ((0, free), (0, 0))).reshape(count, -1, P)
-    targets = jnp.pad(targets_N, (0, free), constant_values=IGNORED).reshape(count, -1, 1)
-    dtype = widen(rows_NP[:0]).dtype
-    number = (targets != IGNORED).sum().astype(dtype)
+    targets = jnp.pad(targets_N, (0, free), constant_values=IGNORE_INDEX).reshape(count, -1, 1)
+    dtype = upcast(rows_NP[:0]).dtype
+    number = (targets != IGNORE_INDEX).sum().astype(dtype)
 
     def one(found: Any, chunk: Any) -> Any:
         some, wanted = chunk
-        logits = widen(jnp.einsum("np,vp->nv", some, head_VP))
-        kept = wanted != IGNORED
+        logits = upcast(jnp.einsum("np,vp->nv", some, head_VP))
+        kept = wanted != IGNORE_INDEX
         # Compared, not looked up: the gradient is then one pass over the logits, without a scatter.
         is_target = jnp.arange(V) == wanted
         norm = jax.nn.logsumexp(logits, -1, keepdims=True)
@@ -149,7 +153,7 @@ def classification(
             classes, float labels are several independent ones.
         label_smoothing: Share of the likelihood that is asked of every class.
     """
-    logits, labels = widen(logits), as_tensor("labels", labels)
+    logits, labels = upcast(logits), as_tensor("labels", labels)
     kind = config.problem_type
     if kind is None and config.num_labels == 1:
         kind = "regression"
@@ -161,8 +165,8 @@ def classification(
         )
     if kind == "single_label_classification":
         B, count = logits.shape
-        targets = classes("labels", labels.reshape(-1), (B,), count)
-        return _cross_entropy(logits, targets, IGNORED, label_smoothing)
+        targets = check_labels("labels", labels.reshape(-1), (B,), count)
+        return _cross_entropy(logits, targets, IGNORE_INDEX, label_smoothing)
     if labels.size != logits.size:
         raise InputError(
             f"labels: expected {tuple(logits.shape)} values, received {tuple(labels.shape)}"
@@ -227,7 +231,7 @@ def last_token(input_ids: Any, hidden_BTP: Array, pad_token_id: int | None) -> A
 
 def _cross_entropy(logits: Array, targets: Array, ignored: int, smoothing: float = 0.0) -> Array:
     """Mean negative log-likelihood of the targets, those that equal `ignored` left out."""
-    logits, kept = widen(logits), targets != ignored
+    logits, kept = upcast(logits), targets != ignored
     # Compared, not looked up: the gradient is then one pass over the logits, without a scatter.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     picked = jnp.where(is_target, logits, 0).sum(-1)

@@ -62,7 +62,7 @@ class FlaxOPTPreTrainedModel(nnx.Module):
         self.mesh = mesh
         self._build(attn_implementation, scan_layers)
         self.get_decoder().rngs = nnx.Rngs(dropout=seed or 0)
-        checkpoint.outline(self, jnp.dtype(jnp.float32))
+        checkpoint.init_abstract(self, jnp.dtype(jnp.float32))
         if seed is not None:
             checkpoint.initialize(self, seed)
 
@@ -85,7 +85,7 @@ class FlaxOPTPreTrainedModel(nnx.Module):
 
     def train(self, **attributes: Any) -> None:
         """Switches training mode on, dropout with it."""
-        quantization.refuse(self, "train")
+        quantization.check_not_quantized(self, "train")
         super().train(**attributes)
 
     def num_parameters(self) -> int:
@@ -341,7 +341,7 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
             self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
             **overrides,
         )  # fmt: skip
-        if speculative.is_asked_for(request.settings, assistant_model):
+        if speculative.is_requested(request.settings, assistant_model):
             return speculative.generate(self, request, seed, tokenizer, assistant_model)
         if request.settings.is_beam_search:
             return beam.search(self, request)
@@ -367,7 +367,7 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
             self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
             **overrides,
         )  # fmt: skip
-        if speculative.is_asked_for(request.settings, assistant_model):
+        if speculative.is_requested(request.settings, assistant_model):
             return speculative.stream(self, request, seed, tokenizer, assistant_model)
         if request.settings.is_beam_search:
             raise GenerationError("beam search cannot stream: no token is certain before its end")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
 
 
-def begin(
+def prefill_prompts(
     model: "FlaxOPTForCausalLM",
     ids_BT: Array,
     mask_BT: Array | None,

@@ -78,7 +78,7 @@ class QuantizedEmbedding(nnx.Module):
         return QuantizedLinear(self.weight, None)(hidden)[..., :count]
 
 
-def place(
+def set_quantized(
     model: "FlaxOPTPreTrainedModel", spec: ParamSpec, tensor: QuantizedTensor, dtype: jnp.dtype
 ) -> None:
     """Puts a quantised weight in the place of a float one.
@@ -98,7 +98,7 @@ def place(
     setattr(parent, name, new)
 
 
-def find(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> QuantizedWeight | None:
+def get_quantized(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> QuantizedWeight | None:
     """The numbers of a parameter; None if it is kept in floating point."""
     if not spec.name.endswith(".weight") or not is_quantized(model):
         return None
@@ -112,7 +112,7 @@ def is_quantized(model: "FlaxOPTPreTrainedModel") -> bool:
     return isinstance(model.get_decoder().embed_tokens, QuantizedEmbedding)
 
 
-def refuse(model: "FlaxOPTPreTrainedModel", action: str) -> None:
+def check_not_quantized(model: "FlaxOPTPreTrainedModel", action: str) -> None:
     """Refuses what quantised weights cannot do.
 
     Raises:

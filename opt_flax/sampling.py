@@ -15,7 +15,7 @@ from jax import Array, lax
 BANNED = float("-inf")
 
 
-def constrain(
+def process_logits(
     logits_BV: Array,
     ids_BS: Array,
     mask_BS: Array,
@@ -156,17 +156,17 @@ def typical_p(logits_BC: Array, p: float | Array) -> Array:
     return jnp.where(distance > furthest, BANNED, logits_BC)
 
 
-def draw(logits_BC: Array, ids_BC: Array, key: Array) -> Array:
+def draw_tokens(logits_BC: Array, ids_BC: Array, key: Array) -> Array:
     """Draws one of the candidates in each row, (B,) ids."""
     choice = jax.random.categorical(key, logits_BC, -1)
     return jnp.take_along_axis(ids_BC, choice[:, None], -1)[:, 0]
 
 
-def choose(logits_BV: Array, settings: Any, key: Array) -> Array:
+def select_tokens(logits_BV: Array, settings: Any, key: Array) -> Array:
     """The next token of each row, (B,): the likeliest, or drawn where `do_sample` is set."""
     if not settings.do_sample:
         return logits_BV.argmax(-1).astype(jnp.int32)
-    return draw(*candidates(logits_BV, settings), key).astype(jnp.int32)
+    return draw_tokens(*candidates(logits_BV, settings), key).astype(jnp.int32)
 
 
 def _is_on(value: Any, off: float) -> bool:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from opt_flax.compilation import bucket
 from opt_flax.inputs import check_inputs, check_window
-from opt_flax.losses import widen
-from opt_flax.sharding import replicate, spread_rows
+from opt_flax.losses import upcast
+from opt_flax.sharding import replicate, shard_batch
 
 if TYPE_CHECKING:
     from opt_flax.heads import FlaxOPTForQuestionAnswering, FlaxOPTForSequenceClassification
@@ -98,8 +98,8 @@ def _inputs(
         room = 0  # a filled-up row must not need more positions, nor look longer to the classifier
     ids = np.pad(ids, ((0, 0), (0, room)), constant_values=config.pad_token_id or 0)
     if mask is not None:
-        mask = spread_rows(np.pad(mask, ((0, 0), (0, room)), constant_values=True), model.mesh)
-    return spread_rows(ids, model.mesh), mask, T
+        mask = shard_batch(np.pad(mask, ((0, 0), (0, room)), constant_values=True), model.mesh)
+    return shard_batch(ids, model.mesh), mask, T
 
 
 @partial(jax.jit, static_argnames=("graph", "limit"))
@@ -139,7 +139,7 @@ def _span_logits(
 def _scored(
     model: "FlaxOPTForCausalLM", hidden_BTP: Array, targets_BT: Array
 ) -> tuple[Array, Array]:
-    logits = widen(model.head_logits(hidden_BTP))
+    logits = upcast(model.head_logits(hidden_BTP))
     picked = jnp.take_along_axis(logits, targets_BT[..., None], -1)[..., 0]
     scores = picked - jax.nn.logsumexp(logits, -1)
     return scores.astype(jnp.float32), picked == logits.max(-1)

@@ -155,7 +155,7 @@ def replicate(values: Array, mesh: Mesh | None) -> Array:
     return lax.with_sharding_constraint(values, NamedSharding(mesh, PartitionSpec()))
 
 
-def spread_rows(values: Any, mesh: Mesh | None) -> Any:
+def shard_batch(values: Any, mesh: Mesh | None) -> Any:
     """Gives each device its rows of a batch (B, ...) that every host has; a spread one stays."""
     if mesh is None or (isinstance(values, Array) and not values.is_fully_addressable):
         return values

@@ -24,7 +24,7 @@ from opt_core.text.tokenizer import OPTTokenizer
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
 from opt_flax.compilation import TracedSettings, bucket
-from opt_flax.prefill import begin
+from opt_flax.prefill import prefill_prompts
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
 
 
-def is_asked_for(settings: GenerationConfig, assistant: Any) -> bool:
+def is_requested(settings: GenerationConfig, assistant: Any) -> bool:
     """Whether a request says where guesses come from."""
     return assistant is not None or settings.prompt_lookup_num_tokens is not None
 
@@ -91,7 +91,7 @@ def generate(
     return jnp.asarray(np.concatenate([prompts, np.stack(new, 1)], 1))
 
 
-def accept(
+def accept_draft(
     scores_RTV: Array,
     guesses_RG: Array,
     counts_R: Array,
@@ -214,7 +214,7 @@ class _Reader:
     def check(
         self, rows: Rows, guesses: Ids, counts: Ids, drafted: Array | None, numbers: _Numbers
     ) -> tuple[Ids, Ids]:
-        """The tokens that `accept` gives, and how many they are."""
+        """The tokens that `accept_draft` gives, and how many they are."""
         ids = np.concatenate([rows.newest(1), guesses], 1)
         tokens, counts, self.keys, self.values = _check(
             self.graph, self.state, self.keys, self.values,
@@ -256,7 +256,7 @@ def _stream(
     slots = bucket(request.ids.shape[1] + new + most + gaps)
     numbers = _Numbers(TracedSettings.of(settings), key, request.vocabulary)
     target = _Reader(model, request, rows, slots, numbers)
-    generation.check_possible(target.best)
+    generation.check_logits(target.best)
     draft = None
     if assistant is not None:
         draft = _Reader(assistant, _behind(request), rows, slots, numbers)
@@ -290,9 +290,9 @@ def _open(
 ) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:  # fmt: skip
     """The first token of each row, the highest logit it was chosen by, and the cache's buffers."""
     model = nnx.merge(graph, state)
-    logits, cache = begin(model, ids_BT, mask_BT, real_RS, length, past, block)
+    logits, cache = prefill_prompts(model, ids_BT, mask_BT, real_RS, length, past, block)
     scores = _constrained(logits[:, None], history._replace(made=0), numbers)[:, 0]
-    token = sampling.choose(scores, numbers.settings, numbers.key)
+    token = sampling.select_tokens(scores, numbers.settings, numbers.key)
     token, best = (replicate(x, model.mesh) for x in (token, scores.max(-1)))
     return token, best, cache.keys, cache.values
 
@@ -303,12 +303,14 @@ def _check(
     ids_RT: Array, counts_R: Array, drafted_RGV: Array | None, history: _History,
     numbers: _Numbers,
 ) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:  # fmt: skip
-    """What `accept` says of guesses that follow a row's newest token, and the cache's buffers."""
+    """What `accept_draft` says of the draft behind a row's newest token, and the new buffers."""
     model = nnx.merge(graph, state)
     cache = KVCache(keys, values, place.length, place.mask)
     logits, cache = _read(model, ids_RT, place.positions, cache)
     scores = _constrained(logits, history, numbers)
-    found = accept(scores, ids_RT[:, 1:], counts_R, drafted_RGV, numbers.settings, numbers.key)
+    found = accept_draft(
+        scores, ids_RT[:, 1:], counts_R, drafted_RGV, numbers.settings, numbers.key
+    )
     tokens, counts = (replicate(x, model.mesh) for x in found)
     return tokens, counts, cache.keys, cache.values
 
@@ -366,15 +368,15 @@ def _constrained(logits_RTV: Array, history: _History, numbers: _Numbers) -> Arr
     (R, T, V), W = logits_RTV.shape, history.ids.shape[2]
     made = history.made if isinstance(history.made, int) else history.made.reshape(R * T)
     ids, real = (x.reshape(R * T, W) for x in history[:2])
-    scores = generation.allowed(logits_RTV.reshape(R * T, V), numbers.vocabulary)
-    scores = sampling.constrain(scores, ids, real, W, made, numbers.settings)
+    scores = generation.mask_vocabulary(logits_RTV.reshape(R * T, V), numbers.vocabulary)
+    scores = sampling.process_logits(scores, ids, real, W, made, numbers.settings)
     return scores.reshape(R, T, V)
 
 
 def _draw(probabilities_BV: Array, key: Array) -> Array:
     B, V = probabilities_BV.shape
     ids = jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32), (B, V))
-    return sampling.draw(jnp.log(probabilities_BV), ids, key)
+    return sampling.draw_tokens(jnp.log(probabilities_BV), ids, key)
 
 
 def _prompts(request: "Request") -> tuple[Ids, Mask]:

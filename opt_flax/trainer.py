@@ -15,7 +15,7 @@ from opt_core.params import ParamSpec
 from opt_core.training.config import TrainConfig
 from opt_core.training.loop import Slot, identity
 from opt_flax import lora
-from opt_flax.checkpoint import as_array, locate, path_of
+from opt_flax.checkpoint import as_array, locate, parameter_path
 from opt_flax.training import evaluate, make_optimizer, train_step
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Trainer:
         if slot == "value":
             return locate(self.model, spec)[0]
         node: Any = getattr(self._adam(), _STATES[slot])
-        for part in path_of(self.model, spec)[0]:
+        for part in parameter_path(self.model, spec)[0]:
             node = node[part]
         return node
 

@@ -17,10 +17,10 @@ from opt_core.params import param_specs
 from opt_core.training import microbatches
 from opt_core.training.config import TrainConfig
 from opt_flax import lora, losses
-from opt_flax.checkpoint import path_of
+from opt_flax.checkpoint import parameter_path
 from opt_flax.inputs import check_inputs
-from opt_flax.quantization import is_quantized, refuse
-from opt_flax.sharding import place, spread_rows
+from opt_flax.quantization import check_not_quantized, is_quantized
+from opt_flax.sharding import place, shard_batch
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
@@ -33,13 +33,13 @@ def make_optimizer(model: "FlaxOPTPreTrainedModel", config: TrainConfig) -> nnx.
     gradient. Weight decay applies to the parameters that `ParamSpec.decays`. The optimizer's
     `update(model, gradients, learning_rate=...)` clips the gradients first.
     """
-    refuse(model, "make_optimizer")
+    check_not_quantized(model, "make_optimizer")
     if config.lora_rank and not lora.adapters(model):
         lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     specs = config.trained_specs(model.config, model.head)
-    decayed = {path_of(model, spec)[0] for spec in specs if spec.decays}
+    decayed = {parameter_path(model, spec)[0] for spec in specs if spec.decays}
 
     def decays(params: Any) -> Any:
         return nnx.map_state(lambda path, _: tuple(path) in decayed, params)
@@ -52,7 +52,7 @@ def make_optimizer(model: "FlaxOPTPreTrainedModel", config: TrainConfig) -> nnx.
     )
     trained: Any = nnx.Param
     if len(specs) < len(param_specs(model.config, model.head)) or config.lora_rank:
-        trained = _Trained(frozenset(path_of(model, spec)[0] for spec in specs))
+        trained = _Trained(frozenset(parameter_path(model, spec)[0] for spec in specs))
     return nnx.Optimizer(model, transform, wrt=trained)
 
 
@@ -88,7 +88,7 @@ def train_step(
     norm = gradients = loss
     named = microbatches.as_batch(batch)
     for number, (part, share) in enumerate(
-        microbatches.parts(named, count, model.head == "causal_lm")
+        microbatches.split_batch(named, count, model.head == "causal_lm")
     ):
         inputs, seed = _inputs(model, part), np.uint32(config.dropout_seed(step, number))
         if count == 1:
@@ -103,7 +103,7 @@ def train_step(
     return float(loss), float(norm)
 
 
-def loss_of(
+def compute_loss(
     model: "FlaxOPTPreTrainedModel",
     batch: Any,
     label_smoothing: float = 0.0,
@@ -125,7 +125,7 @@ def loss_of(
         if head is None:
             return losses.causal_lm(call(**inputs).logits, labels, label_smoothing)
         hidden = call.model(**inputs).last_hidden_state
-        return losses.next_token(hidden, head, labels, label_smoothing)
+        return losses.chunked_causal_lm(hidden, head, labels, label_smoothing)
     if model.head == "sequence_classification":
         labels = inputs.pop("labels")
         logits = call(**inputs).logits
@@ -198,9 +198,9 @@ def _inputs(model: "FlaxOPTPreTrainedModel", batch: microbatches.Batch) -> dict[
     if labels is not None and np.issubdtype(labels.dtype, np.integer):
         is_lm = model.head == "causal_lm"
         classes = model.config.vocab_size if is_lm else model.config.num_labels
-        inputs["labels"] = losses.classes("labels", labels, tuple(labels.shape), classes)
+        inputs["labels"] = losses.check_labels("labels", labels, tuple(labels.shape), classes)
     return {
-        name: spread_rows(value, model.mesh) for name, value in inputs.items() if value is not None
+        name: shard_batch(value, model.mesh) for name, value in inputs.items() if value is not None
     }
 
 
@@ -229,7 +229,7 @@ def _gradients(
         if is_mixed:  # products in bfloat16; weights, norms and losses stay as they are
             graph, state = nnx.split(model)
             model = nnx.merge(graph, jax.tree.map(_narrow, state))
-        return loss_of(model, inputs, smoothing, rngs=nnx.Rngs(dropout=jax.random.key(seed)))
+        return compute_loss(model, inputs, smoothing, rngs=nnx.Rngs(dropout=jax.random.key(seed)))
 
     return nnx.value_and_grad(loss, argnums=nnx.DiffState(0, optimizer.wrt))(model)
 
@@ -281,4 +281,4 @@ def _apply(graph: Any, state: Any, loss: Array, gradients: Any, rate: Array) -> 
 
 @partial(jax.jit, static_argnames="graph")
 def _loss(graph: Any, state: Any, inputs: Any) -> Array:
-    return loss_of(nnx.merge(graph, state), inputs, deterministic=True)
+    return compute_loss(nnx.merge(graph, state), inputs, deterministic=True)

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from opt_core.config import OPTConfig
 from opt_tf.cache import KVCache
-from opt_tf.linear import Linear, drop, sizes
+from opt_tf.linear import Linear, apply_dropout, sizes
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 _PIECE, _PIECES = 128, 4
@@ -119,7 +119,7 @@ def eager(
         scores = scores + bias_B1TS
     wide = tf.cast(scores, tf.float64 if scores.dtype == tf.float64 else tf.float32)
     weights = tf.cast(tf.nn.softmax(wide, -1), scores.dtype)
-    return tf.matmul(drop(weights, dropout, seed), v_BHSK), weights
+    return tf.matmul(apply_dropout(weights, dropout, seed), v_BHSK), weights
 
 
 def sdpa(

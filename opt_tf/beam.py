@@ -13,13 +13,13 @@ from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
 from opt_tf.compilation import compiled, program_inputs
 from opt_tf.linear import sizes
-from opt_tf.prefill import begin
+from opt_tf.prefill import prefill_prompts
 
 if TYPE_CHECKING:
     from opt_tf.generation import Request
     from opt_tf.modeling import TFOPTForCausalLM
 
-NEVER = -1.0e9
+NEG_INF = -1.0e9
 """Score of a place that holds no beam yet: finite, so that sums of it stay comparable."""
 
 
@@ -84,13 +84,13 @@ def search(model: "TFOPTForCausalLM", request: "Request") -> tf.Tensor:
     settings = request.settings
     if settings.stops:
         raise GenerationError("stop_strings with num_beams > 1 is not supported; use eos_token_id")
-    inputs = program_inputs(request, *generation.room(request), seed=0)
+    inputs = program_inputs(request, *generation.allocate_tokens(request), seed=0)
     state, best = compiled(model, request, _start)(inputs)
-    generation.check_possible(best.numpy())
+    generation.check_logits(best.numpy())
     return _result(compiled(model, request, _loop)(inputs, state), settings, inputs)
 
 
-def grow(
+def extend_beams(
     running: Beams,
     scores_RV: tf.Tensor,
     end: tf.Tensor,
@@ -121,7 +121,7 @@ def grow(
     return Beams(ids, scores, tf.zeros_like(grown.lengths) + made + 1), index // V
 
 
-def settle(
+def finish_beams(
     finished: Beams,
     grown: Beams,
     ends_BC: tf.Tensor,
@@ -139,7 +139,7 @@ def settle(
     if settings.early_stopping is True:
         closed |= tf.reduce_all(finished.lengths > 0, 1, keepdims=True)
     scores = grown.scores / _power(made + 1, settings)
-    scores += tf.where(closed, NEVER, 0.0) + tf.where(ends_BC, 0.0, NEVER)
+    scores += tf.where(closed, NEG_INF, 0.0) + tf.where(ends_BC, 0.0, NEG_INF)
     grown = Beams(grown.ids, scores, tf.where(ends_BC, grown.lengths, 0))
     both = Beams(*(tf.concat(pair, 1) for pair in zip(finished, grown, strict=True)))
     return both.best(W)[0]
@@ -161,7 +161,7 @@ def can_improve(
         length = tf.where(tf.convert_to_tensor(settings.length_penalty) > 0, limit, length)
     best = running.scores[:, :1] / _power(length, settings)
     worst = tf.reduce_min(finished.scores, 1, keepdims=True)
-    return tf.reduce_any(best > tf.where(finished.lengths > 0, worst, NEVER), 1, keepdims=True)
+    return tf.reduce_any(best > tf.where(finished.lengths > 0, worst, NEG_INF), 1, keepdims=True)
 
 
 def _power(length: int | tf.Tensor, settings: GenerationConfig) -> tf.Tensor:
@@ -188,16 +188,16 @@ def _start(
 ) -> tuple[_State, tf.Tensor]:
     """The first token of each beam, and the largest score it was chosen by."""
     B, W = sizes(inputs["history"])[0], settings.num_beams
-    logits, cache = begin(model, settings, inputs)
+    logits, cache = prefill_prompts(model, settings, inputs)
     rows = tf.repeat(tf.range(B), W)
     cache = cache.select(rows)
     none = Beams(
         tf.repeat(inputs["history"][:, None], W, 1),
-        tf.fill((B, W), NEVER),
+        tf.fill((B, W), NEG_INF),
         tf.zeros((B, W), tf.int32),
     )
     # All beams start alike: only the first may be continued, or the same text would come W times.
-    running = none._replace(scores=tf.repeat(tf.where(tf.range(W) == 0, 0.0, NEVER)[None], B, 0))
+    running = none._replace(scores=tf.repeat(tf.where(tf.range(W) == 0, 0.0, NEG_INF)[None], B, 0))
     is_open, is_done = tf.ones((B, 1), tf.bool), tf.constant(False)
     state = _State(tf.constant(0), running, none, is_open, is_done, cache.keys, cache.values)
     return _choose(tf.gather(logits, rows), settings, inputs, state, 0)
@@ -228,16 +228,16 @@ def _choose(
     B, W, S = sizes(state.running.ids)
     limit, end = inputs["new_tokens"], inputs["prompt"] + made
     is_real = tf.repeat(inputs["mask"], W, 0) & (tf.range(S) < end)
-    scores = tf.nn.log_softmax(generation.allowed(logits, settings.vocabulary), -1)
+    scores = tf.nn.log_softmax(generation.mask_vocabulary(logits, settings.vocabulary), -1)
     history = tf.reshape(state.running.ids, (-1, S))
-    scores = sampling.constrain(scores, history, is_real, end, made, settings)
-    grown, parents = grow(state.running, scores, end, made, settings)
+    scores = sampling.process_logits(scores, history, is_real, end, made, settings)
+    grown, parents = extend_beams(state.running, scores, end, made, settings)
     token = tf.gather(grown.ids, end, axis=2)
     ends = tf.repeat(tf.fill((B, 1), made + 1 == limit), sizes(token)[1], 1)
     if settings.eos_ids:
         ends |= tf.reduce_any(token[..., None] == tf.constant(settings.eos_ids), -1)
-    finished = settle(state.finished, grown, ends, made, state.is_open, settings)
-    open_scores = grown.scores + tf.where(ends, NEVER, 0.0)
+    finished = finish_beams(state.finished, grown, ends, made, state.is_open, settings)
+    open_scores = grown.scores + tf.where(ends, NEG_INF, 0.0)
     running, index = grown._replace(scores=open_scores).best(W)
     is_open = state.is_open & can_improve(running, finished, made + 1, limit, settings)
     is_done = tf.reduce_all(ends) | ~tf.reduce_any(is_open)

@@ -57,7 +57,7 @@ def from_pretrained(
     home = folder if folder.is_dir() else folder.parent
     config = config or OPTConfig.from_pretrained(home)
     plan = files.plan_load(files.open_checkpoint(folder), config, cls.head)
-    policy = keras.dtype_policies.get(wanted_dtype(dtype, plan))
+    policy = keras.dtype_policies.get(resolve_dtype(dtype, plan))
     model = cls(plan.config, None, attn_implementation, quantize, dtype=policy)
     for spec, array in plan.stream(progress=progress):
         set_parameter(model, spec, array)
@@ -78,7 +78,7 @@ def save_pretrained(
     model: "TFOPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
 ) -> None:
     """Writes a canonical folder; see `TFOPTPreTrainedModel.save_pretrained`."""
-    quantization.refuse(model, "save_pretrained")
+    quantization.check_not_quantized(model, "save_pretrained")
     if any(getattr(layer, "adapts", False) for layer in model._flatten_layers()):
         raise CheckpointError(f"{folder}: {UNMERGED}")
     specs = param_specs(model.config, model.head)
@@ -107,7 +107,7 @@ def locate(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> keras.Variable:
 
 def get_parameter(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> NDArray[Any]:
     """A parameter's values, in the canonical layout; of a quantised one, what it stands for."""
-    weight = quantization.find(model, spec)
+    weight = quantization.get_quantized(model, spec)
     if weight is not None:
         return weight.dequantize().numpy()
     return locate(model, spec).numpy()
@@ -117,13 +117,13 @@ def set_parameter(model: "TFOPTPreTrainedModel", spec: ParamSpec, values: NDArra
     """Gives a parameter values in the canonical layout, cast to the variable's type."""
     scheme = scheme_of(spec, model.quantized)
     if scheme is not None:
-        quantization.place(model, spec, quantize_array(spec.name, values, scheme))
+        quantization.set_quantized(model, spec, quantize_array(spec.name, values, scheme))
         return
     variable = locate(model, spec)
     values = cast_array(spec.name, values, float_dtype(variable.dtype))
     variable.assign(tf.constant(values))
 
 
-def wanted_dtype(dtype: str, plan: files.LoadPlan) -> str:
+def resolve_dtype(dtype: str, plan: files.LoadPlan) -> str:
     """The type, or Keras' policy, to load as; "auto" is the stored type."""
     return plan.entries[0][1].dtype.name if dtype == "auto" else dtype

@@ -13,7 +13,7 @@ from opt_core.config import OPTConfig
 from opt_core.params import POSITION_OFFSET
 from opt_tf.attention import TFOPTAttention, make_bias
 from opt_tf.cache import KVCache, position_rows
-from opt_tf.linear import Embedding, Linear, drop, sizes
+from opt_tf.linear import Embedding, Linear, apply_dropout, sizes
 
 ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "relu": tf.nn.relu,
@@ -118,14 +118,14 @@ class TFOPTDecoderLayer(keras.layers.Layer):
             seed=seeds[0],
             output_attentions=output_attentions,
         )
-        hidden = residual + drop(hidden, self.dropout, seeds[1])
+        hidden = residual + apply_dropout(hidden, self.dropout, seeds[1])
         if not self.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
         residual = hidden
         if self.norm_first:
             hidden = self.final_layer_norm(hidden)
         hidden = self.fc2(self.activation(self.fc1(hidden)))
-        hidden = residual + drop(hidden, self.dropout, seeds[2])
+        hidden = residual + apply_dropout(hidden, self.dropout, seeds[2])
         if not self.norm_first:
             hidden = self.final_layer_norm(hidden)
         return hidden, weights, buffers

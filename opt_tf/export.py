@@ -45,7 +45,7 @@ def export_saved_model(
         ConfigError: A quantised model.
         GenerationError: A setting that cannot be honoured, or that cannot be exported.
     """
-    quantization.refuse(model, "export")
+    quantization.check_not_quantized(model, "export")
     settings = generation.model_settings(model, generation_config).replace(**overrides)
     if settings.max_new_tokens is None:
         raise GenerationError("max_new_tokens: an export needs it, received None")

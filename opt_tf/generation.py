@@ -23,7 +23,7 @@ from opt_tf.cache import KVCache
 from opt_tf.compilation import bucket, compiled, program_inputs
 from opt_tf.inputs import check_inputs, check_prefix, full_mask
 from opt_tf.linear import sizes
-from opt_tf.prefill import begin, prefill
+from opt_tf.prefill import prefill, prefill_prompts
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -167,9 +167,9 @@ def stream(
         (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
     """
     settings = request.settings
-    inputs = program_inputs(request, *room(request), seed)
+    inputs = program_inputs(request, *allocate_tokens(request), seed)
     state, best = compiled(model, request, _start)(inputs)
-    check_possible(best.numpy())
+    check_logits(best.numpy())
     stops = settings.stops if tokenizer is not None else ()
     rows = range(sizes(state.token)[0])
     trackers = [StopStringTracker(tokenizer, stops) for _ in rows] if tokenizer and stops else []
@@ -185,7 +185,7 @@ def stream(
         state = compiled(model, request, _step)(inputs, state)
 
 
-def room(request: Request) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+def allocate_tokens(request: Request) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """The prompts with room for new tokens behind them, and where tokens are real."""
     prompt = request.ids.shape[1]
     behind = (0, 0), (0, bucket(prompt + request.new_tokens) - prompt)
@@ -193,7 +193,7 @@ def room(request: Request) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     return ids, np.pad(request.mask, behind, constant_values=True)
 
 
-def check_possible(best_B: NDArray[np.float32]) -> None:
+def check_logits(best_B: NDArray[np.float32]) -> None:
     """Refuses rows in which no token can come: all are banned, or the model gave NaN.
 
     Args:
@@ -212,9 +212,9 @@ def generate(
     if request.settings.stops:
         new = [token.numpy() for token in stream(model, request, seed, tokenizer)]
         return tf.constant(np.concatenate([prompts, np.stack(new, 1)], 1))
-    inputs = program_inputs(request, *room(request), seed)
+    inputs = program_inputs(request, *allocate_tokens(request), seed)
     state, best = compiled(model, request, _start)(inputs)
-    check_possible(best.numpy())
+    check_logits(best.numpy())
     if request.new_tokens > 1:
         made, history = compiled(model, request, _loop)(inputs, state)
     else:
@@ -222,7 +222,7 @@ def generate(
     return history[:, : prompts.shape[1] + int(made)]
 
 
-def allowed(logits_BV: tf.Tensor, vocabulary: int) -> tf.Tensor:
+def mask_vocabulary(logits_BV: tf.Tensor, vocabulary: int) -> tf.Tensor:
     """Logits in float32, ids from `vocabulary` on banned."""
     logits_BV, V = tf.cast(logits_BV, tf.float32), sizes(logits_BV)[1]
     return sampling.ban_tokens(logits_BV, range(vocabulary, V)) if vocabulary < V else logits_BV
@@ -253,7 +253,7 @@ def _start(
     """The first token of each row, and the largest logit it was chosen by."""
     history, mask = inputs["history"], inputs["mask"]
     B = sizes(history)[0]
-    logits, cache = begin(model, settings, inputs)
+    logits, cache = prefill_prompts(model, settings, inputs)
     if settings.num_return_sequences > 1:
         rows = tf.repeat(tf.range(B), settings.num_return_sequences)
         history, mask, logits = (tf.gather(x, rows) for x in (history, mask, logits))
@@ -283,7 +283,7 @@ def _loop(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Steps until all rows have ended or are full; how many tokens that made, and the history."""
 
-    def goes_on(*state: Any) -> tf.Tensor:
+    def keep_going(*state: Any) -> tf.Tensor:
         state = _State(*state)
         is_open = state.made < inputs["new_tokens"]
         return is_open & ~tf.reduce_all(state.ended) if settings.eos_ids else is_open
@@ -292,7 +292,7 @@ def _loop(
         state = _with(_State(*state), KVCache.unsqueezed)
         return _with(_step(model, settings, inputs, state), KVCache.squeezed)
 
-    state = _State(*tf.while_loop(goes_on, step, _with(state, KVCache.squeezed)))
+    state = _State(*tf.while_loop(keep_going, step, _with(state, KVCache.squeezed)))
     return state.made, state.history
 
 
@@ -308,14 +308,14 @@ def _constrained(
 ) -> tf.Tensor:  # fmt: skip
     end = inputs["prompt"] + made
     is_real = mask & (tf.range(sizes(mask)[1]) < end)
-    logits = allowed(logits, settings.vocabulary)
-    return sampling.constrain(logits, state.history, is_real, end, made, settings)
+    logits = mask_vocabulary(logits, settings.vocabulary)
+    return sampling.process_logits(logits, state.history, is_real, end, made, settings)
 
 
 def _write(logits: tf.Tensor, settings: Any, inputs: dict[str, Any], state: _State) -> _State:
     """Chooses a token for each row that has not ended, and writes it down."""
     seed = tf.stack([inputs["seed"], tf.cast(state.made, tf.int64)])
-    token = sampling.choose(logits, settings, seed)
+    token = sampling.select_tokens(logits, settings, seed)
     token = tf.where(state.ended, settings.pad, token)
     ended = state.ended
     if settings.eos_ids:

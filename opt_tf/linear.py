@@ -106,7 +106,7 @@ def sizes(tensor: tf.Tensor) -> tuple[Any, ...]:
     return tuple(keras.ops.shape(tensor) or ())
 
 
-def drop(values: tf.Tensor, rate: float, seed: tf.Tensor | None) -> tf.Tensor:
+def apply_dropout(values: tf.Tensor, rate: float, seed: tf.Tensor | None) -> tf.Tensor:
     """Dropout: zeroes a share of the values and scales up the others; none without a seed.
 
     Args:

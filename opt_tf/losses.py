@@ -6,17 +6,17 @@ import tensorflow as tf
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
-from opt_core.training.microbatches import IGNORED
+from opt_core.training.microbatches import IGNORE_INDEX
 from opt_tf.inputs import as_tensor, check_range, is_known
 from opt_tf.linear import sizes
 
 
-def widen(logits: tf.Tensor) -> tf.Tensor:
+def upcast(logits: tf.Tensor) -> tf.Tensor:
     """Logits in at least float32, in which losses are computed."""
     return logits if logits.dtype == tf.float64 else tf.cast(logits, tf.float32)
 
 
-def classes(name: str, values: Any, shape: tuple[int | None, ...], count: Any) -> tf.Tensor:
+def check_labels(name: str, values: Any, shape: tuple[int | None, ...], count: Any) -> tf.Tensor:
     """Class numbers as a checked int32 tensor.
 
     Args:
@@ -32,8 +32,8 @@ def classes(name: str, values: Any, shape: tuple[int | None, ...], count: Any) -
             f"received {labels.dtype.name} of shape {tuple(labels.shape)}"
         )
     if is_known(labels):
-        kept = labels[labels != IGNORED]
-        check_range(name, kept, 0, count - 1, f"or {IGNORED} to leave one out")
+        kept = labels[labels != IGNORE_INDEX]
+        check_range(name, kept, 0, count - 1, f"or {IGNORE_INDEX} to leave one out")
     return tf.cast(labels, tf.int32)
 
 
@@ -46,12 +46,12 @@ def causal_lm(logits_BTV: tf.Tensor, labels: Any, label_smoothing: float = 0.0) 
         label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     B, T, V = tuple(logits_BTV.shape)
-    targets = classes("labels", labels, (B, T), V)
+    targets = check_labels("labels", labels, (B, T), V)
     # The labels are shifted and not the logits: a slice of these would be a copy, and its gradient
     # another one.
-    nothing = tf.fill((sizes(targets)[0], 1), IGNORED)
+    nothing = tf.fill((sizes(targets)[0], 1), IGNORE_INDEX)
     targets = tf.concat([targets[:, 1:], nothing], 1)
-    return _cross_entropy(logits_BTV, targets, IGNORED, label_smoothing)
+    return _cross_entropy(logits_BTV, targets, IGNORE_INDEX, label_smoothing)
 
 
 def classification(
@@ -66,7 +66,7 @@ def classification(
             classes, float labels are several independent ones.
         label_smoothing: Share of the likelihood that is asked of every class.
     """
-    logits, labels = widen(logits), as_tensor("labels", labels)
+    logits, labels = upcast(logits), as_tensor("labels", labels)
     kind = config.problem_type
     if kind is None and config.num_labels == 1:
         kind = "regression"
@@ -78,8 +78,8 @@ def classification(
         )
     if kind == "single_label_classification":
         B, count = tuple(logits.shape)
-        targets = classes("labels", tf.reshape(labels, (-1,)), (B,), count)
-        return _cross_entropy(logits, targets, IGNORED, label_smoothing)
+        targets = check_labels("labels", tf.reshape(labels, (-1,)), (B,), count)
+        return _cross_entropy(logits, targets, IGNORE_INDEX, label_smoothing)
     sizes = labels.shape.num_elements(), logits.shape.num_elements()
     if None not in sizes and sizes[0] != sizes[1]:
         raise InputError(
@@ -144,7 +144,7 @@ def last_token(input_ids: Any, hidden_BTP: tf.Tensor, pad_token_id: int | None) 
 def _cross_entropy(
     logits: tf.Tensor, targets: tf.Tensor, ignored: int | tf.Tensor, smoothing: float
 ) -> tf.Tensor:
-    kept, logits = targets != ignored, widen(logits)
+    kept, logits = targets != ignored, upcast(logits)
     wanted = tf.where(kept, targets, 0)
     each = tf.nn.sparse_softmax_cross_entropy_with_logits(wanted, logits)
     if smoothing:  # a share of the likelihood goes from the target to all

@@ -185,7 +185,7 @@ class TFOPTPreTrainedModel(Fitted):
     ) -> TFOPTOutput:
         """Checks the inputs, embeds them and runs the decoder."""
         if training:
-            quantization.refuse(self, "training=True")
+            quantization.check_not_quantized(self, "training=True")
         input_ids, attention_mask, position_ids, inputs_embeds = check_inputs(
             self.config, self.compute_dtype, input_ids, attention_mask, position_ids,
             inputs_embeds, past_key_values,
@@ -324,7 +324,7 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
             y, mask = (
                 (x["input_ids"], x.get("attention_mask")) if isinstance(x, dict) else (x, None)
             )
-            y = y if mask is None else tf.where(tf.cast(mask, tf.bool), y, losses.IGNORED)
+            y = y if mask is None else tf.where(tf.cast(mask, tf.bool), y, losses.IGNORE_INDEX)
         assert output.logits is not None
         return losses.causal_lm(output.logits, y)
 
@@ -367,7 +367,7 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
             self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
             **overrides,
         )  # fmt: skip
-        if speculative.is_asked_for(request.settings, assistant_model):
+        if speculative.is_requested(request.settings, assistant_model):
             return speculative.generate(self, request, seed, tokenizer, assistant_model)
         if request.settings.is_beam_search:
             return beam.search(self, request)
@@ -393,7 +393,7 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
             self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
             **overrides,
         )  # fmt: skip
-        if speculative.is_asked_for(request.settings, assistant_model):
+        if speculative.is_requested(request.settings, assistant_model):
             return speculative.stream(self, request, seed, tokenizer, assistant_model)
         if request.settings.is_beam_search:
             raise GenerationError("beam search cannot stream: no token is certain before its end")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
 
 
-def begin(
+def prefill_prompts(
     model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any]
 ) -> tuple[tf.Tensor, KVCache]:
     """Reads the prompts of a request, without what its cache has of them already.

@@ -126,7 +126,7 @@ def prepare(model: "TFOPTPreTrainedModel", quantize: str | None) -> None:
             setattr(parent, name, new)
 
 
-def place(model: "TFOPTPreTrainedModel", spec: ParamSpec, tensor: QuantizedTensor) -> None:
+def set_quantized(model: "TFOPTPreTrainedModel", spec: ParamSpec, tensor: QuantizedTensor) -> None:
     """Gives a quantised weight its numbers.
 
     Args:
@@ -142,7 +142,7 @@ def place(model: "TFOPTPreTrainedModel", spec: ParamSpec, tensor: QuantizedTenso
         weight.zeros.assign(tf.constant(tensor.zeros))
 
 
-def find(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> QuantizedWeight | None:
+def get_quantized(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> QuantizedWeight | None:
     """The numbers of a parameter; None if it is kept in floating point."""
     if not spec.name.endswith(".weight") or not is_quantized(model):
         return None
@@ -156,7 +156,7 @@ def is_quantized(model: "TFOPTPreTrainedModel") -> bool:
     return isinstance(model.get_decoder().embed_tokens, QuantizedEmbedding)
 
 
-def refuse(model: "TFOPTPreTrainedModel", action: str) -> None:
+def check_not_quantized(model: "TFOPTPreTrainedModel", action: str) -> None:
     """Refuses what quantised weights cannot do.
 
     Raises:

@@ -18,7 +18,7 @@ from opt_tf.linear import sizes
 BANNED = float("-inf")
 
 
-def constrain(
+def process_logits(
     logits_BV: tf.Tensor,
     ids_BS: tf.Tensor,
     mask_BS: tf.Tensor,
@@ -159,7 +159,7 @@ def typical_p(logits_BC: tf.Tensor, p: float | tf.Tensor) -> tf.Tensor:
     return tf.where(distance > furthest, BANNED, logits_BC)
 
 
-def draw(logits_BC: tf.Tensor, ids_BC: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+def draw_tokens(logits_BC: tf.Tensor, ids_BC: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """Draws one of the candidates in each row, (B,) ids.
 
     Args:
@@ -176,11 +176,11 @@ def draw(logits_BC: tf.Tensor, ids_BC: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     return tf.gather(ids_BC, choice, batch_dims=1)
 
 
-def choose(logits_BV: tf.Tensor, settings: GenerationConfig, seed: tf.Tensor) -> tf.Tensor:
+def select_tokens(logits_BV: tf.Tensor, settings: GenerationConfig, seed: tf.Tensor) -> tf.Tensor:
     """The next token of each row, (B,): the likeliest, or drawn where `do_sample` is set."""
     if not settings.do_sample:
         return tf.argmax(logits_BV, -1, output_type=tf.int32)
-    return draw(*candidates(logits_BV, settings), seed)
+    return draw_tokens(*candidates(logits_BV, settings), seed)
 
 
 def _is_on(value: Any, *neutral: Any) -> bool:

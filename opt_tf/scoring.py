@@ -16,7 +16,7 @@ from opt_tf import compilation
 from opt_tf.compilation import bucket
 from opt_tf.inputs import check_inputs, check_window
 from opt_tf.linear import sizes
-from opt_tf.losses import widen
+from opt_tf.losses import upcast
 
 if TYPE_CHECKING:
     from opt_tf.heads import TFOPTForQuestionAnswering, TFOPTForSequenceClassification
@@ -141,7 +141,7 @@ def _span_logits(
 def _scored(
     model: "TFOPTForCausalLM", hidden_BTP: tf.Tensor, targets_BT: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    logits = widen(model.project(hidden_BTP))
+    logits = upcast(model.project(hidden_BTP))
     picked = tf.gather(logits, targets_BT, axis=-1, batch_dims=2)
     scores = picked - tf.reduce_logsumexp(logits, -1)
     return tf.cast(scores, tf.float32), picked == tf.reduce_max(logits, -1)

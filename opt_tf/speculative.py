@@ -21,14 +21,14 @@ from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
 from opt_tf.compilation import bucket, compiled, program_inputs
 from opt_tf.linear import sizes
-from opt_tf.prefill import begin
+from opt_tf.prefill import prefill_prompts
 
 if TYPE_CHECKING:
     from opt_tf.generation import Request
     from opt_tf.modeling import TFOPTForCausalLM
 
 
-def is_asked_for(settings: GenerationConfig, assistant: Any) -> bool:
+def is_requested(settings: GenerationConfig, assistant: Any) -> bool:
     """Whether a request says where guesses come from."""
     return assistant is not None or settings.prompt_lookup_num_tokens is not None
 
@@ -87,7 +87,7 @@ def generate(
     return tf.constant(np.concatenate([prompts, np.stack(new, 1)], 1))
 
 
-def accept(
+def accept_draft(
     scores_RTV: tf.Tensor,
     guesses_RG: tf.Tensor,
     counts_R: tf.Tensor,
@@ -181,7 +181,7 @@ class _Reader:
     def check(
         self, rows: Rows, guesses: Ids, counts: Ids, drafted: tf.Tensor | None, step: int
     ) -> tuple[Ids, Ids]:
-        """The tokens that `accept` gives, and how many they are."""
+        """The tokens that `accept_draft` gives, and how many they are."""
         ids = np.concatenate([rows.newest(1), guesses], 1)
         found: Any = compiled(self.model, self.request, _check)(
             self._inputs(rows.positions(ids.shape[1], 1), ids, step),
@@ -235,7 +235,7 @@ def _stream(
     gaps = 0 if len(rows.texts) == 1 else new
     slots = bucket(request.ids.shape[1] + new + most + gaps)
     target = _Reader(model, request, rows, slots, seed)
-    generation.check_possible(target.best.numpy())
+    generation.check_logits(target.best.numpy())
     draft = None
     if assistant is not None:
         draft = _Reader(assistant, _behind(request), rows, slots, seed)
@@ -264,13 +264,13 @@ def _open(
     model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any], history: _History
 ) -> tuple[Any, ...]:
     """The first token of each row, the largest logit it was chosen by, and the cache's buffers."""
-    logits, cache = begin(model, settings, inputs)
+    logits, cache = prefill_prompts(model, settings, inputs)
     if settings.num_return_sequences > 1:
         copies = tf.repeat(tf.range(sizes(logits)[0]), settings.num_return_sequences)
         logits, cache = tf.gather(logits, copies), cache.select(copies)
     scores = _constrained(logits[:, None], settings, history, is_first=True)[:, 0]
     seed = tf.stack([inputs["seed"], tf.constant(0, tf.int64)])
-    token = sampling.choose(scores, settings, seed)
+    token = sampling.select_tokens(scores, settings, seed)
     return token, tf.reduce_max(scores, -1), cache.keys, cache.values
 
 
@@ -284,11 +284,13 @@ def _check(
     counts_R: tf.Tensor,
     drafted_RGV: tf.Tensor | None,
 ) -> tuple[Any, ...]:
-    """What `accept` says of guesses that follow a row's newest token, and the cache's buffers."""
+    """What `accept_draft` says of the draft behind a row's newest token, and the new buffers."""
     ids, cache = inputs["ids"], KVCache(keys, values, inputs["length"], inputs["mask"])
     logits, cache = _read(model, ids, inputs["positions"], cache)
     scores = _constrained(logits, settings, history)
-    tokens, counts = accept(scores, ids[:, 1:], counts_R, drafted_RGV, settings, inputs["seed"])
+    tokens, counts = accept_draft(
+        scores, ids[:, 1:], counts_R, drafted_RGV, settings, inputs["seed"]
+    )
     return tokens, counts, cache.keys, cache.values
 
 
@@ -358,8 +360,8 @@ def _constrained(
     (R, T, V), W = sizes(logits_RTV), sizes(history.ids)[2]
     ids, real = (tf.reshape(x, (R * T, W)) for x in history[:2])
     made = 0 if is_first else tf.reshape(history.made, (R * T,))
-    scores = generation.allowed(tf.reshape(logits_RTV, (R * T, V)), settings.vocabulary)
-    return tf.reshape(sampling.constrain(scores, ids, real, W, made, settings), (R, T, V))
+    scores = generation.mask_vocabulary(tf.reshape(logits_RTV, (R * T, V)), settings.vocabulary)
+    return tf.reshape(sampling.process_logits(scores, ids, real, W, made, settings), (R, T, V))
 
 
 def _leading(is_right_RG: tf.Tensor) -> tf.Tensor:
@@ -370,7 +372,7 @@ def _leading(is_right_RG: tf.Tensor) -> tf.Tensor:
 def _draw(probabilities_BV: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     B, V = sizes(probabilities_BV)
     ids = tf.repeat(tf.range(V)[None], B, 0)
-    return sampling.draw(tf.math.log(probabilities_BV), ids, seed)
+    return sampling.draw_tokens(tf.math.log(probabilities_BV), ids, seed)
 
 
 def _other(seed: tf.Tensor, number: Any) -> tf.Tensor:

@@ -15,7 +15,7 @@ from opt_core.training.config import TrainConfig
 from opt_tf import compilation, lora, losses
 from opt_tf.checkpoint import locate
 from opt_tf.inputs import check_inputs
-from opt_tf.quantization import refuse
+from opt_tf.quantization import check_not_quantized
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
@@ -58,7 +58,7 @@ def make_optimizer(model: "TFOPTPreTrainedModel", config: TrainConfig) -> keras.
     gradient. Weight decay applies to the parameters that `ParamSpec.decays`. The optimizer clips
     gradients to `max_grad_norm` itself, and can be given to Keras' `compile` too.
     """
-    refuse(model, "make_optimizer")
+    check_not_quantized(model, "make_optimizer")
     if config.lora_rank and not lora.adapters(model):
         lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     if config.gradient_checkpointing:
@@ -107,7 +107,7 @@ def train_step(
     smoothing = config.label_smoothing
     loss: Any = None
     norm = gradients = loss
-    parts = microbatches.parts(_arrays(batch), count, model.head == "causal_lm")
+    parts = microbatches.split_batch(_arrays(batch), count, model.head == "causal_lm")
     for number, (part, share) in enumerate(parts):
         inputs = _inputs(model, part)
         seeds.assign(tf.constant([config.dropout_seed(step, number), 0], seeds.dtype))
@@ -124,7 +124,7 @@ def train_step(
     return float(loss), float(norm)
 
 
-def loss_of(
+def compute_loss(
     model: "TFOPTPreTrainedModel",
     batch: Any,
     label_smoothing: float = 0.0,
@@ -194,7 +194,7 @@ def _gradients(
     model: "TFOPTPreTrainedModel", smoothing: float, inputs: dict[str, tf.Tensor]
 ) -> tuple[Any, Any]:
     with tf.GradientTape() as tape:
-        loss = loss_of(model, inputs, smoothing, training=True)
+        loss = compute_loss(model, inputs, smoothing, training=True)
     return loss, tape.gradient(loss, model.trainable_variables)
 
 
@@ -224,7 +224,7 @@ def _update(
 
 
 def _loss(model: "TFOPTPreTrainedModel", inputs: dict[str, tf.Tensor]) -> tf.Tensor:
-    return loss_of(model, inputs, training=False)
+    return compute_loss(model, inputs, training=False)
 
 
 def _compiled(model: "TFOPTPreTrainedModel", program: Callable[..., Any], *fixed: Any) -> Any:
@@ -252,5 +252,5 @@ def _inputs(model: "TFOPTPreTrainedModel", batch: microbatches.Batch) -> dict[st
     if labels is not None and labels.dtype.is_integer:
         is_lm = model.head == "causal_lm"
         classes = model.config.vocab_size if is_lm else model.config.num_labels
-        inputs["labels"] = losses.classes("labels", labels, tuple(labels.shape), classes)
+        inputs["labels"] = losses.check_labels("labels", labels, tuple(labels.shape), classes)
     return {name: value for name, value in inputs.items() if value is not None}

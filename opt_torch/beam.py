@@ -15,13 +15,13 @@ from opt_core.generation.config import GenerationConfig
 from opt_torch import generation, sampling
 from opt_torch.fast_decode import make_step
 from opt_torch.linear import packed
-from opt_torch.prefill import begin
+from opt_torch.prefill import prefill_prompts
 
 if TYPE_CHECKING:
     from opt_torch.generation import Request
     from opt_torch.modeling import OPTForCausalLM
 
-NEVER = -1.0e9
+NEG_INF = -1.0e9
 """Score of a place that holds no beam yet: finite, so that sums of it stay comparable."""
 
 
@@ -69,13 +69,13 @@ def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
     (B, prompt), W, L = request.ids.shape, settings.num_beams, request.new_tokens
     device = model.device
     rows = torch.arange(B, device=device).repeat_interleave(W)
-    prompts, real = generation.room(request, rows)
+    prompts, real = generation.allocate_tokens(request, rows)
     prompts = prompts[:, :prompt]
     eos = torch.tensor(settings.eos_ids, dtype=torch.long, device=device)
 
     empty = Beams(
         torch.full((B, W, L), request.pad, device=device),
-        torch.full((B, W), NEVER, device=device),
+        torch.full((B, W), NEG_INF, device=device),
         torch.zeros((B, W), dtype=torch.long, device=device),
     )
     # All beams start alike: only the first may be continued, or the same text would come W times.
@@ -83,18 +83,20 @@ def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
     finished = empty
     is_open = torch.ones((B, 1), dtype=torch.bool, device=device)
     with packed(model, L):
-        logits, cache = begin(model, request, rows, prompt + L - 1)
+        logits, cache = prefill_prompts(model, request, rows, prompt + L - 1)
         step = make_step(model) or partial(generation.decode_step, model)
         for made in range(L):
             history = torch.cat([prompts, running.ids[:, :, :made].flatten(0, 1)], 1)
-            scores = F.log_softmax(generation.allowed(logits, request.vocabulary), -1)
-            scores = sampling.constrain(scores, history, real[:, : prompt + made], made, settings)
+            scores = F.log_softmax(generation.mask_vocabulary(logits, request.vocabulary), -1)
+            scores = sampling.process_logits(
+                scores, history, real[:, : prompt + made], made, settings
+            )
             if made == 0:
-                generation.check_possible(scores)
-            grown, parents = grow(running, scores, made, settings)
+                generation.check_logits(scores)
+            grown, parents = extend_beams(running, scores, made, settings)
             ends = torch.isin(grown.ids[:, :, made], eos) | (made + 1 == L)
-            finished = settle(finished, grown, ends, made, is_open, settings)
-            running, index = grown._replace(scores=grown.scores + ends * NEVER).best(W)
+            finished = finish_beams(finished, grown, ends, made, is_open, settings)
+            running, index = grown._replace(scores=grown.scores + ends * NEG_INF).best(W)
             is_open = is_open & can_improve(running, finished, made + 1, L, settings)
             full = settings.early_stopping is True and bool((finished.lengths > 0).all())
             if full or bool(ends.all()) or not bool(is_open.any()):
@@ -107,7 +109,7 @@ def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
     return torch.cat([request.ids.repeat_interleave(count, 0), best], 1)
 
 
-def grow(
+def extend_beams(
     running: Beams, scores_RV: Tensor, made: int, settings: GenerationConfig
 ) -> tuple[Beams, Tensor]:
     """The best continuations of the running beams by one token.
@@ -133,7 +135,7 @@ def grow(
     return grown._replace(lengths=torch.full_like(grown.lengths, made + 1)), index // V
 
 
-def settle(
+def finish_beams(
     finished: Beams,
     grown: Beams,
     ends_BC: Tensor,
@@ -151,7 +153,7 @@ def settle(
     if settings.early_stopping is True:
         closed = closed | (finished.lengths > 0).all(1, keepdim=True)
     scores = grown.scores / (made + 1) ** settings.length_penalty
-    scores = scores + closed * NEVER + ~ends_BC * NEVER
+    scores = scores + closed * NEG_INF + ~ends_BC * NEG_INF
     grown = Beams(grown.ids, scores, grown.lengths * ends_BC)
     both = Beams(*(torch.cat(pair, 1) for pair in zip(finished, grown, strict=True)))
     return both.best(W)[0]
@@ -167,4 +169,4 @@ def can_improve(
     is_longer_better = settings.early_stopping == "never" and settings.length_penalty > 0
     best = running.scores[:, :1] / (limit if is_longer_better else made) ** settings.length_penalty
     worst = finished.scores.min(1, keepdim=True).values
-    return (best > torch.where(finished.lengths > 0, worst, NEVER)).any(1, keepdim=True)
+    return (best > torch.where(finished.lengths > 0, worst, NEG_INF)).any(1, keepdim=True)

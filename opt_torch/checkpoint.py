@@ -59,7 +59,7 @@ def from_pretrained(
     home = folder if folder.is_dir() else folder.parent
     config = config or OPTConfig.from_pretrained(home)
     plan = files.plan_load(files.open_checkpoint(folder), config, cls.head)
-    target, wanted = usable_device(device), wanted_dtype(dtype, plan)
+    target, wanted = check_device(device), resolve_dtype(dtype, plan)
     if attn_implementation == "flash_attention_2":
         attention.check_flash(target, wanted)
     model = cls(plan.config, seed=None, attn_implementation=attn_implementation)
@@ -70,7 +70,7 @@ def from_pretrained(
             set_parameter(model, spec, values.to(target))
         else:
             values = quantize_array(spec.name, array, scheme)
-            quantization.place(model, spec, values, wanted, target)
+            quantization.set_quantized(model, spec, values, wanted, target)
         del array, values  # or the next tensor would be read while this one is still held
     for spec in plan.fresh:
         value = torch.from_numpy(initial_value(spec, plan.config, seed=0))
@@ -87,7 +87,7 @@ def from_pretrained(
     return model
 
 
-def usable_device(device: str | torch.device) -> torch.device:
+def check_device(device: str | torch.device) -> torch.device:
     """The device, if this machine and this build of PyTorch have it."""
     try:
         return torch.empty(0, device=device).device
@@ -100,7 +100,7 @@ def save_pretrained(
     model: "OPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
 ) -> None:
     """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`."""
-    quantization.refuse(model, "save_pretrained")
+    quantization.check_not_quantized(model, "save_pretrained")
     if any(getattr(module, "adapts", False) for module in model.modules()):
         raise CheckpointError(f"{folder}: {UNMERGED}")
     config = model.config
@@ -129,7 +129,7 @@ def locate(model: "OPTPreTrainedModel", spec: ParamSpec) -> tuple[nn.Module, str
 
 def get_parameter(model: "OPTPreTrainedModel", spec: ParamSpec) -> Tensor:
     """A parameter's values; of a quantised one, those that it stands for."""
-    weight = quantization.find(model, spec)
+    weight = quantization.get_quantized(model, spec)
     if weight is not None:
         return weight.dequantize()
     module, leaf = locate(model, spec)
@@ -171,7 +171,7 @@ def cast_tensor(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def wanted_dtype(dtype: str, plan: files.LoadPlan) -> torch.dtype:
+def resolve_dtype(dtype: str, plan: files.LoadPlan) -> torch.dtype:
     """The type to load as; "auto" is the stored one."""
     stored = plan.entries[0][1].dtype.name
     return getattr(torch, stored if dtype == "auto" else dtype)

@@ -40,7 +40,7 @@ def export_program(model: OPTForCausalLM, file: str | PathLike[str]) -> None:
         ConfigError: A quantised model, one in training mode, or with the attention kernel that
             takes no mask.
     """
-    quantization.refuse(model, "export")
+    quantization.check_not_quantized(model, "export")
     if model.training:
         raise ConfigError("export: expected a model in evaluation mode; call model.eval()")
     if model.get_decoder().implementation == "flash_attention_2":

@@ -17,7 +17,7 @@ from opt_core.params import POSITION_OFFSET
 from opt_torch.attention import OPTAttention, make_bias
 from opt_torch.cache import KVCache, position_rows
 from opt_torch.decoder import ACTIVATIONS, OPTDecoder, OPTDecoderLayer
-from opt_torch.linear import Linear, has_own_ways, is_eager
+from opt_torch.linear import Linear, has_custom_call, is_eager
 from opt_torch.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -87,7 +87,7 @@ def is_plain(model: "OPTForCausalLM") -> bool:
 
 
 def _is_plain(module: nn.Module, kinds: set[type[nn.Module]]) -> bool:
-    return type(module) in kinds and not has_own_ways(module) and not module.training
+    return type(module) in kinds and not has_custom_call(module) and not module.training
 
 
 class _Block:

@@ -20,7 +20,7 @@ from opt_torch.cache import KVCache
 from opt_torch.fast_decode import make_step
 from opt_torch.inputs import check_inputs, check_prefix, full_mask
 from opt_torch.linear import packed
-from opt_torch.prefill import begin, prefill
+from opt_torch.prefill import prefill, prefill_prompts
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -142,21 +142,25 @@ def stream(
     (B, prompt), device = request.ids.shape, model.device
     generator = torch.Generator(device).manual_seed(seed)
     rows = torch.arange(B, device=device).repeat_interleave(copies)
-    history, real = room(request, rows)
+    history, real = allocate_tokens(request, rows)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     eos = torch.tensor(settings.eos_ids, dtype=torch.long, device=device)
     stops = settings.stops if tokenizer is not None else ()
     trackers = [StopStringTracker(tokenizer, stops) for _ in rows] if tokenizer and stops else []
     with packed(model, request.new_tokens):
-        logits, cache = begin(model, request, rows, prompt + request.new_tokens - 1)
+        logits, cache = prefill_prompts(model, request, rows, prompt + request.new_tokens - 1)
         step = make_step(model) or partial(decode_step, model)
         for made in range(request.new_tokens):
             end = prompt + made
-            logits = allowed(logits, request.vocabulary)
-            logits = sampling.constrain(logits, history[:, :end], real[:, :end], made, settings)
+            logits = mask_vocabulary(logits, request.vocabulary)
+            logits = sampling.process_logits(
+                logits, history[:, :end], real[:, :end], made, settings
+            )
             if made == 0:
-                check_possible(logits)
-            token = torch.where(ended, request.pad, sampling.choose(logits, settings, generator))
+                check_logits(logits)
+            token = torch.where(
+                ended, request.pad, sampling.select_tokens(logits, settings, generator)
+            )
             history[:, end] = token
             ended = ended | torch.isin(token, eos)
             if trackers:
@@ -168,7 +172,7 @@ def stream(
             logits, cache = step(token, cache)
 
 
-def room(request: Request, rows: Tensor) -> tuple[Tensor, Tensor]:
+def allocate_tokens(request: Request, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The prompts of some rows with room for new tokens behind them, and where tokens are real."""
     ids = request.ids[rows]
     mask = torch.ones_like(ids).bool() if request.mask is None else request.mask[rows]
@@ -176,7 +180,7 @@ def room(request: Request, rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([ids, free], 1), torch.cat([mask, torch.ones_like(free).bool()], 1)
 
 
-def check_possible(logits_BV: Tensor) -> None:
+def check_logits(logits_BV: Tensor) -> None:
     """Refuses rows in which no token can come: all are banned, or the model gave NaN."""
     best = logits_BV.amax(-1)
     for row in (~torch.isfinite(best)).nonzero()[:1, 0].tolist():
@@ -193,7 +197,7 @@ def generate(
     return torch.cat([prompts, torch.stack(new, 1)], 1)
 
 
-def allowed(logits_BV: Tensor, vocabulary: int) -> Tensor:
+def mask_vocabulary(logits_BV: Tensor, vocabulary: int) -> Tensor:
     """Logits in float32, ids from `vocabulary` on banned."""
     logits_BV = logits_BV.float()
     if vocabulary < logits_BV.shape[1]:

@@ -57,7 +57,7 @@ class Linear(nn.Linear):
         if weight.dtype == torch.float32:
             return _float_product(weight, bias, input.shape[:-1].numel())(input)
         if weight.dtype == torch.bfloat16 and not _has_bfloat16():
-            return widened(input, weight, bias)
+            return upcast_linear(input, weight, bias)
         packed = self.packed  # read once: a generation in another thread may end in between
         return _PRODUCT(input, weight if packed is None else packed, bias, "none", [], "")
 
@@ -100,7 +100,7 @@ class Linear(nn.Linear):
         return super()._apply(fn, recurse)
 
 
-def widened(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def upcast_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A bfloat16 product on a CPU that has no instructions for it, computed in float32.
 
     A single row goes to PyTorch's own kernel, which reads the weights at memory's rate. For more it
@@ -179,7 +179,7 @@ def is_eager(input: Tensor) -> bool:
     )
 
 
-def has_own_ways(module: nn.Module) -> bool:
+def has_custom_call(module: nn.Module) -> bool:
     """Whether calling a module may do something beside its class' `forward`."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return bool(hooks or "forward" in vars(module) or nn.modules.module._has_any_global_hook())

@@ -8,19 +8,21 @@ from torch import Tensor
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
-from opt_core.training.microbatches import IGNORED
+from opt_core.training.microbatches import IGNORE_INDEX
 from opt_torch.inputs import as_tensor, check_range, is_known
 
 CHUNK = 2**24
-"""Logits that `next_token` keeps at a time."""
+"""Logits that `chunked_causal_lm` keeps at a time."""
 
 
-def widen(logits: Tensor) -> Tensor:
+def upcast(logits: Tensor) -> Tensor:
     """Logits in at least float32, in which losses are computed."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def classes(name: str, values: Any, shape: tuple[int, ...], count: int, like: Tensor) -> Tensor:
+def check_labels(
+    name: str, values: Any, shape: tuple[int, ...], count: int, like: Tensor
+) -> Tensor:
     """Class numbers as a checked int64 tensor.
 
     Args:
@@ -38,8 +40,8 @@ def classes(name: str, values: Any, shape: tuple[int, ...], count: int, like: Te
         )
     labels = labels.long()
     if is_known(labels):
-        kept = labels[labels != IGNORED]
-        check_range(name, kept, 0, count - 1, f"or {IGNORED} to leave one out")
+        kept = labels[labels != IGNORE_INDEX]
+        check_range(name, kept, 0, count - 1, f"or {IGNORE_INDEX} to leave one out")
     return labels
 
 
@@ -52,14 +54,14 @@ def causal_lm(logits_BTV: Tensor, labels: Any, label_smoothing: float = 0.0) -> 
         label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     B, T, V = logits_BTV.shape
-    targets = classes("labels", labels, (B, T), V, logits_BTV)[:, 1:].flatten()
+    targets = check_labels("labels", labels, (B, T), V, logits_BTV)[:, 1:].flatten()
     return F.cross_entropy(
-        widen(logits_BTV[:, :-1]).flatten(0, 1), targets, ignore_index=IGNORED,
+        upcast(logits_BTV[:, :-1]).flatten(0, 1), targets, ignore_index=IGNORE_INDEX,
         label_smoothing=label_smoothing,
     )  # fmt: skip
 
 
-def next_token(
+def chunked_causal_lm(
     hidden_BTP: Tensor, head_VP: Tensor, labels: Any, label_smoothing: float = 0.0
 ) -> Tensor:
     """`causal_lm` of hidden states, for training: the logits are never there all at once.
@@ -73,16 +75,16 @@ def next_token(
         label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     (B, T, P), V = hidden_BTP.shape, head_VP.shape[0]
-    targets = classes("labels", labels, (B, T), V, hidden_BTP)[:, 1:].flatten()
+    targets = check_labels("labels", labels, (B, T), V, hidden_BTP)[:, 1:].flatten()
     rows = hidden_BTP[:, :-1].reshape(-1, P)
-    kept = targets != IGNORED
+    kept = targets != IGNORE_INDEX
     if not kept.all():
         rows, targets = rows[kept], targets[kept]
-    loss: Any = _NextToken.apply(rows, head_VP, targets, label_smoothing)
+    loss: Any = _ChunkedCausalLM.apply(rows, head_VP, targets, label_smoothing)
     return loss
 
 
-class _NextToken(torch.autograd.Function):
+class _ChunkedCausalLM(torch.autograd.Function):
     """Mean cross entropy of `rows @ head.T`, and its gradients, computed on the way forward."""
 
     @staticmethod
@@ -97,13 +99,13 @@ class _NextToken(torch.autograd.Function):
         for_rows, for_head = ctx.needs_input_grad[:2]
         grad_rows = torch.empty_like(rows) if for_rows else None
         grad_head = torch.zeros_like(head) if for_head else None
-        total = torch.zeros((), dtype=widen(rows[:0]).dtype, device=rows.device)
+        total = torch.zeros((), dtype=upcast(rows[:0]).dtype, device=rows.device)
         with torch.autocast(kind, enabled=False):
             size = -(-N // max(1, -(-N * V // CHUNK)))  # equal chunks
             for start in range(0, N, max(1, size)):
                 place = slice(start, start + size)
                 some, wanted = rows[place], targets_N[place, None]
-                logits = widen(some @ head.T)
+                logits = upcast(some @ head.T)
                 shares = logits.softmax(-1)
                 # The largest share is at least 1/V: its logarithm loses nothing.
                 norm = logits.amax(-1, keepdim=True) - shares.amax(-1, keepdim=True).log()
@@ -146,7 +148,7 @@ def classification(
             classes, float labels are several independent ones.
         label_smoothing: Share of the likelihood that is asked of every class.
     """
-    logits, labels = widen(logits), as_tensor("labels", labels, logits.device)
+    logits, labels = upcast(logits), as_tensor("labels", labels, logits.device)
     kind = config.problem_type
     if kind is None and config.num_labels == 1:
         kind = "regression"
@@ -158,7 +160,7 @@ def classification(
         )
     if kind == "single_label_classification":
         B, count = logits.shape
-        targets = classes("labels", labels.reshape(-1), (B,), count, logits)
+        targets = check_labels("labels", labels.reshape(-1), (B,), count, logits)
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     if labels.numel() != logits.numel():
         raise InputError(
@@ -199,7 +201,7 @@ def question_answering(
             )
         targets = places.reshape(B).long().clamp(0, length)
         total = total + F.cross_entropy(
-            widen(logits), targets, ignore_index=length, label_smoothing=label_smoothing
+            upcast(logits), targets, ignore_index=length, label_smoothing=label_smoothing
         )
     return total / 2
 

@@ -70,7 +70,7 @@ class OPTPreTrainedModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Switches training mode, dropout with it."""
         if mode:
-            quantization.refuse(self, "train")
+            quantization.check_not_quantized(self, "train")
         return super().train(mode)
 
     def num_parameters(self) -> int:
@@ -301,7 +301,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
             self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
             **overrides,
         )  # fmt: skip
-        if speculative.is_asked_for(request.settings, assistant_model):
+        if speculative.is_requested(request.settings, assistant_model):
             return speculative.generate(self, request, seed, tokenizer, assistant_model)
         if request.settings.is_beam_search:
             return beam.search(self, request)
@@ -327,7 +327,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
             self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
             **overrides,
         )  # fmt: skip
-        if speculative.is_asked_for(request.settings, assistant_model):
+        if speculative.is_requested(request.settings, assistant_model):
             return speculative.stream(self, request, seed, tokenizer, assistant_model)
         if request.settings.is_beam_search:
             raise GenerationError("beam search cannot stream: no token is certain before its end")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
 
 
-def begin(
+def prefill_prompts(
     model: "OPTForCausalLM", request: "Request", rows: Tensor, slots: int
 ) -> tuple[Tensor, KVCache]:
     """Reads the prompts of a request, without what its cache has of them already.

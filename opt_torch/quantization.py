@@ -24,7 +24,7 @@ from opt_core.dialects import TORCH
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec
 from opt_core.quantization import GROUP, QuantizedTensor
-from opt_torch.linear import has_own_ways, is_eager
+from opt_torch.linear import has_custom_call, is_eager
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
@@ -175,7 +175,7 @@ def products(linears: Sequence[Any]) -> Callable[[Tensor], list[Tensor]]:
 def project(linears: Sequence[nn.Module], input: Tensor) -> list[Tensor]:
     """What linear layers make of one input; in integers that is one product, if all are plain."""
     if all(
-        isinstance(layer, QuantizedLinear) and layer.counts(input) and not has_own_ways(layer)
+        isinstance(layer, QuantizedLinear) and layer.counts(input) and not has_custom_call(layer)
         for layer in linears
     ):
         return products(linears)(input)
@@ -255,7 +255,7 @@ class QuantizedEmbedding(nn.Module):
         return found.to(self.weight.dtype)
 
 
-def place(
+def set_quantized(
     model: "OPTPreTrainedModel",
     spec: ParamSpec,
     tensor: QuantizedTensor,
@@ -281,7 +281,7 @@ def place(
     setattr(parent, name, new.eval())
 
 
-def find(model: "OPTPreTrainedModel", spec: ParamSpec) -> QuantizedWeight | None:
+def get_quantized(model: "OPTPreTrainedModel", spec: ParamSpec) -> QuantizedWeight | None:
     """The numbers of a parameter; None if it is kept in floating point."""
     if not spec.name.endswith(".weight") or not is_quantized(model):
         return None
@@ -295,7 +295,7 @@ def is_quantized(model: "OPTPreTrainedModel") -> bool:
     return isinstance(model.get_decoder().embed_tokens, QuantizedEmbedding)
 
 
-def refuse(model: "OPTPreTrainedModel", action: str) -> None:
+def check_not_quantized(model: "OPTPreTrainedModel", action: str) -> None:
     """Refuses what quantised weights cannot do.
 
     Raises:

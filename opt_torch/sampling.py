@@ -16,7 +16,7 @@ from opt_core.generation.config import GenerationConfig
 BANNED = float("-inf")
 
 
-def constrain(
+def process_logits(
     logits_BV: Tensor,
     ids_BS: Tensor,
     mask_BS: Tensor,
@@ -152,7 +152,7 @@ def typical_p(logits_BC: Tensor, p: float) -> Tensor:
     return logits_BC.masked_fill((information - entropy).abs() > furthest, BANNED)
 
 
-def draw(logits_BC: Tensor, ids_BC: Tensor, generator: torch.Generator) -> Tensor:
+def draw_tokens(logits_BC: Tensor, ids_BC: Tensor, generator: torch.Generator) -> Tensor:
     """Draws one of the candidates in each row, (B,) ids."""
     probabilities = F.softmax(logits_BC, -1)
     # argmax(p / Exp(1)) draws from p without asking the device for a result, unlike multinomial.
@@ -161,8 +161,10 @@ def draw(logits_BC: Tensor, ids_BC: Tensor, generator: torch.Generator) -> Tenso
     return ids_BC.gather(-1, choice)[:, 0]
 
 
-def choose(logits_BV: Tensor, settings: GenerationConfig, generator: torch.Generator) -> Tensor:
+def select_tokens(
+    logits_BV: Tensor, settings: GenerationConfig, generator: torch.Generator
+) -> Tensor:
     """The next token of each row, (B,): the likeliest, or drawn where `do_sample` is set."""
     if not settings.do_sample:
         return logits_BV.argmax(-1)
-    return draw(*candidates(logits_BV, settings), generator)
+    return draw_tokens(*candidates(logits_BV, settings), generator)

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opt_torch.losses import widen
+from opt_torch.losses import upcast
 
 if TYPE_CHECKING:
     from opt_torch.heads import OPTForQuestionAnswering, OPTForSequenceClassification
@@ -77,6 +77,6 @@ def span_logits(
 def _scored(
     model: "OPTForCausalLM", hidden_BTP: Tensor, targets_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
-    logits = widen(model.lm_head(hidden_BTP))
+    logits = upcast(model.lm_head(hidden_BTP))
     picked = logits.gather(-1, targets_BT[..., None])[..., 0]
     return (picked - logits.logsumexp(-1)).float(), picked == logits.amax(-1)

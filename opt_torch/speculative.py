@@ -21,14 +21,14 @@ from opt_core.text.tokenizer import OPTTokenizer
 from opt_torch import generation, sampling
 from opt_torch.cache import KVCache
 from opt_torch.linear import packed
-from opt_torch.prefill import begin
+from opt_torch.prefill import prefill_prompts
 
 if TYPE_CHECKING:
     from opt_torch.generation import Request
     from opt_torch.modeling import OPTForCausalLM
 
 
-def is_asked_for(settings: GenerationConfig, assistant: Any) -> bool:
+def is_requested(settings: GenerationConfig, assistant: Any) -> bool:
     """Whether a request says where guesses come from."""
     return assistant is not None or settings.prompt_lookup_num_tokens is not None
 
@@ -87,7 +87,7 @@ def generate(
     return torch.cat([prompts, torch.stack(new, 1)], 1)
 
 
-def accept(
+def accept_draft(
     scores_RTV: Tensor,
     guesses_RG: Tensor,
     counts_R: Tensor,
@@ -148,7 +148,7 @@ class _Reader:
         rows = torch.arange(len(request.ids), device=model.device).repeat_interleave(copies)
         self.model = model
         self.slots = Slots(_prompts(request)[1].repeat(copies, 0), slots)
-        self.logits, self.cache = begin(model, request, rows, slots)
+        self.logits, self.cache = prefill_prompts(model, request, rows, slots)
 
     def read(self, ids_RT: Tensor, places_RT: Ids) -> Tensor:
         """Logits (R, T, V) after each of these tokens, which come behind what was read."""
@@ -202,8 +202,8 @@ def _stream(
         target = _Reader(model, request, slots)
         draft = None if assistant is None else _Reader(assistant, _behind(request), slots)
         scores = _scores(target.logits[:, None], rows, rows.no_guesses, width, request)[:, 0]
-        generation.check_possible(scores)
-        token = sampling.choose(scores, settings, generator)
+        generation.check_logits(scores)
+        token = sampling.select_tokens(scores, settings, generator)
         rows.take(token[:, None].cpu().numpy(), np.ones(len(token), np.int32))
         while True:
             for column in rows.columns():
@@ -219,7 +219,7 @@ def _stream(
                 counts = np.minimum(rows.wanted, count)
             block = torch.as_tensor(np.concatenate([rows.newest(1), guesses], 1), device=device)
             logits = target.read(block, rows.positions(block.shape[1], 1))
-            tokens, counts = accept(
+            tokens, counts = accept_draft(
                 _scores(logits, rows, guesses, width, request),
                 block[:, 1:].long(),
                 torch.as_tensor(counts, device=device),
@@ -272,15 +272,15 @@ def _scores(
     is_first = not rows.made.any()
     if not is_first:
         settings = settings.replace(begin_suppress_tokens=None)
-    scores = generation.allowed(logits_RTV.flatten(0, 1), request.vocabulary)
-    scores = sampling.constrain(scores, ids.long(), real, 0 if is_first else made, settings)
+    scores = generation.mask_vocabulary(logits_RTV.flatten(0, 1), request.vocabulary)
+    scores = sampling.process_logits(scores, ids.long(), real, 0 if is_first else made, settings)
     return scores.view(R, T, V)
 
 
 def _draw(probabilities_BV: Tensor, generator: torch.Generator) -> Tensor:
     B, V = probabilities_BV.shape
     ids = torch.arange(V, device=probabilities_BV.device).expand(B, V)
-    return sampling.draw(probabilities_BV.log(), ids, generator)
+    return sampling.draw_tokens(probabilities_BV.log(), ids, generator)
 
 
 def _prompts(request: "Request") -> tuple[Ids, Mask]:

@@ -14,7 +14,7 @@ from opt_core.params import ParamSpec
 from opt_core.training.config import TrainConfig
 from opt_core.training.loop import Slot, identity
 from opt_torch import lora
-from opt_torch.checkpoint import locate, usable_device
+from opt_torch.checkpoint import check_device, locate
 from opt_torch.training import evaluate, make_optimizer, train_step
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def make_trainer(
     """
     model_config = config.model_config(model_config)
     if from_scratch:
-        model = cls(model_config, seed=config.seed).to(usable_device(device or "cpu"))
+        model = cls(model_config, seed=config.seed).to(check_device(device or "cpu"))
     else:
         model = cls.from_pretrained(name, config=model_config, device=device or "cpu")
     return Trainer(model, config)

@@ -13,7 +13,7 @@ from opt_core.training import microbatches
 from opt_core.training.config import TrainConfig
 from opt_torch import lora, losses
 from opt_torch.checkpoint import locate
-from opt_torch.quantization import refuse
+from opt_torch.quantization import check_not_quantized
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
@@ -25,7 +25,7 @@ def make_optimizer(model: "OPTPreTrainedModel", config: TrainConfig) -> AdamW:
     Adapters are put on it where the configuration asks for them; what is not trained gets no
     gradient. Weight decay applies to the parameters that `ParamSpec.decays`.
     """
-    refuse(model, "make_optimizer")
+    check_not_quantized(model, "make_optimizer")
     if config.lora_rank and not lora.adapters(model):
         lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     if config.gradient_checkpointing:
@@ -70,12 +70,14 @@ def train_step(
     device = model.device
     total = torch.zeros((), device=device)
     named = microbatches.as_batch(batch)
-    parts = microbatches.parts(named, config.gradient_accumulation_steps, model.head == "causal_lm")
+    parts = microbatches.split_batch(
+        named, config.gradient_accumulation_steps, model.head == "causal_lm"
+    )
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for number, (part, share) in enumerate(parts):
             torch.manual_seed(config.dropout_seed(step, number))
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
-                loss = loss_of(model, part, config.label_smoothing) * share
+                loss = compute_loss(model, part, config.label_smoothing) * share
             loss.backward()
             total += loss.detach()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -86,7 +88,7 @@ def train_step(
     return total.item(), norm
 
 
-def loss_of(model: "OPTPreTrainedModel", batch: Any, label_smoothing: float = 0.0) -> Tensor:
+def compute_loss(model: "OPTPreTrainedModel", batch: Any, label_smoothing: float = 0.0) -> Tensor:
     """The mean loss of one batch.
 
     Args:
@@ -99,7 +101,7 @@ def loss_of(model: "OPTPreTrainedModel", batch: Any, label_smoothing: float = 0.
         labels = inputs.pop("labels")
         hidden = model.get_submodule("model")(**inputs).last_hidden_state
         head: Any = model.get_submodule("lm_head").weight
-        return losses.next_token(hidden, head, labels, label_smoothing)
+        return losses.chunked_causal_lm(hidden, head, labels, label_smoothing)
     if model.head == "sequence_classification":
         labels = inputs.pop("labels")
         logits = model(**inputs).logits
@@ -119,7 +121,7 @@ def evaluate(model: "OPTPreTrainedModel", batches: Iterable[Any]) -> float:
         named = microbatches.as_batch(batch)
         predicted = microbatches.count_labels(named, model.head == "causal_lm")
         if predicted:
-            total += loss_of(model, named).item() * predicted
+            total += compute_loss(model, named).item() * predicted
         count += predicted
     model.train(was_training)
     if count == 0:

@@ -25,10 +25,10 @@ OWN_FILES = {
 Keras' fit, meshes."""
 
 OWN_NAMES = {
-    "attention.py": {"flash", "packed", "check_flash", "drop", "platform_of"},
+    "attention.py": {"flash", "packed", "check_flash", "apply_dropout", "platform_of"},
     "checkpoint.py": {
-        *("usable_device", "tie", "is_tied", "cast_tensor", "as_tensor", "as_array"),
-        *("outline", "path_of"),
+        *("check_device", "tie", "is_tied", "cast_tensor", "as_tensor", "as_array"),
+        *("init_abstract", "parameter_path"),
     },
     "cache.py": {"USED_UP"},
     "export.py": {
@@ -36,13 +36,13 @@ OWN_NAMES = {
         *("PLATFORMS", "REFUSED", "Weights", "Program"),
     },
     "generation.py": {"bucketed"},
-    "losses.py": {"CHUNK", "next_token"},
+    "losses.py": {"CHUNK", "chunked_causal_lm"},
     "quantization.py": {"prepare", "HAS_INTEGERS", "products", "project", "scaled"},
     "linear.py": {
         "is_eager",
-        "has_own_ways",
+        "has_custom_call",
         "BLOCK",
-        "widened",
+        "upcast_linear",
         "FEW_ROWS",
         "MANY_ROWS",
         "product",
@@ -52,7 +52,7 @@ OWN_NAMES = {
         "packed",
         "fingerprint",
         "available_memory",
-        "drop",
+        "apply_dropout",
     },
 }
 """Names that not every backend has: kernels, devices, tied parameters and memory layouts differ."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from opt_core.errors import InputError
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """Label of a token that has no say in the loss."""
 
 Batch = dict[str, Any]
@@ -37,10 +37,10 @@ def count_labels(batch: Batch, is_language_model: bool) -> int:
     if labels is None or (not is_language_model and "float" in str(labels.dtype)):
         return len(batch["input_ids"])
     kept = labels[:, 1:] if is_language_model else labels
-    return int((kept != IGNORED).sum())
+    return int((kept != IGNORE_INDEX).sum())
 
 
-def parts(batch: Batch, count: int, is_language_model: bool) -> Iterator[tuple[Batch, float]]:
+def split_batch(batch: Batch, count: int, is_language_model: bool) -> Iterator[tuple[Batch, float]]:
     """Cuts a batch by rows, each part with its share of the whole batch's mean loss.
 
     Args:
@@ -59,7 +59,7 @@ def parts(batch: Batch, count: int, is_language_model: bool) -> Iterator[tuple[B
         raise InputError(f"batch: {rows} rows cannot be computed in {count} equal parts")
     total = count_labels(batch, is_language_model)
     if not total:
-        raise InputError(f"batch: expected labels that are not {IGNORED}, received none")
+        raise InputError(f"batch: expected labels that are not {IGNORE_INDEX}, received none")
     size = rows // count
     for start in range(0, rows, size):
         part = {name: values[start : start + size] for name, values in batch.items()}

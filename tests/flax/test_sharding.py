@@ -246,7 +246,7 @@ def test_beams_stay_with_their_prompts_devices(load, name):
     model = load(name)
     request = generation.prepare(model, IDS, MASK, None, 0, None, **SETTINGS["beams"])
     graph, state = nnx.split(model)
-    history, real = generation.room(request, 3)
+    history, real = generation.allocate_tokens(request, 3)
     limits = beam._Limits(
         compilation.TracedSettings.of(request.settings), np.int32(9), 10, request.vocabulary
     )

@@ -26,7 +26,7 @@ def loop_of_tf(model, ids) -> Any:
     from opt_tf.compilation import compiled, program_inputs
 
     request = generation.prepare(model, ids, None, None, 0, None, **SETTINGS)
-    inputs = program_inputs(request, *generation.room(request), 0)
+    inputs = program_inputs(request, *generation.allocate_tokens(request), 0)
     state, _ = compiled(model, request, generation._start)(inputs)
     program = compiled(model, request, generation._loop)
     return program.experimental_get_compiler_ir(inputs, state)(stage="optimized_hlo")

@@ -132,7 +132,7 @@ def test_accepted_tokens_follow_the_models_distribution(backend, settings, is_dr
     scores = rng.normal(0, 1.5, (3, V)).astype(np.float32)
     q = rng.dirichlet(np.ones(V), 2)
     guesses = np.stack([rng.choice(V, DRAWS, p=p) for p in q], 1)
-    tokens, counts = speculative.accept(
+    tokens, counts = speculative.accept_draft(
         backend.array(np.broadcast_to(scores, (DRAWS, 3, V)).copy()),
         backend.array(guesses if is_drafted else guesses[:1].repeat(DRAWS, 0)),
         backend.array(np.full(DRAWS, 2)),

@@ -111,5 +111,5 @@ class Backend:
 
 def make_backend(name: str) -> Backend:
     """The adapter of a framework."""
-    module = importlib.import_module(f"tests.backend_{name}")
+    module = importlib.import_module(f"tests.support.backend_{name}")
     return getattr(module, f"{PREFIXES[name] or 'Torch'}Backend")(name)

@@ -20,8 +20,8 @@ def test_the_loss_in_chunks_is_cross_entropy(monkeypatch, smoothing, logits):
         for shape in ((2, 9, 8), (37, 8))
     )
     labels = torch.randint(0, 37, (2, 9), generator=generator)
-    labels[0, 3] = losses.IGNORED
-    ours = losses.next_token(hidden, head, labels, smoothing)
+    labels[0, 3] = losses.IGNORE_INDEX
+    ours = losses.chunked_causal_lm(hidden, head, labels, smoothing)
     theirs = F.cross_entropy(
         (hidden @ head.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=smoothing
     )
@@ -37,15 +37,15 @@ def test_the_loss_in_chunks_is_cross_entropy(monkeypatch, smoothing, logits):
 def test_mixed_precision_is_near(folder):
     """Products in bfloat16, weights and gradients in float32."""
     from opt_torch import OPTForCausalLM
-    from opt_torch.training import loss_of
+    from opt_torch.training import compute_loss
     from tests.support.configs import CONFIGS
     from tests.support.reference import make_prompts
 
     config = CONFIGS["pre_ln"].replace(dropout=0.0)
     model, ids = OPTForCausalLM.from_pretrained(folder(config)), make_prompts(config, 2, 9)
-    plain = loss_of(model, ids)
+    plain = compute_loss(model, ids)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = loss_of(model, ids)
+        mixed = compute_loss(model, ids)
     mixed.backward()
     assert 0 < (mixed - plain).abs() < 0.05 * plain
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())

@@ -10,7 +10,7 @@ from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError
 from opt_core.params import param_specs
 from opt_core.training.config import TrainConfig
-from opt_core.training.microbatches import as_batch, parts
+from opt_core.training.microbatches import as_batch, split_batch
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -78,19 +78,19 @@ def test_parts_of_a_batch_add_up():
     labels = np.full((4, 5), -100)
     labels[0], labels[3, 2] = 7, 8
     batch = as_batch({"input_ids": np.zeros((4, 5), int), "labels": labels})
-    cut = list(parts(batch, 4, True))
+    cut = list(split_batch(batch, 4, True))
     assert [share for _, share in cut] == [4 / 5, 1 / 5]
     assert cut[1][0]["labels"].tolist() == labels[3:].tolist()
-    assert [share for _, share in parts(batch, 1, True)] == [1.0]
+    assert [share for _, share in split_batch(batch, 1, True)] == [1.0]
     rows = as_batch({"input_ids": np.zeros((4, 5), int), "labels": np.array([1, -100, 0, 2])})
-    assert [share for _, share in parts(rows, 2, False)] == [1 / 3, 2 / 3]
+    assert [share for _, share in split_batch(rows, 2, False)] == [1 / 3, 2 / 3]
     with pytest.raises(InputError, match="4 rows cannot be computed in 3 equal parts"):
-        list(parts(rows, 3, False))
+        list(split_batch(rows, 3, False))
     with pytest.raises(InputError, match="expected input_ids, received labels"):
         as_batch({"labels": labels})
     nothing = {"input_ids": labels, "labels": np.full((4, 5), -100)}
     with pytest.raises(InputError, match="expected labels that are not -100"):
-        list(parts(nothing, 2, True))
+        list(split_batch(nothing, 2, True))
 
 
 def test_dropout_seeds_differ():
