@@ -1,7 +1,7 @@
 """OPT for JAX, on Flax NNX."""
 
 from opt_flax.cache import KVCache
-from opt_flax.decoder import OPTOutput
+from opt_flax.decoder import FlaxOPTOutput
 from opt_flax.heads import FlaxOPTForQuestionAnswering, FlaxOPTForSequenceClassification
 from opt_flax.modeling import FlaxOPTForCausalLM, FlaxOPTModel
 
@@ -10,6 +10,6 @@ __all__ = [
     "FlaxOPTForQuestionAnswering",
     "FlaxOPTForSequenceClassification",
     "FlaxOPTModel",
+    "FlaxOPTOutput",
     "KVCache",
-    "OPTOutput",
 ]

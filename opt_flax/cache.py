@@ -78,7 +78,7 @@ class KVCache:
         keys, values = tuple(map(change, self.keys)), tuple(map(change, self.values))
         return replace(self, keys=keys, values=values)
 
-    def slots(self, count: int) -> int:
+    def visible(self, count: int) -> int:
         """Slots to look at with `count` new tokens: these alone, or all there are.
 
         All, and not only the filled ones, so that every step has the same shapes: JAX compiles
@@ -86,7 +86,7 @@ class KVCache:
         """
         return count if self.is_empty else self.max_length
 
-    def used(self, count: int) -> int:
+    def filled(self, count: int) -> int:
         """Slots filled once `count` more tokens are in, as far as that is known."""
         return self.length + count if isinstance(self.length, int) else self.max_length
 

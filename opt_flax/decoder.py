@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @jax.tree_util.register_dataclass
 @dataclass
-class OPTOutput:
+class FlaxOPTOutput:
     """What a model computed; a field its head does not have, or that was not asked for, is None.
 
     Attributes:
@@ -137,7 +137,7 @@ class FlaxOPTDecoder(nnx.Module):
         output_attentions: bool = False,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> OPTOutput:
+    ) -> FlaxOPTOutput:
         """Runs the decoder.
 
         Args:
@@ -151,7 +151,7 @@ class FlaxOPTDecoder(nnx.Module):
             rngs: Source of dropout; None: the model's own.
         """
         count, past = embeds.shape[1], cache.length if cache else 0
-        slots = cache.slots(count) if cache else count
+        slots = cache.visible(count) if cache else count
         if position_ids is None:
             rows = position_rows(mask, past, count)
         else:
@@ -169,15 +169,15 @@ class FlaxOPTDecoder(nnx.Module):
             hidden = self.final_layer_norm(hidden)
         if self.project_out is not None:
             hidden = self.project_out(hidden)
-        used = cache.used(count) if cache else count
+        filled = cache.filled(count) if cache else count
         if cache is not None:
             new = None if mask is None else jax.lax.dynamic_slice_in_dim(mask, past, count, 1)
             assert buffers is not None
             cache = cache.advance(count, new, *buffers)
-        return OPTOutput(
+        return FlaxOPTOutput(
             last_hidden_state=hidden,
             hidden_states=(*states, hidden) if output_hidden_states else None,
-            attentions=tuple(w[..., :used] for w in attentions) if output_attentions else None,
+            attentions=tuple(w[..., :filled] for w in attentions) if output_attentions else None,
             past_key_values=cache,
         )
 

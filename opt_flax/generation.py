@@ -166,7 +166,7 @@ def decode_step(model: "FlaxOPTForCausalLM", ids_B: Array, cache: KVCache) -> tu
     out = decoder(embeds, None, cache.mask, cache, deterministic=True)
     assert out.last_hidden_state is not None
     assert out.past_key_values is not None
-    return model.head_logits(out.last_hidden_state[:, 0]), out.past_key_values
+    return model.compute_logits(out.last_hidden_state[:, 0]), out.past_key_values
 
 
 def stream(

@@ -8,7 +8,7 @@ from flax import nnx
 from opt_core.errors import InputError
 from opt_flax import losses
 from opt_flax.cache import KVCache
-from opt_flax.decoder import OPTOutput
+from opt_flax.decoder import FlaxOPTOutput
 from opt_flax.linear import Linear
 from opt_flax.modeling import FlaxOPTPreTrainedModel
 
@@ -34,7 +34,7 @@ class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
         output_attentions: bool = False,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> OPTOutput:
+    ) -> FlaxOPTOutput:
         """Scores each text at its last token that is not `pad_token_id` (transformers' rule).
 
         Args:
@@ -85,7 +85,7 @@ class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
         output_attentions: bool = False,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> OPTOutput:
+    ) -> FlaxOPTOutput:
         """Computes start and end logits, and the loss where both positions are given.
 
         Args:

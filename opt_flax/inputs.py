@@ -66,7 +66,7 @@ def check_inputs(
         check_range("position_ids", positions, -1, window - 1, f"max_position_embeddings={window}")
     mask = as_integers("attention_mask", attention_mask)
     if mask is not None:
-        slots = T if cache is None else cache.used(T)
+        slots = T if cache is None else cache.filled(T)
         if tuple(mask.shape) not in ((B, T), (B, slots)):
             raise InputError(
                 f"attention_mask: expected shape ({B}, {T})"

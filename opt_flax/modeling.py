@@ -18,7 +18,7 @@ from opt_core.text.tokenizer import OPTTokenizer
 from opt_flax import beam, checkpoint, generation, losses, quantization, sharding, speculative
 from opt_flax.attention import IMPLEMENTATIONS
 from opt_flax.cache import KVCache, init_cache
-from opt_flax.decoder import FlaxOPTDecoder, OPTOutput
+from opt_flax.decoder import FlaxOPTDecoder, FlaxOPTOutput
 from opt_flax.inputs import check_inputs, check_window, full_mask, is_known
 from opt_flax.linear import Linear
 
@@ -172,7 +172,7 @@ class FlaxOPTPreTrainedModel(nnx.Module):
         output_attentions: bool,
         deterministic: bool | None,
         rngs: nnx.Rngs | None,
-    ) -> OPTOutput:
+    ) -> FlaxOPTOutput:
         """Checks the inputs, embeds them and runs the decoder."""
         cache = past_key_values
         if cache is not None and is_known(cache.length):
@@ -187,7 +187,7 @@ class FlaxOPTPreTrainedModel(nnx.Module):
         count = embeds.shape[1]
         mask = full_mask(mask, count, cache)
         if positions is None:
-            check_window(self.config, mask, cache.used(count) if cache else count)
+            check_window(self.config, mask, cache.filled(count) if cache else count)
         return decoder(
             embeds,
             positions,
@@ -223,7 +223,7 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
         output_attentions: bool = False,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> OPTOutput:
+    ) -> FlaxOPTOutput:
         """Computes the hidden states.
 
         Args:
@@ -268,7 +268,7 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
         logits_to_keep: int = 0,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> OPTOutput:
+    ) -> FlaxOPTOutput:
         """Computes logits, and the loss where labels are given.
 
         Args:
@@ -291,12 +291,12 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
         assert out.last_hidden_state is not None
         if logits_to_keep < 0:
             raise InputError(f"logits_to_keep: expected at least 0, received {logits_to_keep}")
-        out.logits = self.head_logits(out.last_hidden_state[:, -logits_to_keep:])
+        out.logits = self.compute_logits(out.last_hidden_state[:, -logits_to_keep:])
         if labels is not None:
             out.loss = losses.causal_lm(out.logits, labels)
         return out
 
-    def head_logits(self, hidden: Array) -> Array:
+    def compute_logits(self, hidden: Array) -> Array:
         """The language-model head: (..., P) states to (..., V) logits."""
         if self.lm_head is None:
             return self.get_decoder().embed_tokens.attend(hidden, self.config.vocab_size)

@@ -77,7 +77,7 @@ def prefill(
     assert out.last_hidden_state is not None
     assert out.past_key_values is not None
     last = lax.dynamic_index_in_dim(out.last_hidden_state, length - 1, 1, keepdims=False)
-    return model.head_logits(last), replace(out.past_key_values, length=length)
+    return model.compute_logits(last), replace(out.past_key_values, length=length)
 
 
 def _prefill_blocks(
@@ -106,4 +106,4 @@ def _prefill_blocks(
     cache = replace(cache, length=jnp.asarray(past, jnp.int32), mask=mask_BS)
     count = (length - past + block - 1) // block
     hidden, cache = lax.fori_loop(0, count, read, (nothing, cache))
-    return model.head_logits(hidden), cache
+    return model.compute_logits(hidden), cache

@@ -139,7 +139,7 @@ def _span_logits(
 def _scored(
     model: "FlaxOPTForCausalLM", hidden_BTP: Array, targets_BT: Array
 ) -> tuple[Array, Array]:
-    logits = upcast(model.head_logits(hidden_BTP))
+    logits = upcast(model.compute_logits(hidden_BTP))
     picked = jnp.take_along_axis(logits, targets_BT[..., None], -1)[..., 0]
     scores = picked - jax.nn.logsumexp(logits, -1)
     return scores.astype(jnp.float32), picked == logits.max(-1)

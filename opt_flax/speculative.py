@@ -360,7 +360,7 @@ def _read(
     out = decoder(embeds, positions_RT, cache.mask, cache, deterministic=True)
     assert out.last_hidden_state is not None
     assert out.past_key_values is not None
-    return model.head_logits(out.last_hidden_state), out.past_key_values
+    return model.compute_logits(out.last_hidden_state), out.past_key_values
 
 
 def _constrained(logits_RTV: Array, history: _History, numbers: _Numbers) -> Array:

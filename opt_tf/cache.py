@@ -79,6 +79,10 @@ class KVCache:
 
     def visible(self, count: int) -> int:
         """Slots to look at with `count` new tokens: the filled ones, or all where unknown."""
+        return self.filled(count)
+
+    def filled(self, count: int) -> int:
+        """Slots filled once `count` more tokens are in, as far as that is known."""
         return self.length + count if isinstance(self.length, int) else self.max_length
 
     def advance(

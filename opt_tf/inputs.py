@@ -70,7 +70,7 @@ def check_inputs(
         check_range("position_ids", positions, -1, window - 1, f"max_position_embeddings={window}")
     mask = as_integers("attention_mask", attention_mask)
     if mask is not None:
-        slots = T if cache is None or T is None else cache.visible(T)
+        slots = T if cache is None or T is None else cache.filled(T)
         if not any(mask.shape.is_compatible_with((B, width)) for width in (T, slots)):
             raise InputError(
                 f"attention_mask: expected shape ({B}, {T})"

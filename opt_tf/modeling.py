@@ -95,6 +95,11 @@ class TFOPTPreTrainedModel(Fitted):
         """The decoder, wherever the class keeps it."""
         return self.model.decoder
 
+    @property
+    def device(self) -> str:
+        """Where the weights are, as TensorFlow names devices; `dtype` is Keras' own."""
+        return self.get_decoder().embed_positions.embeddings.value.device
+
     def num_parameters(self) -> int:
         """Number of parameters, a tied head counted once."""
         return count_parameters(self.config, self.head)
@@ -308,12 +313,12 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
         assert out.last_hidden_state is not None
         if logits_to_keep < 0:
             raise InputError(f"logits_to_keep: expected at least 0, received {logits_to_keep}")
-        out.logits = logits = self.project(out.last_hidden_state[:, -logits_to_keep:])
+        out.logits = logits = self.compute_logits(out.last_hidden_state[:, -logits_to_keep:])
         if labels is not None:
             out.loss = losses.causal_lm(logits, labels)
         return out
 
-    def project(self, hidden: tf.Tensor) -> tf.Tensor:
+    def compute_logits(self, hidden: tf.Tensor) -> tf.Tensor:
         """The logits of hidden states: their product with the head, or with the embedding."""
         if self.lm_head is not None:
             return self.lm_head(hidden)

@@ -61,7 +61,7 @@ def prefill(
     cache = out.past_key_values
     if length is not None:  # what is behind the prompts will be overwritten
         cache = replace(cache, length=length, mask=mask_BS)
-    return model.project(tf.gather(out.last_hidden_state, last, axis=1)), cache
+    return model.compute_logits(tf.gather(out.last_hidden_state, last, axis=1)), cache
 
 
 def _prefill_blocks(
@@ -89,4 +89,4 @@ def _prefill_blocks(
     _, hidden, keys, values = tf.while_loop(
         lambda i, *_: i < count, read, (tf.constant(0), nothing, cache.keys, cache.values)
     )
-    return model.project(hidden), KVCache(keys, values, length, mask_BS)
+    return model.compute_logits(hidden), KVCache(keys, values, length, mask_BS)

@@ -141,7 +141,7 @@ def _span_logits(
 def _scored(
     model: "TFOPTForCausalLM", hidden_BTP: tf.Tensor, targets_BT: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    logits = upcast(model.project(hidden_BTP))
+    logits = upcast(model.compute_logits(hidden_BTP))
     picked = tf.gather(logits, targets_BT, axis=-1, batch_dims=2)
     scores = picked - tf.reduce_logsumexp(logits, -1)
     return tf.cast(scores, tf.float32), picked == tf.reduce_max(logits, -1)

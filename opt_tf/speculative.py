@@ -350,7 +350,7 @@ def _read(
     out = decoder(
         embeds, position_ids=positions_RT, mask_BS=cache.mask, cache=cache, training=False
     )
-    return model.project(out.last_hidden_state), out.past_key_values
+    return model.compute_logits(out.last_hidden_state), out.past_key_values
 
 
 def _constrained(

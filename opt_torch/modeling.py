@@ -257,10 +257,14 @@ class OPTForCausalLM(OPTPreTrainedModel):
         assert out.last_hidden_state is not None
         if logits_to_keep < 0:
             raise InputError(f"logits_to_keep: expected at least 0, received {logits_to_keep}")
-        out.logits = logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
+        out.logits = logits = self.compute_logits(out.last_hidden_state[:, -logits_to_keep:])
         if labels is not None:
             out.loss = losses.causal_lm(logits, labels)
         return out
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """The language-model head: (..., P) states to (..., V) logits."""
+        return self.lm_head(hidden)
 
     def generate(
         self,

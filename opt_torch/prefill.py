@@ -57,4 +57,4 @@ def prefill(
         out = decoder(decoder.embed_tokens(ids), None, mask, cache)
         hidden, cache = out.last_hidden_state, out.past_key_values
     assert hidden is not None
-    return model.lm_head(hidden[:, -1]), cache
+    return model.compute_logits(hidden[:, -1]), cache

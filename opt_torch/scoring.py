@@ -77,6 +77,6 @@ def span_logits(
 def _scored(
     model: "OPTForCausalLM", hidden_BTP: Tensor, targets_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
-    logits = upcast(model.lm_head(hidden_BTP))
+    logits = upcast(model.compute_logits(hidden_BTP))
     picked = logits.gather(-1, targets_BT[..., None])[..., 0]
     return (picked - logits.logsumexp(-1)).float(), picked == logits.amax(-1)

@@ -160,7 +160,7 @@ class _Reader:
         places = torch.as_tensor(np.minimum(places_RT, last), device=device)
         out = decoder(decoder.embed_tokens(ids_RT.to(device)), places, mask, self.cache)
         self.cache = out.past_key_values
-        return self.model.lm_head(out.last_hidden_state)
+        return self.model.compute_logits(out.last_hidden_state)
 
     def keep(self, counts_R: Ids, room: int) -> None:
         """Forgets all but the first tokens of each row since `keep` was last called.
