@@ -98,7 +98,8 @@ class TFOPTPreTrainedModel(Fitted):
     @property
     def device(self) -> str:
         """Where the weights are, as TensorFlow names devices; `dtype` is Keras' own."""
-        return self.get_decoder().embed_positions.embeddings.value.device
+        weight: Any = self.get_decoder().embed_positions.embeddings
+        return weight.value.device
 
     def num_parameters(self) -> int:
         """Number of parameters, a tied head counted once."""
