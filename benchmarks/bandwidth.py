@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.compare import weights_read
 from benchmarks.limits import READ_BYTES, best
-from benchmarks.speed import BACKENDS, prompt, timed
+from opt_cli.speed import BACKENDS, prompt, timed
 from opt_core import OPTConfig
 
 TRIES = 3

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.limits import measure
-from benchmarks.speed import SHAPES
+from opt_cli.speed import SHAPES
 from opt_core import OPTConfig
 from opt_core.params import count_parameters
 

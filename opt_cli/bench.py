@@ -46,8 +46,8 @@ def bench(
     lookup: with prompt lookup, for a text that repeats itself; train: 4 texts of 256, AdamW; all
     shorter where the model has no room. The first call, with all it sets up, is shown apart.
     """
-    from benchmarks import speed
     from conversion.backends import load_backend
+    from opt_cli import speed
     from opt_core.quantization import check_scheme
 
     tasks = task or TASKS

@@ -1,0 +1,92 @@
+"""The wheel, installed where no clone is: all its files, and a command that works."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("opt_core", "opt_torch", "opt_tf", "opt_flax", "conversion", "opt_cli")
+NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder that holds the wheel's files alone, built from the sources alone."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, folder / "source")
+    (wheel,) = folder.glob("*.whl")
+    run(*pip, "install", "--no-deps", "--no-index", "--target", folder / "installed", wheel)
+    return folder / "installed"
+
+
+def run(*command: object, **environment: str) -> str:
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd="/",
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def python(installed: Path, *arguments: object) -> str:
+    """Runs Python with the installed files and the environment's libraries on its path.
+
+    -S leaves out the environment's own hooks, an editable install of the clone among them.
+    """
+    libraries = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    path = os.pathsep.join([str(installed), *dict.fromkeys(libraries)])
+    return run(sys.executable, "-S", *arguments, PYTHONPATH=path)
+
+
+def test_it_holds_every_file_and_no_benchmark(installed: Path):
+    (about,) = installed.glob("*.dist-info")
+    assert {p.name for p in installed.iterdir()} == {*PACKAGES, "bin", about.name}
+    for package in PACKAGES:
+        found, expected = (
+            {p.relative_to(root) for p in (root / package).rglob("*") if is_kept(p)}
+            for root in (installed, ROOT)
+        )
+        assert found == expected
+        assert (installed / package / "py.typed").exists()
+    assert (installed / "opt_core" / "mini" / "model.safetensors").exists()
+
+
+def is_kept(path: Path) -> bool:
+    return path.is_file() and path.suffix != ".pyc" and not path.name.startswith(".")
+
+
+def test_its_own_modules_are_those_that_run(installed: Path):
+    code = (
+        "import importlib.util, json, sys, opt_core, opt_cli.main; print(json.dumps("
+        "[opt_core.__file__, opt_cli.main.__file__, importlib.util.find_spec('benchmarks')]))"
+    )
+    core, command, benchmarks = json.loads(python(installed, "-c", code))
+    assert Path(core) == installed / "opt_core" / "__init__.py"
+    assert Path(command) == installed / "opt_cli" / "main.py"
+    assert benchmarks is None
+
+
+def test_the_command_works(installed: Path):
+    command = installed / "bin" / "opt-lm"
+    assert "generate" in python(installed, command, "--help")
+    assert "safetensors, 1 file" in python(installed, command, "info", "mini")
+    assert python(installed, command, "generate", "ROMEO:", "-n", 4).startswith("ROMEO:")
+    told = json.loads(
+        python(installed, command, "bench", "mini", "--task", "decode", "--reps", 1, "--json")
+    )
+    assert told.keys() >= {"load_s", "first_s", "tok_s", "best", "rss_gib"}
+    assert told["tok_s"] > 0
