@@ -1,6 +1,8 @@
 """`opt-lm train`: a model and data in, a run's folder with the trained model out."""
 
 import math
+import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib import import_module
@@ -11,10 +13,11 @@ import typer
 
 from opt_cli import console
 from opt_cli.train_options import with_settings
-from opt_core.errors import ConfigError, TrainingError
+from opt_core.errors import ConfigError, DataError, TrainingError
 
 if TYPE_CHECKING:
     from opt_core import OPTConfig, TrainConfig
+    from opt_core.data import TrainingData
     from opt_core.training.loop import RunResult
 
 CLASSES = {
@@ -73,8 +76,7 @@ def train(
     command with --resume goes on where a killed one stopped, to the same result.
     """
     from opt_cli.progress import watching
-    from opt_cli.train_data import open_data
-    from opt_core.data.batches import Batches
+    from opt_core.data import Batches
     from opt_core.training.loop import run
 
     if task not in CLASSES:
@@ -85,7 +87,7 @@ def train(
         raise TrainingError(f"{out}: already exists; --resume goes on with it")
     config = _settings(preset, given)
     source, model_config = _model(model, from_scratch)
-    opened = open_data(task, data, validation, source, model_config, config, out)
+    opened = _open(data, task, model_config, config, validation, source, out)
     if epochs is not None:
         if "max_steps" in given:
             raise ConfigError("--epochs and --max-steps: give one of them")
@@ -133,6 +135,25 @@ def _model(name: str, from_scratch: bool) -> tuple[Path | None, "OPTConfig"]:
         return None, OPTConfig.from_preset(name)
     folder = resolve(name)
     return folder, OPTConfig.from_pretrained(folder if folder.is_dir() else folder.parent)
+
+
+def _open(
+    data: Path, task: Any, model_config: "OPTConfig", config: "TrainConfig",
+    validation: Path | None, source: Path | None, out: Path,
+) -> "TrainingData":  # fmt: skip
+    from opt_core.data import open_data
+
+    processes = os.cpu_count() or 1
+    try:
+        with console.progress(f"opening {data}") as progress:
+            return open_data(
+                data, task, model_config, config, validation, source, out, processes, progress,
+                console.note,
+            )  # fmt: skip
+    except DataError as error:  # settings as the command line spells them
+        names = r"\b(sequence_length(?= is )|validation$)"
+        spelled = re.sub(names, lambda name: console.option(name[0]), str(error))
+        raise DataError(spelled) from None
 
 
 def _trainer(
