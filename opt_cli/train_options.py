@@ -1,21 +1,79 @@
-"""The settings of a training as options: one for each field of `TrainConfig`, its own help text."""
+"""The settings of a training as options: one for each field of `TrainConfig`."""
 
 import functools
 import inspect
 import types
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from opt_cli import console
 from opt_core.training.config import TrainConfig
 
-_PANELS = {
-    "learning_rate": "Optimizer", "gradient_accumulation_steps": "Computation",
-    "dropout": "Regularisation", "lora_rank": "Adapters", "eval_every": "Watching",
-}  # fmt: skip
-"""The field that begins each group of options."""
+_HELP: dict[str, dict[str, str]] = {
+    "Training": {
+        "max_steps": "Optimizer steps.",
+        "batch_size": "Rows per step.",
+        "sequence_length": "Tokens per row.",
+    },
+    "Optimizer": {
+        "learning_rate": "Peak learning rate.",
+        "warmup_steps": "Steps over which the rate rises linearly from 0 to its peak.",
+        "lr_schedule": (
+            'How it falls afterwards: "cosine", "linear" or "polynomial", to min_lr_ratio of '
+            'the peak at max_steps, or "constant".'
+        ),
+        "lr_power": "Exponent of the polynomial.",
+        "min_lr_ratio": "Last learning rate as a share of the peak.",
+        "adam_beta1": "Decay of the gradient's running mean.",
+        "adam_beta2": "Decay of the squared gradient's running mean.",
+        "adam_epsilon": "Added to the root of the squared gradient's mean.",
+        "weight_decay": "Decoupled decay of every weight but biases and norms (ParamSpec.decays).",
+        "max_grad_norm": "Gradients are scaled down to this global L2 norm.",
+        "seed": "Of batches, dropout and new weights.",
+    },
+    "Computation": {
+        "gradient_accumulation_steps": (
+            "Parts that the rows of a step are computed in, one after the other, to save "
+            "memory; the step is the same. It divides batch_size."
+        ),
+        "precision": (
+            'What products are computed in: "float32", or "bfloat16" with float32 weights.'
+        ),
+        "gradient_checkpointing": "Compute activations again when they are needed, to save memory.",
+    },
+    "Regularisation": {
+        "dropout": "Of hidden states; by default as the model has it.",
+        "attention_dropout": "Of attention weights; by default as the model has it.",
+        "label_smoothing": (
+            "Share of the likelihood that is asked for everywhere, not at the label."
+        ),
+    },
+    "Adapters": {
+        "lora_rank": "Rank of low-rank adapters, which are trained in place of the model; 0: none.",
+        "lora_alpha": "The adapters' output is scaled by lora_alpha / lora_rank.",
+        "lora_targets": (
+            "Linear layers that get an adapter: q_proj, k_proj, v_proj, out_proj, fc1, fc2."
+        ),
+        "freeze": 'Names of parameters that are not trained, such as "model.decoder.layers.0.*".',
+    },
+    "Validation and checkpoints": {
+        "eval_every": "Steps between validations; 0: none.",
+        "eval_batches": "Batches of a validation; 0: all there are.",
+        "patience": "Validations without a better loss before training stops; 0: never.",
+        "save_every": "Steps between checkpoints; 0: at the end only.",
+        "keep_checkpoints": (
+            "Newest checkpoints to keep; the best one by validation is kept as well."
+        ),
+        "max_skipped_steps": (
+            "Steps in a row that may be skipped because their loss or gradient was not "
+            "finite; one more ends the run."
+        ),
+    },
+}
+"""Groups of options, and what each of them says of itself: every field of `TrainConfig`."""
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -44,48 +102,34 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameters() -> list[inspect.Parameter]:
-    help_texts, panel, found = _help_texts(), "Training", list[inspect.Parameter]()
-    for field in fields(TrainConfig):
-        panel = _PANELS.get(field.name, panel)
-        default, kind = field.default, _kind(field.type)
-        text = help_texts[field.name]
-        if default not in (None, False, ()):
-            shown = ",".join(default) if isinstance(default, tuple) else default
-            text = f"{text.removesuffix('.')} (default: {shown})."
-        names = [f"--{field.name.replace('_', '-')}"] if kind is bool else []
-        option = typer.Option(
-            *names, help=text, rich_help_panel=panel, show_default=False,
-            metavar={int: "N", float: "X", str: "NAME", bool: None}[kind],
-        )  # fmt: skip
-        annotation = Annotated[kind | None, option]
-        found.append(
-            inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-            )
-        )
-    return found
+    settings = {field.name: field for field in fields(TrainConfig)}
+    return [
+        _parameter(settings[name], text, panel)
+        for panel, texts in _HELP.items()
+        for name, text in texts.items()
+    ]
+
+
+def _parameter(field: Field[Any], text: str, panel: str) -> inspect.Parameter:
+    default, kind = field.default, _kind(field.type)
+    if default not in (None, False, ()):
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        text = f"{text.removesuffix('.')} (default: {shown})."
+    names = [console.option(field.name)] if kind is bool else []
+    option = typer.Option(
+        *names, help=text, rich_help_panel=panel, show_default=False,
+        metavar={int: "N", float: "X", str: "NAME", bool: None}[kind],
+    )  # fmt: skip
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
+        annotation=Annotated[kind | None, option],
+    )  # fmt: skip
 
 
 def _kind(annotation: Any) -> Any:
-    """What the command line takes for a field: names are given as one text, with commas."""
+    """The type of a field on the command line: names are given as one text, with commas."""
     if get_origin(annotation) is types.UnionType:
         annotation = next(part for part in get_args(annotation) if part is not type(None))
     if get_origin(annotation) in (Literal, tuple):
         return str
     return annotation
-
-
-def _help_texts() -> dict[str, str]:
-    """The attributes' descriptions, from the class's own documentation."""
-    lines = inspect.cleandoc(TrainConfig.__doc__ or "").partition("Attributes:\n")[2].splitlines()
-    texts: dict[str, str] = {}
-    name = ""
-    for line in lines:
-        if line and not line.startswith(" "):
-            break
-        if line.startswith("    ") and not line.startswith("     "):
-            name, _, text = line.strip().partition(": ")
-            texts[name] = text
-        elif line.strip():
-            texts[name] += " " + line.strip()
-    return {name: text.replace("`", "") for name, text in texts.items()}

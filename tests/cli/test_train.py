@@ -3,7 +3,11 @@
 import errno
 import json
 import os
+import re
+import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +15,14 @@ import pytest
 import torch
 
 from opt_cli.main import main
-from opt_core.data.token_blocks import TokenBlocks, write_blocks
+from opt_core import TrainConfig
+from opt_core.data import TokenBlocks, write_blocks
 from opt_core.training import run_folder
 from opt_core.training.run_folder import read_metrics
 from opt_torch import OPTForCausalLM, OPTForSequenceClassification
 from tests.support.tiny_folder import save_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +48,19 @@ def data(tmp_path):
     for name in ("train", "validation"):
         write_blocks(tmp_path / "data" / name, [ids], 16, 60)
     return tmp_path / "data"
+
+
+def test_every_setting_is_an_option_with_a_help_text():
+    """Also where Python drops documentation (-OO)."""
+    command = [sys.executable, "-OO", "-m", "opt_cli", "train", "--help"]
+    environment = os.environ | {"COLUMNS": "200"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    for field in fields(TrainConfig):
+        option = f"--{field.name.replace('_', '-')}"
+        assert re.search(rf"{option} +(N|X|NAME|) +\S", done.stdout), option
+    assert "Steps over which the rate rises" in done.stdout
 
 
 def test_text(opt_lm, tiny, data, tmp_path):
