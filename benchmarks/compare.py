@@ -101,7 +101,7 @@ def compare(
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """The machine that the figures were taken on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -140,7 +140,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _pair(row: dict[str, Any]) -> tuple[str, str, str]:
-    """What the bars of one group have in common."""
+    """The pair of systems and the model that the bars of one group share."""
     return row["ours"], row["peer"], row["model"]
 
 

@@ -1,4 +1,4 @@
-"""What goes beyond one backend: describing, converting, comparing. Loads no framework."""
+"""Describing, converting and comparing checkpoints across frameworks; loads none of them."""
 
 from conversion.convert import Conversion, convert
 from conversion.describe import Description, describe

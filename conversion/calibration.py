@@ -1,4 +1,4 @@
-"""What flows into the linear layers of a model on a text, with one layer in memory at a time."""
+"""Inputs of the linear layers of a model on a text, with one layer in memory at a time."""
 
 import math
 from collections.abc import Callable, Mapping

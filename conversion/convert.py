@@ -31,7 +31,7 @@ _ARCHITECTURES: dict[Head, str] = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did.
+    """The result of `convert`.
 
     Attributes:
         path: The new folder.

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its headers alone: configuration, tensors, sizes, and problems."""
+"""A checkpoint from its headers alone: configuration, tensors, sizes, and problems."""
 
 import math
 import os
@@ -79,7 +79,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Description:
-    """What `describe` found.
+    """The result of `describe`.
 
     Attributes:
         path: Where the checkpoint is on disk, or its hub id.

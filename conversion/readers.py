@@ -154,7 +154,7 @@ def _open_metaseq(path: Path) -> Source:
 
 
 def head_of(checkpoint: Checkpoint) -> Head:
-    """What sits on a checkpoint's decoder."""
+    """The head on a checkpoint's decoder."""
     names = checkpoint.tensors.keys()
     if "score.weight" in names:
         return "sequence_classification"

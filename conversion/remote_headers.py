@@ -137,7 +137,7 @@ def _torch(ranges: _Ranges) -> None:
 
 
 def _msgpack(ranges: _Ranges) -> None:
-    """What stands in front of each array: a request for each large one."""
+    """The headers in front of each array: a request for each large one."""
     try:
         walk_flax(cast(TensorFile, ranges))
     except CheckpointError:
@@ -146,7 +146,7 @@ def _msgpack(ranges: _Ranges) -> None:
 
 
 def _hdf5(ranges: _Ranges) -> None:
-    """What the HDF5 library looks at."""
+    """The parts of the file that the HDF5 library looks at."""
     touch_hdf5(ranges.path, ranges.size, ranges.bytes_at)
 
 

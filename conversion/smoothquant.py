@@ -35,7 +35,7 @@ Factors = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Smoothing:
-    """What `smooth` did.
+    """The result of `smooth`.
 
     Attributes:
         path: The new folder.

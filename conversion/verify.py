@@ -29,7 +29,7 @@ PROMPTS = (
     "In 1905, a clerk at the patent office in Bern wrote that",
     "def fibonacci(n):\n    ",
 )
-"""What is compared where the caller names no prompts and the first checkpoint has a tokenizer."""
+"""Prompts where the caller names none and the first checkpoint has a tokenizer."""
 
 TOLERANCE = 1e-4
 _RANDOM_PROMPTS, _RANDOM_LENGTH = 3, 16

@@ -157,7 +157,7 @@ TARGETS: dict[str, Target] = {
     "metaseq": Target("reshard.pt", False, _metaseq, _write_metaseq),
     "keras-hub": Target("model.weights.h5", False, _for_keras_hub, _write_keras_hub),
 }
-"""What can be written, by the names that `convert` takes."""
+"""The formats that can be written, by the names that `convert` takes."""
 
 
 def write_weights(

@@ -1,4 +1,4 @@
-"""What every command shares: errors as one line, quiet ends, progress only on a terminal."""
+"""The console that commands share: errors of one line, quiet ends, progress only on a terminal."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a user sees of a training run: a bar on a terminal, lines elsewhere, TensorBoard."""
+"""Progress of a training run: a bar on a terminal, lines elsewhere, TensorBoard."""
 
 import resource
 import sys

@@ -1,4 +1,4 @@
-"""What every test shares: the frameworks set to full precision, and tiny models on disk."""
+"""Fixtures of every test: the frameworks set to full precision, and tiny models on disk."""
 
 import gc
 import importlib.util

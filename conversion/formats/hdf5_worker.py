@@ -92,7 +92,7 @@ class _Asked(io.RawIOBase):
 
 
 def main(path: str, size: str | None = None) -> dict[str, Any]:
-    """What to answer about a file; with a size, the caller is asked for its bytes."""
+    """The answer about a file; with a size, the caller is asked for its bytes."""
     h5py: Any = import_module("h5py")
     limit()
     try:

@@ -104,7 +104,7 @@ class _Outline(io.RawIOBase):
         return len(view)
 
     def _parts(self, length: int) -> list[tuple[int, int, int]]:
-        """What of a length at the current place was passed, and where each page goes on."""
+        """How much of a length here lies in each page passed, and where that page goes on."""
         parts: list[tuple[int, int, int]] = []
         done = 0
         while done < length:

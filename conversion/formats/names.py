@@ -26,7 +26,7 @@ KERAS2 = Dialect(
     transposes_linear=True,
 )
 TF_MODEL = "tfopt_for_causal_lm"
-"""What Keras 2 calls the model, the first part of every name."""
+"""The model's name in Keras 2, the first part of every variable's."""
 
 _LEAVES = {
     **dict.fromkeys(("kernel", "embedding", "embeddings", "scale", "gamma", "weight"), "weight"),

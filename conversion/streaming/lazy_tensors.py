@@ -126,7 +126,7 @@ def _elements(part: LazyTensor, start: int, stop: int) -> LazyTensor:
 
 @dataclass(frozen=True, eq=False)
 class _Derived:
-    """What a tensor made of one other has in common with it."""
+    """A tensor made of one other, with what both have in common."""
 
     base: LazyTensor
 

@@ -15,7 +15,7 @@ _NEWLINES = re.compile(r"\r\n?")
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What to change in documents, and which of them to drop.
+    """Rules of cleaning: changes to documents, and which of them to drop.
 
     Attributes:
         normalization: Unicode normalisation form, or None to leave characters as they are.

@@ -30,7 +30,7 @@ _IS_WORD[[*b"0123456789abcdefghijklmnopqrstuvwxyz", *range(0x80, 0x100)]] = True
 
 
 class Fingerprints(NamedTuple):
-    """What some documents are recognised by.
+    """The digests and signatures that documents are compared by.
 
     Attributes:
         digests: 16 bytes each, the same for equal texts.

@@ -87,7 +87,7 @@ class Split:
 
 @dataclass
 class DataReport:
-    """What became of some files.
+    """A report of prepared files: documents read, dropped and kept.
 
     Attributes:
         files: Files read.
@@ -187,7 +187,7 @@ def prepare(
 
 
 class _Done(NamedTuple):
-    """What became of a chunk: a value per document, or one in all."""
+    """A processed chunk: a value per document, or one in all."""
 
     problems: list[str | None]
     ids: list[bytes]

@@ -33,7 +33,7 @@ _PIECE = 1 << 20
 _INSTALL = 'pip install "opt-lm[data]"'
 
 Bad = Callable[[str, str, str], None]
-"""What to do with what cannot be read: called with its place, a short reason, and what is wrong."""
+"""A handler of what cannot be read: called with its place, a short reason, and what is wrong."""
 
 
 class Document(NamedTuple):

@@ -21,7 +21,7 @@ Generate = Callable[..., Any]
 """`model.generate` of any backend."""
 
 _NEW_TOKENS = 256
-"""What `lm-eval` generates where a task does not say how much."""
+"""Tokens that `lm-eval` generates where a task does not say how many."""
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")
 
@@ -85,7 +85,7 @@ class HarnessLM(LM):
         return results
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """What follows each context, up to the first of its stop strings.
+        """The text that follows each context, up to the first of its stop strings.
 
         Args:
             requests: `lm-eval`'s instances, their `args` (context, settings): `until`,

@@ -25,7 +25,7 @@ def perplexity(nats: float, tokens: int) -> float:
 
 
 def bits_per_byte(nats: float, size: float) -> float:
-    """What a text costs for each of its bytes: comparable between tokenizers.
+    """The cost of a text for each of its bytes: comparable between tokenizers.
 
     Args:
         nats: Sum of the negative log-likelihoods of all of its tokens.

@@ -1,4 +1,4 @@
-"""What to generate and when to stop, under `transformers`' names and with their meanings.
+"""Settings of generation, under `transformers`' names and with their meanings.
 
 Everything is checked before anything runs.
 """

@@ -124,7 +124,7 @@ class Slots:
 
 
 class Rows:
-    """What each row has so far.
+    """The tokens that each row has so far.
 
     Args:
         ids: (B, T) prompts.
@@ -194,7 +194,7 @@ class Rows:
         return lengths[:, None] - newest + np.arange(count, dtype=np.int32)
 
     def histories(self, guesses: Ids, width: int) -> tuple[Ids, Mask, Counts]:
-        """What the filters of logits look at, for a row's next token and that after each guess.
+        """The ids that logits processors look at, for a row's next token and that after each guess.
 
         Args:
             guesses: (R, G) ids.

@@ -30,7 +30,7 @@ _ADDED_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """What a tokenizer's files say.
+    """The contents of a tokenizer's files.
 
     Attributes:
         backend: The byte-level BPE itself, without padding or truncation.

@@ -1,4 +1,4 @@
-"""What a training run is made of, whatever framework computes it: settings and learning rate."""
+"""Settings of a training run and its learning rate, whatever framework computes it."""
 
 import fnmatch
 import math

@@ -46,7 +46,7 @@ class Trainer(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree in with the model: plain values."""
+        """The values in which a checkpoint must agree with the model."""
         ...
 
     updates: int
@@ -248,13 +248,13 @@ class _Run:
 
 
 def identity(config: OPTConfig, head: Head) -> dict[str, Any]:
-    """What a checkpoint must agree in with a model: its head and what decides its computation."""
+    """The values in which a checkpoint must agree with a model: head and computation."""
     values = {k: v for k, v in config.to_dict().items() if k not in _FREE}
     return json.loads(json.dumps(values | {"head": head}))
 
 
 def pending(trainer: Trainer) -> list[PendingTensor]:
-    """What a checkpoint holds: every trained parameter and its two running means."""
+    """The tensors of a checkpoint: every trained parameter and its two running means."""
     return [
         PendingTensor(
             f"{slot}/{spec.name}", spec.shape, np.dtype(np.float32),

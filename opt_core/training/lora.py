@@ -46,7 +46,7 @@ _TASKS: dict[Head, str] = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter folder says.
+    """The settings of an adapter folder.
 
     Attributes:
         rank: Rank of A and B.
@@ -65,7 +65,7 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """What B A x is multiplied by."""
+        """The factor that B A x is multiplied by."""
         return self.alpha / self.rank
 
 

@@ -55,7 +55,7 @@ def opt_lm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def expected_text(tiny: Path, prompt: str, **settings: Any) -> str:
-    """What the library itself writes for a prompt."""
+    """The library's own text for a prompt."""
     model = opt_torch.OPTForCausalLM.from_pretrained(tiny)
     tokenizer = OPTTokenizer.from_pretrained(tiny)
     ids = tokenizer([prompt]).input_ids

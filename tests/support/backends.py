@@ -1,4 +1,4 @@
-"""What the adapters of the frameworks share: NumPy in and NumPy out, one test body for all.
+"""Adapters of the frameworks: NumPy in and NumPy out, one test body for all.
 
 Models come from disk through `from_pretrained`: the adapters know nothing of a model's inside.
 What differs between frameworks is in `backend_torch.py` and its siblings.
@@ -65,7 +65,7 @@ class Backend:
         raise NotImplementedError
 
     def random(self, seed: int) -> Any:
-        """What the framework's draws take as their source."""
+        """The source that the framework's draws take."""
         raise NotImplementedError
 
     def call(self, model: Any, **inputs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the adapter needs of `lm-eval`, in a few lines: the package itself is too large for this."""
+"""The part of `lm-eval` that the adapter needs, in a few lines: the package itself is too large."""
 
 import sys
 from types import ModuleType, SimpleNamespace

@@ -15,7 +15,7 @@ Part = Callable[["Handler", bytes, int, int], None]
 
 
 class Hub:
-    """What the repositories are, and how much of them was sent."""
+    """The repositories, and how much of them was sent."""
 
     def __init__(self) -> None:
         self.folders: dict[str, Path] = {}
@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def part(request: Handler, data: bytes, start: int, stop: int) -> None:
-    """What was asked for."""
+    """The bytes that were asked for."""
     request.reply(206, data[start:stop], ETag='"x"')
 
 

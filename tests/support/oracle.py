@@ -42,7 +42,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward pass gives.
+    """The outputs of a forward pass.
 
     Attributes:
         last_hidden_state: [B, T, P], after the final norm and `project_out`.

@@ -21,7 +21,7 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Settings:
-    """What filters the next token; the names and meanings are those of `transformers`.
+    """The filters of the next token; names and meanings are those of `transformers`.
 
     Attributes:
         repetition_penalty: Divides the positive scores of tokens already there, multiplies the

@@ -20,7 +20,7 @@ def model_of(folder, variant: str | OPTConfig = "pre_ln", **options) -> Any:
 
 
 def history_of(model, *data, epochs=3, **options):
-    """What Keras' fit reports of some epochs in batches of four."""
+    """The history of Keras' fit over some epochs in batches of four."""
     options = {"batch_size": 4, "verbose": 0, "shuffle": False, **options}
     return model.fit(*data, epochs=epochs, **options).history
 

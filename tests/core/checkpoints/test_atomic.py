@@ -51,7 +51,7 @@ def test_what_is_there_is_refused_in_the_words_of_what_it_would_hold(
 
 
 def test_a_disk_that_fails_at_the_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What is only in the cache when writing ends may turn out not to fit the disk."""
+    """Bytes that are only in the cache when writing ends may turn out not to fit the disk."""
     fsync = os.fsync
 
     def full(handle: int) -> None:

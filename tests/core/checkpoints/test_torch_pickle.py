@@ -1,4 +1,4 @@
-"""What no torch pickle of tensors holds is refused, and nothing is ever run."""
+"""Opcodes that no torch pickle of tensors holds are refused, and nothing is ever run."""
 
 import builtins
 import os

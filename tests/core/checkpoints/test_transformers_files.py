@@ -51,7 +51,7 @@ def outputs(model: Any) -> np.ndarray:
 
 
 def reload(folder: Path, kind: str) -> Any:
-    """What `transformers` makes of a folder, which must leave nothing missing or unused."""
+    """`transformers`' model of a folder, which must leave nothing missing or unused."""
     model, report = getattr(transformers, kind).from_pretrained(
         folder, dtype="float32", output_loading_info=True
     )

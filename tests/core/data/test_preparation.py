@@ -32,7 +32,7 @@ def stream(folder: Path) -> list[int]:
 
 
 def documents(ids: list[int]) -> list[list[int]]:
-    """What stands between the ends of text; the last one may be cut."""
+    """The documents between the ends of text; the last one may be cut."""
     rows: list[list[int]] = [[]]
     for token in ids:
         if token == 2:

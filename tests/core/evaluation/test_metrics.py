@@ -26,7 +26,7 @@ CASES: dict[str, tuple[list[int], list[int]]] = {
 }
 
 ZERO: Any = 0
-"""What scikit-learn is to give for a class that does not occur; its stubs expect a text."""
+"""scikit-learn's score for a class that does not occur; its stubs expect a text."""
 
 
 @pytest.mark.parametrize("name", CASES)

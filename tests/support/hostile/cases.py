@@ -1,4 +1,4 @@
-"""What a case of the corpus is: a sound checkpoint's format, and a function that damages it."""
+"""A case of the corpus: a sound checkpoint's format, and a function that damages it."""
 
 import os
 from collections.abc import Callable

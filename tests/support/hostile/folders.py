@@ -1,4 +1,4 @@
-"""What surrounds the weights: indices, configurations, tokenizers, and files that are none."""
+"""Files beside the weights: indices, configurations, tokenizers, and files that are none."""
 
 import json
 import os
