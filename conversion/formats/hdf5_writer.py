@@ -104,7 +104,7 @@ class _Outline(io.RawIOBase):
         return len(view)
 
     def _parts(self, length: int) -> list[tuple[int, int, int]]:
-        """How much of a length here lies in each page passed, and where that page goes on."""
+        """Each page that a length from here covers: bytes before it, its first byte, its number."""
         parts: list[tuple[int, int, int]] = []
         done = 0
         while done < length:
