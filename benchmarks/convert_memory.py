@@ -27,8 +27,7 @@ import conversion
 from conversion.formats.torch_zip import write_torch
 from conversion.readers import open_source
 from conversion.writers import TARGETS
-from opt_core.checkpoints.safetensors_format import PendingTensor
-from opt_core.checkpoints.save import save_checkpoint
+from opt_core.checkpoints import PendingTensor, save_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.params import ParamSpec, param_specs
 

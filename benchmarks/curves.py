@@ -18,9 +18,7 @@ from matplotlib.figure import Figure
 from benchmarks.compare import versions
 from conversion.backends import BACKENDS, load_backend
 from opt_core import OPTConfig, OPTTokenizer, TrainConfig
-from opt_core.data.batches import Batches
-from opt_core.data.preparation import DataConfig, prepare
-from opt_core.data.token_blocks import TokenBlocks
+from opt_core.data import Batches, DataConfig, TokenBlocks, prepare
 from opt_core.json_files import write_json
 
 RESULTS = Path(__file__).parent / "results"

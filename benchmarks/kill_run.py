@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from conversion.backends import BACKENDS
-from opt_core.checkpoints.safetensors_format import read_safetensors
-from opt_core.training.run_folder import MODEL_FOLDER, read_metrics
+from opt_core.checkpoints import read_safetensors
+from opt_core.training import read_metrics
+from opt_core.training.run_folder import MODEL_FOLDER
 
 STEPS = 80
 OPTIONS = (

@@ -27,7 +27,7 @@ from benchmarks.compare import PEERS, machine, named, versions
 from conversion.backends import BACKENDS, load_backend, to_numpy
 from conversion.smoothquant import rows_of, smooth
 from opt_core import OPTTokenizer
-from opt_core.evaluation.perplexity import text_perplexity
+from opt_core.evaluation import text_perplexity
 from opt_core.hub import resolve
 from opt_core.json_files import write_json
 

@@ -44,7 +44,7 @@ from rich.table import Table
 
 from opt_core.config import OPTConfig
 from opt_core.generation.config import GenerationConfig
-from opt_core.training.config import TrainConfig
+from opt_core.training import TrainConfig
 from opt_flax import FlaxOPTForCausalLM, attention, checkpoint, generation, sharding, training
 from opt_flax.compilation import TracedSettings
 

@@ -143,11 +143,11 @@ def table(header: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> None:
         title = Text(header[i]) if header else ""
         made.add_column(title, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(Text(_shown(value)) for value in row))
+        made.add_row(*(Text(_format_cell(value)) for value in row))
     stdout.print(made)
 
 
-def _shown(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -57,8 +57,8 @@ def perplexity(
     text as one row of tokens, cut into windows, the rest dropped. WikiText-2's test texts are
     joined with an empty line between them there.
     """
-    from opt_core.data.readers import read_text
-    from opt_core.evaluation.perplexity import text_perplexity
+    from opt_core.data import read_text
+    from opt_core.evaluation import text_perplexity
 
     text = read_text(file)
     loaded = _load(model, backend, dtype, quantize)
@@ -92,7 +92,7 @@ def multiple_choice(
     The file is LAMBADA's, PIQA's (with labels in it), HellaSwag's or ARC's, as JSON lines or
     Parquet, or has the fields context, choices and label.
     """
-    from opt_core.evaluation.multiple_choice import evaluate_choices, read_items
+    from opt_core.evaluation import evaluate_choices, read_items
 
     format, items = read_items(file, limit)
     loaded = _load(model, backend, dtype, quantize)
@@ -130,8 +130,8 @@ def classification(
     The file has a text and a label in each row: JSON lines, CSV, TSV or Parquet. Labels are class
     numbers, or the names in the model's id2label.
     """
-    from opt_core.data.classification import encode_labelled_texts, read_labelled_texts
-    from opt_core.evaluation.heads import evaluate_classification
+    from opt_core.data import encode_labelled_texts, read_labelled_texts
+    from opt_core.evaluation import evaluate_classification
 
     loaded = _load(model, backend, dtype, kind="OPTForSequenceClassification")
     known = loaded.config.id2label or {}
@@ -174,8 +174,8 @@ def qa(
 
     The file is SQuAD's JSON (1.1 or 2.0), or JSON lines or Parquet with the same fields.
     """
-    from opt_core.data.squad import encode_questions, read_questions
-    from opt_core.evaluation.heads import evaluate_questions
+    from opt_core.data import encode_questions, read_questions
+    from opt_core.evaluation import evaluate_questions
     from opt_core.json_files import write_json
 
     questions = read_questions(file, limit)
@@ -206,7 +206,7 @@ def bias(
     json: Json = False,
 ) -> None:
     """Which of two sentences a model prefers, on CrowS-Pairs (.csv) or StereoSet (.json)."""
-    from opt_core.evaluation.bias import evaluate_bias, read_comparisons
+    from opt_core.evaluation import evaluate_bias, read_comparisons
 
     format, comparisons = read_comparisons(file, limit)
     loaded = _load(model, backend, dtype, quantize)

@@ -255,7 +255,7 @@ def resolve_settings(base: "GenerationConfig", given: dict[str, Any]) -> "Genera
 def _stream(session: _Session, prompt: str) -> _Completion:
     import numpy as np
 
-    from opt_core.text.detokenizer import Detokenizer
+    from opt_core.text import Detokenizer
 
     encoded = session.tokenizer([prompt], padding_side="left")
     detokenizer = Detokenizer(session.tokenizer)

@@ -10,7 +10,7 @@ import typer
 from opt_cli import console
 
 if TYPE_CHECKING:
-    from opt_core.data.preparation import DataReport
+    from opt_core.data import DataReport
 
 
 def prepare(
@@ -66,8 +66,7 @@ def prepare(
     folder appears when it is complete.
     """
     from opt_core import OPTTokenizer
-    from opt_core.data.cleaning import Cleaning
-    from opt_core.data.preparation import DataConfig, prepare
+    from opt_core.data import Cleaning, DataConfig, prepare
     from opt_core.errors import DataError
 
     if len(paths) < 2:

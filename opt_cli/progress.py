@@ -15,11 +15,11 @@ from opt_core.errors import ConfigError
 EVERY_SECONDS = 10.0
 """Between two lines where stderr is no terminal."""
 
-Watch = Callable[[dict[str, Any]], None]
+OnRecord = Callable[[dict[str, Any]], None]
 
 
 @contextmanager
-def watching(total: int, start: int, tensorboard: Path | None) -> Iterator[Watch]:
+def training_progress(total: int, start: int, tensorboard: Path | None) -> Iterator[OnRecord]:
     """Shows a run's records on stderr, and hands them to TensorBoard if that is asked for.
 
     Args:
@@ -33,25 +33,25 @@ def watching(total: int, start: int, tensorboard: Path | None) -> Iterator[Watch
     Raises:
         ConfigError: TensorBoard is asked for, and the library that writes for it is not there.
     """
-    with _events(tensorboard) as write, _shown(total, start) as show:
+    with _tensorboard_writer(tensorboard) as write, _progress_bar(total, start) as show:
 
-        def watch(record: dict[str, Any]) -> None:
+        def on_record(record: dict[str, Any]) -> None:
             write(record)
             show(record)
 
-        yield watch
+        yield on_record
 
 
-def memory() -> int:
+def peak_memory() -> int:
     """The most memory this process has had, in bytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
 
 @contextmanager
-def _shown(total: int, start: int) -> Iterator[Watch]:
+def _progress_bar(total: int, start: int) -> Iterator[OnRecord]:
     if not console.stderr.is_terminal:
-        yield _lines(total)
+        yield _progress_lines(total)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
@@ -65,20 +65,20 @@ def _shown(total: int, start: int) -> Iterator[Watch]:
 
         def show(record: dict[str, Any]) -> None:
             if "eval_loss" in record or record.get("skipped"):
-                bar.console.out(_told(record), style="dim")
+                bar.console.out(_event_line(record), style="dim")
             else:
                 bar.update(task, completed=record["step"], figures=_figures(record))
 
         yield show
 
 
-def _lines(total: int) -> Watch:
+def _progress_lines(total: int) -> OnRecord:
     last = time.monotonic()
 
     def show(record: dict[str, Any]) -> None:
         nonlocal last
         if "eval_loss" in record or record.get("skipped"):
-            console.note(_told(record))
+            console.note(_event_line(record))
         elif time.monotonic() - last >= EVERY_SECONDS or record["step"] == total:
             last = time.monotonic()
             console.note(f"step {record['step']} of {total}: {_figures(record)}")
@@ -89,11 +89,11 @@ def _lines(total: int) -> Watch:
 def _figures(record: dict[str, Any]) -> str:
     return (
         f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s, "
-        f"{console.size(memory())}"
+        f"{console.size(peak_memory())}"
     )
 
 
-def _told(record: dict[str, Any]) -> str:
+def _event_line(record: dict[str, Any]) -> str:
     if record.get("skipped"):
         return f"step {record['step']}: loss or gradient not finite; skipped"
     loss = "not finite" if record["eval_loss"] is None else f"{record['eval_loss']:.4f}"
@@ -102,7 +102,7 @@ def _told(record: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _events(folder: Path | None) -> Iterator[Watch]:
+def _tensorboard_writer(folder: Path | None) -> Iterator[OnRecord]:
     if folder is None:
         yield lambda record: None
         return

@@ -36,9 +36,9 @@ def smooth(
     Rows are taken evenly from the text. No framework is needed.
     """
     from conversion.smoothquant import rows_of, smooth
-    from opt_core.data.readers import read_text
+    from opt_core import OPTTokenizer
+    from opt_core.data import read_text
     from opt_core.hub import resolve
-    from opt_core.text.tokenizer import OPTTokenizer
 
     tokenizer = OPTTokenizer.from_pretrained(resolve(source, convertible=True, revision=revision))
     ids = rows_of(tokenizer.encode(read_text(text)), rows, length)

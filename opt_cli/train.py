@@ -18,7 +18,7 @@ from opt_core.errors import ConfigError, DataError, TrainingError
 if TYPE_CHECKING:
     from opt_core import OPTConfig, TrainConfig
     from opt_core.data import TrainingData
-    from opt_core.training.loop import RunResult
+    from opt_core.training import RunResult
 
 CLASSES = {
     "text": "OPTForCausalLM",
@@ -75,9 +75,9 @@ def train(
     RUN gets metrics.jsonl, checkpoints, and in the end model/, a Hugging Face folder. The same
     command with --resume goes on where a killed one stopped, to the same result.
     """
-    from opt_cli.progress import watching
+    from opt_cli.progress import training_progress
     from opt_core.data import Batches
-    from opt_core.training.loop import run
+    from opt_core.training import run
 
     if task not in CLASSES:
         raise ConfigError(f"--task: expected {', '.join(CLASSES)}, received {task!r}")
@@ -108,8 +108,8 @@ def train(
         backend, task, source or model, config, opened.model_config, from_scratch, device
     )
     events = out / "tensorboard" if tensorboard else None
-    with watching(config.max_steps, 0, events) as watch:
-        result = run(trainer, batches, config, out, validate, resume, about, watch)
+    with training_progress(config.max_steps, 0, events) as on_record:
+        result = run(trainer, batches, config, out, validate, resume, about, on_record)
     _finish(result, source, json)
 
 
@@ -185,9 +185,9 @@ def _finish(result: "RunResult", source: Path | None, json: bool) -> None:
         console.note(f"stopped early: {result.stopped}")
     if result.skipped:
         console.note(f"{result.skipped} steps were skipped: loss or gradient not finite")
-    told = [f"{result.steps} steps"]
+    summary = [f"{result.steps} steps"]
     if result.loss is not None:
-        told.append(f"loss {result.loss:.4f}")
+        summary.append(f"loss {result.loss:.4f}")
     if result.best_loss is not None:
-        told.append(f"validation loss {result.best_loss:.4f} at step {result.best_step}")
-    console.write(f"{result.model}: {', '.join(told)}\n")
+        summary.append(f"validation loss {result.best_loss:.4f} at step {result.best_step}")
+    console.write(f"{result.model}: {', '.join(summary)}\n")

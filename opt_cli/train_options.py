@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from opt_cli import console
-from opt_core.training.config import TrainConfig
+from opt_core.training import TrainConfig
 
 _HELP: dict[str, dict[str, str]] = {
     "Training": {

@@ -12,7 +12,7 @@ from opt_core.data.readers import read_rows
 from opt_core.errors import DataError
 from opt_core.text.tokenizer import OPTTokenizer
 
-MULTIPLE = 8
+PAD_TO_MULTIPLE_OF = 8
 """Rows are padded to a multiple of so many tokens, which all backends' products like."""
 
 
@@ -70,8 +70,10 @@ def read_labelled_texts(
         places.append(place)
     if not labels:
         raise DataError(f"{path}: holds no rows")
-    known = tuple(label_names or _occurring(labels, str(path)))
-    numbers = [_number(label, known, place) for label, place in zip(labels, places, strict=True)]
+    known = tuple(label_names or _infer_label_names(labels, str(path)))
+    numbers = [
+        _class_number(label, known, place) for label, place in zip(labels, places, strict=True)
+    ]
     pairs = columns[pair_field] if pair_field else None
     return LabelledTexts(columns[text_field], pairs, numbers, known)
 
@@ -96,7 +98,7 @@ def encode_labelled_texts(
     ids, mask = encoded.input_ids, encoded.attention_mask
     pad = tokenizer.pad_token_id
     if pad is not None:
-        room = min(-ids.shape[1] % MULTIPLE, max_length - ids.shape[1])
+        room = min(-ids.shape[1] % PAD_TO_MULTIPLE_OF, max_length - ids.shape[1])
         ids = np.pad(ids, ((0, 0), (0, room)), constant_values=pad)
         mask = np.pad(mask, ((0, 0), (0, room)))
     return [
@@ -105,7 +107,7 @@ def encode_labelled_texts(
     ]
 
 
-def field(row: dict[str, Any], name: str, place: str) -> Any:
+def required_field(row: dict[str, Any], name: str, place: str) -> Any:
     """A field of a row.
 
     Raises:
@@ -118,7 +120,7 @@ def field(row: dict[str, Any], name: str, place: str) -> Any:
 
 
 def _text(row: dict[str, Any], name: str, place: str) -> str:
-    text = field(row, name, place)
+    text = required_field(row, name, place)
     if not isinstance(text, str):
         raise DataError(f"{place}: {name!r}: expected a string, found {type(text).__name__}")
     if not text.strip():
@@ -127,7 +129,7 @@ def _text(row: dict[str, Any], name: str, place: str) -> str:
 
 
 def _label(row: dict[str, Any], name: str, place: str) -> str | int:
-    label = field(row, name, place)
+    label = required_field(row, name, place)
     if isinstance(label, bool) or not isinstance(label, str | int):
         raise DataError(
             f"{place}: {name!r}: expected a class's name or number, found {type(label).__name__}"
@@ -135,7 +137,7 @@ def _label(row: dict[str, Any], name: str, place: str) -> str | int:
     return label
 
 
-def _occurring(labels: list[str | int], source: str) -> list[str]:
+def _infer_label_names(labels: list[str | int], source: str) -> list[str]:
     """Names for the classes of labels that come without."""
     if len({type(label) for label in labels}) > 1:
         raise DataError(f"{source}: some labels are names and some are numbers; expected one kind")
@@ -158,7 +160,7 @@ def _occurring(labels: list[str | int], source: str) -> list[str]:
     return names
 
 
-def _number(label: str | int, names: Sequence[str], place: str) -> int:
+def _class_number(label: str | int, names: Sequence[str], place: str) -> int:
     if isinstance(label, str) and label in names:
         return names.index(label)
     if isinstance(label, str) and not label.isdecimal():

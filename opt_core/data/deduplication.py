@@ -1,6 +1,6 @@
 """Duplicates: equal documents by a digest, nearly equal ones by MinHash signatures.
 
-A document is seen as its set of sequences of five words, case and punctuation aside. The share of
+A document is its set of shingles, sequences of five words, case and punctuation aside. The share of
 equal entries in two signatures estimates the Jaccard similarity of two such sets (Broder 1997); to
 find candidates without comparing all pairs, a signature is cut into bands, and documents that agree
 in one whole band are compared (locality-sensitive hashing; Leskovec, Rajaraman and Ullman 2020, ch.
@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-WORDS = 5
-"""Words in a sequence."""
+SHINGLE_WORDS = 5
+"""Words in a shingle."""
 BANDS, ROWS = 16, 8
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2 ** 64
 _INVERSE = pow(_BASE, -1, 1 << 64)
@@ -49,7 +49,7 @@ class Fingerprints(NamedTuple):
 def fingerprints(texts: Sequence[str]) -> Fingerprints:
     """Computes the fingerprints of some documents, together: a few megabytes at most."""
     digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
-    hashes, documents = _sequences(texts)
+    hashes, documents = _shingles(texts)
     count = np.bincount(documents, minlength=len(texts))
     keys = np.sort(documents.astype(np.uint64) << np.uint64(44) | hashes >> np.uint64(20))
     repeated = keys[1:][keys[1:] == keys[:-1]] >> np.uint64(44)
@@ -66,11 +66,11 @@ def fingerprints(texts: Sequence[str]) -> Fingerprints:
         digests,
         repeats / np.maximum(count, 1),
         signatures.astype(np.uint16),
-        _mixed((grouped * _WEIGHTS).sum(-1, dtype=np.uint64)),
+        _fmix64((grouped * _WEIGHTS).sum(-1, dtype=np.uint64)),
     )
 
 
-class Seen:
+class DuplicateFilter:
     """The documents so far; it holds some two kilobytes for each.
 
     Args:
@@ -109,8 +109,8 @@ class Seen:
         return bool((one == other).mean() >= self._threshold)
 
 
-def _sequences(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """The hash of every sequence of five words, and the document each one is in."""
+def _shingles(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """The hash of every shingle, and the document each one is in."""
     parts = [text.lower().encode() for text in texts]
     data = np.frombuffer(b" ".join(parts) + b" ", np.uint8)
     ends_of_texts = np.cumsum([len(part) + 1 for part in parts])
@@ -122,13 +122,13 @@ def _sequences(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.int
     np.cumsum((data.astype(np.uint64) + np.uint64(1)) * powers, out=sums[1:])
     words = (sums[ends] - sums[starts]) * _powers(_INVERSE, len(data))[starts]
     document = np.searchsorted(ends_of_texts, starts, side="right")
-    if len(words) < WORDS:
+    if len(words) < SHINGLE_WORDS:
         return words[:0], document[:0]
-    last = len(words) - WORDS + 1
+    last = len(words) - SHINGLE_WORDS + 1
     hashes = np.zeros(last, np.uint64)
-    for i in range(WORDS):
-        hashes = _mixed(hashes + words[i : i + last])
-    inside = document[:last] == document[WORDS - 1 :]
+    for i in range(SHINGLE_WORDS):
+        hashes = _fmix64(hashes + words[i : i + last])
+    inside = document[:last] == document[SHINGLE_WORDS - 1 :]
     return hashes[inside], document[:last][inside]
 
 
@@ -146,7 +146,7 @@ def _powers(base: int, count: int) -> NDArray[np.uint64]:
     return known[:count]
 
 
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _fmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Spreads each number over all 64 bits (the finaliser of MurmurHash3)."""
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)

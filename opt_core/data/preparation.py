@@ -21,7 +21,7 @@ import numpy as np
 
 from opt_core.checkpoints.atomic import new_folder
 from opt_core.data.cleaning import Cleaning, clean, length_problem
-from opt_core.data.deduplication import Fingerprints, Seen, fingerprints
+from opt_core.data.deduplication import DuplicateFilter, Fingerprints, fingerprints
 from opt_core.data.readers import Document, find_files, read_documents, refuse
 from opt_core.data.token_blocks import BlockWriter
 from opt_core.data.tokenization import BulkTokenizer, end_token, start_tokens
@@ -153,7 +153,9 @@ def prepare(
     names = [TRAIN, *([VALIDATION] if config.validation_fraction else [])]
     report.splits = {name: Split() for name in names}
     end = np.array([end_token(tokenizer)])
-    seen = Seen(config.cleaning.near_duplicates) if config.cleaning.duplicates else None
+    duplicates = (
+        DuplicateFilter(config.cleaning.near_duplicates) if config.cleaning.duplicates else None
+    )
     with new_folder(Path(destination), DataError) as stage, ExitStack() as stack:
         writers: dict[str, BlockWriter] = {}
         for name in names:
@@ -161,32 +163,32 @@ def prepare(
             writer = BlockWriter(stage / name, config.sequence_length, tokenizer.vocab_size)
             writers[name] = stack.enter_context(closing(writer))
             writer.write(start_tokens(tokenizer))
-        documents = _documents(files, config, report, progress)
-        for chunk, done in _worked(_chunks(documents), tokenizer, config, processes):
+        documents = _read_documents(files, config, report, progress)
+        for chunk, result in _process_chunks(_chunks(documents), tokenizer, config, processes):
             kept: dict[str, list[bytes]] = {name: [] for name in names}
-            report.removed_characters += done.removed
-            report.bytes += done.bytes
+            report.removed_characters += result.removed
+            report.bytes += result.bytes
             for i, document in enumerate(chunk):
-                problem = done.problems[i]
-                if problem is None and seen is not None:
-                    problem = seen.problem(done.fingerprints, i)
+                problem = result.problems[i]
+                if problem is None and duplicates is not None:
+                    problem = duplicates.problem(result.fingerprints, i)
                 if problem is not None:
                     report.drop(document.place, problem)
                     continue
-                place = int.from_bytes(done.fingerprints.digests[i][:8]) / 2**64
+                place = int.from_bytes(result.fingerprints.digests[i][:8]) / 2**64
                 name = VALIDATION if place < config.validation_fraction else TRAIN
-                kept[name] += (done.ids[i], end.astype(done.dtype).tobytes())
+                kept[name] += (result.ids[i], end.astype(result.dtype).tobytes())
                 report.splits[name].documents += 1
             for name, ids in kept.items():
-                writers[name].write(np.frombuffer(b"".join(ids), done.dtype))
-        _check_left(report)
+                writers[name].write(np.frombuffer(b"".join(ids), result.dtype))
+        _check_not_empty(report)
         for name, writer in writers.items():
-            _finish(writer, name, report)
+            _finish_split(writer, name, report)
         write_json(stage / REPORT_FILE, report.to_dict())
     return report
 
 
-class _Done(NamedTuple):
+class _ChunkResult(NamedTuple):
     """A processed chunk: a value per document, or one in all."""
 
     problems: list[str | None]
@@ -197,15 +199,15 @@ class _Done(NamedTuple):
     bytes: int
 
 
-class _Work:
+class _ChunkWorker:
     """Cleans and tokenises chunks; every process has one."""
 
-    current: "_Work"
+    current: "_ChunkWorker"
 
     def __init__(self, tokenizer: OPTTokenizer, cleaning: Cleaning) -> None:
         self._tokenize, self._cleaning = BulkTokenizer(tokenizer), cleaning
 
-    def __call__(self, texts: list[str]) -> _Done:
+    def __call__(self, texts: list[str]) -> _ChunkResult:
         cleaned = [clean(text, self._cleaning) for text in texts]
         problems = [length_problem(text, self._cleaning) for text, _ in cleaned]
         found = fingerprints([text for text, _ in cleaned])
@@ -218,34 +220,36 @@ class _Work:
         ]
         removed = sum(count for _, count in cleaned)
         size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
-        return _Done(problems, ids, found, self._tokenize.dtype.str, removed, size)
+        return _ChunkResult(problems, ids, found, self._tokenize.dtype.str, removed, size)
 
 
 def _start_worker(tokenizer: OPTTokenizer, cleaning: Cleaning) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
-    _Work.current = _Work(tokenizer, cleaning)
+    _ChunkWorker.current = _ChunkWorker(tokenizer, cleaning)
 
 
-def _work(texts: list[str]) -> _Done:
-    return _Work.current(texts)
+def _process_chunk(texts: list[str]) -> _ChunkResult:
+    return _ChunkWorker.current(texts)
 
 
-def _worked(
+def _process_chunks(
     chunks: Iterator[list[Document]], tokenizer: OPTTokenizer, config: DataConfig, processes: int
-) -> Iterator[tuple[list[Document], _Done]]:
+) -> Iterator[tuple[list[Document], _ChunkResult]]:
     """Each chunk with what became of it, in order."""
     if processes == 1:
-        work = _Work(tokenizer, config.cleaning)
+        work = _ChunkWorker(tokenizer, config.cleaning)
         for chunk in chunks:
             yield chunk, work([document.text for document in chunk])
         return
     pool = ProcessPoolExecutor(
         processes, get_context("spawn"), _start_worker, (tokenizer, config.cleaning)
     )
-    waiting: deque[tuple[list[Document], Future[_Done]]] = deque()
+    waiting: deque[tuple[list[Document], Future[_ChunkResult]]] = deque()
     try:
         for chunk in chunks:
-            waiting.append((chunk, pool.submit(_work, [document.text for document in chunk])))
+            waiting.append(
+                (chunk, pool.submit(_process_chunk, [document.text for document in chunk]))
+            )
             if len(waiting) > 2 * processes:  # enough to keep them busy, and no more in memory
                 first, future = waiting.popleft()
                 yield first, future.result()
@@ -259,7 +263,7 @@ def _worked(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _documents(
+def _read_documents(
     files: list[Path],
     config: DataConfig,
     report: DataReport,
@@ -275,16 +279,18 @@ def _documents(
     before, total = 0, sum(sizes)
     for path, size in zip(files, sizes, strict=True):
 
-        def tell(done: int, before: int = before) -> None:
+        def report_bytes(done: int, before: int = before) -> None:
             if progress:
                 progress(before + done, total)
 
-        bad = drop if config.skip_bad else refuse
-        for document in read_documents(path, config.text_field, config.separator, bad, tell):
+        on_bad = drop if config.skip_bad else refuse
+        for document in read_documents(
+            path, config.text_field, config.separator, on_bad, report_bytes
+        ):
             report.documents += 1
             yield document
         before += size
-        tell(0, before)
+        report_bytes(0, before)
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -301,7 +307,7 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _check_left(report: DataReport) -> None:
+def _check_not_empty(report: DataReport) -> None:
     counts = {name: split.documents for name, split in report.splits.items()}
     if not sum(counts.values()):
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
@@ -316,7 +322,7 @@ def _check_left(report: DataReport) -> None:
             )
 
 
-def _finish(writer: BlockWriter, name: str, report: DataReport) -> None:
+def _finish_split(writer: BlockWriter, name: str, report: DataReport) -> None:
     split = report.splits[name]
     split.tokens = writer.tokens
     try:

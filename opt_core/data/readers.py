@@ -32,7 +32,7 @@ _COMPRESSIONS = (".gz", ".zst")
 _PIECE = 1 << 20
 _INSTALL = 'pip install "opt-lm[data]"'
 
-Bad = Callable[[str, str, str], None]
+OnBadData = Callable[[str, str, str], None]
 """A handler of what cannot be read: called with its place, a short reason, and what is wrong."""
 
 
@@ -81,7 +81,7 @@ def read_documents(
     path: Path,
     text_field: str = "text",
     separator: str | None = None,
-    bad: Bad = refuse,
+    on_bad: OnBadData = refuse,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Document]:
     """The documents of one file, in order.
@@ -90,27 +90,27 @@ def read_documents(
         path: A file of a known kind.
         text_field: Where the text is in JSON lines and tables.
         separator: What separates the documents of a text file; None: each file is one.
-        bad: What to do with a document that cannot be read.
+        on_bad: What to do with a document that cannot be read.
         progress: Called with the bytes of the file that have been read.
     """
     if _kind(path) == TEXT:
-        yield from _text_documents(path, separator, bad, progress)
+        yield from _text_documents(path, separator, on_bad, progress)
         return
-    for place, row in read_rows(path, bad, progress, columns=[text_field]):
+    for place, row in read_rows(path, on_bad, progress, columns=[text_field]):
         text = row.get(text_field)
         if isinstance(text, str):
             yield Document(text, place)
         elif text_field in row:
             kind = type(text).__name__
-            bad(place, "no text", f"{text_field!r}: expected a string, found {kind}")
+            on_bad(place, "no text", f"{text_field!r}: expected a string, found {kind}")
         else:
             there = ", ".join(map(repr, row)) or "nothing"
-            bad(place, "no text", f"expected a field {text_field!r}, found {there}")
+            on_bad(place, "no text", f"expected a field {text_field!r}, found {there}")
 
 
 def read_rows(
     path: str | PathLike[str],
-    bad: Bad = refuse,
+    on_bad: OnBadData = refuse,
     progress: Callable[[int], None] | None = None,
     columns: list[str] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -118,7 +118,7 @@ def read_rows(
 
     Args:
         path: A file of a known kind; a text file has no rows.
-        bad: What to do with a row that cannot be read.
+        on_bad: What to do with a row that cannot be read.
         progress: Called with the bytes of the file that have been read.
         columns: All that is wanted of a Parquet file.
     """
@@ -127,9 +127,9 @@ def read_rows(
     if kind == PARQUET:
         yield from _parquet_rows(path, columns, progress)
     elif kind == LINES:
-        yield from _json_rows(path, bad, progress)
+        yield from _json_rows(path, on_bad, progress)
     elif kind == TABLE:
-        yield from _table_rows(path, bad, progress)
+        yield from _table_rows(path, on_bad, progress)
     else:
         raise DataError(f"{path}: expected rows (JSON lines, a table or Parquet), not text")
 
@@ -151,9 +151,9 @@ def read_json_data(path: str | PathLike[str]) -> Any:
         DataError: It is missing, empty, not UTF-8 or not JSON.
     """
     path = Path(path)
-    with _opened(path, None) as stream:
+    with _open_stream(path, None) as stream:
         data = stream.read()
-    return parse_json(_decoded(data, str(path), refuse) or "", path, DataError)
+    return parse_json(_decode(data, str(path), refuse) or "", path, DataError)
 
 
 def _kind(path: Path) -> str | None:
@@ -165,7 +165,7 @@ def _kind(path: Path) -> str | None:
 
 
 @contextmanager
-def _opened(path: Path, progress: Callable[[int], None] | None) -> Generator[IO[bytes]]:
+def _open_stream(path: Path, progress: Callable[[int], None] | None) -> Generator[IO[bytes]]:
     """The bytes of a file, decompressed; whatever goes wrong with them is a `DataError`."""
     suffix = path.suffix.lower()
     damaged: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
@@ -174,25 +174,25 @@ def _opened(path: Path, progress: Callable[[int], None] | None) -> Generator[IO[
             if suffix == ".gz":
                 stream: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=file))
             elif suffix == ".zst":
-                zstandard = _library("zstandard", path)
+                zstandard = _import_optional("zstandard", path)
                 damaged = (*damaged, zstandard.ZstdError)
                 reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
                 stream = cast("IO[bytes]", io.BufferedReader(reader))
             else:
                 stream = file
-            yield cast("IO[bytes]", _Watched(stream, file, progress)) if progress else stream
+            yield cast("IO[bytes]", _ProgressStream(stream, file, progress)) if progress else stream
     except damaged as error:
         raise DataError(f"{path}: damaged {suffix[1:]} data: {error}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-class _Watched:
+class _ProgressStream:
     """A stream that tells how far its file has been read."""
 
     def __init__(self, stream: IO[bytes], file: IO[bytes], progress: Callable[[int], None]):
         self._stream, self._file, self._progress = stream, file, progress
-        self._told = 0
+        self._reported = 0
 
     def read(self, size: int = -1) -> bytes:
         data = self._stream.read(size)
@@ -201,13 +201,13 @@ class _Watched:
 
     def __iter__(self) -> Iterator[bytes]:
         for line in self._stream:
-            if self._file.tell() - self._told > _PIECE:
-                self._told = self._file.tell()
-                self._progress(self._told)
+            if self._file.tell() - self._reported > _PIECE:
+                self._reported = self._file.tell()
+                self._progress(self._reported)
             yield line
 
 
-def _library(name: str, path: Path) -> Any:
+def _import_optional(name: str, path: Path) -> Any:
     try:
         return __import__(name, fromlist=["*"])
     except ModuleNotFoundError:
@@ -215,12 +215,12 @@ def _library(name: str, path: Path) -> Any:
         raise DataError(f"{path}: needs {package}, which is not installed: {_INSTALL}") from None
 
 
-def _decoded(data: bytes, place: str, bad: Bad) -> str | None:
-    """The text, or None where it is not UTF-8 and `bad` accepted that."""
+def _decode(data: bytes, place: str, on_bad: OnBadData) -> str | None:
+    """The text, or None where it is not UTF-8 and `on_bad` accepted that."""
     try:
         return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
-        bad(place, "not UTF-8", _not_utf8(data, error.start, error.start))
+        on_bad(place, "not UTF-8", _not_utf8(data, error.start, error.start))
         return None
 
 
@@ -233,13 +233,13 @@ def _not_utf8(data: bytes, index: int, offset: int) -> str:
 
 
 def _text_documents(
-    path: Path, separator: str | None, bad: Bad, progress: Callable[[int], None] | None
+    path: Path, separator: str | None, on_bad: OnBadData, progress: Callable[[int], None] | None
 ) -> Iterator[Document]:
     decoder = io.IncrementalNewlineDecoder(
         codecs.getincrementaldecoder("utf-8-sig")(), translate=True
     )
     held, count, offset = "", 0, 0
-    with _opened(path, progress) as stream:
+    with _open_stream(path, progress) as stream:
         while True:
             data = stream.read(_PIECE if separator else -1)
             pending = len(decoder.getstate()[0])
@@ -247,10 +247,10 @@ def _text_documents(
                 held += decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 message = _not_utf8(error.object, error.start, offset - pending + error.start)
-                bad(str(path), "not UTF-8", message)
+                on_bad(str(path), "not UTF-8", message)
                 return
             if "\0" in held:
-                bad(str(path), "binary", f"binary data, not text (a zero byte after {offset})")
+                on_bad(str(path), "binary", f"binary data, not text (a zero byte after {offset})")
                 return
             offset += len(data)
             if not data:
@@ -262,40 +262,40 @@ def _text_documents(
                     yield Document(text, f"{path}:{count}")
     if held.strip() or not count:
         if not offset:
-            bad(str(path), "empty file", "is empty")
+            on_bad(str(path), "empty file", "is empty")
             return
         yield Document(held, f"{path}:{count + 1}" if separator else str(path))
 
 
 def _json_rows(
-    path: Path, bad: Bad, progress: Callable[[int], None] | None
+    path: Path, on_bad: OnBadData, progress: Callable[[int], None] | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
-    with _opened(path, progress) as stream:
+    with _open_stream(path, progress) as stream:
         for number, line in enumerate(stream, 1):
             place = f"{path}:{number}"
             if not line.strip():
                 continue
             if number == 1 and line.lstrip(codecs.BOM_UTF8)[:1] == b"[":
                 break
-            text = _decoded(line, place, bad)
+            text = _decode(line, place, on_bad)
             if text is None:
                 continue
             try:
                 row: Any = json.loads(text)
             except (ValueError, RecursionError) as error:
                 if "\0" in text:
-                    bad(place, "binary", "binary data, not JSON")
+                    on_bad(place, "binary", "binary data, not JSON")
                 else:
-                    bad(place, "not JSON", f"not valid JSON: {error}")
+                    on_bad(place, "not JSON", f"not valid JSON: {error}")
                 continue
             if isinstance(row, dict):
                 yield place, cast("dict[str, Any]", row)
             else:
-                bad(place, "not JSON", f"expected a JSON object, found {type(row).__name__}")
+                on_bad(place, "not JSON", f"expected a JSON object, found {type(row).__name__}")
         else:
             if not number:
-                bad(str(path), "empty file", "is empty")
+                on_bad(str(path), "empty file", "is empty")
             return
     rows: Any = read_json_data(path)
     for i, row in enumerate(cast("list[Any]", rows), 1):
@@ -303,21 +303,21 @@ def _json_rows(
             yield f"{path}:[{i}]", cast("dict[str, Any]", row)
         else:
             kind = type(row).__name__
-            bad(f"{path}:[{i}]", "not JSON", f"expected a JSON object, found {kind}")
+            on_bad(f"{path}:[{i}]", "not JSON", f"expected a JSON object, found {kind}")
 
 
 def _table_rows(
-    path: Path, bad: Bad, progress: Callable[[int], None] | None
+    path: Path, on_bad: OnBadData, progress: Callable[[int], None] | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(sys.maxsize)
     delimiter = "\t" if ".tsv" in path.suffixes else ","
-    with _opened(path, progress) as stream:
-        text = _decoded(stream.read(), str(path), bad)
+    with _open_stream(path, progress) as stream:
+        text = _decode(stream.read(), str(path), on_bad)
     if text is None:
         return
     if not text.strip() or "\0" in text:
         reason = "binary" if text.strip() else "empty file"
-        bad(str(path), reason, "binary data, not a table" if text.strip() else "is empty")
+        on_bad(str(path), reason, "binary data, not a table" if text.strip() else "is empty")
         return
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
@@ -325,7 +325,7 @@ def _table_rows(
             values = {name: value for name, value in row.items() if isinstance(name, str)}
             if None in row or None in row.values():
                 wanted = len(reader.fieldnames or ())
-                bad(
+                on_bad(
                     f"{path}:{reader.line_num}",
                     "not a table",
                     f"expected {wanted} columns, as the first line has",
@@ -333,13 +333,13 @@ def _table_rows(
                 continue
             yield f"{path}:{reader.line_num}", values
     except csv.Error as error:
-        bad(f"{path}:{reader.line_num}", "not a table", str(error))
+        on_bad(f"{path}:{reader.line_num}", "not a table", str(error))
 
 
 def _parquet_rows(
     path: Path, columns: list[str] | None, progress: Callable[[int], None] | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    parquet, arrow = _library("pyarrow.parquet", path), _library("pyarrow", path)
+    parquet, arrow = _import_optional("pyarrow.parquet", path), _import_optional("pyarrow", path)
     count, size = 0, path.stat().st_size
     try:
         with parquet.ParquetFile(path) as file:

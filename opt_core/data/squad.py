@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from opt_core.data.classification import MULTIPLE
+from opt_core.data.classification import PAD_TO_MULTIPLE_OF
 from opt_core.data.readers import read_json_data, read_rows
 from opt_core.errors import DataError
 from opt_core.text.tokenizer import OPTTokenizer
@@ -67,7 +67,7 @@ def read_questions(path: str | PathLike[str], limit: int | None = None) -> list[
         DataError: The file cannot be read, or is not laid out so.
     """
     found: list[Question] = []
-    for place, row in _rows(Path(path)):
+    for place, row in _question_rows(Path(path)):
         if limit is not None and len(found) == limit:
             break
         found.append(_question(row, place))
@@ -119,7 +119,7 @@ def encode_questions(
             windows.dropped[problem] = windows.dropped.get(problem, 0) + 1
             continue
         offsets = np.array(context.offsets, np.int32)
-        for first in _starts(len(context.ids), room, stride):
+        for first in _window_starts(len(context.ids), room, stride):
             part = slice(first, first + room)
             rows.append(head + context.ids[part])
             places = np.full((len(rows[-1]), 2), -1, np.int32)
@@ -138,7 +138,7 @@ def encode_questions(
     return windows
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _question_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """One row per question, whichever way they are laid out."""
     if not path.name.endswith((".json", ".json.gz", ".json.zst")):
         yield from read_rows(path)
@@ -189,7 +189,7 @@ def _answer_span(question: Question) -> tuple[int, int] | tuple[()] | None:
     return end - len(answer.lstrip()), start + len(answer.rstrip())
 
 
-def _starts(count: int, room: int, stride: int) -> range:
+def _window_starts(count: int, room: int, stride: int) -> range:
     """Where the windows over some tokens start; the last one reaches the end."""
     return range(0, max(1, count - stride), room - stride)
 
@@ -209,7 +209,7 @@ def _token_span(
 
 def _pad(windows: Windows, rows: list[list[int]], tokenizer: OPTTokenizer, max_length: int) -> None:
     longest = max(map(len, rows))
-    width = min(longest + -longest % MULTIPLE, max_length)
+    width = min(longest + -longest % PAD_TO_MULTIPLE_OF, max_length)
     pad = tokenizer.pad_token_id
     if pad is None and any(len(row) < width for row in rows):
         raise DataError("rows of different lengths need a pad_token, which this tokenizer lacks")

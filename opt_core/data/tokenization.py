@@ -18,11 +18,11 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
 from opt_core.errors import DataError
-from opt_core.text.byte_level import spelled
+from opt_core.text.byte_level import byte_level_encode
 from opt_core.text.tokenizer import OPTTokenizer
 
-_KEPT = 1 << 18  # words whose ids are kept
-_LONGEST = 64  # characters; longer words hardly come again
+_MOST_WORDS = 1 << 18  # words whose ids are kept
+_LONGEST_WORD = 64  # characters; longer words hardly come again
 _PLANE = range(1 << 16)
 _START, _NO_START = re.compile(r" (?=\S)"), re.compile(r" (?!\S)")
 _EMOJI = "\U0001f300-\U0001f64f"
@@ -44,9 +44,9 @@ class BulkTokenizer:
         self._backend.encode_special_tokens = True
         self._model: Any = self._backend.model
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
-        self.is_fast = _cuts_as_gpt2(self._backend)
-        self._words = _Words(self._word)
-        self._pieces = _Words(lambda piece: self._cut(f" {piece}"))
+        self.is_fast = _splits_like_gpt2(self._backend)
+        self._words = _IdCache(self._encode_word)
+        self._pieces = _IdCache(lambda piece: self._encode_words(f" {piece}"))
 
     def __call__(self, text: str) -> bytes:
         """The ids of one text, as bytes of `dtype`."""
@@ -55,22 +55,22 @@ class BulkTokenizer:
         # A space before another character begins a word wherever it is, so that a text can be cut
         # there; `str.split` is faster where it does the same.
         first, *pieces = _START.split(text) if _NO_START.search(text) else text.split(" ")
-        return self._cut(first) + b"".join(map(self._pieces.__getitem__, pieces))
+        return self._encode_words(first) + b"".join(map(self._pieces.__getitem__, pieces))
 
-    def _cut(self, text: str) -> bytes:
-        return b"".join(map(self._words.__getitem__, _cutter(text.isascii()).findall(text)))
+    def _encode_words(self, text: str) -> bytes:
+        return b"".join(map(self._words.__getitem__, _word_pattern(text.isascii()).findall(text)))
 
     def _encode(self, text: str) -> bytes:
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return np.array(ids, self.dtype).tobytes()
 
-    def _word(self, word: str) -> bytes:
-        """The ids of what `_cutter` cut: straight from BPE, a third of the time."""
-        tokens = self._model.tokenize(spelled(word.encode()))
+    def _encode_word(self, word: str) -> bytes:
+        """The ids of what `_word_pattern` cut: straight from BPE, a third of the time."""
+        tokens = self._model.tokenize(byte_level_encode(word.encode()))
         return np.array([token.id for token in tokens], self.dtype).tobytes()
 
 
-class _Words(dict[str, bytes]):
+class _IdCache(dict[str, bytes]):
     """The ids of each word, computed when it is first asked for."""
 
     def __init__(self, encode: Callable[[str], bytes]) -> None:
@@ -79,7 +79,7 @@ class _Words(dict[str, bytes]):
 
     def __missing__(self, word: str) -> bytes:
         ids = self._encode(word)
-        if len(word) <= _LONGEST and len(self) < _KEPT:
+        if len(word) <= _LONGEST_WORD and len(self) < _MOST_WORDS:
             self[word] = ids
         return ids
 
@@ -104,7 +104,7 @@ def start_tokens(tokenizer: OPTTokenizer) -> list[int]:
     return [bos] if tokenizer.add_bos and bos is not None else []
 
 
-def _cuts_as_gpt2(backend: Any) -> bool:
+def _splits_like_gpt2(backend: Any) -> bool:
     """Whether a tokenizer does nothing before BPE but cut as GPT-2 does."""
     cutter = backend.pre_tokenizer
     return bool(
@@ -117,7 +117,7 @@ def _cuts_as_gpt2(backend: Any) -> bool:
 
 
 @cache
-def _cutter(is_ascii: bool) -> re.Pattern[str]:
+def _word_pattern(is_ascii: bool) -> re.Pattern[str]:
     """GPT-2's pattern: contractions, and runs of letters, numbers, other characters and spaces."""
     if is_ascii:
         letters, numbers, spaces = "A-Za-z", "0-9", r"\s"

@@ -12,10 +12,15 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from opt_core.data.classification import field as field_of
+from opt_core.data.classification import required_field
 from opt_core.data.readers import read_json_data, read_rows
 from opt_core.errors import DataError
-from opt_core.evaluation.perplexity import Continuation, Progress, TokenScores, score_continuations
+from opt_core.evaluation.perplexity import (
+    ContinuationScore,
+    Progress,
+    TokenScores,
+    score_continuations,
+)
 from opt_core.text.tokenizer import OPTTokenizer
 
 
@@ -145,7 +150,7 @@ def evaluate_bias(
     )
 
 
-def _value(score: Continuation, per_token: bool) -> float:
+def _value(score: ContinuationScore, per_token: bool) -> float:
     return score.log_likelihood / (score.tokens if per_token else 1)
 
 
@@ -161,7 +166,7 @@ def _crows_pairs(path: Path) -> list[Comparison]:
     found: list[Comparison] = []
     for place, row in read_rows(path):
         more, less, kind = (
-            field_of(row, name, place) for name in ("sent_more", "sent_less", "bias_type")
+            required_field(row, name, place) for name in ("sent_more", "sent_less", "bias_type")
         )
         if not more or not less:
             raise DataError(f"{place}: a sentence is empty")

@@ -18,7 +18,7 @@ from opt_core.evaluation.metrics import (
     macro_f1,
     micro_f1,
 )
-from opt_core.evaluation.perplexity import Progress, in_batches
+from opt_core.evaluation.perplexity import Progress, padded_batches
 
 ClassLogits = Callable[[NDArray[np.int32]], NDArray[np.float32]]
 """Ids [B, T] -> [B, classes]; `opt_torch.scoring.class_logits` and its siblings."""
@@ -70,7 +70,7 @@ def evaluate_classification(
         DataError: The model has another number of classes.
     """
     predictions: list[int] = []
-    for indices, ids in in_batches(examples, batch_size):
+    for indices, ids in padded_batches(examples, batch_size):
         logits = class_logits(ids)[: len(indices)]
         if logits.shape[1] != len(label_names):
             raise DataError(
@@ -142,7 +142,7 @@ def evaluate_questions(
     """
     may_be_none = any(not question.answers for question in questions)
     best: dict[int, list[Answer]] = {}
-    for row, start, end in _rows(span_logits, windows, batch_size, progress):
+    for row, start, end in _window_logits(span_logits, windows, batch_size, progress):
         index = windows.questions[row]
         found = answers_in_window(questions[index].context, windows.offsets[row], start, end, 1)
         none = [Answer("", float(start[0] + end[0]))] if may_be_none else []
@@ -203,12 +203,12 @@ def answers_in_window(
     return found
 
 
-def _rows(
+def _window_logits(
     span_logits: SpanLogits, windows: Windows, batch_size: int, progress: Progress | None
 ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
     """The number of each row, and its scores of start and end."""
     total = len(windows.examples)
-    for indices, ids in in_batches(windows.examples, batch_size):
+    for indices, ids in padded_batches(windows.examples, batch_size):
         starts, ends = span_logits(ids)
         for i, row in enumerate(indices):
             yield row, starts[i], ends[i]

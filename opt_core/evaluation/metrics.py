@@ -154,7 +154,7 @@ def _accepted(answers: Sequence[str]) -> list[str]:
     return [answer for answer in answers if normalize_answer(answer)] or [""]
 
 
-def chosen(scores: ArrayLike, lengths: ArrayLike | None = None) -> int:
+def most_likely(scores: ArrayLike, lengths: ArrayLike | None = None) -> int:
     """Which of several continuations is likeliest; the first, where some are equally likely.
 
     Args:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from opt_core.data.classification import field
+from opt_core.data.classification import required_field
 from opt_core.data.readers import read_rows
 from opt_core.errors import DataError
-from opt_core.evaluation.metrics import chosen, perplexity
+from opt_core.evaluation.metrics import most_likely, perplexity
 from opt_core.evaluation.perplexity import Progress, TokenScores, score_continuations
 from opt_core.text.tokenizer import OPTTokenizer
 
@@ -125,8 +125,8 @@ def evaluate_choices(
             nats -= likelihoods[0]
             continue
         lengths = [len(choice.lstrip(" ")) for choice in item.choices]
-        plain.append(float(chosen(likelihoods) == item.label))
-        normal.append(float(chosen(likelihoods, lengths) == item.label))
+        plain.append(float(most_likely(likelihoods) == item.label))
+        normal.append(float(most_likely(likelihoods, lengths) == item.label))
     spread = float(np.std(plain, ddof=1)) if len(plain) > 1 else 0.0
     return ChoiceResult(
         format,
@@ -215,14 +215,14 @@ def _without_marks(text: str) -> str:
 
 
 def _string(row: dict[str, Any], name: str, place: str) -> str:
-    value = field(row, name, place)
+    value = required_field(row, name, place)
     if not isinstance(value, str):
         raise DataError(f"{place}: {name!r}: expected a string, found {type(value).__name__}")
     return value
 
 
 def _strings(row: dict[str, Any], name: str, place: str) -> list[str]:
-    values: Any = field(row, name, place)
+    values: Any = required_field(row, name, place)
     texts = cast("list[Any]", values) if isinstance(values, list) else []
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{place}: {name!r}: expected a list of strings")
@@ -230,7 +230,7 @@ def _strings(row: dict[str, Any], name: str, place: str) -> list[str]:
 
 
 def _integer(row: dict[str, Any], name: str, place: str) -> int:
-    value = field(row, name, place)
+    value = required_field(row, name, place)
     try:
         return int(value)
     except (TypeError, ValueError):

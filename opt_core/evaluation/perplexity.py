@@ -20,7 +20,7 @@ TokenScores = Callable[[NDArray[np.int32]], tuple[NDArray[np.float32], NDArray[n
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all)."""
 
-_MULTIPLE = 8  # padded lengths, so that not every batch has a shape of its own
+_PAD_TO_MULTIPLE_OF = 8  # padded lengths, so that not every batch has a shape of its own
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def text_perplexity(
     nats, predicted, done, finished = 0.0, 0, 1, 0  # the very first token is given
     for batch in _batches(starts, batch_size):
         rows = [ids[start : start + window] for start in batch]
-        scores, _ = _scored(token_scores, rows, batch_size, window)
+        scores, _ = _padded_scores(token_scores, rows, batch_size, window)
         for start, row, values in zip(batch, rows, scores, strict=True):
             first = max(done - start, 1) if stride is not None else 1
             nats -= float(values[first - 1 : len(row) - 1].sum(dtype=np.float64))
@@ -116,7 +116,7 @@ def text_perplexity(
     )
 
 
-class Continuation(NamedTuple):
+class ContinuationScore(NamedTuple):
     """How a model judges a text that follows another one.
 
     Attributes:
@@ -137,7 +137,7 @@ def score_continuations(
     window: int,
     batch_size: int = 8,
     progress: Progress | None = None,
-) -> list[Continuation]:
+) -> list[ContinuationScore]:
     """Judges texts, each as what follows a context.
 
     Context and text are tokenised together and cut where the context's own tokens end, spaces at
@@ -158,23 +158,25 @@ def score_continuations(
     rows: list[NDArray[np.int32]] = []
     counts: list[int] = []
     for context, text in pairs:
-        ids, count = _encoded_pair(tokenizer, context, text)
+        ids, count = _encode_pair(tokenizer, context, text)
         if count >= window:
             raise DataError(f"{text[:40]!r}: {count} tokens do not fit into a window of {window}")
         rows.append(np.array(ids[-window:], np.int32))
         counts.append(count)
-    found: dict[int, Continuation] = {}
+    found: dict[int, ContinuationScore] = {}
     batch_size = min(batch_size, len(rows))
     # Rows of like length together: little padding, and the largest batch comes first.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for batch in _batches(order, batch_size):
         longest = max(len(rows[i]) for i in batch)
-        width = min(longest + -longest % _MULTIPLE, window)
-        scores, likeliest = _scored(token_scores, [rows[i] for i in batch], batch_size, width)
+        width = min(longest + -longest % _PAD_TO_MULTIPLE_OF, window)
+        scores, likeliest = _padded_scores(
+            token_scores, [rows[i] for i in batch], batch_size, width
+        )
         for i, values, best in zip(batch, scores, likeliest, strict=True):
             part = slice(len(rows[i]) - 1 - counts[i], len(rows[i]) - 1)
             total = float(values[part].sum(dtype=np.float64))
-            found[i] = Continuation(total, bool(best[part].all()), counts[i])
+            found[i] = ContinuationScore(total, bool(best[part].all()), counts[i])
         if progress:
             progress(len(found), len(rows))
     return [found[i] for i in range(len(rows))]
@@ -199,22 +201,24 @@ def score_text(
         window: Most tokens of a row: the model's `max_position_embeddings`.
         batch_size: Rows at a time.
     """
-    ids = np.array([_begin(tokenizer), *tokenizer.encode(text, add_special_tokens=False)], np.int32)
+    ids = np.array(
+        [_bos_id(tokenizer), *tokenizer.encode(text, add_special_tokens=False)], np.int32
+    )
     firsts = list(range(1, len(ids), window - 1))  # the first token that a row predicts
-    width = min(len(ids) + -len(ids) % _MULTIPLE, window)
+    width = min(len(ids) + -len(ids) % _PAD_TO_MULTIPLE_OF, window)
     batch_size = min(batch_size, max(1, len(firsts)))
     total = 0.0
     for batch in _batches(firsts, batch_size):
         ends = [min(first + window - 1, len(ids)) for first in batch]
         starts = [max(0, end - window) for end in ends]
         rows = [ids[start:end] for start, end in zip(starts, ends, strict=True)]
-        scores, _ = _scored(token_scores, rows, batch_size, width)
+        scores, _ = _padded_scores(token_scores, rows, batch_size, width)
         for first, start, end, values in zip(batch, starts, ends, scores, strict=True):
             total += float(values[first - start - 1 : end - start - 1].sum(dtype=np.float64))
     return total
 
 
-def in_batches(
+def padded_batches(
     examples: Sequence[dict[str, Any]], batch_size: int
 ) -> Iterator[tuple[range, NDArray[np.int32]]]:
     """The "input_ids" of padded examples: which ones, and their rows, as many in every batch."""
@@ -225,7 +229,7 @@ def in_batches(
         yield range(indices[0], indices[-1] + 1), np.stack(rows)
 
 
-def _encoded_pair(tokenizer: OPTTokenizer, context: str, text: str) -> tuple[list[int], int]:
+def _encode_pair(tokenizer: OPTTokenizer, context: str, text: str) -> tuple[list[int], int]:
     """The ids of both, a beginning before them, and how many are the text's."""
     spaces = len(context) - len(context.rstrip())
     if spaces:
@@ -235,10 +239,10 @@ def _encoded_pair(tokenizer: OPTTokenizer, context: str, text: str) -> tuple[lis
     count = len(both) - len(before)
     if count < 1:
         raise DataError(f"{text!r}: expected a text with tokens of its own after its context")
-    return [_begin(tokenizer), *both], count
+    return [_bos_id(tokenizer), *both], count
 
 
-def _begin(tokenizer: OPTTokenizer) -> int:
+def _bos_id(tokenizer: OPTTokenizer) -> int:
     begin = tokenizer.bos_token_id if tokenizer.add_bos else tokenizer.eos_token_id
     if begin is None:
         raise DataError("the tokenizer names no token to begin a text with (bos or eos)")
@@ -252,7 +256,7 @@ def _batches(items: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(items[start : start + size])
 
 
-def _scored(
+def _padded_scores(
     token_scores: TokenScores, rows: list[NDArray[np.int32]], batch_size: int, width: int
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """The scores of some rows, filled up so that all batches of a width share a program."""

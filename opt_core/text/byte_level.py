@@ -13,11 +13,11 @@ def token_table(backend: "Tokenizer") -> list[bytes | None]:
     vocabulary = backend.get_vocab(with_added_tokens=True)
     table: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
     for token, index in vocabulary.items():
-        table[index] = token.encode("utf-8") if index in added else _bytes_of(token)
+        table[index] = token.encode("utf-8") if index in added else _token_to_bytes(token)
     return table
 
 
-def lost_bytes(backend: "Tokenizer") -> frozenset[int]:
+def unencodable_bytes(backend: "Tokenizer") -> frozenset[int]:
     """Bytes that would silently vanish from a text: no token spells them, none means unknown."""
     if backend.normalizer is not None or backend.model.unk_token is not None:
         return frozenset()
@@ -25,12 +25,12 @@ def lost_bytes(backend: "Tokenizer") -> frozenset[int]:
     return frozenset(byte for char, byte in _BYTE_OF_CHAR.items() if char not in vocabulary)
 
 
-def spelled(data: bytes) -> str:
+def byte_level_encode(data: bytes) -> str:
     """Bytes as the vocabulary writes them: a character for each."""
     return data.decode("latin-1").translate(_CHAR_OF_BYTE)
 
 
-def _alphabet() -> Iterator[tuple[str, int]]:
+def _bytes_to_unicode() -> Iterator[tuple[str, int]]:
     """The character for each byte: printable ones stand for themselves, others get U+0100 and up.
 
     Defined by GPT-2's encoder (Radford et al. 2019, "Language Models are Unsupervised Multitask
@@ -45,11 +45,11 @@ def _alphabet() -> Iterator[tuple[str, int]]:
             others += 1
 
 
-_BYTE_OF_CHAR = dict(_alphabet())
-_CHAR_OF_BYTE = {byte: char for char, byte in _alphabet()}
+_BYTE_OF_CHAR = dict(_bytes_to_unicode())
+_CHAR_OF_BYTE = {byte: char for char, byte in _bytes_to_unicode()}
 
 
-def _bytes_of(token: str) -> bytes:
+def _token_to_bytes(token: str) -> bytes:
     try:
         return bytes([_BYTE_OF_CHAR[char] for char in token])
     except KeyError:  # not written in that alphabet: an entry that stands for itself

@@ -253,8 +253,8 @@ class OPTTokenizer:
                 f"text {i}: character {error.start} ({text[error.start]!r}) is half of a surrogate "
                 "pair and has no UTF-8 form; replace it"
             ) from None
-        if self._lost_bytes and not self._lost_bytes.isdisjoint(encoded):
-            lost = next(byte for byte in encoded if byte in self._lost_bytes)
+        if self._unencodable_bytes and not self._unencodable_bytes.isdisjoint(encoded):
+            lost = next(byte for byte in encoded if byte in self._unencodable_bytes)
             raise TokenizerError(f"text {i}: the vocabulary has no token for its byte 0x{lost:02x}")
 
     def _padded(self, rows: list[list[int]], side: Literal["left", "right"]) -> Encoding:
@@ -286,8 +286,8 @@ class OPTTokenizer:
         return byte_level.token_table(self._backend)
 
     @cached_property
-    def _lost_bytes(self) -> frozenset[int]:
-        return byte_level.lost_bytes(self._backend)
+    def _unencodable_bytes(self) -> frozenset[int]:
+        return byte_level.unencodable_bytes(self._backend)
 
 
 def _texts(value: Any, name: str) -> list[str]:

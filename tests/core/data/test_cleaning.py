@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opt_core.data.cleaning import Cleaning, clean, length_problem
-from opt_core.data.deduplication import WORDS, Seen, fingerprints
+from opt_core.data.deduplication import SHINGLE_WORDS, DuplicateFilter, fingerprints
 from opt_core.errors import DataError
 
 
@@ -61,7 +61,7 @@ def words(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def sequences(text: list[str]) -> set[tuple[str, ...]]:
-    return {tuple(text[i : i + WORDS]) for i in range(len(text) - WORDS + 1)}
+    return {tuple(text[i : i + SHINGLE_WORDS]) for i in range(len(text) - SHINGLE_WORDS + 1)}
 
 
 def test_repetition_is_the_share_of_sequences_that_came_before():
@@ -70,7 +70,7 @@ def test_repetition_is_the_share_of_sequences_that_came_before():
     texts += [["a", "b", "c", "d", "e", "f"] * 2]
     found = fingerprints([" ".join(text) for text in texts])
     for text, share in zip(texts, found.repetition, strict=True):
-        count = len(text) - WORDS + 1
+        count = len(text) - SHINGLE_WORDS + 1
         expected = (count - len(sequences(text))) / count if count > 0 else 0
         assert share == pytest.approx(expected)
 
@@ -100,7 +100,7 @@ def test_fingerprints_do_not_depend_on_what_is_computed_together():
 
 
 def problems(texts: list[str], near: float) -> list[str | None]:
-    seen, found = Seen(near), fingerprints(texts)
+    seen, found = DuplicateFilter(near), fingerprints(texts)
     return [seen.problem(found, i) for i in range(len(texts))]
 
 

@@ -123,7 +123,7 @@ def test_what_is_wrong_is_refused_or_counted(tmp_path: Path, name: str):
     assert str(error.value).startswith(str(path))
     assert "\n" not in str(error.value)
     found: list[str] = []
-    good = list(read_documents(path, bad=lambda place, why, what: found.append(why)))
+    good = list(read_documents(path, on_bad=lambda place, why, what: found.append(why)))
     assert found == [reason]
     assert len(good) == {"mixed.jsonl": 3, "cut.jsonl": 2, "list.jsonl": 3}.get(name, 0)
 

@@ -100,7 +100,7 @@ def test_what_goes_around_documents(tokenizer: OPTTokenizer, tmp_path: Path):
 def test_words_without_number_are_not_all_kept(
     bulk: BulkTokenizer, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("opt_core.data.tokenization._KEPT", 0)
+    monkeypatch.setattr("opt_core.data.tokenization._MOST_WORDS", 0)
     before = len(bulk._words)
     assert ids(bulk, "never seen before") == ids(bulk, "never seen before")
     assert len(bulk._words) == before

@@ -146,6 +146,6 @@ def test_known_answers():
 
 
 def test_the_likeliest_is_chosen():
-    assert metrics.chosen([-3.0, -2.0, -2.0]) == 1
-    assert metrics.chosen([-3.0, -2.0], [10, 2]) == 0
-    assert metrics.chosen([-3.0, -2.0], [0, 2]) == 1
+    assert metrics.most_likely([-3.0, -2.0, -2.0]) == 1
+    assert metrics.most_likely([-3.0, -2.0], [10, 2]) == 0
+    assert metrics.most_likely([-3.0, -2.0], [0, 2]) == 1

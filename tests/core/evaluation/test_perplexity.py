@@ -8,7 +8,7 @@ import pytest
 
 from opt_core import OPTTokenizer
 from opt_core.errors import DataError
-from opt_core.evaluation.perplexity import Continuation, score_continuations, text_perplexity
+from opt_core.evaluation.perplexity import ContinuationScore, score_continuations, text_perplexity
 from tests.support.small_tokenizer import TEXT as TEXTS
 from tests.support.small_tokenizer import write_opt_folder
 
@@ -149,7 +149,7 @@ def test_of_a_long_context_the_end_counts(tokenizer: OPTTokenizer):
     context = "the dog likes you " * 50
     (score,) = score_continuations(Bigrams(), tokenizer, [(context, "and me")], 24)
     ids = tokenizer.encode(context + "and me")[-24:]
-    assert isinstance(score, Continuation)
+    assert isinstance(score, ContinuationScore)
     assert score.log_likelihood == pytest.approx(log_likelihood(ids, 24 - score.tokens), rel=1e-5)
     with pytest.raises(DataError, match=r"\d+ tokens do not fit into a window of 24"):
         score_continuations(Bigrams(), tokenizer, [("", context)], 24)
