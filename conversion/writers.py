@@ -15,7 +15,7 @@ from conversion.formats.tf_h5 import write_tf_h5
 from conversion.formats.torch_zip import write_torch
 from conversion.streaming.background_flush import Flusher
 from conversion.streaming.lazy_tensors import (
-    BufferRing,
+    Buffer,
     MemoryTensor,
     contiguous,
     count_not_finite,
@@ -192,10 +192,10 @@ def write_weights(
     limit = parse_size(max_shard_size)
     tensors = list(target.tensors(config, entries))
     following = [*(tensor for _, tensor in tensors[1:]), None]
-    buffers = BufferRing(_BUFFERS)
+    buffers = [Buffer() for _ in range(_BUFFERS)]  # taken in turn
     tasks = [
-        lambda now=now, then=then: _fetch(now, then, dtype, buffers)
-        for (_, now), then in zip(tensors, following, strict=True)
+        lambda now=now, then=then, i=i: _fetch(now, then, dtype, buffers[i % _BUFFERS])
+        for i, ((_, now), then) in enumerate(zip(tensors, following, strict=True))
     ]
     with Ahead(tasks) as ahead, Flusher(folder) as flusher:
 
@@ -243,14 +243,14 @@ def _fetch(
     tensor: LazyTensor,
     following: LazyTensor | None,
     dtype: np.dtype[Any] | None,
-    buffers: BufferRing,
+    buffer: Buffer,
 ) -> tuple[NDArray[Any], int]:
     if following is not None:
         will_need(following)
     array = tensor.read()
     broken = count_not_finite(array)
     array = cast_array(tensor.name, array, _stored_as(tensor, dtype))
-    return contiguous(array, buffers), broken
+    return contiguous(array, buffer), broken
 
 
 def _split(tensors: Sequence[PendingTensor], limit: int) -> list[list[PendingTensor]]:

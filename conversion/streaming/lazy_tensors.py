@@ -301,32 +301,27 @@ def transposed(tensor: LazyTensor) -> LazyTensor:
     return tensor.transposed() if isinstance(tensor, StoredTensor) else TransposedTensor(tensor)
 
 
-class BufferRing:
-    """Memory for one matrix after the other: fresh memory takes as long as what it is filled with.
+class Buffer:
+    """Memory for one array after the other: fresh memory takes as long as what it is filled with.
 
-    Buffers take turns, whoever looks at them: an array is overwritten by the `count`-th one after
-    it, and its holder must be done by then. A buffer grows to the largest array it has held.
-
-    Args:
-        count: Buffers; one more than the arrays that are in use while the next one is made.
+    Nobody is asked whether an array is still looked at: the next one overwrites it. The buffer
+    grows to the largest array it has held.
     """
 
-    def __init__(self, count: int) -> None:
-        self._buffers: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * count
-        self._turn = 0
+    def __init__(self) -> None:
+        self._memory: NDArray[np.uint8] = np.empty(0, np.uint8)
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """The next array, of any values."""
         size = math.prod(shape) * dtype.itemsize
-        turn, self._turn = self._turn, (self._turn + 1) % len(self._buffers)
-        if self._buffers[turn].size < size:
-            self._buffers[turn] = np.empty(0, np.uint8)  # or both would be held for a moment
-            self._buffers[turn] = np.empty(size, np.uint8)
-        return self._buffers[turn][:size].view(dtype).reshape(shape)
+        if self._memory.size < size:
+            self._memory = np.empty(0, np.uint8)  # or both would be held for a moment
+            self._memory = np.empty(size, np.uint8)
+        return self._memory[:size].view(dtype).reshape(shape)
 
 
-def contiguous(array: NDArray[Any], buffers: BufferRing | None = None) -> NDArray[Any]:
-    """The array in C order, copied where it is not, into the next buffer if there are buffers.
+def contiguous(array: NDArray[Any], buffer: Buffer | None = None) -> NDArray[Any]:
+    """The array in C order, copied where it is not, into the buffer if there is one.
 
     NumPy copies a transposed matrix column by column, each touching every page of the source. Tile
     by tile is three times as fast, and three times again where a tile is first copied to a place
@@ -334,9 +329,7 @@ def contiguous(array: NDArray[Any], buffers: BufferRing | None = None) -> NDArra
     """
     if array.ndim != 2 or array.flags.c_contiguous:
         return np.ascontiguousarray(array).reshape(array.shape)  # which makes 0-d arrays 1-d
-    out = np.empty(array.shape, array.dtype)
-    if buffers is not None:
-        out = buffers.array(array.shape, array.dtype)
+    out = (buffer or Buffer()).array(array.shape, array.dtype)
     scratch: NDArray[Any] = np.empty((_TILE, _TILE), array.dtype)
     for i in range(0, array.shape[0], _TILE):
         for j in range(0, array.shape[1], _TILE):
