@@ -15,7 +15,7 @@ from conversion.formats.tf_h5 import write_tf_h5
 from conversion.formats.torch_zip import write_torch
 from conversion.streaming.background_flush import Flusher
 from conversion.streaming.lazy_tensors import (
-    Buffers,
+    Buffer,
     MemoryTensor,
     contiguous,
     count_not_finite,
@@ -32,6 +32,7 @@ from opt_core.errors import ConfigError
 from opt_core.json_files import write_json
 from opt_core.params import ParamSpec
 
+_BUFFERS = 2  # one tensor is written while the next one is made
 Entries = Sequence[tuple[ParamSpec, LazyTensor]]
 Write = Callable[[Path, Sequence[PendingTensor], OPTConfig, bool], None]
 Fetched = Callable[[str, int, int], None]
@@ -191,10 +192,10 @@ def write_weights(
     limit = parse_size(max_shard_size)
     tensors = list(target.tensors(config, entries))
     following = [*(tensor for _, tensor in tensors[1:]), None]
-    buffers = Buffers()
+    buffers = [Buffer() for _ in range(_BUFFERS)]  # taken in turn
     tasks = [
-        lambda now=now, then=then: _fetch(now, then, dtype, buffers)
-        for (_, now), then in zip(tensors, following, strict=True)
+        lambda now=now, then=then, i=i: _fetch(now, then, dtype, buffers[i % _BUFFERS])
+        for i, ((_, now), then) in enumerate(zip(tensors, following, strict=True))
     ]
     with Ahead(tasks) as ahead, Flusher(folder) as flusher:
 
@@ -242,14 +243,14 @@ def _fetch(
     tensor: LazyTensor,
     following: LazyTensor | None,
     dtype: np.dtype[Any] | None,
-    buffers: Buffers,
+    buffer: Buffer,
 ) -> tuple[NDArray[Any], int]:
     if following is not None:
         will_need(following)
     array = tensor.read()
     broken = count_not_finite(array)
     array = cast_array(tensor.name, array, _stored_as(tensor, dtype))
-    return contiguous(array, buffers), broken
+    return contiguous(array, buffer), broken
 
 
 def _split(tensors: Sequence[PendingTensor], limit: int) -> list[list[PendingTensor]]:

@@ -4,6 +4,7 @@ Shapes are written as letters, in names (`q_BHTK`) and docstrings alike:
 
     B batch      T new tokens       S cache slots  D hidden_size  H heads   K head size
     F ffn_dim    P embedding width  V vocabulary   W beams        N layers
+    R rows       C candidates     G drafts       X any number
 """
 
 from opt_core.config import OPTConfig

@@ -7,7 +7,6 @@ asked for, so that a conversion never holds more than the tensor it is writing.
 import contextlib
 import math
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -302,29 +301,27 @@ def transposed(tensor: LazyTensor) -> LazyTensor:
     return tensor.transposed() if isinstance(tensor, StoredTensor) else TransposedTensor(tensor)
 
 
-class Buffers:
-    """Memory for one matrix after the other: fresh memory takes as long as what it is filled with.
+class Buffer:
+    """Memory for one array after the other: fresh memory takes as long as what it is filled with.
 
-    A buffer is used again once no array looks at it any more.
+    Nobody is asked whether an array is still looked at: the next one overwrites it. The buffer
+    grows to the largest array it has held.
     """
 
     def __init__(self) -> None:
-        self._buffers: list[NDArray[np.uint8]] = []
+        self._memory: NDArray[np.uint8] = np.empty(0, np.uint8)
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """An array of any values."""
+        """The next array, of any values."""
         size = math.prod(shape) * dtype.itemsize
-        # The list and the call itself hold one; an array that looks at it would be another.
-        free = (i for i in range(len(self._buffers)) if sys.getrefcount(self._buffers[i]) <= 2)
-        index = next(free, len(self._buffers))
-        if index == len(self._buffers) or self._buffers[index].size < size:
-            self._buffers[index : index + 1] = []
-            self._buffers.insert(index, np.empty(size, np.uint8))
-        return self._buffers[index][:size].view(dtype).reshape(shape)
+        if self._memory.size < size:
+            self._memory = np.empty(0, np.uint8)  # or both would be held for a moment
+            self._memory = np.empty(size, np.uint8)
+        return self._memory[:size].view(dtype).reshape(shape)
 
 
-def contiguous(array: NDArray[Any], buffers: Buffers | None = None) -> NDArray[Any]:
-    """The array in C order, copied where it is not, into one of the buffers.
+def contiguous(array: NDArray[Any], buffer: Buffer | None = None) -> NDArray[Any]:
+    """The array in C order, copied where it is not, into the buffer if there is one.
 
     NumPy copies a transposed matrix column by column, each touching every page of the source. Tile
     by tile is three times as fast, and three times again where a tile is first copied to a place
@@ -332,7 +329,7 @@ def contiguous(array: NDArray[Any], buffers: Buffers | None = None) -> NDArray[A
     """
     if array.ndim != 2 or array.flags.c_contiguous:
         return np.ascontiguousarray(array).reshape(array.shape)  # which makes 0-d arrays 1-d
-    out = (buffers or Buffers()).array(array.shape, array.dtype)
+    out = (buffer or Buffer()).array(array.shape, array.dtype)
     scratch: NDArray[Any] = np.empty((_TILE, _TILE), array.dtype)
     for i in range(0, array.shape[0], _TILE):
         for j in range(0, array.shape[1], _TILE):

@@ -47,7 +47,8 @@ class PendingTensor:
         name: Name in the file.
         shape: Shape the array will have.
         dtype: Data type the array will have.
-        fetch: Called once, to make the array.
+        fetch: Called once, to make the array, which may be used until another tensor's is fetched:
+            it may be in memory that takes turns.
     """
 
     name: str

@@ -14,7 +14,8 @@ import conversion
 from conversion import writers
 from conversion.formats import flax_msgpack
 from conversion.readers import open_source
-from conversion.streaming.lazy_tensors import Buffers, contiguous
+from conversion.streaming.lazy_tensors import Buffer, contiguous
+from conversion.streaming.prefetch import Ahead
 from conversion.writers import TARGETS
 from opt_core.errors import CheckpointError, ConfigError, OPTError
 from opt_core.text.tokenizer import OPTTokenizer
@@ -340,23 +341,46 @@ def test_no_more_than_two_tensors_are_held(
     assert most <= 3  # one is written, one is ready, and one is being let go of
 
 
-def test_memory_is_used_again_when_nobody_looks_at_it():
-    buffers, matrix = Buffers(), np.arange(6, dtype=np.float32).reshape(2, 3)
-    first = contiguous(matrix.T, buffers)
-    second = contiguous(matrix.T + 1, buffers)
-    third = contiguous((matrix + 2).T, buffers)
-    assert not np.shares_memory(first, third)
+def test_a_buffer_is_used_again_and_grows():
+    buffer, matrix = Buffer(), np.arange(6, dtype=np.float32).reshape(2, 3)
+    first = contiguous(matrix.T, buffer)
     np.testing.assert_array_equal(first, matrix.T)
-    looked_at = first.reshape(-1).view(np.uint8).data
-    address = first.ctypes.data
-    del first
-    kept = bytes(looked_at)
-    assert contiguous((matrix + 3).T, buffers).ctypes.data != address
-    assert bytes(looked_at) == kept
-    del looked_at
-    assert contiguous((matrix + 4).T, buffers).ctypes.data == address
-    np.testing.assert_array_equal(second, matrix.T + 1)
-    np.testing.assert_array_equal(third, matrix.T + 2)
+    second = contiguous((matrix[:, 1:] + 2).T, buffer)
+    assert second.ctypes.data == first.ctypes.data
+    np.testing.assert_array_equal(second, (matrix[:, 1:] + 2).T)
+    larger = contiguous(np.ones((4, 5), np.float32).T, buffer)
+    np.testing.assert_array_equal(larger, np.ones((5, 4)))
+    np.testing.assert_array_equal(second, (matrix[:, 1:] + 2).T)
+    assert not np.shares_memory(larger, contiguous(matrix.T))
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_tensor_that_is_being_written_is_not_overwritten(
+    to: str, shard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Every tensor through a buffer; the next one is complete before the last one is looked at."""
+    state = make(tmp_path / "a", TINY.replace(num_hidden_layers=5))
+    used: list[int] = []
+
+    def copied(array: Any, buffer: Buffer) -> Any:
+        out = buffer.array(array.shape, array.dtype)
+        out[...] = array
+        used.append(out.ctypes.data)
+        return out
+
+    class Eager(Ahead[Any]):
+        def take(self, index: int) -> Any:
+            result = super().take(index)
+            for future in self._started.values():
+                future.exception()
+            return result
+
+    monkeypatch.setattr(writers, "contiguous", copied)
+    monkeypatch.setattr(writers, "Ahead", Eager)
+    conversion.convert(tmp_path / "a", tmp_path / "b", to, max_shard_size=shard)
+    assert len(used) > 20
+    assert_values(tmp_path / "b", state)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")

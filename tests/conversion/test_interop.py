@@ -1,7 +1,7 @@
 """What others wrote is read, and what we write others read, with equal logits.
 
-The recorded checkpoints were made by `make_fixtures.py`. The live tests run where an environment
-variable names an interpreter that has the libraries:
+The recorded checkpoints were made by `tests/support/record_checkpoints.py`. The live tests run
+where an environment variable names an interpreter that has the libraries:
 OPT_TRANSFORMERS4_PYTHON (transformers 4.57 with TensorFlow, Flax and torch) and
 OPT_KERAS_HUB_PYTHON (transformers 5, keras-hub, CTranslate2).
 """
@@ -26,6 +26,7 @@ from tests.support.oracle import forward, random_params
 from tests.support.small_tokenizer import write_opt_folder
 
 HERE = Path(__file__).parent
+SCRIPTS = HERE.parent / "support"
 RECORDED = sorted(path.name for path in (HERE / "recorded").iterdir())
 IDS = np.array([[2, 5, 9, 20, 3, 7]])
 TOLERANCE = 2e-5
@@ -86,7 +87,7 @@ def ask(library: str, script: str, *arguments: Path) -> None:
     """Runs one of our scripts with an interpreter that has the library."""
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     done = subprocess.run(
-        [os.environ[PYTHONS[library]], str(HERE / script), *map(str, arguments)],
+        [os.environ[PYTHONS[library]], str(SCRIPTS / script), *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, **quiet},
@@ -99,7 +100,7 @@ def ask(library: str, script: str, *arguments: Path) -> None:
 def test_checkpoints_they_write_today_are_read(library: str, tmp_path: Path):
     if PYTHONS[library] not in os.environ:
         pytest.skip(f"{PYTHONS[library]} names no interpreter")
-    ask(library, "make_fixtures.py", tmp_path / "theirs")
+    ask(library, "record_checkpoints.py", tmp_path / "theirs")
     names = {path.name for path in (tmp_path / "theirs").iterdir()}
     assert names == {name for name in RECORDED if ("keras_hub" in name) == (library == "keras_hub")}
     for name in names:

@@ -1,9 +1,9 @@
 """Lets the libraries that define the formats compute logits from what we wrote.
 
-    PYTHON tests/conversion/interop.py jobs.json
+    PYTHON tests/support/interop.py jobs.json
 
-Run by `test_interop.py` with an interpreter that has them. A job is a reader, a folder, token ids
-and where to put the logits.
+Run by `tests/conversion/test_interop.py` with an interpreter that has them. A job is a reader, a
+folder, token ids and where to put the logits.
 """
 
 # What is imported here is in the environments that this is made for, not in this project's.
