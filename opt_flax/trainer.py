@@ -92,7 +92,7 @@ class Trainer:
 
     def _variable(self, slot: Slot, spec: ParamSpec) -> Any:
         if slot == "value":
-            return locate(self.model, spec)[0]
+            return locate(self.model, spec)
         node: Any = getattr(self._adam(), _STATES[slot])
         for part in parameter_path(self.model, spec)[0]:
             node = node[part]

@@ -77,15 +77,13 @@ class Trainer:
         lora.save_adapter(self.model, folder, base)
 
     def _tensor(self, slot: Slot, spec: ParamSpec) -> torch.Tensor:
-        module, leaf = locate(self.model, spec)
         if slot == "value":
-            return getattr(module, leaf).detach()
+            return locate(self.model, spec).detach()
         return self._state(spec)[_STATES[slot]]
 
     def _state(self, spec: ParamSpec) -> dict[str, Any]:
         """The optimizer's state of a parameter, as AdamW makes it in its first step."""
-        module, leaf = locate(self.model, spec)
-        parameter = getattr(module, leaf)
+        parameter = locate(self.model, spec)
         state = self.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)

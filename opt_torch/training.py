@@ -33,8 +33,7 @@ def make_optimizer(model: "OPTPreTrainedModel", config: TrainConfig) -> AdamW:
     model.requires_grad_(False)
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for spec in config.trained_specs(model.config, model.head):
-        module, leaf = locate(model, spec)
-        groups[spec.decays].append(getattr(module, leaf).requires_grad_(True))
+        groups[spec.decays].append(locate(model, spec).requires_grad_(True))
     return AdamW(
         [
             {"params": groups[True], "weight_decay": config.weight_decay},
