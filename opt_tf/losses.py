@@ -88,7 +88,7 @@ def _by_chunks(
     rows_RP: tf.Tensor, head_VP: tf.Tensor, targets_R: tf.Tensor, smoothing: float
 ) -> tuple[Any, Any, Any]:
     """Mean cross entropy of `rows @ head.T`, and the gradients of rows and head."""
-    (R, P), V, dtype = sizes(rows_RP), head_VP.shape[0], upcast(rows_RP[:0]).dtype
+    (R, P), (V, _), dtype = sizes(rows_RP), sizes(head_VP), upcast(rows_RP[:0]).dtype
     count = -(-R // max(1, CHUNK // V))
     free = -R % count
     rows = tf.reshape(tf.pad(rows_RP, [[0, free], [0, 0]]), (count, -1, P))
