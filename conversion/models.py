@@ -8,9 +8,9 @@ import numpy as np
 from conversion.backends import BACKENDS, load_backend
 from opt_core.checkpoints.tensors import float_dtype
 from opt_core.config import OPTConfig
-from opt_core.errors import CheckpointError, InputError
+from opt_core.errors import InputError
 from opt_core.params import param_specs
-from opt_core.training.lora import UNMERGED
+from opt_core.training.lora import check_merged
 
 
 def to_torch(model: Any) -> Any:
@@ -62,8 +62,7 @@ def _rebuilt(model: Any, backend: str) -> Any:
         kind = f"{type(model).__module__}.{type(model).__name__}"
         raise InputError(f"model: expected one of opt_torch, opt_tf or opt_flax, received {kind}")
     import_module(f"{mine.module}.quantization").check_not_quantized(model, f"to_{backend}")
-    if any(layer.adapts for layer in import_module(f"{mine.module}.lora").adapters(model)):
-        raise CheckpointError(f"to_{backend}: {UNMERGED}")
+    check_merged(import_module(f"{mine.module}.lora").adapters(model), f"to_{backend}")
     name = type(model).__name__.removeprefix(mine.prefix)
     wanted = load_backend(backend, name)
     source = import_module(f"{mine.module}.checkpoint")

@@ -1,13 +1,14 @@
 """How each framework spells a parameter: a path rule and a leaf rule, not a table per backend.
 
 Module names agree everywhere (they are Hugging Face's), so only the last part differs (`weight`,
-`kernel`, `embedding`, `scale`, `gamma`, `beta`), whether a linear weight is transposed, and what
-the list of layers is called.
+`kernel`, `embedding`, `scale`, `gamma`, `beta`), and what the list of layers is called.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from opt_core.params import Kind, ParamSpec
+from opt_core.params import Head, Kind, ParamSpec
 
 
 @dataclass(frozen=True)
@@ -15,40 +16,56 @@ class Dialect:
     """One framework's spelling of parameter names.
 
     Attributes:
-        name: "torch", "keras" or "nnx".
         leaves: (kind, canonical leaf) -> the framework's leaf.
         layers: The attribute that holds the decoder layers.
-        transposes_linear: Whether a linear weight is kept as [in, out] instead of [out, in].
     """
 
-    name: str
     leaves: dict[tuple[Kind, str], str]
     layers: str = "layers"
-    transposes_linear: bool = False
 
-    def path(self, spec: ParamSpec) -> tuple[str, ...]:
-        """The attributes to follow from the model to the parameter, indices of layers as digits."""
-        *modules, leaf = spec.name.split(".")
+    def path(self, spec: ParamSpec, head: Head = "causal_lm") -> tuple[str, ...]:
+        """The attributes to follow from a model to a parameter, indices of layers as digits.
+
+        Args:
+            spec: The parameter.
+            head: The model's head; a bare model is what the others keep as `model`.
+        """
+        first, *modules, leaf = spec.name.split(".")
+        modules = modules if head == "none" else [first, *modules]
         return (
             *(self.layers if m == "layers" else m for m in modules),
             self.leaves[spec.kind, leaf],
         )
 
-    def is_transposed(self, spec: ParamSpec) -> bool:
-        """Whether the framework keeps this tensor with its two dimensions swapped."""
-        return self.transposes_linear and spec.kind == "linear" and len(spec.shape) == 2
+    def owner(self, model: Any, spec: ParamSpec) -> tuple[Any, str]:
+        """The layer that owns a parameter, and the parameter's name there.
 
-    def shape(self, spec: ParamSpec) -> tuple[int, ...]:
-        """The tensor's shape as the framework keeps it."""
-        return spec.shape[::-1] if self.is_transposed(spec) else spec.shape
+        Args:
+            model: A model of the framework.
+            spec: The parameter.
+        """
+        *modules, leaf = self.path(spec, model.head)
+        return follow(model, modules), leaf
 
-    def axes(self, spec: ParamSpec) -> tuple[str, ...]:
-        """The tensor's logical axes as the framework keeps it."""
-        return spec.axes[::-1] if self.is_transposed(spec) else spec.axes
+    def parent(self, model: Any, spec: ParamSpec) -> tuple[Any, str]:
+        """The module that holds the layer that owns a parameter, and the layer's name there.
+
+        Args:
+            model: A model of the framework.
+            spec: The parameter.
+        """
+        *modules, layer, _ = self.path(spec, model.head)
+        return follow(model, modules), layer
+
+
+def follow(node: Any, path: Iterable[str | int]) -> Any:
+    """What lies at a path of attributes and indices, these as numbers or digits."""
+    for part in path:
+        node = node[int(part)] if str(part).isdigit() else getattr(node, str(part))
+    return node
 
 
 TORCH = Dialect(
-    "torch",
     {
         ("linear", "weight"): "weight",
         ("linear", "bias"): "bias",
@@ -58,7 +75,6 @@ TORCH = Dialect(
     },
 )
 KERAS = Dialect(
-    "keras",
     {
         ("linear", "weight"): "weight",
         ("linear", "bias"): "bias",
@@ -69,7 +85,6 @@ KERAS = Dialect(
     layers="blocks",  # `keras.Model.layers` cannot be assigned
 )
 NNX = Dialect(
-    "nnx",
     {
         ("linear", "weight"): "weight",  # not `kernel`, which in Flax means [in, out]
         ("linear", "bias"): "bias",

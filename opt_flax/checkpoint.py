@@ -1,10 +1,7 @@
 """Weights in and out of a model, through the parameter list and the NNX dialect."""
 
-import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -16,18 +13,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
-from opt_core.checkpoints import load as files
-from opt_core.checkpoints.save import save_checkpoint
+from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.tensors import cast_array
-from opt_core.config import DTYPES, OPTConfig
-from opt_core.dialects import NNX
+from opt_core.config import OPTConfig
+from opt_core.dialects import NNX, follow
 from opt_core.errors import CheckpointError, ConfigError
-from opt_core.generation.config import GenerationConfig
-from opt_core.hub import resolve
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
-from opt_core.quantization import check_scheme, quantize_array, scheme_of
-from opt_core.training.lora import UNMERGED
+from opt_core.quantization import quantize_array, scheme_of
+from opt_core.training.lora import check_merged
 from opt_flax import attention, quantization, sharding
 
 if TYPE_CHECKING:
@@ -63,24 +57,18 @@ def from_pretrained(
     **hub: Any,
 ) -> M:
     """Loads a checkpoint tensor by tensor; see `FlaxOPTPreTrainedModel.from_pretrained`."""
-    dtype = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-    if dtype not in (*DTYPES, "auto"):
-        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)} or auto, received {dtype!r}")
-    check_scheme(quantize)
     if quantize is not None and (mesh is not None or scan_layers):
         other = "scan_layers" if mesh is None else "mesh"
         raise ConfigError(f"quantize: expected None with {other}, received {quantize!r}")
-    folder = resolve(path_or_hub_id, **hub)
-    home = folder if folder.is_dir() else folder.parent
-    config = config or OPTConfig.from_pretrained(home)
-    plan = files.plan_load(files.open_checkpoint(folder), config, cls.head)
-    wanted = resolve_dtype(dtype, plan)
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    source = pretrained.open_pretrained(cls.head, path_or_hub_id, name, config, quantize, **hub)
+    wanted = _as_dtype(source.dtype)
     if attn_implementation == "flash_attention_2":
         attention.check_flash(attention.platform_of(mesh), wanted)
-    model = cls(plan.config, None, attn_implementation, scan_layers, mesh)
+    model = cls(source.config, None, attn_implementation, scan_layers, mesh)
     groups = {spec.name: group for group in _groups(model) for spec in group}
     waiting: dict[str, NDArray[Any]] = {}
-    for spec, array in plan.stream(progress=progress):
+    for spec, array in source.stream(progress):
         scheme = scheme_of(spec, quantize)
         if scheme is not None:
             values = quantize_array(spec.name, array, scheme)
@@ -91,15 +79,7 @@ def from_pretrained(
         if all(s.name in waiting for s in group):
             _fill(model, group, [waiting.pop(s.name) for s in group], wanted)
         del array  # or the next tensor would be read while this one is still held
-    for spec in plan.fresh:
-        _fill(model, [spec], [initial_value(spec, plan.config, seed=0)], wanted)
-        warnings.warn(
-            f"{folder}: no {spec.name} in this checkpoint; "
-            "it is freshly initialised and needs training",
-            stacklevel=3,
-        )
-    if cls.head == "causal_lm" and (home / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(home)
+    source.set_generation_config(model)
     return model
 
 
@@ -111,29 +91,18 @@ def save_pretrained(
     The first process writes; the others take part in gathering, and wait until all is there.
     """
     quantization.check_not_quantized(model, "save_pretrained")
-    if any(getattr(module, "adapts", False) for _, module in nnx.iter_graph(model)):
-        raise CheckpointError(f"{folder}: {UNMERGED}")
-    specs = param_specs(model.config, model.head)
-    left = list(specs)
+    check_merged((module for _, module in nnx.iter_graph(model)), str(folder))
+    left = param_specs(model.config, model.head)
 
     def fetch(spec: ParamSpec) -> NDArray[Any]:
         """A parameter; all processes must come here in the same order."""
-        assert left.pop(0) is spec
+        assert left.pop(0) == spec
         return as_array(get_parameter(model, spec))
 
     failure: Exception | None = None
     try:
         if jax.process_index() == 0:
-            save_checkpoint(
-                Path(folder),
-                model.config,
-                {spec.name: partial(fetch, spec) for spec in specs},
-                specs,
-                dtype=model.dtype.name,
-                max_shard_size=max_shard_size,
-                architecture=type(model).__name__.removeprefix("Flax"),
-            )
-            model.generation_config.save_pretrained(folder)
+            pretrained.save_pretrained(model, folder, fetch, model.dtype.name, max_shard_size)
     except Exception as error:
         failure = error
     if jax.process_count() > 1:
@@ -146,13 +115,9 @@ def save_pretrained(
         raise failure
 
 
-def locate(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> tuple[nnx.Param[Any], int | None]:
-    """The variable that holds a parameter, and its place in a stack of layers or None."""
-    path, layer = parameter_path(model, spec)
-    node: Any = model
-    for part in path:
-        node = node[part] if isinstance(part, int) else getattr(node, part)
-    return node, layer
+def locate(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> nnx.Param[Any]:
+    """The variable that holds a parameter, or those of all layers where they are stacked."""
+    return follow(model, parameter_path(model, spec)[0])
 
 
 def get_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> Array:
@@ -163,33 +128,17 @@ def get_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> Array:
     weight = quantization.get_quantized(model, spec)
     if weight is not None:
         return weight.dequantize()
-    variable, layer = locate(model, spec)
-    values = variable[...] if layer is None else variable[...][layer]
-    return values[: spec.shape[0]]
+    values, layer = locate(model, spec)[...], parameter_path(model, spec)[1]
+    return (values if layer is None else values[layer])[: spec.shape[0]]
 
 
 def set_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec, values: NDArray[Any]) -> None:
     """Replaces a parameter's values, given in the canonical layout."""
-    variable, layer = locate(model, spec)
+    variable, layer = locate(model, spec), parameter_path(model, spec)[1]
     if layer is None:
         _fill(model, [spec], [np.asarray(values)], np.dtype(variable.dtype))
     else:
         variable.set_value(variable[...].at[layer].set(jnp.asarray(values, variable.dtype)))
-
-
-def resolve_dtype(dtype: str, plan: files.LoadPlan) -> np.dtype[Any]:
-    """The type to load as; "auto" is the stored one.
-
-    Raises:
-        ConfigError: float64, and JAX has it switched off.
-    """
-    wanted = jnp.dtype(plan.entries[0][1].dtype.name if dtype == "auto" else dtype)
-    if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
-        raise ConfigError(
-            'dtype: JAX has float64 switched off; jax.config.update("jax_enable_x64", True), '
-            "or load as float32"
-        )
-    return wanted
 
 
 def as_array(values: Array) -> NDArray[Any]:
@@ -203,14 +152,27 @@ def parameter_path(
     model: "FlaxOPTPreTrainedModel", spec: ParamSpec
 ) -> tuple[tuple[str | int, ...], int | None]:
     """Where a parameter lies in the model's state, and its place in a stack of layers or None."""
-    path = [int(part) if part.isdigit() else part for part in NNX.path(spec)]
-    if model.head == "none":
-        path = path[1:]  # a bare OPTModel is what the others keep as `model`
+    path = [int(part) if part.isdigit() else part for part in NNX.path(spec, model.head)]
     layer = None
     if model.get_decoder().scan_layers:
         layer = next((part for part in path if isinstance(part, int)), None)
         path = [part for part in path if not isinstance(part, int)]
     return tuple(path), layer
+
+
+def _as_dtype(name: str) -> np.dtype[Any]:
+    """A type by its name.
+
+    Raises:
+        ConfigError: float64, and JAX has it switched off.
+    """
+    wanted = jnp.dtype(name)
+    if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise ConfigError(
+            'dtype: JAX has float64 switched off; jax.config.update("jax_enable_x64", True), '
+            "or load as float32"
+        )
+    return wanted
 
 
 def _groups(model: "FlaxOPTPreTrainedModel") -> list[list[ParamSpec]]:
@@ -228,10 +190,10 @@ def _layout(
     model: "FlaxOPTPreTrainedModel", group: Sequence[ParamSpec]
 ) -> tuple[tuple[int, ...], Sharding]:
     """The shape and place of a variable."""
-    spec, stacked = group[0], locate(model, group[0])[1] is not None
+    spec, stacked = group[0], parameter_path(model, group[0])[1] is not None
     shape = tuple(
         sharding.padded_rows(spec, model.mesh) if axis == "vocab" else size
-        for axis, size in zip(NNX.axes(spec), NNX.shape(spec), strict=True)
+        for axis, size in zip(spec.axes, spec.shape, strict=True)
     )
     shape = (len(group), *shape) if stacked else shape
     if model.mesh is None:
@@ -298,5 +260,4 @@ def _place(
 
 def _assign(model: "FlaxOPTPreTrainedModel", group: Sequence[ParamSpec], values: Any) -> None:
     """Makes an array, or the outline of one, the value of a variable."""
-    variable, _ = locate(model, group[0])
-    variable.set_value(values)
+    locate(model, group[0]).set_value(values)

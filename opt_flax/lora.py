@@ -1,20 +1,19 @@
 """Low-rank adapters on a model's linear layers: apply, merge, unmerge, save and load."""
 
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
+from opt_core.dialects import NNX
 from opt_core.errors import ConfigError
-from opt_core.params import param_specs
+from opt_core.params import ParamSpec
 from opt_core.training import lora as files
 from opt_core.training.lora import Adapter
 from opt_flax import sharding
-from opt_flax.checkpoint import as_array, get_parameter, locate, parameter_path
+from opt_flax.checkpoint import as_array, get_parameter, locate
 from opt_flax.linear import Linear
 
 if TYPE_CHECKING:
@@ -70,21 +69,12 @@ def apply(
         ConfigError: A value that cannot be, or the model has adapters already.
     """
     adapter = Adapter(rank, alpha, tuple(targets))
-    if adapters(model):
-        raise ConfigError("the model has adapters already; merge them first")
     if model.get_decoder().scan_layers:
         raise ConfigError("scan_layers: stacked layers take no adapters; load the model without")
-    for spec in files.adapted_specs(model.config, adapter.targets):
-        *outer, name, _ = parameter_path(model, spec)[0]
-        parent: Any = model
-        for part in outer:
-            parent = parent[part] if isinstance(part, int) else getattr(parent, part)
-        layer = getattr(parent, str(name))
-        if type(layer) is not Linear:
-            raise ConfigError(f"{spec.name}: an adapter needs a plain linear layer")
-        setattr(parent, str(name), LoraLinear(layer, adapter))
-    for spec in files.adapter_specs(model.config, adapter.rank, adapter.targets):
-        _put(model, spec, files.initial_adapter(spec, seed))
+    for parent, name in files.plan_adapters(model, NNX, adapter, Linear, bool(adapters(model))):
+        setattr(parent, name, LoraLinear(getattr(parent, name), adapter))
+    for spec, values in files.initial_adapters(model.config, adapter, seed):
+        _put(model, spec, values)
     return adapter
 
 
@@ -119,14 +109,10 @@ def save_adapter(
     Raises:
         ConfigError: The model has no adapters.
     """
-    found = adapters(model)
-    if not found:
-        raise ConfigError("the model has no adapters to save")
-
-    def fetch(spec: Any) -> Any:
-        return as_array(get_parameter(model, spec)).astype(np.float32)
-
-    files.save_adapter(Path(folder), model.config, model.head, found[0].adapter, fetch, base)
+    files.save_adapter(
+        folder, model.config, model.head, files.adapter_of(adapters(model)),
+        lambda spec: as_array(get_parameter(model, spec)), base,
+    )  # fmt: skip
 
 
 def load_adapter(model: "FlaxOPTPreTrainedModel", folder: str | PathLike[str]) -> None:
@@ -139,12 +125,7 @@ def load_adapter(model: "FlaxOPTPreTrainedModel", folder: str | PathLike[str]) -
     Raises:
         CheckpointError: The files are damaged or do not fit the model.
     """
-    adapter, values = files.read_adapter(Path(folder), model.config, model.head)
-    apply(model, adapter.rank, adapter.alpha, adapter.targets)
-    specs = files.adapter_specs(model.config, adapter.rank, adapter.targets)
-    for spec in [*specs, *param_specs(model.config, model.head)]:
-        if spec.name in values:
-            _put(model, spec, values[spec.name])
+    files.load_adapter(model, folder, apply, _put)
 
 
 def adapters(model: "FlaxOPTPreTrainedModel") -> list[LoraLinear]:
@@ -152,9 +133,9 @@ def adapters(model: "FlaxOPTPreTrainedModel") -> list[LoraLinear]:
     return [node for _, node in nnx.iter_graph(model) if isinstance(node, LoraLinear)]
 
 
-def _put(model: "FlaxOPTPreTrainedModel", spec: Any, values: Any) -> None:
+def _put(model: "FlaxOPTPreTrainedModel", spec: ParamSpec, values: Any) -> None:
     """Gives a parameter its values, in the canonical layout; on a mesh every device has them."""
-    variable, _ = locate(model, spec)
+    variable = locate(model, spec)
     dtype = jnp.float32 if variable.get_value() is None else variable.dtype
     own = jnp.asarray(values, dtype)
     variable.set_value(sharding.place(own, model.mesh))

@@ -10,7 +10,13 @@ import optax
 from jax import Array
 
 from opt_core.config import OPTConfig
-from opt_core.errors import InputError
+from opt_core.training.labels import (
+    OR_IGNORED,
+    check_integers,
+    check_padding,
+    check_values,
+    resolve_problem_type,
+)
 from opt_core.training.microbatches import IGNORE_INDEX
 from opt_flax.inputs import as_tensor, check_range, is_known
 
@@ -23,26 +29,19 @@ def upcast(logits: Array) -> Array:
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-def check_labels(name: str, values: Any, shape: tuple[int, ...], count: int) -> Array:
+def check_labels(name: str, labels: Array, shape: tuple[int, ...], count: int) -> Array:
     """Class numbers as a checked int32 array.
 
     Args:
         name: What they are called, for messages.
-        values: Integers below `count`, or -100.
+        labels: Integers below `count`, or -100.
         shape: The shape they must have.
         count: Number of classes.
     """
-    labels = as_tensor(name, values)
-    if not jnp.issubdtype(labels.dtype, jnp.integer) or tuple(labels.shape) != shape:
-        raise InputError(
-            f"{name}: expected integers of shape {shape}, "
-            f"received {labels.dtype} of shape {tuple(labels.shape)}"
-        )
+    check_integers(name, labels.dtype, labels.shape, shape)
     if is_known(labels):
         kept = np.asarray(labels)
-        check_range(
-            name, kept[kept != IGNORE_INDEX], 0, count - 1, f"or {IGNORE_INDEX} to leave one out"
-        )
+        check_range(name, kept[kept != IGNORE_INDEX], 0, count - 1, OR_IGNORED)
     return labels.astype(jnp.int32)
 
 
@@ -55,9 +54,7 @@ def causal_lm(logits_BTV: Array, labels: Any, label_smoothing: float = 0.0) -> A
         label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     B, T, V = logits_BTV.shape
-    targets = check_labels("labels", labels, (B, T), V)[:, 1:]
-    # Nothing follows the last token. The logits are large: a slice of them would be a copy.
-    targets = jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
+    targets = _shifted(check_labels("labels", as_tensor("labels", labels), (B, T), V))
     return _cross_entropy(logits_BTV, targets, IGNORE_INDEX, label_smoothing)
 
 
@@ -75,24 +72,23 @@ def chunked_causal_lm(
         label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     (B, T, P), V = hidden_BTP.shape, head_VP.shape[0]
-    targets = check_labels("labels", labels, (B, T), V)[:, 1:]
-    targets = jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
+    targets = _shifted(check_labels("labels", as_tensor("labels", labels), (B, T), V))
     return _chunked_causal_lm(
         hidden_BTP.reshape(B * T, P), head_VP, targets.reshape(-1), label_smoothing
     )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _chunked_causal_lm(rows_NP: Array, head_VP: Array, targets_N: Array, smoothing: float) -> Array:
+def _chunked_causal_lm(rows_RP: Array, head_VP: Array, targets_R: Array, smoothing: float) -> Array:
     """Mean cross entropy of `rows @ head.T`."""
-    return _by_chunks(rows_NP, head_VP, targets_N, smoothing, False)[0]
+    return _by_chunks(rows_RP, head_VP, targets_R, smoothing, False)[0]
 
 
 def _chunked_causal_lm_forward(
-    rows_NP: Array, head_VP: Array, targets_N: Array, smoothing: float
+    rows_RP: Array, head_VP: Array, targets_R: Array, smoothing: float
 ) -> tuple[Array, tuple[Array, Array]]:
     """The same, and its gradients, computed on the way forward."""
-    loss, grad_head, grad_rows = _by_chunks(rows_NP, head_VP, targets_N, smoothing, True)
+    loss, grad_head, grad_rows = _by_chunks(rows_RP, head_VP, targets_R, smoothing, True)
     return loss, (grad_rows, grad_head)
 
 
@@ -107,20 +103,20 @@ _chunked_causal_lm.defvjp(_chunked_causal_lm_forward, _chunked_causal_lm_backwar
 
 
 def _by_chunks(
-    rows_NP: Array, head_VP: Array, targets_N: Array, smoothing: float, with_gradients: bool
+    rows_RP: Array, head_VP: Array, targets_R: Array, smoothing: float, with_gradients: bool
 ) -> Any:
     """Mean cross entropy, and where they are wanted the gradients of head and rows."""
-    (N, P), V = rows_NP.shape, head_VP.shape[0]
-    count = -(-N * V // CHUNK)
-    free = -N % count
-    rows = jnp.pad(rows_NP, ((0, free), (0, 0))).reshape(count, -1, P)
-    targets = jnp.pad(targets_N, (0, free), constant_values=IGNORE_INDEX).reshape(count, -1, 1)
-    dtype = upcast(rows_NP[:0]).dtype
+    (R, P), V = rows_RP.shape, head_VP.shape[0]
+    count = -(-R * V // CHUNK)
+    free = -R % count
+    rows = jnp.pad(rows_RP, ((0, free), (0, 0))).reshape(count, -1, P)
+    targets = jnp.pad(targets_R, (0, free), constant_values=IGNORE_INDEX).reshape(count, -1, 1)
+    dtype = upcast(rows_RP[:0]).dtype
     number = (targets != IGNORE_INDEX).sum().astype(dtype)
 
     def one(found: Any, chunk: Any) -> Any:
         some, wanted = chunk
-        logits = upcast(jnp.einsum("np,vp->nv", some, head_VP))
+        logits = upcast(jnp.einsum("rp,vp->rv", some, head_VP))
         kept = wanted != IGNORE_INDEX
         # Compared, not looked up: the gradient is then one pass over the logits, without a scatter.
         is_target = jnp.arange(V) == wanted
@@ -133,12 +129,12 @@ def _by_chunks(
             return (total, found[1]), None
         slope = jnp.exp(logits - norm) - (1 - smoothing) * is_target - smoothing / V
         slope = jnp.where(kept, slope / number, 0).astype(some.dtype)
-        grad_head = found[1] + jnp.einsum("nv,np->vp", slope, some)
-        return (total, grad_head), jnp.einsum("nv,vp->np", slope, head_VP)
+        grad_head = found[1] + jnp.einsum("rv,rp->vp", slope, some)
+        return (total, grad_head), jnp.einsum("rv,vp->rp", slope, head_VP)
 
     start = jnp.zeros((), dtype), jnp.zeros_like(head_VP)
     (total, grad_head), grad_rows = jax.lax.scan(one, start, (rows, targets))
-    return total / number, grad_head, None if grad_rows is None else grad_rows.reshape(-1, P)[:N]
+    return total / number, grad_head, None if grad_rows is None else grad_rows.reshape(-1, P)[:R]
 
 
 def classification(
@@ -154,23 +150,12 @@ def classification(
         label_smoothing: Share of the likelihood that is asked of every class.
     """
     logits, labels = upcast(logits), as_tensor("labels", labels)
-    kind = config.problem_type
-    if kind is None and config.num_labels == 1:
-        kind = "regression"
-    elif kind is None:
-        kind = (
-            "multi_label_classification"
-            if jnp.issubdtype(labels.dtype, jnp.floating)
-            else "single_label_classification"
-        )
+    kind = resolve_problem_type(config, labels.dtype)
     if kind == "single_label_classification":
         B, count = logits.shape
         targets = check_labels("labels", labels.reshape(-1), (B,), count)
         return _cross_entropy(logits, targets, IGNORE_INDEX, label_smoothing)
-    if labels.size != logits.size:
-        raise InputError(
-            f"labels: expected {tuple(logits.shape)} values, received {tuple(labels.shape)}"
-        )
+    check_values(labels.shape, logits.shape)
     labels = labels.reshape(logits.shape).astype(logits.dtype)
     if kind == "regression":
         return ((logits - labels) ** 2).mean()
@@ -199,14 +184,7 @@ def question_answering(
         ("start_positions", start_BT, start_positions), ("end_positions", end_BT, end_positions),
     ):  # fmt: skip
         places = as_tensor(name, positions)
-        if not jnp.issubdtype(places.dtype, jnp.integer) or tuple(places.shape) not in (
-            (B,),
-            (B, 1),
-        ):
-            raise InputError(
-                f"{name}: expected integers of shape ({B},), "
-                f"received {places.dtype} of shape {tuple(places.shape)}"
-            )
+        check_integers(name, places.dtype, places.shape, (B,), (B, 1))
         targets = places.reshape(B).astype(jnp.int32).clip(0, length)
         total = total + _cross_entropy(logits, targets, length, label_smoothing)
     return total / 2
@@ -221,12 +199,16 @@ def last_token(input_ids: Any, hidden_BTP: Array, pad_token_id: int | None) -> A
         InputError: Several rows and no padding id: where each one ends cannot be known.
     """
     B, T = hidden_BTP.shape[:2]
-    if pad_token_id is None and B > 1:
-        raise InputError("a batch of several texts needs pad_token_id in the configuration")
+    check_padding(pad_token_id, B)
     if input_ids is None or pad_token_id is None:
         return jnp.full((B,), T - 1)
     is_text = as_tensor("input_ids", input_ids) != pad_token_id
     return (jnp.arange(T) * is_text).argmax(1)
+
+
+def _shifted(labels_BT: Array) -> Array:
+    """The next token of each: the logits are large, and a slice of them would be a copy."""
+    return jnp.pad(labels_BT[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
 
 
 def _cross_entropy(logits: Array, targets: Array, ignored: int, smoothing: float = 0.0) -> Array:

@@ -89,7 +89,7 @@ def set_quantized(
         tensor: Its numbers.
         dtype: Type the model computes in.
     """
-    parent, name = _locate(model, spec)
+    parent, name = NNX.parent(model, spec)
     weight = QuantizedWeight(tensor, dtype)
     if spec.kind == "embedding":
         new = QuantizedEmbedding(weight)
@@ -102,7 +102,7 @@ def get_quantized(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> Quantized
     """The numbers of a parameter; None if it is kept in floating point."""
     if not spec.name.endswith(".weight") or not is_quantized(model):
         return None
-    parent, name = _locate(model, spec)
+    parent, name = NNX.parent(model, spec)
     weight = getattr(getattr(parent, name), "weight", None)
     return weight if isinstance(weight, QuantizedWeight) else None
 
@@ -122,12 +122,3 @@ def check_not_quantized(model: "FlaxOPTPreTrainedModel", action: str) -> None:
         raise ConfigError(
             f"{action}: a model with quantised weights can only be run; load it without quantize"
         )
-
-
-def _locate(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> tuple[Any, str]:
-    """The layer that owns a parameter: where it hangs, and its name there."""
-    *outer, name, _ = NNX.path(spec)
-    parent: Any = model
-    for part in outer[1:] if model.head == "none" else outer:
-        parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
-    return parent, name

@@ -17,7 +17,6 @@ from jax import Array, lax, make_array_from_callback
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opt_core.config import OPTConfig
-from opt_core.dialects import NNX
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec
 
@@ -96,7 +95,7 @@ def padded_rows(spec: ParamSpec, mesh: Mesh | None) -> int:
 def partition(spec: ParamSpec, config: OPTConfig, mesh: Mesh) -> PartitionSpec:
     """How a parameter, in the NNX layout, lies on a mesh."""
     parts: list[str | None] = []
-    for axis, size in zip(NNX.axes(spec), NNX.shape(spec), strict=True):
+    for axis, size in zip(spec.axes, spec.shape, strict=True):
         where = RULES[axis]
         # Heads stay whole: half a head on a device would need its other half in every product.
         units = {"heads": config.num_attention_heads, "vocab": 0}.get(axis, size)

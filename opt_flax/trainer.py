@@ -1,8 +1,6 @@
 """A model in training, as `opt_core.training.loop` wants it."""
 
-from collections.abc import Iterable
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -13,10 +11,10 @@ from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec
 from opt_core.training.config import TrainConfig
-from opt_core.training.loop import Slot, identity
-from opt_flax import lora
+from opt_core.training.loop import Slot
+from opt_core.training.trainer import BaseTrainer, make_model
+from opt_flax import lora, training
 from opt_flax.checkpoint import as_array, locate, parameter_path
-from opt_flax.training import evaluate, make_optimizer, train_step
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 _STATES = {"mean": "mu", "square": "nu"}
 
 
-class Trainer:
+class Trainer(BaseTrainer):
     """A model and its optimizer.
 
     Args:
@@ -36,16 +34,15 @@ class Trainer:
             `opt_flax.training_checkpoints` has checkpoints for these.
     """
 
+    training, lora = training, lora
+
     def __init__(self, model: "FlaxOPTPreTrainedModel", config: TrainConfig):
         if model.mesh is not None or model.get_decoder().scan_layers:
             raise ConfigError(
                 "a model on a mesh or with scan_layers is trained with train_step and "
                 "opt_flax.training_checkpoints.TrainingCheckpoints"
             )
-        self.model, self.config = model, config
-        self.optimizer = make_optimizer(model, config)
-        self.specs = config.trained_specs(model.config, model.head)
-        self.identity = identity(model.config, model.head)
+        super().__init__(model, config)
 
     @property
     def updates(self) -> int:
@@ -60,11 +57,7 @@ class Trainer:
     def step(self, batch: Any, step: int) -> tuple[float, float]:
         """Takes one step (`train_step`) with dropout."""
         self.model.train()
-        return train_step(self.model, self.optimizer, batch, self.config, step)
-
-    def evaluate(self, batches: Iterable[Any]) -> float:
-        """The mean loss over batches, without dropout."""
-        return evaluate(self.model, batches)
+        return super().step(batch, step)
 
     def get(self, slot: Slot, spec: ParamSpec) -> NDArray[Any]:
         """Values of a trained parameter, float32 in the canonical layout."""
@@ -75,16 +68,6 @@ class Trainer:
         variable = self._variable(slot, spec)
         variable.set_value(jnp.array(values, variable.dtype))
 
-    def export(self, folder: Path) -> None:
-        """Writes the model as a Hugging Face folder, adapters merged."""
-        lora.merge(self.model)
-        self.model.save_pretrained(folder)
-        lora.unmerge(self.model)
-
-    def export_adapter(self, folder: Path, base: str) -> None:
-        """Writes the adapters as PEFT does."""
-        lora.save_adapter(self.model, folder, base)
-
     def _adam(self) -> Any:
         """The part of the optimizer's state with the running means: the second transform's."""
         states: Any = self.optimizer.opt_state
@@ -92,7 +75,7 @@ class Trainer:
 
     def _variable(self, slot: Slot, spec: ParamSpec) -> Any:
         if slot == "value":
-            return locate(self.model, spec)[0]
+            return locate(self.model, spec)
         node: Any = getattr(self._adam(), _STATES[slot])
         for part in parameter_path(self.model, spec)[0]:
             node = node[part]
@@ -118,9 +101,4 @@ def make_trainer(
         device: None: JAX places its arrays itself.
     """
     assert device is None
-    model_config = config.model_config(model_config)
-    if from_scratch:
-        model = cls(model_config, seed=config.seed)
-    else:
-        model = cls.from_pretrained(name, config=model_config)
-    return Trainer(model, config)
+    return Trainer(make_model(cls, name, config, model_config, from_scratch), config)

@@ -12,10 +12,10 @@ import optax
 from flax import nnx
 from jax import Array
 
-from opt_core.errors import InputError
 from opt_core.params import param_specs
-from opt_core.training import microbatches
+from opt_core.training import microbatches, steps
 from opt_core.training.config import TrainConfig
+from opt_core.training.labels import class_count
 from opt_flax import lora, losses
 from opt_flax.checkpoint import parameter_path
 from opt_flax.inputs import check_inputs
@@ -34,11 +34,7 @@ def make_optimizer(model: "FlaxOPTPreTrainedModel", config: TrainConfig) -> nnx.
     `update(model, gradients, learning_rate=...)` clips the gradients first.
     """
     check_not_quantized(model, "make_optimizer")
-    if config.lora_rank and not lora.adapters(model):
-        lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    specs = config.trained_specs(model.config, model.head)
+    specs = steps.prepare_model(model, config, lora)
     decayed = {parameter_path(model, spec)[0] for spec in specs if spec.decays}
 
     def decays(params: Any) -> Any:
@@ -117,37 +113,17 @@ def compute_loss(
         label_smoothing: Share of the likelihood that is asked for everywhere.
         **options: `deterministic` and `rngs`, as the model takes them.
     """
-    inputs: Any = microbatches.as_batch(batch) | options
-    call: Any = model
-    if model.head == "causal_lm":
-        labels = inputs.pop("labels")
-        head = _head(model)
-        if head is None:
-            return losses.causal_lm(call(**inputs).logits, labels, label_smoothing)
-        hidden = call.model(**inputs).last_hidden_state
-        return losses.chunked_causal_lm(hidden, head, labels, label_smoothing)
-    if model.head == "sequence_classification":
-        labels = inputs.pop("labels")
-        logits = call(**inputs).logits
-        return losses.classification(logits, labels, model.config, label_smoothing)
-    start, end = inputs.pop("start_positions"), inputs.pop("end_positions")
-    out = call(**inputs)
-    return losses.question_answering(out.start_logits, out.end_logits, start, end, label_smoothing)
+    named = microbatches.as_batch(batch)
+    return steps.batch_loss(model, named, losses, _head, label_smoothing, **options)
 
 
 def evaluate(model: "FlaxOPTPreTrainedModel", batches: Iterable[Any]) -> float:
     """Mean loss (in nats per predicted token) over some batches, without dropout."""
     graph, state = nnx.split(model)
-    total, count = 0.0, 0
-    for batch in batches:
-        named = microbatches.as_batch(batch)
-        predicted = microbatches.count_labels(named, model.head == "causal_lm")
-        if predicted:
-            total += float(_loss(graph, state, _inputs(model, named))) * predicted
-        count += predicted
-    if count == 0:
-        raise InputError("evaluate: expected batches with something to predict, received none")
-    return total / count
+    named = map(microbatches.as_batch, batches)
+    return steps.mean_loss(
+        named, model.head == "causal_lm", lambda b: _loss(graph, state, _inputs(model, b))
+    )
 
 
 def fit(
@@ -167,13 +143,7 @@ def fit(
     optimizer = make_optimizer(model, config)
     model.train()
     try:
-        for step in range(config.max_steps):
-            batch = next(batches, None)
-            if batch is None:
-                raise InputError(f"fit: the batches ended at step {step} of {config.max_steps}")
-            loss, _ = train_step(model, optimizer, batch, config, step)
-            if report is not None:
-                report(step, loss)
+        steps.take_steps(model, optimizer, batches, config, train_step, report)
     finally:
         model.eval()
 
@@ -196,8 +166,7 @@ def _inputs(model: "FlaxOPTPreTrainedModel", batch: microbatches.Batch) -> dict[
     inputs: dict[str, Any] = batch | {"input_ids": ids, "attention_mask": mask}
     labels = inputs.get("labels")
     if labels is not None and np.issubdtype(labels.dtype, np.integer):
-        is_lm = model.head == "causal_lm"
-        classes = model.config.vocab_size if is_lm else model.config.num_labels
+        classes = class_count(model.config, model.head)
         inputs["labels"] = losses.check_labels("labels", labels, tuple(labels.shape), classes)
     return {
         name: shard_batch(value, model.mesh) for name, value in inputs.items() if value is not None
@@ -205,7 +174,7 @@ def _inputs(model: "FlaxOPTPreTrainedModel", batch: microbatches.Batch) -> dict[
 
 
 def _head(model: Any) -> Array | None:
-    """Weight of the language-model head (V, P), where `losses.next_token` can use it.
+    """Weight of the language-model head (V, P), where `losses.chunked_causal_lm` can use it.
 
     It cannot where the weight is quantised, nor on a mesh: chunks of rows would not stay spread.
     """
@@ -229,7 +198,8 @@ def _gradients(
         if is_mixed:  # products in bfloat16; weights, norms and losses stay as they are
             graph, state = nnx.split(model)
             model = nnx.merge(graph, jax.tree.map(_narrow, state))
-        return compute_loss(model, inputs, smoothing, rngs=nnx.Rngs(dropout=jax.random.key(seed)))
+        rngs = nnx.Rngs(dropout=jax.random.key(seed))
+        return steps.batch_loss(model, inputs, losses, _head, smoothing, rngs=rngs)
 
     return nnx.value_and_grad(loss, argnums=nnx.DiffState(0, optimizer.wrt))(model)
 
@@ -281,4 +251,5 @@ def _apply(graph: Any, state: Any, loss: Array, gradients: Any, rate: Array) -> 
 
 @partial(jax.jit, static_argnames="graph")
 def _loss(graph: Any, state: Any, inputs: Any) -> Array:
-    return compute_loss(nnx.merge(graph, state), inputs, deterministic=True)
+    model = nnx.merge(graph, state)
+    return steps.batch_loss(model, inputs, losses, _head, deterministic=True)

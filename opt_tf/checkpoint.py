@@ -1,27 +1,21 @@
 """Weights in and out of a model, through the parameter list and the Keras dialect."""
 
-import warnings
 from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import keras
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from opt_core.checkpoints import load as files
-from opt_core.checkpoints.save import save_checkpoint
+from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.tensors import cast_array, float_dtype
 from opt_core.config import DTYPES, OPTConfig
 from opt_core.dialects import KERAS
-from opt_core.errors import CheckpointError, ConfigError
-from opt_core.generation.config import GenerationConfig
-from opt_core.hub import resolve
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import quantize_array, scheme_of
-from opt_core.training.lora import UNMERGED
+from opt_core.training.lora import check_merged
 from opt_tf import quantization
 
 if TYPE_CHECKING:
@@ -29,7 +23,7 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound="TFOPTPreTrainedModel")
 
-_MIXED = ("mixed_bfloat16", "mixed_float16")
+_DTYPES = (*DTYPES, "mixed_bfloat16", "mixed_float16")
 
 
 def initialize(model: "TFOPTPreTrainedModel", seed: int) -> None:
@@ -49,28 +43,16 @@ def from_pretrained(
     **hub: Any,
 ) -> M:
     """Loads a checkpoint tensor by tensor; see `TFOPTPreTrainedModel.from_pretrained`."""
-    dtype = getattr(dtype, "name", dtype)  # tf.bfloat16, or a policy of Keras
-    if dtype not in (*DTYPES, *_MIXED, "auto"):
-        names = ", ".join((*DTYPES, *_MIXED))
-        raise ConfigError(f"dtype: expected one of {names} or auto, received {dtype!r}")
-    folder = resolve(path_or_hub_id, **hub)
-    home = folder if folder.is_dir() else folder.parent
-    config = config or OPTConfig.from_pretrained(home)
-    plan = files.plan_load(files.open_checkpoint(folder), config, cls.head)
-    policy = keras.dtype_policies.get(resolve_dtype(dtype, plan))
-    model = cls(plan.config, None, attn_implementation, quantize, dtype=policy)
-    for spec, array in plan.stream(progress=progress):
+    name = getattr(dtype, "name", dtype)  # tf.bfloat16, or a policy of Keras
+    source = pretrained.open_pretrained(
+        cls.head, path_or_hub_id, name, config, quantize, _DTYPES, **hub
+    )
+    policy = keras.dtype_policies.get(source.dtype)
+    model = cls(source.config, None, attn_implementation, quantize, dtype=policy)
+    for spec, array in source.stream(progress):
         set_parameter(model, spec, array)
         del array  # or the next tensor would be read while this one is still held
-    for spec in plan.fresh:
-        set_parameter(model, spec, initial_value(spec, plan.config, seed=0))
-        warnings.warn(
-            f"{folder}: no {spec.name} in this checkpoint; "
-            "it is freshly initialised and needs training",
-            stacklevel=3,
-        )
-    if cls.head == "causal_lm" and (home / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(home)
+    source.set_generation_config(model)
     return model
 
 
@@ -79,30 +61,15 @@ def save_pretrained(
 ) -> None:
     """Writes a canonical folder; see `TFOPTPreTrainedModel.save_pretrained`."""
     quantization.check_not_quantized(model, "save_pretrained")
-    if any(getattr(layer, "adapts", False) for layer in model._flatten_layers()):
-        raise CheckpointError(f"{folder}: {UNMERGED}")
-    specs = param_specs(model.config, model.head)
-    save_checkpoint(
-        Path(folder),
-        model.config,
-        {spec.name: lambda spec=spec: get_parameter(model, spec) for spec in specs},
-        specs,
-        dtype=model.variable_dtype,
-        max_shard_size=max_shard_size,
-        architecture=type(model).__name__.removeprefix("TF"),
+    check_merged(model._flatten_layers(), str(folder))
+    pretrained.save_pretrained(
+        model, folder, lambda spec: get_parameter(model, spec), model.variable_dtype, max_shard_size
     )
-    model.generation_config.save_pretrained(folder)
 
 
 def locate(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> keras.Variable:
     """The variable that holds a parameter."""
-    path = KERAS.path(spec)
-    if model.head == "none":
-        path = path[1:]  # a bare TFOPTModel is what the others keep as `model`
-    found: Any = model
-    for name in path:
-        found = found[int(name)] if name.isdigit() else getattr(found, name)
-    return found
+    return getattr(*KERAS.owner(model, spec))
 
 
 def get_parameter(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> NDArray[Any]:
@@ -122,8 +89,3 @@ def set_parameter(model: "TFOPTPreTrainedModel", spec: ParamSpec, values: NDArra
     variable = locate(model, spec)
     values = cast_array(spec.name, values, float_dtype(variable.dtype))
     variable.assign(tf.constant(values))
-
-
-def resolve_dtype(dtype: str, plan: files.LoadPlan) -> str:
-    """The type, or Keras' policy, to load as; "auto" is the stored type."""
-    return plan.entries[0][1].dtype.name if dtype == "auto" else dtype

@@ -5,14 +5,11 @@ computation, where a small step of a bfloat16 kernel is lost.
 """
 
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from opt_core.dialects import KERAS
-from opt_core.errors import ConfigError
-from opt_core.params import param_specs
 from opt_core.training import lora as files
 from opt_core.training.lora import Adapter
 from opt_tf.checkpoint import get_parameter, set_parameter
@@ -77,23 +74,15 @@ def apply(
         ConfigError: A value that cannot be, or the model has adapters already.
     """
     adapter = Adapter(rank, alpha, tuple(targets))
-    if adapters(model):
-        raise ConfigError("the model has adapters already; merge them first")
-    for spec in files.adapted_specs(model.config, adapter.targets):
-        *outer, name, _ = KERAS.path(spec)[model.head == "none" :]
-        parent: Any = model
-        for part in outer:
-            parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
+    for parent, name in files.plan_adapters(model, KERAS, adapter, Linear, bool(adapters(model))):
         layer = getattr(parent, name)
-        if type(layer) is not Linear:
-            raise ConfigError(f"{spec.name}: an adapter needs a plain linear layer")
         # A built layer takes no new parts, as Keras has it; its own LoRA does this too.
         parent._tracker.unlock()
         parent._tracker.untrack(layer)
         setattr(parent, name, LoraLinear(layer, adapter))
         parent._tracker.lock()
-    for spec in files.adapter_specs(model.config, adapter.rank, adapter.targets):
-        set_parameter(model, spec, files.initial_adapter(spec, seed))
+    for spec, values in files.initial_adapters(model.config, adapter, seed):
+        set_parameter(model, spec, values)
     model.programs.clear()
     return adapter
 
@@ -133,14 +122,10 @@ def save_adapter(
     Raises:
         ConfigError: The model has no adapters.
     """
-    found = adapters(model)
-    if not found:
-        raise ConfigError("the model has no adapters to save")
-
-    def fetch(spec: Any) -> Any:
-        return get_parameter(model, spec)
-
-    files.save_adapter(Path(folder), model.config, model.head, found[0].adapter, fetch, base)
+    files.save_adapter(
+        folder, model.config, model.head, files.adapter_of(adapters(model)),
+        lambda spec: get_parameter(model, spec), base,
+    )  # fmt: skip
 
 
 def load_adapter(model: "TFOPTPreTrainedModel", folder: str | PathLike[str]) -> None:
@@ -153,12 +138,7 @@ def load_adapter(model: "TFOPTPreTrainedModel", folder: str | PathLike[str]) -> 
     Raises:
         CheckpointError: The files are damaged or do not fit the model.
     """
-    adapter, values = files.read_adapter(Path(folder), model.config, model.head)
-    apply(model, adapter.rank, adapter.alpha, adapter.targets)
-    specs = files.adapter_specs(model.config, adapter.rank, adapter.targets)
-    for spec in [*specs, *param_specs(model.config, model.head)]:
-        if spec.name in values:
-            set_parameter(model, spec, values[spec.name])
+    files.load_adapter(model, folder, apply, set_parameter)
 
 
 def adapters(model: "TFOPTPreTrainedModel") -> list[LoraLinear]:

@@ -5,10 +5,19 @@ from typing import Any
 import tensorflow as tf
 
 from opt_core.config import OPTConfig
-from opt_core.errors import InputError
+from opt_core.training.labels import (
+    OR_IGNORED,
+    check_integers,
+    check_padding,
+    check_values,
+    resolve_problem_type,
+)
 from opt_core.training.microbatches import IGNORE_INDEX
 from opt_tf.inputs import as_tensor, check_range, is_known
 from opt_tf.linear import sizes
+
+CHUNK = 2**24
+"""Logits that `chunked_causal_lm` keeps at a time."""
 
 
 def upcast(logits: tf.Tensor) -> tf.Tensor:
@@ -16,24 +25,20 @@ def upcast(logits: tf.Tensor) -> tf.Tensor:
     return logits if logits.dtype == tf.float64 else tf.cast(logits, tf.float32)
 
 
-def check_labels(name: str, values: Any, shape: tuple[int | None, ...], count: Any) -> tf.Tensor:
+def check_labels(
+    name: str, labels: tf.Tensor, shape: tuple[int | None, ...], count: Any
+) -> tf.Tensor:
     """Class numbers as a checked int32 tensor.
 
     Args:
         name: What they are called, for messages.
-        values: Integers below `count`, or -100.
+        labels: Integers below `count`, or -100.
         shape: The shape they must have, None where any size will do.
         count: Number of classes.
     """
-    labels = as_tensor(name, values)
-    if not labels.dtype.is_integer or not labels.shape.is_compatible_with(shape):
-        raise InputError(
-            f"{name}: expected integers of shape {shape}, "
-            f"received {labels.dtype.name} of shape {tuple(labels.shape)}"
-        )
+    check_integers(name, labels.dtype.name, tuple(labels.shape), shape)
     if is_known(labels):
-        kept = labels[labels != IGNORE_INDEX]
-        check_range(name, kept, 0, count - 1, f"or {IGNORE_INDEX} to leave one out")
+        check_range(name, labels[labels != IGNORE_INDEX], 0, count - 1, OR_IGNORED)
     return tf.cast(labels, tf.int32)
 
 
@@ -46,12 +51,73 @@ def causal_lm(logits_BTV: tf.Tensor, labels: Any, label_smoothing: float = 0.0) 
         label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     B, T, V = tuple(logits_BTV.shape)
-    targets = check_labels("labels", labels, (B, T), V)
-    # The labels are shifted and not the logits: a slice of these would be a copy, and its gradient
-    # another one.
-    nothing = tf.fill((sizes(targets)[0], 1), IGNORE_INDEX)
-    targets = tf.concat([targets[:, 1:], nothing], 1)
+    targets = _shifted(check_labels("labels", as_tensor("labels", labels), (B, T), V))
     return _cross_entropy(logits_BTV, targets, IGNORE_INDEX, label_smoothing)
+
+
+def chunked_causal_lm(
+    hidden_BTP: tf.Tensor, head_VP: tf.Tensor, labels: Any, label_smoothing: float = 0.0
+) -> tf.Tensor:
+    """`causal_lm` of hidden states, for training: the logits are never there all at once.
+
+    Each chunk of rows goes to its logits, its loss and its gradients before the next one.
+
+    Args:
+        hidden_BTP: The decoder's last hidden states, whose type products are computed in.
+        head_VP: Weight of the language-model head.
+        labels: (B, T) ids, unshifted, -100 to ignore one.
+        label_smoothing: Share of the likelihood that is asked for everywhere.
+    """
+    B, T, P = tuple(hidden_BTP.shape)
+    labels = check_labels("labels", as_tensor("labels", labels), (B, T), head_VP.shape[0])
+    targets_R = tf.reshape(_shifted(labels), (-1,))
+
+    @tf.custom_gradient
+    def compute(rows_RP: tf.Tensor, head_VP: tf.Tensor) -> Any:
+        loss, *gradients = _by_chunks(rows_RP, head_VP, targets_R, label_smoothing)
+
+        def backward(upstream: tf.Tensor) -> Any:
+            return [tf.cast(upstream, gradient.dtype) * gradient for gradient in gradients]
+
+        return loss, backward
+
+    return compute(tf.reshape(hidden_BTP, (-1, P)), head_VP)
+
+
+def _by_chunks(
+    rows_RP: tf.Tensor, head_VP: tf.Tensor, targets_R: tf.Tensor, smoothing: float
+) -> tuple[Any, Any, Any]:
+    """Mean cross entropy of `rows @ head.T`, and the gradients of rows and head."""
+    (R, P), (V, _), dtype = sizes(rows_RP), sizes(head_VP), upcast(rows_RP[:0]).dtype
+    count = -(-R // max(1, CHUNK // V))
+    free = -R % count
+    rows = tf.reshape(tf.pad(rows_RP, [[0, free], [0, 0]]), (count, -1, P))
+    targets = tf.pad(targets_R, [[0, free]], constant_values=IGNORE_INDEX)
+    targets = tf.reshape(targets, (count, -1, 1))
+    number = tf.reduce_sum(tf.cast(targets != IGNORE_INDEX, dtype))
+    head = tf.cast(head_VP, rows.dtype)
+
+    def one(i: Any, total: Any, grad_rows: Any, grad_head: Any) -> Any:
+        some, wanted = rows[i], targets[i]
+        logits = upcast(tf.matmul(some, head, transpose_b=True))
+        kept, is_target = wanted != IGNORE_INDEX, tf.range(V) == wanted
+        norm = tf.reduce_logsumexp(logits, -1, keepdims=True)
+        picked = tf.reduce_sum(tf.where(is_target, logits, 0), -1, keepdims=True)
+        nats = norm - (1 - smoothing) * picked
+        if smoothing:
+            nats -= smoothing * tf.reduce_mean(logits, -1, keepdims=True)
+        total += tf.reduce_sum(tf.where(kept, nats, 0))
+        slope = tf.exp(logits - norm) - (1 - smoothing) * tf.cast(is_target, dtype) - smoothing / V
+        slope = tf.cast(tf.where(kept, slope / number, 0), some.dtype)
+        grad_rows = grad_rows.write(i, tf.matmul(slope, head))
+        grad_head += tf.cast(tf.matmul(slope, some, transpose_a=True), head_VP.dtype)
+        return i + 1, total, grad_rows, grad_head
+
+    grad_rows: Any = tf.TensorArray(rows.dtype, count, element_shape=rows.shape[1:])
+    start = 0, tf.zeros((), dtype), grad_rows, tf.zeros_like(head_VP)
+    found = tf.while_loop(lambda i, *_: i < count, one, start, maximum_iterations=count)
+    _, total, grad_rows, grad_head = found
+    return total / number, tf.reshape(grad_rows.stack(), (-1, P))[:R], grad_head
 
 
 def classification(
@@ -67,24 +133,12 @@ def classification(
         label_smoothing: Share of the likelihood that is asked of every class.
     """
     logits, labels = upcast(logits), as_tensor("labels", labels)
-    kind = config.problem_type
-    if kind is None and config.num_labels == 1:
-        kind = "regression"
-    elif kind is None:
-        kind = (
-            "multi_label_classification"
-            if labels.dtype.is_floating
-            else "single_label_classification"
-        )
+    kind = resolve_problem_type(config, labels.dtype.name)
     if kind == "single_label_classification":
         B, count = tuple(logits.shape)
         targets = check_labels("labels", tf.reshape(labels, (-1,)), (B,), count)
         return _cross_entropy(logits, targets, IGNORE_INDEX, label_smoothing)
-    sizes = labels.shape.num_elements(), logits.shape.num_elements()
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise InputError(
-            f"labels: expected {tuple(logits.shape)} values, received {tuple(labels.shape)}"
-        )
+    check_values(tuple(labels.shape), tuple(logits.shape))
     labels = tf.cast(tf.reshape(labels, tf.shape(logits)), logits.dtype)
     if kind == "regression":
         return tf.reduce_mean(tf.math.squared_difference(logits, labels))
@@ -113,12 +167,7 @@ def question_answering(
         ("start_positions", start_BT, start_positions), ("end_positions", end_BT, end_positions),
     ):  # fmt: skip
         places = as_tensor(name, positions)
-        shapes = (B,), (B, 1)
-        if not places.dtype.is_integer or not any(map(places.shape.is_compatible_with, shapes)):
-            raise InputError(
-                f"{name}: expected integers of shape ({B},), "
-                f"received {places.dtype.name} of shape {tuple(places.shape)}"
-            )
+        check_integers(name, places.dtype.name, tuple(places.shape), (B,), (B, 1))
         targets = tf.clip_by_value(tf.cast(tf.reshape(places, (-1,)), tf.int32), 0, length)
         total.append(_cross_entropy(logits, targets, length, label_smoothing))
     return (total[0] + total[1]) / 2
@@ -133,12 +182,17 @@ def last_token(input_ids: Any, hidden_BTP: tf.Tensor, pad_token_id: int | None) 
         InputError: Several rows and no padding id: where each one ends cannot be known.
     """
     B, T = sizes(hidden_BTP)[:2]
-    if pad_token_id is None and not (isinstance(B, int) and B == 1):
-        raise InputError("a batch of several texts needs pad_token_id in the configuration")
+    check_padding(pad_token_id, hidden_BTP.shape[0])
     if input_ids is None or pad_token_id is None:
         return tf.fill((B,), T - 1)
     is_text = tf.cast(as_tensor("input_ids", input_ids) != pad_token_id, tf.int32)
     return tf.argmax(tf.range(T) * is_text, 1, output_type=tf.int32)
+
+
+def _shifted(labels_BT: tf.Tensor) -> tf.Tensor:
+    """The next token of each: a slice of the logits would be a copy, and its gradient another."""
+    nothing = tf.fill((sizes(labels_BT)[0], 1), IGNORE_INDEX)
+    return tf.concat([labels_BT[:, 1:], nothing], 1)
 
 
 def _cross_entropy(

@@ -113,7 +113,7 @@ def prepare(model: "TFOPTPreTrainedModel", quantize: str | None) -> None:
         scheme = scheme_of(spec, quantize)
         if scheme is None:
             continue
-        parent, name = _locate(model, spec)
+        parent, name = KERAS.parent(model, spec)
         old = getattr(parent, name)
         if not isinstance(old, QuantizedLinear | QuantizedEmbedding):
             parent._tracker.untrack(old)
@@ -134,7 +134,7 @@ def set_quantized(model: "TFOPTPreTrainedModel", spec: ParamSpec, tensor: Quanti
         spec: The parameter it is.
         tensor: Its numbers.
     """
-    parent, name = _locate(model, spec)
+    parent, name = KERAS.parent(model, spec)
     weight = getattr(parent, name).weight
     weight.values.assign(tf.constant(tensor.values))
     weight.scales.assign(tf.constant(tensor.scales))
@@ -146,7 +146,7 @@ def get_quantized(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> QuantizedWe
     """The numbers of a parameter; None if it is kept in floating point."""
     if not spec.name.endswith(".weight") or not is_quantized(model):
         return None
-    parent, name = _locate(model, spec)
+    parent, name = KERAS.parent(model, spec)
     weight = getattr(getattr(parent, name), "weight", None)
     return weight if isinstance(weight, QuantizedWeight) else None
 
@@ -166,12 +166,3 @@ def check_not_quantized(model: "TFOPTPreTrainedModel", action: str) -> None:
         raise ConfigError(
             f"{action}: a model with quantised weights can only be run; load it without quantize"
         )
-
-
-def _locate(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> tuple[Any, str]:
-    """The layer that owns a parameter: where it hangs, and its name there."""
-    *outer, name, _ = KERAS.path(spec)
-    parent: Any = model
-    for part in outer[1:] if model.head == "none" else outer:
-        parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
-    return parent, name

@@ -8,14 +8,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from opt_core.errors import InputError
 from opt_core.params import param_specs
-from opt_core.training import microbatches
+from opt_core.training import microbatches, steps
 from opt_core.training.config import TrainConfig
+from opt_core.training.labels import class_count
 from opt_tf import compilation, lora, losses
 from opt_tf.checkpoint import locate
 from opt_tf.inputs import check_inputs
-from opt_tf.quantization import check_not_quantized
+from opt_tf.quantization import check_not_quantized, is_quantized
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
@@ -59,11 +59,7 @@ def make_optimizer(model: "TFOPTPreTrainedModel", config: TrainConfig) -> keras.
     gradients to `max_grad_norm` itself, and can be given to Keras' `compile` too.
     """
     check_not_quantized(model, "make_optimizer")
-    if config.lora_rank and not lora.adapters(model):
-        lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    trained = config.trained_specs(model.config, model.head)
+    trained = steps.prepare_model(model, config, lora)
     for spec in param_specs(model.config, model.head):
         locate(model, spec).trainable = False
     for spec in trained:
@@ -138,32 +134,16 @@ def compute_loss(
         label_smoothing: Share of the likelihood that is asked for everywhere.
         **options: `training`, as the model takes it.
     """
-    inputs: Any = microbatches.as_batch(batch) | options
-    call: Any = model
-    if model.head == "causal_lm":
-        labels = inputs.pop("labels")
-        return losses.causal_lm(call(**inputs).logits, labels, label_smoothing)
-    if model.head == "sequence_classification":
-        labels = inputs.pop("labels")
-        logits = call(**inputs).logits
-        return losses.classification(logits, labels, model.config, label_smoothing)
-    start, end = inputs.pop("start_positions"), inputs.pop("end_positions")
-    out = call(**inputs)
-    return losses.question_answering(out.start_logits, out.end_logits, start, end, label_smoothing)
+    named = microbatches.as_batch(batch)
+    return steps.batch_loss(model, named, losses, _head, label_smoothing, **options)
 
 
 def evaluate(model: "TFOPTPreTrainedModel", batches: Iterable[Any]) -> float:
     """Mean loss (in nats per predicted token) over some batches, without dropout."""
-    total, count = 0.0, 0
-    for batch in batches:
-        named = _arrays(batch)
-        predicted = microbatches.count_labels(named, model.head == "causal_lm")
-        if predicted:
-            total += float(_compiled(model, _loss)(_inputs(model, named))) * predicted
-        count += predicted
-    if count == 0:
-        raise InputError("evaluate: expected batches with something to predict, received none")
-    return total / count
+    return steps.mean_loss(
+        map(_arrays, batches), model.head == "causal_lm",
+        lambda batch: _compiled(model, _loss)(_inputs(model, batch)),
+    )  # fmt: skip
 
 
 def fit(
@@ -181,20 +161,14 @@ def fit(
         report: Called after each step with its number and loss.
     """
     optimizer = make_optimizer(model, config)
-    for step in range(config.max_steps):
-        batch = next(batches, None)
-        if batch is None:
-            raise InputError(f"fit: the batches ended at step {step} of {config.max_steps}")
-        loss, _ = train_step(model, optimizer, batch, config, step)
-        if report is not None:
-            report(step, loss)
+    steps.take_steps(model, optimizer, batches, config, train_step, report)
 
 
 def _gradients(
     model: "TFOPTPreTrainedModel", smoothing: float, inputs: dict[str, tf.Tensor]
 ) -> tuple[Any, Any]:
     with tf.GradientTape() as tape:
-        loss = compute_loss(model, inputs, smoothing, training=True)
+        loss = steps.batch_loss(model, inputs, losses, _head, smoothing, training=True)
     return loss, tape.gradient(loss, model.trainable_variables)
 
 
@@ -224,7 +198,16 @@ def _update(
 
 
 def _loss(model: "TFOPTPreTrainedModel", inputs: dict[str, tf.Tensor]) -> tf.Tensor:
-    return compute_loss(model, inputs, training=False)
+    return steps.batch_loss(model, inputs, losses, _head, training=False)
+
+
+def _head(model: Any) -> tf.Tensor | None:
+    """Weight of the language-model head (V, P), where `losses.chunked_causal_lm` can use it."""
+    if is_quantized(model):
+        return None
+    if model.lm_head is not None:
+        return tf.convert_to_tensor(model.lm_head.weight)
+    return tf.convert_to_tensor(model.get_decoder().embed_tokens.embeddings)
 
 
 def _compiled(model: "TFOPTPreTrainedModel", program: Callable[..., Any], *fixed: Any) -> Any:
@@ -250,7 +233,6 @@ def _inputs(model: "TFOPTPreTrainedModel", batch: microbatches.Batch) -> dict[st
     inputs |= {"input_ids": ids, "attention_mask": mask}
     labels = inputs.get("labels")
     if labels is not None and labels.dtype.is_integer:
-        is_lm = model.head == "causal_lm"
-        classes = model.config.vocab_size if is_lm else model.config.num_labels
+        classes = class_count(model.config, model.head)
         inputs["labels"] = losses.check_labels("labels", labels, tuple(labels.shape), classes)
     return {name: value for name, value in inputs.items() if value is not None}

@@ -1,9 +1,7 @@
 """Weights in and out of a model, through the parameter list and the torch dialect."""
 
-import warnings
 from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_dtypes
@@ -12,17 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from opt_core.checkpoints import load as files
-from opt_core.checkpoints.save import save_checkpoint
-from opt_core.config import DTYPES, OPTConfig
+from opt_core.checkpoints import pretrained
+from opt_core.config import OPTConfig
 from opt_core.dialects import TORCH
 from opt_core.errors import CheckpointError, ConfigError
-from opt_core.generation.config import GenerationConfig
-from opt_core.hub import resolve
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
-from opt_core.quantization import check_scheme, quantize_array, scheme_of
-from opt_core.training.lora import UNMERGED
+from opt_core.quantization import quantize_array, scheme_of
+from opt_core.training.lora import check_merged
 from opt_torch import attention, quantization
 from opt_torch.quantization import QuantizedLinear, QuantizedWeight
 
@@ -51,19 +46,13 @@ def from_pretrained(
     **hub: Any,
 ) -> M:
     """Loads a checkpoint tensor by tensor; see `OPTPreTrainedModel.from_pretrained`."""
-    dtype = str(dtype).removeprefix("torch.")
-    if dtype not in (*DTYPES, "auto"):
-        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)} or auto, received {dtype!r}")
-    check_scheme(quantize)
-    folder = resolve(path_or_hub_id, **hub)
-    home = folder if folder.is_dir() else folder.parent
-    config = config or OPTConfig.from_pretrained(home)
-    plan = files.plan_load(files.open_checkpoint(folder), config, cls.head)
-    target, wanted = check_device(device), resolve_dtype(dtype, plan)
+    name = str(dtype).removeprefix("torch.")
+    source = pretrained.open_pretrained(cls.head, path_or_hub_id, name, config, quantize, **hub)
+    target, wanted = check_device(device), getattr(torch, source.dtype)
     if attn_implementation == "flash_attention_2":
         attention.check_flash(target, wanted)
-    model = cls(plan.config, seed=None, attn_implementation=attn_implementation)
-    for spec, array in plan.stream(progress=progress):
+    model = cls(source.config, seed=None, attn_implementation=attn_implementation)
+    for spec, array in source.stream(progress):
         scheme = scheme_of(spec, quantize)
         if scheme is None:
             values = cast_tensor(spec.name, as_tensor(array), wanted)
@@ -72,18 +61,9 @@ def from_pretrained(
             values = quantize_array(spec.name, array, scheme)
             quantization.set_quantized(model, spec, values, wanted, target)
         del array, values  # or the next tensor would be read while this one is still held
-    for spec in plan.fresh:
-        value = torch.from_numpy(initial_value(spec, plan.config, seed=0))
-        set_parameter(model, spec, value.to(target, wanted))
-        warnings.warn(
-            f"{folder}: no {spec.name} in this checkpoint; "
-            "it is freshly initialised and needs training",
-            stacklevel=3,
-        )
     tie(model)
     model.requires_grad_(quantize is None)
-    if cls.head == "causal_lm" and (home / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(home)
+    source.set_generation_config(model)
     return model
 
 
@@ -101,30 +81,20 @@ def save_pretrained(
 ) -> None:
     """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`."""
     quantization.check_not_quantized(model, "save_pretrained")
-    if any(getattr(module, "adapts", False) for module in model.modules()):
-        raise CheckpointError(f"{folder}: {UNMERGED}")
+    check_merged(model.modules(), str(folder))
     config = model.config
     if model.head == "causal_lm" and config.tie_word_embeddings and not is_tied(model):
         config = config.replace(tie_word_embeddings=False)
-    specs = param_specs(config, model.head)
-    save_checkpoint(
-        Path(folder),
+    dtype = str(model.dtype).removeprefix("torch.")
+    pretrained.save_pretrained(
+        model, folder, lambda spec: as_array(get_parameter(model, spec)), dtype, max_shard_size,
         config,
-        {spec.name: lambda spec=spec: as_array(get_parameter(model, spec)) for spec in specs},
-        specs,
-        dtype=str(model.dtype).removeprefix("torch."),
-        max_shard_size=max_shard_size,
-        architecture=type(model).__name__,
-    )
-    model.generation_config.save_pretrained(folder)
+    )  # fmt: skip
 
 
-def locate(model: "OPTPreTrainedModel", spec: ParamSpec) -> tuple[nn.Module, str]:
-    """The module that owns a parameter, and the parameter's name there."""
-    path = TORCH.path(spec)
-    if model.head == "none":
-        path = path[1:]  # a bare OPTModel is what the others keep as `model`
-    return model.get_submodule(".".join(path[:-1])), path[-1]
+def locate(model: "OPTPreTrainedModel", spec: ParamSpec) -> Any:
+    """The tensor that holds a parameter."""
+    return getattr(*TORCH.owner(model, spec))
 
 
 def get_parameter(model: "OPTPreTrainedModel", spec: ParamSpec) -> Tensor:
@@ -132,14 +102,12 @@ def get_parameter(model: "OPTPreTrainedModel", spec: ParamSpec) -> Tensor:
     weight = quantization.get_quantized(model, spec)
     if weight is not None:
         return weight.dequantize()
-    module, leaf = locate(model, spec)
-    return getattr(module, leaf).detach()
+    return locate(model, spec).detach()
 
 
 def set_parameter(model: "OPTPreTrainedModel", spec: ParamSpec, values: Tensor) -> None:
     """Makes a tensor a parameter, without copying it."""
-    module, leaf = locate(model, spec)
-    setattr(module, leaf, nn.Parameter(values))
+    setattr(*TORCH.owner(model, spec), nn.Parameter(values))
 
 
 def tie(model: "OPTPreTrainedModel") -> None:
@@ -169,12 +137,6 @@ def cast_tensor(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
             f"{name}: values beyond the range of float16; load it as bfloat16 or float32"
         )
     return cast
-
-
-def resolve_dtype(dtype: str, plan: files.LoadPlan) -> torch.dtype:
-    """The type to load as; "auto" is the stored one."""
-    stored = plan.entries[0][1].dtype.name
-    return getattr(torch, stored if dtype == "auto" else dtype)
 
 
 def as_tensor(array: NDArray[Any]) -> Tensor:

@@ -1,17 +1,17 @@
 """Low-rank adapters on a model's linear layers: apply, merge, unmerge, save and load."""
 
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from opt_core.errors import ConfigError
-from opt_core.params import param_specs
+from opt_core.dialects import TORCH
+from opt_core.params import ParamSpec
 from opt_core.training import lora as files
 from opt_core.training.lora import Adapter
-from opt_torch.checkpoint import get_parameter, locate, set_parameter
+from opt_torch.checkpoint import as_array, as_tensor, get_parameter, locate, set_parameter
 from opt_torch.linear import Linear
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ class LoraLinear(Linear):
     def __init__(self, base: Linear, adapter: Adapter):
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
-            self.lora_A = Linear(base.in_features, adapter.rank, bias=False)
-            self.lora_B = Linear(adapter.rank, base.out_features, bias=False)
+            low, wide = adapter.rank, torch.float32
+            self.lora_A = Linear(base.in_features, low, bias=False, dtype=wide)
+            self.lora_B = Linear(low, base.out_features, bias=False, dtype=wide)
         self.weight, self.bias = base.weight, base.bias
         self.adapter = adapter
         self.unmerged: Tensor | None = None
@@ -70,17 +71,10 @@ def apply(
         ConfigError: A value that cannot be, or the model has adapters already.
     """
     adapter = Adapter(rank, alpha, tuple(targets))
-    if adapters(model):
-        raise ConfigError("the model has adapters already; merge them first")
-    for spec in files.adapted_specs(model.config, adapter.targets):
-        layer, _ = locate(model, spec)
-        if type(layer) is not Linear or not layer.weight.is_floating_point():
-            raise ConfigError(f"{spec.name}: an adapter needs a plain linear layer")
-        name = next(name for name, module in model.named_modules() if module is layer)
-        model.set_submodule(name, LoraLinear(layer, adapter))
-    for spec in files.adapter_specs(model.config, adapter.rank, adapter.targets):
-        value = torch.from_numpy(files.initial_adapter(spec, seed))
-        set_parameter(model, spec, value.to(model.device))
+    for parent, name in files.plan_adapters(model, TORCH, adapter, Linear, bool(adapters(model))):
+        setattr(parent, name, LoraLinear(getattr(parent, name), adapter))
+    for spec, values in files.initial_adapters(model.config, adapter, seed):
+        _put(model, spec, values)
     return adapter
 
 
@@ -114,14 +108,10 @@ def save_adapter(model: "OPTPreTrainedModel", folder: str | PathLike[str], base:
     Raises:
         ConfigError: The model has no adapters.
     """
-    found = adapters(model)
-    if not found:
-        raise ConfigError("the model has no adapters to save")
-
-    def fetch(spec: Any) -> Any:
-        return get_parameter(model, spec).float().cpu().numpy()
-
-    files.save_adapter(Path(folder), model.config, model.head, found[0].adapter, fetch, base)
+    files.save_adapter(
+        folder, model.config, model.head, files.adapter_of(adapters(model)),
+        lambda spec: as_array(get_parameter(model, spec)), base,
+    )  # fmt: skip
 
 
 def load_adapter(model: "OPTPreTrainedModel", folder: str | PathLike[str]) -> None:
@@ -134,15 +124,15 @@ def load_adapter(model: "OPTPreTrainedModel", folder: str | PathLike[str]) -> No
     Raises:
         CheckpointError: The files are damaged or do not fit the model.
     """
-    adapter, values = files.read_adapter(Path(folder), model.config, model.head)
-    apply(model, adapter.rank, adapter.alpha, adapter.targets)
-    specs = files.adapter_specs(model.config, adapter.rank, adapter.targets)
-    for spec in [*specs, *param_specs(model.config, model.head)]:
-        if spec.name in values:
-            kept = get_parameter(model, spec)
-            set_parameter(model, spec, torch.from_numpy(values[spec.name].copy()).to(kept))
+    files.load_adapter(model, folder, apply, _put)
 
 
 def adapters(model: "OPTPreTrainedModel") -> list[LoraLinear]:
     """The layers of a model that have an adapter."""
     return [module for module in model.modules() if isinstance(module, LoraLinear)]
+
+
+def _put(model: "OPTPreTrainedModel", spec: ParamSpec, values: NDArray[Any]) -> None:
+    """Gives a parameter its values, in its own type."""
+    dtype = locate(model, spec).dtype
+    set_parameter(model, spec, as_tensor(values.copy()).to(model.device, dtype))

@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opt_core.config import OPTConfig
-from opt_core.errors import InputError
+from opt_core.training.labels import (
+    OR_IGNORED,
+    check_integers,
+    check_padding,
+    check_values,
+    resolve_problem_type,
+)
 from opt_core.training.microbatches import IGNORE_INDEX
 from opt_torch.inputs import as_tensor, check_range, is_known
 
@@ -20,28 +26,19 @@ def upcast(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def check_labels(
-    name: str, values: Any, shape: tuple[int, ...], count: int, like: Tensor
-) -> Tensor:
+def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], count: int) -> Tensor:
     """Class numbers as a checked int64 tensor.
 
     Args:
         name: What they are called, for messages.
-        values: Integers below `count`, or -100.
+        labels: Integers below `count`, or -100.
         shape: The shape they must have.
         count: Number of classes.
-        like: A tensor on the device they are wanted on.
     """
-    labels = as_tensor(name, values, like.device)
-    if labels.is_floating_point() or labels.is_complex() or tuple(labels.shape) != shape:
-        raise InputError(
-            f"{name}: expected integers of shape {shape}, "
-            f"received {labels.dtype} of shape {tuple(labels.shape)}"
-        )
+    check_integers(name, labels.dtype, labels.shape, shape)
     labels = labels.long()
     if is_known(labels):
-        kept = labels[labels != IGNORE_INDEX]
-        check_range(name, kept, 0, count - 1, f"or {IGNORE_INDEX} to leave one out")
+        check_range(name, labels[labels != IGNORE_INDEX], 0, count - 1, OR_IGNORED)
     return labels
 
 
@@ -54,7 +51,8 @@ def causal_lm(logits_BTV: Tensor, labels: Any, label_smoothing: float = 0.0) -> 
         label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     B, T, V = logits_BTV.shape
-    targets = check_labels("labels", labels, (B, T), V, logits_BTV)[:, 1:].flatten()
+    labels = as_tensor("labels", labels, logits_BTV.device)
+    targets = check_labels("labels", labels, (B, T), V)[:, 1:].flatten()
     return F.cross_entropy(
         upcast(logits_BTV[:, :-1]).flatten(0, 1), targets, ignore_index=IGNORE_INDEX,
         label_smoothing=label_smoothing,
@@ -75,7 +73,8 @@ def chunked_causal_lm(
         label_smoothing: Share of the likelihood that is asked for everywhere.
     """
     (B, T, P), V = hidden_BTP.shape, head_VP.shape[0]
-    targets = check_labels("labels", labels, (B, T), V, hidden_BTP)[:, 1:].flatten()
+    labels = as_tensor("labels", labels, hidden_BTP.device)
+    targets = check_labels("labels", labels, (B, T), V)[:, 1:].flatten()
     rows = hidden_BTP[:, :-1].reshape(-1, P)
     kept = targets != IGNORE_INDEX
     if not kept.all():
@@ -89,10 +88,10 @@ class _ChunkedCausalLM(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_NP: Tensor, head_VP: Tensor, targets_N: Tensor, smoothing: float
+        ctx: Any, rows_RP: Tensor, head_VP: Tensor, targets_R: Tensor, smoothing: float
     ) -> Tensor:
-        N, V = rows_NP.shape[0], head_VP.shape[0]
-        rows, head, kind = rows_NP, head_VP, rows_NP.device.type
+        R, V = rows_RP.shape[0], head_VP.shape[0]
+        rows, head, kind = rows_RP, head_VP, rows_RP.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             rows, head = rows.to(dtype), head.to(dtype)
@@ -101,10 +100,10 @@ class _ChunkedCausalLM(torch.autograd.Function):
         grad_head = torch.zeros_like(head) if for_head else None
         total = torch.zeros((), dtype=upcast(rows[:0]).dtype, device=rows.device)
         with torch.autocast(kind, enabled=False):
-            size = -(-N // max(1, -(-N * V // CHUNK)))  # equal chunks
-            for start in range(0, N, max(1, size)):
+            size = -(-R // max(1, -(-R * V // CHUNK)))  # equal chunks
+            for start in range(0, R, max(1, size)):
                 place = slice(start, start + size)
-                some, wanted = rows[place], targets_N[place, None]
+                some, wanted = rows[place], targets_R[place, None]
                 logits = upcast(some @ head.T)
                 shares = logits.softmax(-1)
                 # The largest share is at least 1/V: its logarithm loses nothing.
@@ -118,14 +117,14 @@ class _ChunkedCausalLM(torch.autograd.Function):
                 shares.scatter_add_(-1, wanted, torch.full_like(nats, smoothing - 1))
                 if smoothing:
                     shares -= smoothing / V
-                slope = shares.div_(N).to(some.dtype)
+                slope = shares.div_(R).to(some.dtype)
                 if grad_rows is not None:
                     torch.mm(slope, head, out=grad_rows[place])
                 if grad_head is not None:
                     grad_head.addmm_(slope.T, some)
         ctx.save_for_backward(grad_rows, grad_head)
-        ctx.dtypes = rows_NP.dtype, head_VP.dtype
-        return total / N
+        ctx.dtypes = rows_RP.dtype, head_VP.dtype
+        return total / R
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
@@ -149,23 +148,12 @@ def classification(
         label_smoothing: Share of the likelihood that is asked of every class.
     """
     logits, labels = upcast(logits), as_tensor("labels", labels, logits.device)
-    kind = config.problem_type
-    if kind is None and config.num_labels == 1:
-        kind = "regression"
-    elif kind is None:
-        kind = (
-            "multi_label_classification"
-            if labels.is_floating_point()
-            else "single_label_classification"
-        )
+    kind = resolve_problem_type(config, labels.dtype)
     if kind == "single_label_classification":
         B, count = logits.shape
-        targets = check_labels("labels", labels.reshape(-1), (B,), count, logits)
+        targets = check_labels("labels", labels.reshape(-1), (B,), count)
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-    if labels.numel() != logits.numel():
-        raise InputError(
-            f"labels: expected {tuple(logits.shape)} values, received {tuple(labels.shape)}"
-        )
+    check_values(labels.shape, logits.shape)
     labels = labels.reshape(logits.shape).to(logits.dtype)
     if kind == "regression":
         return F.mse_loss(logits, labels)
@@ -194,11 +182,7 @@ def question_answering(
         ("start_positions", start_BT, start_positions), ("end_positions", end_BT, end_positions),
     ):  # fmt: skip
         places = as_tensor(name, positions, logits.device)
-        if places.is_floating_point() or tuple(places.shape) not in ((B,), (B, 1)):
-            raise InputError(
-                f"{name}: expected integers of shape ({B},), "
-                f"received {places.dtype} of shape {tuple(places.shape)}"
-            )
+        check_integers(name, places.dtype, places.shape, (B,), (B, 1))
         targets = places.reshape(B).long().clamp(0, length)
         total = total + F.cross_entropy(
             upcast(logits), targets, ignore_index=length, label_smoothing=label_smoothing
@@ -215,8 +199,7 @@ def last_token(input_ids: Any, hidden_BTP: Tensor, pad_token_id: int | None) -> 
         InputError: Several rows and no padding id: where each one ends cannot be known.
     """
     B, T = hidden_BTP.shape[:2]
-    if pad_token_id is None and B > 1:
-        raise InputError("a batch of several texts needs pad_token_id in the configuration")
+    check_padding(pad_token_id, B)
     if input_ids is None or pad_token_id is None:
         return torch.full((B,), T - 1, device=hidden_BTP.device)
     is_text = as_tensor("input_ids", input_ids, hidden_BTP.device) != pad_token_id

@@ -271,7 +271,7 @@ def set_quantized(
         dtype: Type the model computes in.
         device: Where to put it.
     """
-    parent, name = _locate(model, spec)
+    parent, name = TORCH.parent(model, spec)
     weight = QuantizedWeight(tensor, dtype).to(device).eval()
     if spec.kind == "embedding":
         new = QuantizedEmbedding(weight)
@@ -285,7 +285,7 @@ def get_quantized(model: "OPTPreTrainedModel", spec: ParamSpec) -> QuantizedWeig
     """The numbers of a parameter; None if it is kept in floating point."""
     if not spec.name.endswith(".weight") or not is_quantized(model):
         return None
-    parent, name = _locate(model, spec)
+    parent, name = TORCH.parent(model, spec)
     weight = getattr(getattr(parent, name), "weight", None)
     return weight if isinstance(weight, QuantizedWeight) else None
 
@@ -305,9 +305,3 @@ def check_not_quantized(model: "OPTPreTrainedModel", action: str) -> None:
         raise ConfigError(
             f"{action}: a model with quantised weights can only be run; load it without quantize"
         )
-
-
-def _locate(model: "OPTPreTrainedModel", spec: ParamSpec) -> tuple[nn.Module, str]:
-    """The layer that owns a parameter: where it hangs, and its name there."""
-    *outer, name, _ = TORCH.path(spec)
-    return model.get_submodule(".".join(outer[1:] if model.head == "none" else outer)), name

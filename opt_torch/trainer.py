@@ -1,8 +1,6 @@
 """A model in training, as `opt_core.training.loop` wants it."""
 
-from collections.abc import Iterable
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +10,10 @@ from numpy.typing import NDArray
 from opt_core.config import OPTConfig
 from opt_core.params import ParamSpec
 from opt_core.training.config import TrainConfig
-from opt_core.training.loop import Slot, identity
-from opt_torch import lora
+from opt_core.training.loop import Slot
+from opt_core.training.trainer import BaseTrainer, make_model
+from opt_torch import lora, training
 from opt_torch.checkpoint import check_device, locate
-from opt_torch.training import evaluate, make_optimizer, train_step
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 _STATES = {"mean": "exp_avg", "square": "exp_avg_sq"}
 
 
-class Trainer:
+class Trainer(BaseTrainer):
     """A model and its optimizer.
 
     Args:
@@ -31,11 +29,7 @@ class Trainer:
         config: How to train it.
     """
 
-    def __init__(self, model: "OPTPreTrainedModel", config: TrainConfig):
-        self.model, self.config = model, config
-        self.optimizer = make_optimizer(model, config)
-        self.specs = config.trained_specs(model.config, model.head)
-        self.identity = identity(model.config, model.head)
+    training, lora = training, lora
 
     @property
     def updates(self) -> int:
@@ -51,11 +45,7 @@ class Trainer:
     def step(self, batch: Any, step: int) -> tuple[float, float]:
         """Takes one step (`train_step`) with dropout."""
         self.model.train()
-        return train_step(self.model, self.optimizer, batch, self.config, step)
-
-    def evaluate(self, batches: Iterable[Any]) -> float:
-        """The mean loss over batches, without dropout."""
-        return evaluate(self.model, batches)
+        return super().step(batch, step)
 
     def get(self, slot: Slot, spec: ParamSpec) -> NDArray[Any]:
         """Values of a trained parameter, float32 in the canonical layout."""
@@ -66,26 +56,14 @@ class Trainer:
         with torch.no_grad():
             self._tensor(slot, spec).copy_(torch.from_numpy(np.array(values)))
 
-    def export(self, folder: Path) -> None:
-        """Writes the model as a Hugging Face folder, adapters merged."""
-        lora.merge(self.model)
-        self.model.save_pretrained(folder)
-        lora.unmerge(self.model)
-
-    def export_adapter(self, folder: Path, base: str) -> None:
-        """Writes the adapters as PEFT does."""
-        lora.save_adapter(self.model, folder, base)
-
     def _tensor(self, slot: Slot, spec: ParamSpec) -> torch.Tensor:
-        module, leaf = locate(self.model, spec)
         if slot == "value":
-            return getattr(module, leaf).detach()
+            return locate(self.model, spec).detach()
         return self._state(spec)[_STATES[slot]]
 
     def _state(self, spec: ParamSpec) -> dict[str, Any]:
         """The optimizer's state of a parameter, as AdamW makes it in its first step."""
-        module, leaf = locate(self.model, spec)
-        parameter = getattr(module, leaf)
+        parameter = locate(self.model, spec)
         state = self.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -112,9 +90,7 @@ def make_trainer(
         from_scratch: Start from random weights, not from the model's.
         device: Such as "cuda"; None: the CPU.
     """
-    model_config = config.model_config(model_config)
-    if from_scratch:
-        model = cls(model_config, seed=config.seed).to(check_device(device or "cpu"))
-    else:
-        model = cls.from_pretrained(name, config=model_config, device=device or "cpu")
-    return Trainer(model, config)
+    place = check_device(device or "cpu")
+    options = {} if from_scratch else {"device": place}
+    model = make_model(cls, name, config, model_config, from_scratch, **options)
+    return Trainer(model.to(place), config)

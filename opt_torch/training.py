@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from opt_core.errors import InputError
-from opt_core.training import microbatches
+from opt_core.training import microbatches, steps
 from opt_core.training.config import TrainConfig
 from opt_torch import lora, losses
 from opt_torch.checkpoint import locate
-from opt_torch.quantization import check_not_quantized
+from opt_torch.quantization import check_not_quantized, is_quantized
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
@@ -26,15 +25,11 @@ def make_optimizer(model: "OPTPreTrainedModel", config: TrainConfig) -> AdamW:
     gradient. Weight decay applies to the parameters that `ParamSpec.decays`.
     """
     check_not_quantized(model, "make_optimizer")
-    if config.lora_rank and not lora.adapters(model):
-        lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    trained = steps.prepare_model(model, config, lora)
     model.requires_grad_(False)
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
-    for spec in config.trained_specs(model.config, model.head):
-        module, leaf = locate(model, spec)
-        groups[spec.decays].append(getattr(module, leaf).requires_grad_(True))
+    for spec in trained:
+        groups[spec.decays].append(locate(model, spec).requires_grad_(True))
     return AdamW(
         [
             {"params": groups[True], "weight_decay": config.weight_decay},
@@ -77,7 +72,7 @@ def train_step(
         for number, (part, share) in enumerate(parts):
             torch.manual_seed(config.dropout_seed(step, number))
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
-                loss = compute_loss(model, part, config.label_smoothing) * share
+                loss = share * steps.batch_loss(model, part, losses, _head, config.label_smoothing)
             loss.backward()
             total += loss.detach()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -88,27 +83,22 @@ def train_step(
     return total.item(), norm
 
 
-def compute_loss(model: "OPTPreTrainedModel", batch: Any, label_smoothing: float = 0.0) -> Tensor:
+def compute_loss(
+    model: "OPTPreTrainedModel",
+    batch: Any,
+    label_smoothing: float = 0.0,
+    **options: Any,
+) -> Tensor:
     """The mean loss of one batch.
 
     Args:
         model: With a head.
         batch: As for `train_step`.
         label_smoothing: Share of the likelihood that is asked for everywhere.
+        **options: More of what the model takes.
     """
-    inputs: Any = microbatches.as_batch(batch)
-    if model.head == "causal_lm":
-        labels = inputs.pop("labels")
-        hidden = model.get_submodule("model")(**inputs).last_hidden_state
-        head: Any = model.get_submodule("lm_head").weight
-        return losses.chunked_causal_lm(hidden, head, labels, label_smoothing)
-    if model.head == "sequence_classification":
-        labels = inputs.pop("labels")
-        logits = model(**inputs).logits
-        return losses.classification(logits, labels, model.config, label_smoothing)
-    start, end = inputs.pop("start_positions"), inputs.pop("end_positions")
-    out = model(**inputs)
-    return losses.question_answering(out.start_logits, out.end_logits, start, end, label_smoothing)
+    named = microbatches.as_batch(batch)
+    return steps.batch_loss(model, named, losses, _head, label_smoothing, **options)
 
 
 @torch.inference_mode()
@@ -116,17 +106,13 @@ def evaluate(model: "OPTPreTrainedModel", batches: Iterable[Any]) -> float:
     """Mean loss (in nats per predicted token) over some batches, without dropout."""
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
-    for batch in batches:
-        named = microbatches.as_batch(batch)
-        predicted = microbatches.count_labels(named, model.head == "causal_lm")
-        if predicted:
-            total += compute_loss(model, named).item() * predicted
-        count += predicted
-    model.train(was_training)
-    if count == 0:
-        raise InputError("evaluate: expected batches with something to predict, received none")
-    return total / count
+    named = map(microbatches.as_batch, batches)
+    try:
+        return steps.mean_loss(
+            named, model.head == "causal_lm", lambda b: steps.batch_loss(model, b, losses, _head)
+        )
+    finally:
+        model.train(was_training)
 
 
 def fit(
@@ -146,12 +132,11 @@ def fit(
     optimizer = make_optimizer(model, config)
     model.train()
     try:
-        for step in range(config.max_steps):
-            batch = next(batches, None)
-            if batch is None:
-                raise InputError(f"fit: the batches ended at step {step} of {config.max_steps}")
-            loss, _ = train_step(model, optimizer, batch, config, step)
-            if report is not None:
-                report(step, loss)
+        steps.take_steps(model, optimizer, batches, config, train_step, report)
     finally:
         model.eval()
+
+
+def _head(model: Any) -> Tensor | None:
+    """Weight of the language-model head (V, P), where `losses.chunked_causal_lm` can use it."""
+    return None if is_quantized(model) else model.lm_head.weight

@@ -11,11 +11,8 @@ from opt_core.checkpoints.load import canonical_name
 from opt_core.dialects import NNX, Dialect
 from opt_core.params import ParamSpec
 
-FLAX = Dialect(
-    "flax-msgpack", {**NNX.leaves, ("linear", "weight"): "kernel"}, transposes_linear=True
-)
+FLAX = Dialect({**NNX.leaves, ("linear", "weight"): "kernel"})
 KERAS2 = Dialect(
-    "tf-h5",
     {
         ("linear", "weight"): "kernel:0",
         ("linear", "bias"): "bias:0",
@@ -23,7 +20,6 @@ KERAS2 = Dialect(
         ("norm", "weight"): "gamma:0",
         ("norm", "bias"): "beta:0",
     },
-    transposes_linear=True,
 )
 TF_MODEL = "tfopt_for_causal_lm"
 """The model's name in Keras 2, the first part of every variable's."""

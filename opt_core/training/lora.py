@@ -7,8 +7,9 @@ two matrices are linear layers `lora_A` and `lora_B` inside it: `opt_core.dialec
 
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,13 @@ from opt_core.checkpoints.safetensors_format import (
 )
 from opt_core.checkpoints.tensors import cast_array
 from opt_core.config import OPTConfig
+from opt_core.dialects import Dialect
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.json_files import read_json, write_json
 from opt_core.params import HEAD_PARAMETERS, Head, ParamSpec, param_specs
 
 TARGETS = ("q_proj", "v_proj")
 """The layers adapted unless others are named: those of the paper, and PEFT's choice for OPT."""
-
-UNMERGED = "the model has adapters: merge them first, or save them alone (lora.save_adapter)"
-"""Why such a model is not saved as it is: its weights do not hold what it has learnt."""
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -82,6 +81,23 @@ def check_targets(targets: Sequence[str]) -> None:
         )
 
 
+def check_merged(layers: Iterable[Any], action: str) -> None:
+    """Refuses to take the weights of a model that do not hold what its adapters have learnt.
+
+    Args:
+        layers: The model's layers.
+        action: What is refused, for the message.
+
+    Raises:
+        CheckpointError: A layer has an adapter that works beside its weight.
+    """
+    if any(getattr(layer, "adapts", False) for layer in layers):
+        raise CheckpointError(
+            f"{action}: the model has adapters: merge them first, or save them alone "
+            "(lora.save_adapter)"
+        )
+
+
 def adapted_specs(config: OPTConfig, targets: Sequence[str]) -> list[ParamSpec]:
     """The weights that get an adapter."""
     endings = tuple(f".{name}.weight" for name in targets)
@@ -108,8 +124,76 @@ def initial_adapter(spec: ParamSpec, seed: int) -> NDArray[np.float32]:
     return rng.uniform(-bound, bound, spec.shape).astype(np.float32)
 
 
+def initial_adapters(
+    config: OPTConfig, adapter: Adapter, seed: int
+) -> Iterator[tuple[ParamSpec, NDArray[np.float32]]]:
+    """The adapters' parameters and their first values, one after the other."""
+    for spec in adapter_specs(config, adapter.rank, adapter.targets):
+        yield spec, initial_adapter(spec, seed)
+
+
+def plan_adapters(
+    model: Any, dialect: Dialect, adapter: Adapter, plain: type, has_some: bool
+) -> list[tuple[Any, str]]:
+    """Where the layers are that get an adapter: the modules that hold them, and their names there.
+
+    Args:
+        model: A backend's model.
+        dialect: The backend's spelling.
+        adapter: What they get.
+        plain: The class of layers that can have one.
+        has_some: Whether layers of the model have adapters already.
+
+    Raises:
+        ConfigError: They do, or a layer is of another class.
+    """
+    if has_some:
+        raise ConfigError("the model has adapters already; merge them first")
+    places: list[tuple[Any, str]] = []
+    for spec in adapted_specs(model.config, adapter.targets):
+        parent, name = dialect.parent(model, spec)
+        if type(getattr(parent, name)) is not plain:
+            raise ConfigError(f"{spec.name}: an adapter needs a plain linear layer")
+        places.append((parent, name))
+    return places
+
+
+def adapter_of(layers: Sequence[Any]) -> Adapter:
+    """The adapter of a model's adapted layers.
+
+    Raises:
+        ConfigError: There are no such layers.
+    """
+    if not layers:
+        raise ConfigError("the model has no adapters to save")
+    return layers[0].adapter
+
+
+def load_adapter(
+    model: Any,
+    folder: str | PathLike[str],
+    apply: Callable[..., Adapter],
+    put: Callable[[Any, ParamSpec, NDArray[Any]], None],
+) -> None:
+    """Puts the adapters of a folder on a model, and the head that was trained with them.
+
+    Args:
+        model: A backend's model.
+        folder: The folder.
+        apply: The backend's `lora.apply`.
+        put: Gives a parameter of the model its values, in the canonical layout.
+
+    Raises:
+        CheckpointError: As `read_adapter`.
+    """
+    adapter, values = read_adapter(Path(folder), model.config, model.head)
+    apply(model, adapter.rank, adapter.alpha, adapter.targets)
+    for spec in _trained(model.config, model.head, adapter):
+        put(model, spec, values[spec.name])
+
+
 def save_adapter(
-    folder: Path,
+    folder: str | PathLike[str],
     config: OPTConfig,
     head: Head,
     adapter: Adapter,
@@ -129,7 +213,7 @@ def save_adapter(
     Raises:
         CheckpointError: The folder exists, or the disk refuses.
     """
-    specs = [*adapter_specs(config, adapter.rank, adapter.targets), *_new_head(config, head)]
+    specs = _trained(config, head, adapter)
     heads = sorted({spec.name.partition(".")[0] for spec in _new_head(config, head)})
     about: dict[str, Any] = {
         "peft_type": "LORA", "task_type": _TASKS[head], "base_model_name_or_path": base,
@@ -145,7 +229,7 @@ def save_adapter(
 
         return PendingTensor(_PREFIX + spec.name, spec.shape, dtype, read)
 
-    with new_folder(folder) as stage:
+    with new_folder(Path(folder)) as stage:
         write_safetensors(stage / WEIGHTS_FILE, [pending(spec) for spec in specs])
         write_json(stage / CONFIG_FILE, about)
 
@@ -170,12 +254,7 @@ def read_adapter(
     path = folder / CONFIG_FILE
     adapter = _adapter(read_json(path, CheckpointError), path)
     stored = read_safetensors(folder / WEIGHTS_FILE)
-    wanted = {
-        _PREFIX + spec.name: spec
-        for spec in [
-            *adapter_specs(config, adapter.rank, adapter.targets), *_new_head(config, head)
-        ]
-    }  # fmt: skip
+    wanted = {_PREFIX + spec.name: spec for spec in _trained(config, head, adapter)}
     problems = [f"missing {name}" for name in sorted(wanted.keys() - stored.keys())]
     problems += [f"unexpected {name}" for name in sorted(stored.keys() - wanted.keys())]
     problems += [
@@ -211,6 +290,11 @@ def _adapter(about: Mapping[str, Any], path: Path) -> Adapter:
         return Adapter(about["r"], float(about["lora_alpha"]), tuple(sorted(names)))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _trained(config: OPTConfig, head: Head, adapter: Adapter) -> list[ParamSpec]:
+    """What is trained where adapters are, and belongs into their folder."""
+    return [*adapter_specs(config, adapter.rank, adapter.targets), *_new_head(config, head)]
 
 
 def _new_head(config: OPTConfig, head: Head) -> list[ParamSpec]:

@@ -321,17 +321,6 @@ def test_dtype_auto_is_the_stored_one(folder, tmp_path):
     assert MODEL.from_pretrained(tmp_path, dtype=jnp.float16).dtype == "float16"
 
 
-def test_a_fresh_head_warns(folder):
-    config = CONFIGS["pre_ln"].replace(num_labels=5)
-    kind: Any = opt_flax.FlaxOPTForSequenceClassification
-    with pytest.warns(
-        UserWarning, match=r"no score\.weight in this checkpoint; it is freshly initialised"
-    ):
-        model = kind.from_pretrained(folder("pre_ln"), config=config)
-    assert model.score.weight.shape == (5, 32)
-    assert 0 < model.score.weight[...].std() < 0.1
-
-
 def test_a_head_can_be_left_behind(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

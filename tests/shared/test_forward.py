@@ -1,11 +1,13 @@
 """Every model, head and option against the float64 oracle."""
 
 import dataclasses
+import importlib
 
 import numpy as np
 import pytest
 
 from opt_core.errors import ConfigError, InputError, OPTError
+from opt_core.params import param_specs
 from tests.support import oracle
 from tests.support.backends import ORACLE_TOLERANCE
 from tests.support.configs import CONFIGS
@@ -214,6 +216,20 @@ def test_padding_may_outgrow_the_window(backend, folder):
     model = backend.load(folder("pre_ln"))
     padded = backend.run(model, input_ids=ids, attention_mask=mask).logits
     close(padded[:, 10:], backend.run(model, input_ids=ids[:, 10:]).logits)
+
+
+def test_a_fresh_head_warns(backend, folder):
+    """At the user's own call, which is in this file."""
+    config, kind = PRE_LN.replace(num_labels=5), backend.model_class("sequence_classification")
+    with pytest.warns(UserWarning, match=r"no score\.weight in this checkpoint") as caught:
+        model = kind.from_pretrained(folder("pre_ln"), config=config)
+    assert "it is freshly initialised and needs training" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    checkpoint = importlib.import_module(f"opt_{backend.name}.checkpoint")
+    (spec,) = (s for s in param_specs(config, model.head) if s.name == "score.weight")
+    weight = backend.numpy(checkpoint.get_parameter(model, spec))
+    assert weight.shape == (5, 32)
+    assert 0 < weight.std() < 0.1
 
 
 def test_an_unknown_attention_implementation(backend, folder):

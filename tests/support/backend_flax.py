@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from opt_core.params import Head, param_specs
@@ -19,6 +20,12 @@ class FlaxBackend(Backend):
 
     def array(self, value: Any) -> jax.Array:
         return jnp.asarray(value)
+
+    def differentiate(self, function: Any, *arrays: Array) -> tuple[Array, list[Array]]:
+        with jax.enable_x64(True):
+            every = tuple(range(len(arrays)))
+            value, gradients = jax.value_and_grad(function, every)(*map(jnp.asarray, arrays))
+        return np.asarray(value), [np.asarray(gradient) for gradient in gradients]
 
     def random(self, seed: int) -> Any:
         return jax.random.key(seed)

@@ -17,6 +17,14 @@ class TFBackend(Backend):
     def array(self, value: Any) -> tf.Tensor:
         return tf.constant(value)
 
+    def differentiate(self, function: Any, *arrays: Array) -> tuple[Array, list[Array]]:
+        tensors = [tf.constant(array) for array in arrays]
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            value = function(*tensors)
+        found: Any = tape.gradient(value, tensors)
+        return value.numpy(), [gradient.numpy() for gradient in found]
+
     def random(self, seed: int) -> Any:
         return tf.constant([seed, 0], tf.int64)
 

@@ -18,6 +18,11 @@ class TorchBackend(Backend):
     def array(self, value: Any) -> torch.Tensor:
         return torch.tensor(value)
 
+    def differentiate(self, function: Any, *arrays: Array) -> tuple[Array, list[Array]]:
+        tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
+        value = function(*tensors)
+        return value.detach().numpy(), [g.numpy() for g in torch.autograd.grad(value, tensors)]
+
     def random(self, seed: int) -> Any:
         return torch.Generator().manual_seed(seed)
 

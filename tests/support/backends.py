@@ -64,6 +64,10 @@ class Backend:
         """The framework's tensor for an array."""
         raise NotImplementedError
 
+    def differentiate(self, function: Any, *arrays: Array) -> tuple[Array, list[Array]]:
+        """The value of a function of tensors, in float64, and its gradients."""
+        raise NotImplementedError
+
     def random(self, seed: int) -> Any:
         """The source that the framework's draws take."""
         raise NotImplementedError

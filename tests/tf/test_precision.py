@@ -1,7 +1,5 @@
 """Types of weights, and Keras' policies of mixed precision."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -73,14 +71,3 @@ def test_values_beyond_float16_are_refused(folder, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"layers\.0\.fc2\.weight: values beyond the range"):
         opt_tf.TFOPTForCausalLM.from_pretrained(tmp_path, dtype="float16")
-
-
-def test_a_fresh_head_warns(folder):
-    config = CONFIGS["pre_ln"].replace(num_labels=5)
-    with pytest.warns(UserWarning, match=r"no score\.weight in this checkpoint"):
-        model = opt_tf.TFOPTForSequenceClassification.from_pretrained(
-            folder("pre_ln"), config=config
-        )
-    weight: Any = model.score.weight
-    assert weight.shape == (5, 32)
-    assert 0 < np.std(weight.numpy()) < 0.1

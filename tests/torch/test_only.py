@@ -171,18 +171,6 @@ def test_weights_stay_in_the_file_until_changed(folder):
     assert (folder("pre_ln") / "model.safetensors").read_bytes() == before
 
 
-def test_a_fresh_head_warns(folder):
-    config = CONFIGS["pre_ln"].replace(num_labels=5)
-    with pytest.warns(
-        UserWarning, match=r"no score\.weight in this checkpoint; it is freshly initialised"
-    ):
-        model = opt_torch.OPTForSequenceClassification.from_pretrained(
-            folder("pre_ln"), config=config
-        )
-    assert model.score.weight.shape == (5, 32)
-    assert 0 < model.score.weight.std() < 0.1
-
-
 def test_a_head_can_be_left_behind(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,0 +1,72 @@
+"""A model in training, as `opt_core.training.loop` wants it, but for what its framework holds."""
+
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+from opt_core.config import OPTConfig
+from opt_core.training.config import TrainConfig
+from opt_core.training.loop import identity
+
+
+class BaseTrainer:
+    """A model and its optimizer; a backend adds `updates`, `get` and `put`.
+
+    Args:
+        model: The model, trained in place; `make_optimizer` makes it ready.
+        config: How to train it.
+    """
+
+    training: ClassVar[Any]
+    """The backend's module `training`."""
+    lora: ClassVar[Any]
+    """The backend's module `lora`."""
+
+    def __init__(self, model: Any, config: TrainConfig):
+        self.model, self.config = model, config
+        self.optimizer: Any = self.training.make_optimizer(model, config)
+        self.specs = config.trained_specs(model.config, model.head)
+        self.identity = identity(model.config, model.head)
+
+    def step(self, batch: Any, step: int) -> tuple[float, float]:
+        """Takes one step (`train_step`) with dropout."""
+        return self.training.train_step(self.model, self.optimizer, batch, self.config, step)
+
+    def evaluate(self, batches: Iterable[Any]) -> float:
+        """The mean loss over batches, without dropout."""
+        return self.training.evaluate(self.model, batches)
+
+    def export(self, folder: Path) -> None:
+        """Writes the model as a Hugging Face folder, adapters merged."""
+        self.lora.merge(self.model)
+        self.model.save_pretrained(folder)
+        self.lora.unmerge(self.model)
+
+    def export_adapter(self, folder: Path, base: str) -> None:
+        """Writes the adapters as PEFT does."""
+        self.lora.save_adapter(self.model, folder, base)
+
+
+def make_model(
+    cls: Any,
+    name: str | PathLike[str],
+    config: TrainConfig,
+    model_config: OPTConfig,
+    from_scratch: bool,
+    **options: Any,
+) -> Any:
+    """Loads a model to train, or makes one.
+
+    Args:
+        cls: Class of the model.
+        name: Folder, hub id, or "mini".
+        config: How to train.
+        model_config: The model's configuration; `config` may change its dropout.
+        from_scratch: Start from random weights, not from the model's.
+        **options: What else the class takes.
+    """
+    model_config = config.model_config(model_config)
+    if from_scratch:
+        return cls(model_config, seed=config.seed, **options)
+    return cls.from_pretrained(name, config=model_config, **options)
