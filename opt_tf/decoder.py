@@ -1,7 +1,6 @@
 """The decoder: layers, norms, embeddings and projections, and what a model returns."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ import optree
 import tensorflow as tf
 
 from opt_core.config import OPTConfig
+from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
 from opt_tf.attention import TFOPTAttention, make_bias
 from opt_tf.cache import KVCache, position_rows
@@ -25,31 +25,8 @@ ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
 }
 
 
-@dataclass
-class TFOPTOutput:
-    """What a model computed; a field its head does not have, or that was not asked for, is None.
-
-    Attributes:
-        last_hidden_state: (B, T, P) after the last norm and projection.
-        logits: (B, T, V) of the language model, (B, num_labels) of the classifier.
-        start_logits: (B, T), question answering.
-        end_logits: (B, T), question answering.
-        loss: Scalar, where labels were given.
-        hidden_states: N + 1 tensors: the embeddings and each layer's output; the last one is
-            `last_hidden_state`.
-        attentions: N tensors (B, H, T, S): the attention weights, before dropout is applied to
-            them.
-        past_key_values: The cache that includes these tokens, where one was passed.
-    """
-
-    last_hidden_state: tf.Tensor | None = None
-    logits: tf.Tensor | None = None
-    start_logits: tf.Tensor | None = None
-    end_logits: tf.Tensor | None = None
-    loss: tf.Tensor | None = None
-    hidden_states: tuple[tf.Tensor, ...] | None = None
-    attentions: tuple[tf.Tensor, ...] | None = None
-    past_key_values: KVCache | None = None
+class TFOPTOutput(ModelOutput[tf.Tensor, KVCache]):
+    """The output of a model: see `ModelOutput` for its fields."""
 
     # What lets outputs through tf.function and through Keras' fit and predict.
     def __tf_flatten__(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:

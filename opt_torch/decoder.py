@@ -1,7 +1,6 @@
 """The decoder: layers, norms, embeddings and projections, and what a model returns."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from opt_core.config import OPTConfig
+from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
 from opt_torch.attention import OPTAttention, make_bias
 from opt_torch.cache import KVCache, position_rows
@@ -25,31 +25,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass
-class OPTOutput:
-    """What a model computed; a field its head does not have, or that was not asked for, is None.
-
-    Attributes:
-        last_hidden_state: (B, T, P) after the last norm and projection.
-        logits: (B, T, V) of the language model, (B, num_labels) of the classifier.
-        start_logits: (B, T), question answering.
-        end_logits: (B, T), question answering.
-        loss: Scalar, where labels were given.
-        hidden_states: N + 1 tensors: the embeddings and each layer's output; the last one is
-            `last_hidden_state`.
-        attentions: N tensors (B, H, T, S): the attention weights, before dropout is applied to
-            them.
-        past_key_values: The cache that includes these tokens, where one was passed.
-    """
-
-    last_hidden_state: Tensor | None = None
-    logits: Tensor | None = None
-    start_logits: Tensor | None = None
-    end_logits: Tensor | None = None
-    loss: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    past_key_values: KVCache | None = None
+class OPTOutput(ModelOutput[Tensor, KVCache]):
+    """The output of a model: see `ModelOutput` for its fields."""
 
 
 class OPTDecoderLayer(nn.Module):
@@ -115,7 +92,7 @@ class OPTDecoder(nn.Module):
         self,
         embeds: Tensor,
         position_ids: Tensor | None,
-        mask: Tensor | None,
+        mask_BS: Tensor | None,
         cache: KVCache | None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -125,21 +102,21 @@ class OPTDecoder(nn.Module):
         Args:
             embeds: Token embeddings (B, T, P).
             position_ids: Positions (B, T), -1 for padding; None: they follow from the mask.
-            mask: bool (B, past + T), False at padding; None: no padding.
+            mask_BS: bool (B, past + T), False at padding; None: no padding.
             cache: What came before; None: nothing.
             output_hidden_states: Return the states between the layers too.
             output_attentions: Return the attention weights too.
         """
         count, past = embeds.shape[1], cache.length if cache else 0
         if position_ids is None:
-            rows = position_rows(mask, past, count, embeds.device)
+            rows = position_rows(mask_BS, past, count, embeds.device)
         else:
             rows = position_ids + POSITION_OFFSET
         hidden = embeds if self.project_in is None else self.project_in(embeds)
         hidden = hidden + self.embed_positions(rows)
         bias = None
         if self.implementation != "flash_attention_2" or output_attentions:
-            bias = make_bias(mask, count, past + count, hidden.dtype, hidden.device)
+            bias = make_bias(mask_BS, count, past + count, hidden.dtype, hidden.device)
         states, attentions = [], []
         for layer in self.layers:
             states.append(hidden)
@@ -147,10 +124,10 @@ class OPTDecoder(nn.Module):
                 continue
             if self.gradient_checkpointing and self.training:
                 hidden, weights = recompute(
-                    layer, hidden, bias, mask, cache, output_attentions, use_reentrant=False
+                    layer, hidden, bias, mask_BS, cache, output_attentions, use_reentrant=False
                 )
             else:
-                hidden, weights = layer(hidden, bias, mask, cache, output_attentions)
+                hidden, weights = layer(hidden, bias, mask_BS, cache, output_attentions)
             attentions.append(weights)
         if self.final_layer_norm is not None:
             hidden = self.final_layer_norm(hidden)
@@ -160,7 +137,7 @@ class OPTDecoder(nn.Module):
             last_hidden_state=hidden,
             hidden_states=(*states, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
-            past_key_values=cache.advance(count, None if mask is None else mask[:, past:])
+            past_key_values=cache.advance(count, None if mask_BS is None else mask_BS[:, past:])
             if cache
             else None,
         )
