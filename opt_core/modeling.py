@@ -51,7 +51,7 @@ class PreTrainedMixin(Generic[Decoder]):
                 f"attn_implementation: expected one of {', '.join(known)}, "
                 f"received {attn_implementation!r}"
             )
-        self.config = config
+        self.config, self.attn_implementation = config, attn_implementation
         self.generation_config = GenerationConfig.from_model(config)
 
     def get_decoder(self) -> Decoder:

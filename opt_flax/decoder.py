@@ -37,21 +37,21 @@ class FlaxOPTDecoderLayer(nnx.Module):
     """One block: attention and feed-forward, each with a norm and a residual connection."""
 
     def __init__(self, config: OPTConfig, implementation: str, mesh: Mesh | None = None):
-        bias = config.enable_bias
+        D, bias = config.hidden_size, config.enable_bias
         self.norm_first = config.do_layer_norm_before
         self.dropout = config.dropout
         self.activation = config.activation_function
         self.self_attn = FlaxOPTAttention(config, implementation, mesh)
         self.self_attn_layer_norm = make_norm(config)
-        self.fc1 = Linear(bias, mesh)
-        self.fc2 = Linear(bias, mesh)
+        self.fc1 = Linear(D, config.ffn_dim, bias, mesh)
+        self.fc2 = Linear(config.ffn_dim, D, bias, mesh)
         self.final_layer_norm = make_norm(config)
 
     def __call__(
         self,
         hidden: Array,
         bias: Array | None,
-        mask: Array | None,
+        mask_BS: Array | None,
         cache: KVCache | None,
         layer: int,
         key: Array | None,
@@ -63,7 +63,7 @@ class FlaxOPTDecoderLayer(nnx.Module):
         if self.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
         hidden, weights, buffers = self.self_attn(
-            hidden, bias, mask, cache, layer, keys[0], output_attentions
+            hidden, bias, mask_BS, cache, layer, keys[0], output_attentions
         )
         hidden = residual + apply_dropout(hidden, self.dropout, keys[1])
         if not self.norm_first:
@@ -88,6 +88,7 @@ class FlaxOPTDecoder(nnx.Module):
     def __init__(
         self, config: OPTConfig, implementation: str, scan_layers: bool, mesh: Mesh | None
     ):
+        D, P = config.hidden_size, config.embed_dim
         self.config = config
         self.mesh = mesh
         self.implementation = implementation
@@ -95,10 +96,12 @@ class FlaxOPTDecoder(nnx.Module):
         self.gradient_checkpointing = False
         self.deterministic = True
         self.rngs = nnx.Rngs(dropout=0)
-        self.embed_tokens = Embedding(mesh, config.vocab_size, config.pad_token_id)
-        self.embed_positions = Embedding(mesh)
-        self.project_out = Linear(False, mesh) if config.has_projections else None
-        self.project_in = Linear(False, mesh) if config.has_projections else None
+        self.embed_tokens = Embedding(config.vocab_size, P, config.pad_token_id, mesh)
+        self.embed_positions = Embedding(
+            config.max_position_embeddings + POSITION_OFFSET, D, mesh=mesh, axis="position"
+        )
+        self.project_out = Linear(D, P, False, mesh) if config.has_projections else None
+        self.project_in = Linear(P, D, False, mesh) if config.has_projections else None
         self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None
         count = 1 if scan_layers else config.num_hidden_layers
         layers = [FlaxOPTDecoderLayer(config, implementation, mesh) for _ in range(count)]
@@ -134,7 +137,7 @@ class FlaxOPTDecoder(nnx.Module):
         else:
             rows = position_ids + POSITION_OFFSET
         hidden = embeds if self.project_in is None else self.project_in(embeds)
-        hidden = hidden + self.embed_positions(rows, "clip")
+        hidden = hidden + self.embed_positions(rows)
         hidden = _spread(hidden, self.mesh)
         bias = make_bias(mask_BS, count, past, slots, hidden.dtype)
         keys = self._dropout_keys(deterministic, rngs)

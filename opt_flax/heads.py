@@ -16,9 +16,9 @@ from opt_flax.modeling import FlaxOPTPreTrainedModel
 class FlaxOPTForSequenceClassification(SequenceClassificationMixin, FlaxOPTPreTrainedModel):
     """A classifier or regressor over whole texts."""
 
-    def _build(self, implementation: str, scan_layers: bool) -> None:
-        super()._build(implementation, scan_layers)
-        self.score = Linear(False)
+    def _make_layers(self) -> None:
+        super()._make_layers()
+        self.score = Linear(self.config.embed_dim, self.config.num_labels, bias=False)
 
     def __call__(
         self,
@@ -62,9 +62,9 @@ class FlaxOPTForSequenceClassification(SequenceClassificationMixin, FlaxOPTPreTr
 class FlaxOPTForQuestionAnswering(QuestionAnsweringMixin, FlaxOPTPreTrainedModel):
     """Extractive question answering: where the answer starts and ends."""
 
-    def _build(self, implementation: str, scan_layers: bool) -> None:
-        super()._build(implementation, scan_layers)
-        self.qa_outputs = Linear(True)
+    def _make_layers(self) -> None:
+        super()._make_layers()
+        self.qa_outputs = Linear(self.config.embed_dim, 2)
 
     def __call__(
         self,

@@ -61,15 +61,17 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
         """
         self._configure(config, attn_implementation)
         sharding.check_mesh(mesh)
-        self.mesh = mesh
-        self._build(attn_implementation, scan_layers)
+        self.mesh, self.scan_layers = mesh, scan_layers
+        self._make_layers()
         self.get_decoder().rngs = nnx.Rngs(dropout=seed or 0)
         checkpoint.init_abstract(self, jnp.dtype(jnp.float32))
         if seed is not None:
             checkpoint.initialize(self, seed)
 
-    def _build(self, implementation: str, scan_layers: bool) -> None:
-        self.model = FlaxOPTModel(self.config, None, implementation, scan_layers, self.mesh)
+    def _make_layers(self) -> None:
+        self.model = FlaxOPTModel(
+            self.config, None, self.attn_implementation, self.scan_layers, self.mesh
+        )
 
     @property
     def device(self) -> Sharding:
@@ -160,8 +162,10 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
 
     head = "none"
 
-    def _build(self, implementation: str, scan_layers: bool) -> None:
-        self.decoder = FlaxOPTDecoder(self.config, implementation, scan_layers, self.mesh)
+    def _make_layers(self) -> None:
+        self.decoder = FlaxOPTDecoder(
+            self.config, self.attn_implementation, self.scan_layers, self.mesh
+        )
 
     def __call__(
         self,
@@ -201,9 +205,12 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
 class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
     """The language model: the next token's logits."""
 
-    def _build(self, implementation: str, scan_layers: bool) -> None:
-        super()._build(implementation, scan_layers)
-        self.lm_head = None if self.config.tie_word_embeddings else Linear(False, self.mesh)
+    def _make_layers(self) -> None:
+        super()._make_layers()
+        self.lm_head = None
+        if not self.config.tie_word_embeddings:
+            P, V = self.config.embed_dim, self.config.vocab_size
+            self.lm_head = Linear(P, V, bias=False, mesh=self.mesh)
 
     def __call__(
         self,
@@ -243,9 +250,9 @@ class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
 
     def compute_logits(self, hidden: Array) -> Array:
         """The language-model head: (..., P) states to (..., V) logits."""
-        if self.lm_head is None:
-            return self.get_decoder().embed_tokens.attend(hidden, self.config.vocab_size)
-        return self.lm_head(hidden)[..., : self.config.vocab_size]
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        return self.get_decoder().embed_tokens.attend(hidden)
 
     def generate(
         self,

@@ -52,15 +52,13 @@ optree.register_pytree_node(
 class TFOPTDecoderLayer(keras.layers.Layer):
     """One block: attention and feed-forward, each with a norm and a residual connection."""
 
-    def __init__(self, config: OPTConfig, layer: int, implementation: str, **options: Any):
+    def __init__(self, config: OPTConfig, implementation: str, **options: Any):
         super().__init__(**options)
         D, bias, dtype = config.hidden_size, config.enable_bias, self.dtype_policy
         self.norm_first = config.do_layer_norm_before
         self.dropout = config.dropout
         self.activation = ACTIVATIONS[config.activation_function]
-        self.self_attn = TFOPTAttention(
-            config, layer, implementation, name="self_attn", dtype=dtype
-        )
+        self.self_attn = TFOPTAttention(config, implementation, name="self_attn", dtype=dtype)
         self.self_attn_layer_norm = make_norm(config, name="self_attn_layer_norm", dtype=dtype)
         self.fc1 = Linear(D, config.ffn_dim, bias, name="fc1", dtype=dtype)
         self.fc2 = Linear(config.ffn_dim, D, bias, name="fc2", dtype=dtype)
@@ -80,6 +78,7 @@ class TFOPTDecoderLayer(keras.layers.Layer):
         hidden: tf.Tensor,
         bias: tf.Tensor | None = None,
         cache: KVCache | None = None,
+        layer: int = 0,
         seed: tf.Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[tf.Tensor, tf.Tensor | None, tuple[tf.Tensor, tf.Tensor] | None]:
@@ -92,6 +91,7 @@ class TFOPTDecoderLayer(keras.layers.Layer):
             hidden,
             bias_B1TS=bias,
             cache=cache,
+            layer=layer,
             seed=seeds[0],
             output_attentions=output_attentions,
         )
@@ -134,7 +134,7 @@ class TFOPTDecoder(keras.layers.Layer):
             self.final_layer_norm = make_norm(config, name="final_layer_norm", dtype=dtype)
         # `layers` is what Keras calls all the parts of a model.
         self.blocks = [
-            TFOPTDecoderLayer(config, i, implementation, name=f"blocks_{i}", dtype=dtype)
+            TFOPTDecoderLayer(config, implementation, name=f"blocks_{i}", dtype=dtype)
             for i in range(config.num_hidden_layers)
         ]
 
@@ -180,13 +180,14 @@ class TFOPTDecoder(keras.layers.Layer):
         bias = make_bias(mask_BS, count, past, slots, hidden.dtype)
         seeds = self._seeds() if training else [None] * len(self.blocks)
         states, attentions, buffers = [], [], []
-        for block, seed in zip(self.blocks, seeds, strict=True):
+        for i, (block, seed) in enumerate(zip(self.blocks, seeds, strict=True)):
             states.append(hidden)
 
-            def run(hidden, block=block, seed=seed):
+            def run(hidden, block=block, i=i, seed=seed):
                 return block(
-                    hidden, bias=bias, cache=cache, seed=seed, output_attentions=output_attentions
-                )
+                    hidden, bias=bias, cache=cache, layer=i, seed=seed,
+                    output_attentions=output_attentions,
+                )  # fmt: skip
 
             if training and self.gradient_checkpointing and not (cache or output_attentions):
                 new: Any = keras.remat(lambda x, run=run: run(x)[0])(hidden)

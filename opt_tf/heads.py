@@ -18,8 +18,8 @@ from opt_tf.modeling import TFOPTPreTrainedModel
 class TFOPTForSequenceClassification(SequenceClassificationMixin, TFOPTPreTrainedModel):
     """A classifier or regressor over whole texts."""
 
-    def _make_parts(self) -> None:
-        super()._make_parts()
+    def _make_layers(self) -> None:
+        super()._make_layers()
         P, count = self.config.embed_dim, self.config.num_labels
         self.score = Linear(P, count, False, name="score", dtype=self.dtype_policy)
 
@@ -69,8 +69,8 @@ class TFOPTForSequenceClassification(SequenceClassificationMixin, TFOPTPreTraine
 class TFOPTForQuestionAnswering(QuestionAnsweringMixin, TFOPTPreTrainedModel):
     """Extractive question answering: where the answer starts and ends."""
 
-    def _make_parts(self) -> None:
-        super()._make_parts()
+    def _make_layers(self) -> None:
+        super()._make_layers()
         P = self.config.embed_dim
         self.qa_outputs = Linear(P, 2, True, name="qa_outputs", dtype=self.dtype_policy)
 

@@ -64,18 +64,17 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
         self._configure(config, attn_implementation)
         check_scheme(quantize)
         self.quantized = quantize
-        self.attn_implementation = attn_implementation
         self.programs = _Untracked()
         # The inputs are ours to convert: lists count, and labels keep their type.
         self._convert_input_args = False
         self._allow_non_tensor_positional_args = True
-        self._make_parts()
+        self._make_layers()
         quantization.prepare(self, quantize)
         self.build()
         if seed is not None:
             checkpoint.initialize(self, seed)
 
-    def _make_parts(self) -> None:
+    def _make_layers(self) -> None:
         self.model = TFOPTModel(
             self.config, None, self.attn_implementation, self.quantized, name="model",
             dtype=self.dtype_policy,
@@ -172,7 +171,7 @@ class TFOPTModel(TFOPTPreTrainedModel):
 
     head = "none"
 
-    def _make_parts(self) -> None:
+    def _make_layers(self) -> None:
         self.decoder = TFOPTDecoder(
             self.config, self.attn_implementation, name="decoder", dtype=self.dtype_policy
         )
@@ -217,8 +216,8 @@ class TFOPTModel(TFOPTPreTrainedModel):
 class TFOPTForCausalLM(CausalLMMixin, TFOPTPreTrainedModel):
     """The language model: the next token's logits."""
 
-    def _make_parts(self) -> None:
-        super()._make_parts()
+    def _make_layers(self) -> None:
+        super()._make_layers()
         config, dtype = self.config, self.dtype_policy
         self.lm_head = None
         if not config.tie_word_embeddings:
@@ -261,7 +260,7 @@ class TFOPTForCausalLM(CausalLMMixin, TFOPTPreTrainedModel):
         return self._finish(out, labels, logits_to_keep)
 
     def compute_logits(self, hidden: tf.Tensor) -> tf.Tensor:
-        """The logits of hidden states: their product with the head, or with the embedding."""
+        """The language-model head: (..., P) states to (..., V) logits."""
         if self.lm_head is not None:
             return self.lm_head(hidden)
         return self.get_decoder().embed_tokens.attend(hidden)

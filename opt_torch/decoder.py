@@ -32,13 +32,13 @@ class OPTOutput(ModelOutput[Tensor, KVCache]):
 class OPTDecoderLayer(nn.Module):
     """One block: attention and feed-forward, each with a norm and a residual connection."""
 
-    def __init__(self, config: OPTConfig, layer: int, implementation: str):
+    def __init__(self, config: OPTConfig, implementation: str):
         super().__init__()
         D, bias = config.hidden_size, config.enable_bias
         self.norm_first = config.do_layer_norm_before
         self.dropout = config.dropout
         self.activation = ACTIVATIONS[config.activation_function]
-        self.self_attn = OPTAttention(config, layer, implementation)
+        self.self_attn = OPTAttention(config, implementation)
         self.self_attn_layer_norm = make_norm(config)
         self.fc1 = Linear(D, config.ffn_dim, bias=bias)
         self.fc2 = Linear(config.ffn_dim, D, bias=bias)
@@ -48,15 +48,16 @@ class OPTDecoderLayer(nn.Module):
         self,
         hidden: Tensor,
         bias: Tensor | None,
-        mask: Tensor | None,
+        mask_BS: Tensor | None,
         cache: KVCache | None,
+        layer: int,
         output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the new hidden states (B, T, D) and, if asked for, the attention weights."""
         residual = hidden
         if self.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
-        hidden, weights = self.self_attn(hidden, bias, mask, cache, output_attentions)
+        hidden, weights = self.self_attn(hidden, bias, mask_BS, cache, layer, output_attentions)
         hidden = residual + F.dropout(hidden, self.dropout, self.training)
         if not self.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
@@ -85,7 +86,7 @@ class OPTDecoder(nn.Module):
         self.project_in = Linear(P, D, bias=False) if config.has_projections else None
         self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None
         self.layers = nn.ModuleList(
-            OPTDecoderLayer(config, i, implementation) for i in range(config.num_hidden_layers)
+            OPTDecoderLayer(config, implementation) for _ in range(config.num_hidden_layers)
         )
 
     def forward(
@@ -116,18 +117,18 @@ class OPTDecoder(nn.Module):
         hidden = hidden + self.embed_positions(rows)
         bias = None
         if self.implementation != "flash_attention_2" or output_attentions:
-            bias = make_bias(mask_BS, count, past + count, hidden.dtype, hidden.device)
+            bias = make_bias(mask_BS, count, past, past + count, hidden.dtype, hidden.device)
         states, attentions = [], []
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             states.append(hidden)
             if self.training and self.config.layerdrop and torch.rand(()) < self.config.layerdrop:
                 continue
             if self.gradient_checkpointing and self.training:
                 hidden, weights = recompute(
-                    layer, hidden, bias, mask_BS, cache, output_attentions, use_reentrant=False
+                    layer, hidden, bias, mask_BS, cache, i, output_attentions, use_reentrant=False
                 )
             else:
-                hidden, weights = layer(hidden, bias, mask_BS, cache, output_attentions)
+                hidden, weights = layer(hidden, bias, mask_BS, cache, i, output_attentions)
             attentions.append(weights)
         if self.final_layer_norm is not None:
             hidden = self.final_layer_norm(hidden)

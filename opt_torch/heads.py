@@ -14,8 +14,8 @@ from opt_torch.modeling import OPTPreTrainedModel
 class OPTForSequenceClassification(SequenceClassificationMixin, OPTPreTrainedModel):
     """A classifier or regressor over whole texts."""
 
-    def _build(self, implementation: str) -> None:
-        super()._build(implementation)
+    def _make_layers(self) -> None:
+        super()._make_layers()
         self.score = Linear(self.config.embed_dim, self.config.num_labels, bias=False)
 
     def forward(
@@ -55,8 +55,8 @@ class OPTForSequenceClassification(SequenceClassificationMixin, OPTPreTrainedMod
 class OPTForQuestionAnswering(QuestionAnsweringMixin, OPTPreTrainedModel):
     """Extractive question answering: where the answer starts and ends."""
 
-    def _build(self, implementation: str) -> None:
-        super()._build(implementation)
+    def _make_layers(self) -> None:
+        super()._make_layers()
         self.qa_outputs = Linear(self.config.embed_dim, 2)
 
     def forward(

@@ -46,13 +46,13 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
         super().__init__()
         self._configure(config, attn_implementation)
         with torch.device("meta"):
-            self._build(attn_implementation)
+            self._make_layers()
         if seed is not None:
             checkpoint.initialize(self, seed)
         self.eval()
 
-    def _build(self, implementation: str) -> None:
-        self.model = OPTModel(self.config, None, implementation)
+    def _make_layers(self) -> None:
+        self.model = OPTModel(self.config, None, self.attn_implementation)
 
     @property
     def device(self) -> torch.device:
@@ -118,8 +118,8 @@ class OPTModel(OPTPreTrainedModel):
 
     head = "none"
 
-    def _build(self, implementation: str) -> None:
-        self.decoder = OPTDecoder(self.config, implementation)
+    def _make_layers(self) -> None:
+        self.decoder = OPTDecoder(self.config, self.attn_implementation)
 
     def forward(
         self,
@@ -154,8 +154,8 @@ class OPTModel(OPTPreTrainedModel):
 class OPTForCausalLM(CausalLMMixin, OPTPreTrainedModel):
     """The language model: the next token's logits."""
 
-    def _build(self, implementation: str) -> None:
-        super()._build(implementation)
+    def _make_layers(self) -> None:
+        super()._make_layers()
         self.lm_head = Linear(self.config.embed_dim, self.config.vocab_size, bias=False)
 
     def forward(
