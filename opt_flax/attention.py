@@ -30,11 +30,11 @@ class FlaxOPTAttention(nnx.Module):
         self.mesh = mesh
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.dropout = config.attention_dropout
-        bias = config.enable_bias
-        self.k_proj = Linear(bias, mesh)
-        self.v_proj = Linear(bias, mesh)
-        self.q_proj = Linear(bias, mesh)
-        self.out_proj = Linear(bias, mesh)
+        D, bias = config.hidden_size, config.enable_bias
+        self.k_proj = Linear(D, D, bias, mesh)
+        self.v_proj = Linear(D, D, bias, mesh)
+        self.q_proj = Linear(D, D, bias, mesh)
+        self.out_proj = Linear(D, D, bias, mesh)
 
     def __call__(
         self,
@@ -86,7 +86,7 @@ class FlaxOPTAttention(nnx.Module):
 def make_bias(
     mask_BS: Array | None, count: int, past: int | Array, slots: int, dtype: jnp.dtype
 ) -> Array | None:
-    """What to add to the scores, or None where causality alone decides.
+    """A bias to add to the scores, or None where causality alone decides.
 
     Args:
         mask_BS: bool (B, S), False at padding; None if there is none.

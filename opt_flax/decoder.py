@@ -1,7 +1,6 @@
 """The decoder: layers, norms, embeddings and projections, and what a model returns."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opt_core.config import OPTConfig
+from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
 from opt_flax.attention import FlaxOPTAttention, apply_dropout, make_bias
 from opt_flax.cache import KVCache, position_rows
@@ -29,52 +29,29 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @jax.tree_util.register_dataclass
-@dataclass
-class FlaxOPTOutput:
-    """What a model computed; a field its head does not have, or that was not asked for, is None.
-
-    Attributes:
-        last_hidden_state: (B, T, P) after the last norm and projection.
-        logits: (B, T, V) of the language model, (B, num_labels) of the classifier.
-        start_logits: (B, T), question answering.
-        end_logits: (B, T), question answering.
-        loss: Scalar, where labels were given.
-        hidden_states: N + 1 tensors: the embeddings and each layer's output; the last one is
-            `last_hidden_state`.
-        attentions: N tensors (B, H, T, S): the attention weights, before dropout is applied to
-            them.
-        past_key_values: The cache that includes these tokens, where one was passed.
-    """
-
-    last_hidden_state: Array | None = None
-    logits: Array | None = None
-    start_logits: Array | None = None
-    end_logits: Array | None = None
-    loss: Array | None = None
-    hidden_states: tuple[Array, ...] | None = None
-    attentions: tuple[Array, ...] | None = None
-    past_key_values: KVCache | None = None
+class FlaxOPTOutput(ModelOutput[Array, KVCache]):
+    """The output of a model: see `ModelOutput` for its fields."""
 
 
 class FlaxOPTDecoderLayer(nnx.Module):
     """One block: attention and feed-forward, each with a norm and a residual connection."""
 
     def __init__(self, config: OPTConfig, implementation: str, mesh: Mesh | None = None):
-        bias = config.enable_bias
+        D, bias = config.hidden_size, config.enable_bias
         self.norm_first = config.do_layer_norm_before
         self.dropout = config.dropout
         self.activation = config.activation_function
         self.self_attn = FlaxOPTAttention(config, implementation, mesh)
         self.self_attn_layer_norm = make_norm(config)
-        self.fc1 = Linear(bias, mesh)
-        self.fc2 = Linear(bias, mesh)
+        self.fc1 = Linear(D, config.ffn_dim, bias, mesh)
+        self.fc2 = Linear(config.ffn_dim, D, bias, mesh)
         self.final_layer_norm = make_norm(config)
 
     def __call__(
         self,
         hidden: Array,
         bias: Array | None,
-        mask: Array | None,
+        mask_BS: Array | None,
         cache: KVCache | None,
         layer: int,
         key: Array | None,
@@ -86,7 +63,7 @@ class FlaxOPTDecoderLayer(nnx.Module):
         if self.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
         hidden, weights, buffers = self.self_attn(
-            hidden, bias, mask, cache, layer, keys[0], output_attentions
+            hidden, bias, mask_BS, cache, layer, keys[0], output_attentions
         )
         hidden = residual + apply_dropout(hidden, self.dropout, keys[1])
         if not self.norm_first:
@@ -111,6 +88,7 @@ class FlaxOPTDecoder(nnx.Module):
     def __init__(
         self, config: OPTConfig, implementation: str, scan_layers: bool, mesh: Mesh | None
     ):
+        D, P = config.hidden_size, config.embed_dim
         self.config = config
         self.mesh = mesh
         self.implementation = implementation
@@ -118,10 +96,12 @@ class FlaxOPTDecoder(nnx.Module):
         self.gradient_checkpointing = False
         self.deterministic = True
         self.rngs = nnx.Rngs(dropout=0)
-        self.embed_tokens = Embedding(mesh, config.vocab_size, config.pad_token_id)
-        self.embed_positions = Embedding(mesh)
-        self.project_out = Linear(False, mesh) if config.has_projections else None
-        self.project_in = Linear(False, mesh) if config.has_projections else None
+        self.embed_tokens = Embedding(config.vocab_size, P, config.pad_token_id, mesh)
+        self.embed_positions = Embedding(
+            config.max_position_embeddings + POSITION_OFFSET, D, mesh=mesh, axis="position"
+        )
+        self.project_out = Linear(D, P, False, mesh) if config.has_projections else None
+        self.project_in = Linear(P, D, False, mesh) if config.has_projections else None
         self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None
         count = 1 if scan_layers else config.num_hidden_layers
         layers = [FlaxOPTDecoderLayer(config, implementation, mesh) for _ in range(count)]
@@ -131,7 +111,7 @@ class FlaxOPTDecoder(nnx.Module):
         self,
         embeds: Array,
         position_ids: Array | None,
-        mask: Array | None,
+        mask_BS: Array | None,
         cache: KVCache | None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -143,7 +123,7 @@ class FlaxOPTDecoder(nnx.Module):
         Args:
             embeds: Token embeddings (B, T, P).
             position_ids: Positions (B, T), -1 for padding; None: they follow from the mask.
-            mask: bool (B, S), False at padding; None: no padding.
+            mask_BS: bool (B, S), False at padding; None: no padding.
             cache: What came before; None: nothing.
             output_hidden_states: Return the states between the layers too.
             output_attentions: Return the attention weights too.
@@ -153,17 +133,17 @@ class FlaxOPTDecoder(nnx.Module):
         count, past = embeds.shape[1], cache.length if cache else 0
         slots = cache.visible(count) if cache else count
         if position_ids is None:
-            rows = position_rows(mask, past, count)
+            rows = position_rows(mask_BS, past, count)
         else:
             rows = position_ids + POSITION_OFFSET
         hidden = embeds if self.project_in is None else self.project_in(embeds)
-        hidden = hidden + self.embed_positions(rows, "clip")
+        hidden = hidden + self.embed_positions(rows)
         hidden = _spread(hidden, self.mesh)
-        bias = make_bias(mask, count, past, slots, hidden.dtype)
+        bias = make_bias(mask_BS, count, past, slots, hidden.dtype)
         keys = self._dropout_keys(deterministic, rngs)
         run = self._scan if self.scan_layers else self._unroll
         hidden, states, attentions, buffers = run(
-            hidden, bias, mask, cache, keys, output_attentions
+            hidden, bias, mask_BS, cache, keys, output_attentions
         )
         if self.final_layer_norm is not None:
             hidden = self.final_layer_norm(hidden)
@@ -171,7 +151,7 @@ class FlaxOPTDecoder(nnx.Module):
             hidden = self.project_out(hidden)
         filled = cache.filled(count) if cache else count
         if cache is not None:
-            new = None if mask is None else jax.lax.dynamic_slice_in_dim(mask, past, count, 1)
+            new = None if mask_BS is None else jax.lax.dynamic_slice_in_dim(mask_BS, past, count, 1)
             assert buffers is not None
             cache = cache.advance(count, new, *buffers)
         return FlaxOPTOutput(

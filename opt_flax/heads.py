@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from opt_core.errors import InputError
+from opt_core.modeling import QuestionAnsweringMixin, SequenceClassificationMixin
 from opt_flax import losses
 from opt_flax.cache import KVCache
 from opt_flax.decoder import FlaxOPTOutput
@@ -13,14 +13,12 @@ from opt_flax.linear import Linear
 from opt_flax.modeling import FlaxOPTPreTrainedModel
 
 
-class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
+class FlaxOPTForSequenceClassification(SequenceClassificationMixin, FlaxOPTPreTrainedModel):
     """A classifier or regressor over whole texts."""
 
-    head = "sequence_classification"
-
-    def _build(self, implementation: str, scan_layers: bool) -> None:
-        super()._build(implementation, scan_layers)
-        self.score = Linear(False)
+    def _make_layers(self) -> None:
+        super()._make_layers()
+        self.score = Linear(self.config.embed_dim, self.config.num_labels, bias=False)
 
     def __call__(
         self,
@@ -52,25 +50,21 @@ class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
         """
         out = self._decode(
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states, output_attentions, deterministic, rngs,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            deterministic=deterministic, rngs=rngs,
         )  # fmt: skip
         assert out.last_hidden_state is not None
         last = losses.last_token(input_ids, out.last_hidden_state, self.config.pad_token_id)
         rows = jnp.arange(len(last))
-        out.logits = logits = self.score(out.last_hidden_state[rows, last])
-        if labels is not None:
-            out.loss = losses.classification(logits, labels, self.config)
-        return out
+        return self._finish(out, out.last_hidden_state[rows, last], labels)
 
 
-class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
+class FlaxOPTForQuestionAnswering(QuestionAnsweringMixin, FlaxOPTPreTrainedModel):
     """Extractive question answering: where the answer starts and ends."""
 
-    head = "question_answering"
-
-    def _build(self, implementation: str, scan_layers: bool) -> None:
-        super()._build(implementation, scan_layers)
-        self.qa_outputs = Linear(True)
+    def _make_layers(self) -> None:
+        super()._make_layers()
+        self.qa_outputs = Linear(self.config.embed_dim, 2)
 
     def __call__(
         self,
@@ -103,14 +97,7 @@ class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
         """
         out = self._decode(
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states, output_attentions, deterministic, rngs,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            deterministic=deterministic, rngs=rngs,
         )  # fmt: skip
-        assert out.last_hidden_state is not None
-        logits_BT2 = self.qa_outputs(out.last_hidden_state)
-        start_BT, end_BT = logits_BT2[..., 0], logits_BT2[..., 1]
-        out.start_logits, out.end_logits = start_BT, end_BT
-        if (start_positions is None) != (end_positions is None):
-            raise InputError("start_positions and end_positions belong together, received one")
-        if start_positions is not None:
-            out.loss = losses.question_answering(start_BT, end_BT, start_positions, end_positions)
-        return out
+        return self._finish(out, start_positions, end_positions)

@@ -25,53 +25,67 @@ _MULTIPLE = 8
 
 
 class Linear(nnx.Module):
-    """`input @ weight.T + bias`."""
+    """`input @ weight.T + bias`; on a mesh rows of zeros may end the weight, so that it divides."""
 
-    def __init__(self, use_bias: bool, mesh: Mesh | None = None):
-        self.mesh = mesh
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, mesh: Mesh | None = None
+    ):
+        self.in_features, self.out_features, self.mesh = in_features, out_features, mesh
         self.weight = nnx.Param(None)
-        self.bias = nnx.Param(None) if use_bias else None
+        self.bias = nnx.Param(None) if bias else None
 
     def __call__(self, input: Array) -> Array:
         """Computes the product."""
-        out = product(input, self.weight[...], self.mesh)
+        out = linear(input, self.weight[...], self.mesh)
+        if out.shape[-1] > self.out_features:
+            out = out[..., : self.out_features]
         return out if self.bias is None else out + self.bias[...]
 
 
 class Embedding(nnx.Module):
-    """A table of rows; on a mesh it may have rows of zeros at the end, so that it divides."""
+    """A table of rows; on a mesh rows of zeros may end it, so that it divides."""
 
-    def __init__(self, mesh: Mesh | None, size: int | None = None, padding: int | None = None):
-        self.embedding = nnx.Param(None)
-        self.mesh = mesh
-        self.size = size
-        self.padding = padding
-
-    def __call__(self, rows: Array, mode: str = "fill") -> Array:
-        """Looks rows up; the padding row gets no gradient here, as in PyTorch's `padding_idx`.
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        mesh: Mesh | None = None,
+        axis: str = "vocab",
+    ):
+        """Leaves the table to be filled in.
 
         Args:
-            rows: (B, T) integers.
-            mode: What a row number beyond the table gives: "fill" for NaN, "clip" for the last row.
+            num_embeddings: Its rows.
+            embedding_dim: Its columns.
+            padding_idx: The row that gets no gradient.
+            mesh: Where the model is; None: on one device.
+            axis: Logical axis of the rows: "vocab", where a row that there is not reads as NaN, or
+                "position", where it reads as the last one.
         """
-        table = self.embedding[...]
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx, self.mesh, self.axis = padding_idx, mesh, axis
+        self.embedding = nnx.Param(None)
+
+    def __call__(self, rows: Array) -> Array:
+        """Looks rows up; the padding row gets no gradient here, as in PyTorch's `padding_idx`."""
+        table, is_token = self.embedding[...], self.axis == "vocab"
         if rows.shape[1] > 1:  # decoding looks its few tokens up where the table is
-            axis = "position" if self.size is None else "vocab"
-            table = constrain_table(table, rows.shape[0], axis, self.mesh)
+            table = constrain_table(table, rows.shape[0], self.axis, self.mesh)
             rows = constrain_rows(rows, self.mesh)
-        if self.size is not None and self.size < table.shape[0]:
-            rows = jnp.where(rows < self.size, rows, table.shape[0])
-        found = jnp.take(table, rows, axis=0, mode=mode)
-        if self.padding is None:
+        if is_token and self.num_embeddings < table.shape[0]:
+            rows = jnp.where(rows < self.num_embeddings, rows, table.shape[0])
+        found = jnp.take(table, rows, axis=0, mode="fill" if is_token else "clip")
+        if self.padding_idx is None:
             return found
-        return jnp.where((rows == self.padding)[..., None], lax.stop_gradient(found), found)
+        return jnp.where((rows == self.padding_idx)[..., None], lax.stop_gradient(found), found)
 
-    def attend(self, hidden: Array, count: int) -> Array:
-        """The product with the table, its first `count` rows: a tied language-model head."""
-        return product(hidden, self.embedding[...], self.mesh)[..., :count]
+    def attend(self, hidden: Array) -> Array:
+        """The product with the table: a tied language-model head."""
+        return linear(hidden, self.embedding[...], self.mesh)[..., : self.num_embeddings]
 
 
-def product(input: Array, weight: Array, mesh: Mesh | None = None) -> Array:
+def linear(input: Array, weight: Array, mesh: Mesh | None = None) -> Array:
     """`input @ weight.T`, for an input (..., I) and a weight (O, I)."""
     rows = math.prod(input.shape[:-1])
     if isinstance(rows, int) and rows <= FEW_ROWS:

@@ -29,9 +29,11 @@ class LoraLinear(Linear):
     """
 
     def __init__(self, base: Linear, adapter: Adapter):
-        self.weight, self.bias, self.mesh = base.weight, base.bias, base.mesh
-        self.lora_A = Linear(False)
-        self.lora_B = Linear(False)
+        into, out = base.in_features, base.out_features
+        super().__init__(into, out, base.bias is not None, base.mesh)
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_A = Linear(into, adapter.rank, bias=False)
+        self.lora_B = Linear(adapter.rank, out, bias=False)
         self.adapter = adapter
         self.unmerged = nnx.Variable(None)
 

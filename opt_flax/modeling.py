@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from os import PathLike
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,22 +11,30 @@ from jax import Array
 from jax.sharding import Mesh, Sharding
 
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError, GenerationError, InputError
+from opt_core.errors import GenerationError
 from opt_core.generation.config import GenerationConfig
-from opt_core.params import Head, count_parameters
+from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.text.tokenizer import OPTTokenizer
-from opt_flax import beam, checkpoint, generation, losses, quantization, sharding, speculative
-from opt_flax.attention import IMPLEMENTATIONS
+from opt_flax import (
+    attention,
+    beam,
+    checkpoint,
+    generation,
+    inputs,
+    losses,
+    quantization,
+    sharding,
+    speculative,
+)  # fmt: skip
 from opt_flax.cache import KVCache, init_cache
 from opt_flax.decoder import FlaxOPTDecoder, FlaxOPTOutput
-from opt_flax.inputs import check_inputs, check_window, full_mask, is_known
 from opt_flax.linear import Linear
 
 
-class FlaxOPTPreTrainedModel(nnx.Module):
+class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
     """What the model and its heads share: making, loading, saving and counting."""
 
-    head: ClassVar[Head]
+    _backend = Backend(attention, checkpoint, inputs, losses)
 
     def __init__(
         self,
@@ -51,27 +59,19 @@ class FlaxOPTPreTrainedModel(nnx.Module):
         Raises:
             ConfigError: No such attention implementation, or a mesh that cannot be used.
         """
-        if attn_implementation not in IMPLEMENTATIONS:
-            raise ConfigError(
-                f"attn_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, "
-                f"received {attn_implementation!r}"
-            )
-        self.config = config
-        self.generation_config = GenerationConfig.from_model(config)
+        self._configure(config, attn_implementation)
         sharding.check_mesh(mesh)
-        self.mesh = mesh
-        self._build(attn_implementation, scan_layers)
+        self.mesh, self.scan_layers = mesh, scan_layers
+        self._make_layers()
         self.get_decoder().rngs = nnx.Rngs(dropout=seed or 0)
         checkpoint.init_abstract(self, jnp.dtype(jnp.float32))
         if seed is not None:
             checkpoint.initialize(self, seed)
 
-    def _build(self, implementation: str, scan_layers: bool) -> None:
-        self.model = FlaxOPTModel(self.config, None, implementation, scan_layers, self.mesh)
-
-    def get_decoder(self) -> FlaxOPTDecoder:
-        """The decoder, wherever the class keeps it."""
-        return self.model.decoder
+    def _make_layers(self) -> None:
+        self.model = FlaxOPTModel(
+            self.config, None, self.attn_implementation, self.scan_layers, self.mesh
+        )
 
     @property
     def device(self) -> Sharding:
@@ -87,18 +87,6 @@ class FlaxOPTPreTrainedModel(nnx.Module):
         """Switches training mode on, dropout with it."""
         quantization.check_not_quantized(self, "train")
         super().train(**attributes)
-
-    def num_parameters(self) -> int:
-        """Number of parameters, a tied head counted once."""
-        return count_parameters(self.config, self.head)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """In training, keep only each layer's input and compute the rest again when needed."""
-        self.get_decoder().gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        """In training, keep every activation (the default)."""
-        self.get_decoder().gradient_checkpointing = False
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` rows of at most `max_length` tokens."""
@@ -150,54 +138,23 @@ class FlaxOPTPreTrainedModel(nnx.Module):
             **hub,
         )
 
-    def save_pretrained(
-        self, folder: str | PathLike[str], max_shard_size: str | int = "5GB"
-    ) -> None:
-        """Writes config.json, generation_config.json and safetensors, as `transformers` reads them.
-
-        Args:
-            folder: Made if missing; other files in it stay.
-            max_shard_size: Larger models are split into files of at most this size.
-        """
-        checkpoint.save_pretrained(self, folder, max_shard_size)
-
     def _decode(
-        self,
-        input_ids: Any,
-        attention_mask: Any,
-        position_ids: Any,
-        inputs_embeds: Any,
-        past_key_values: KVCache | None,
-        output_hidden_states: bool,
-        output_attentions: bool,
-        deterministic: bool | None,
-        rngs: nnx.Rngs | None,
-    ) -> FlaxOPTOutput:
-        """Checks the inputs, embeds them and runs the decoder."""
+        self, input_ids: Any, attention_mask: Any, position_ids: Any, inputs_embeds: Any,
+        past_key_values: Any, **options: Any,
+    ) -> FlaxOPTOutput:  # fmt: skip
         cache = past_key_values
-        if cache is not None and is_known(cache.length):
+        if cache is not None and inputs.is_known(cache.length):
             cache = dataclasses.replace(cache, length=int(cache.length))
-        ids, mask, positions, embeds = check_inputs(
-            self.config, self.dtype, input_ids, attention_mask, position_ids, inputs_embeds, cache
+        return super()._decode(
+            input_ids, attention_mask, position_ids, inputs_embeds, cache, **options
         )
-        decoder = self.get_decoder()
-        if embeds is None:
-            assert ids is not None
-            embeds = decoder.embed_tokens(ids)
+
+    def _check_inputs(self, *values: Any) -> Any:
+        return inputs.check_inputs(self.config, self.dtype, *values)
+
+    def _lengths(self, embeds: Array, cache: KVCache | None) -> tuple[int, int]:
         count = embeds.shape[1]
-        mask = full_mask(mask, count, cache)
-        if positions is None:
-            check_window(self.config, mask, cache.filled(count) if cache else count)
-        return decoder(
-            embeds,
-            positions,
-            mask,
-            cache,
-            output_hidden_states,
-            output_attentions,
-            deterministic,
-            rngs,
-        )
+        return count, cache.filled(count) if cache else count
 
 
 class FlaxOPTModel(FlaxOPTPreTrainedModel):
@@ -205,12 +162,10 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
 
     head = "none"
 
-    def _build(self, implementation: str, scan_layers: bool) -> None:
-        self.decoder = FlaxOPTDecoder(self.config, implementation, scan_layers, self.mesh)
-
-    def get_decoder(self) -> FlaxOPTDecoder:
-        """The decoder."""
-        return self.decoder
+    def _make_layers(self) -> None:
+        self.decoder = FlaxOPTDecoder(
+            self.config, self.attn_implementation, self.scan_layers, self.mesh
+        )
 
     def __call__(
         self,
@@ -242,18 +197,20 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
         """
         return self._decode(
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states, output_attentions, deterministic, rngs,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            deterministic=deterministic, rngs=rngs,
         )  # fmt: skip
 
 
-class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
+class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
     """The language model: the next token's logits."""
 
-    head = "causal_lm"
-
-    def _build(self, implementation: str, scan_layers: bool) -> None:
-        super()._build(implementation, scan_layers)
-        self.lm_head = None if self.config.tie_word_embeddings else Linear(False, self.mesh)
+    def _make_layers(self) -> None:
+        super()._make_layers()
+        self.lm_head = None
+        if not self.config.tie_word_embeddings:
+            P, V = self.config.embed_dim, self.config.vocab_size
+            self.lm_head = Linear(P, V, bias=False, mesh=self.mesh)
 
     def __call__(
         self,
@@ -286,21 +243,16 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
         """
         out = self._decode(
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states, output_attentions, deterministic, rngs,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            deterministic=deterministic, rngs=rngs,
         )  # fmt: skip
-        assert out.last_hidden_state is not None
-        if logits_to_keep < 0:
-            raise InputError(f"logits_to_keep: expected at least 0, received {logits_to_keep}")
-        out.logits = self.compute_logits(out.last_hidden_state[:, -logits_to_keep:])
-        if labels is not None:
-            out.loss = losses.causal_lm(out.logits, labels)
-        return out
+        return self._finish(out, labels, logits_to_keep)
 
     def compute_logits(self, hidden: Array) -> Array:
         """The language-model head: (..., P) states to (..., V) logits."""
-        if self.lm_head is None:
-            return self.get_decoder().embed_tokens.attend(hidden, self.config.vocab_size)
-        return self.lm_head(hidden)[..., : self.config.vocab_size]
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        return self.get_decoder().embed_tokens.attend(hidden)
 
     def generate(
         self,

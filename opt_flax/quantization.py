@@ -15,7 +15,7 @@ from opt_core.dialects import NNX
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec
 from opt_core.quantization import GROUP, QuantizedTensor
-from opt_flax.linear import product
+from opt_flax.linear import linear
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
@@ -30,16 +30,16 @@ class QuantizedWeight(nnx.Module):
         self.scales = nnx.Variable(jnp.asarray(tensor.scales))
         self.zeros = None if tensor.zeros is None else nnx.Variable(jnp.asarray(tensor.zeros))
 
-    def dequantize(self, rows: Array | None = None, mode: str = "fill") -> Array:
+    def dequantize(self, rows: Array | None = None) -> Array:
         """Rows of the weight, in float32.
 
         Args:
-            rows: Which, by their numbers (of any shape); None for all.
-            mode: What a row number beyond the table gives: "fill" for NaN, "clip" for the last row.
+            rows: Which, by their numbers (of any shape); one that there is not reads as NaN.
+                None for all.
         """
 
         def some(held: nnx.Variable[Any]) -> Array:
-            return held[...] if rows is None else jnp.take(held[...], rows, axis=0, mode=mode)
+            return held[...] if rows is None else jnp.take(held[...], rows, axis=0, mode="fill")
 
         values, scales = some(self.values), some(self.scales)
         if self.zeros is None:
@@ -59,7 +59,7 @@ class QuantizedLinear(nnx.Module):
 
     def __call__(self, input: Array) -> Array:
         """Computes the product."""
-        out = product(input, self.weight.dequantize().astype(input.dtype))
+        out = linear(input, self.weight.dequantize().astype(input.dtype))
         return out if self.bias is None else out + self.bias[...]
 
 
@@ -69,13 +69,13 @@ class QuantizedEmbedding(nnx.Module):
     def __init__(self, weight: QuantizedWeight):
         self.weight = weight
 
-    def __call__(self, rows: Array, mode: str = "fill") -> Array:
-        """Looks rows up; `mode` as in `QuantizedWeight.dequantize`."""
-        return self.weight.dequantize(rows, mode).astype(self.weight.dtype)
+    def __call__(self, rows: Array) -> Array:
+        """Looks rows up."""
+        return self.weight.dequantize(rows).astype(self.weight.dtype)
 
-    def attend(self, hidden: Array, count: int) -> Array:
-        """The product with the table, its first `count` rows: a tied language-model head."""
-        return QuantizedLinear(self.weight, None)(hidden)[..., :count]
+    def attend(self, hidden: Array) -> Array:
+        """The product with the table: a tied language-model head."""
+        return linear(hidden, self.weight.dequantize().astype(hidden.dtype))
 
 
 def set_quantized(

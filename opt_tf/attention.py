@@ -18,9 +18,8 @@ _PIECE, _PIECES = 128, 4
 class TFOPTAttention(keras.layers.Layer):
     """Multi-head causal self-attention of one layer."""
 
-    def __init__(self, config: OPTConfig, layer: int, implementation: str, **options: Any):
+    def __init__(self, config: OPTConfig, implementation: str, **options: Any):
         super().__init__(**options)
-        self.layer = layer
         self.implementation = implementation
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.dropout = config.attention_dropout
@@ -40,6 +39,7 @@ class TFOPTAttention(keras.layers.Layer):
         hidden_BTD: tf.Tensor,
         bias_B1TS: tf.Tensor | None = None,
         cache: KVCache | None = None,
+        layer: int = 0,
         seed: tf.Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[tf.Tensor, tf.Tensor | None, tuple[tf.Tensor, tf.Tensor] | None]:
@@ -49,6 +49,7 @@ class TFOPTAttention(keras.layers.Layer):
             hidden_BTD: Normalised hidden states.
             bias_B1TS: Added to the scores (`make_bias`); None: every query sees every key.
             cache: Where keys and values are kept; None: nothing came before.
+            layer: Which of the cache's layers this is.
             seed: int32 (2,), of dropout; None: no dropout.
             output_attentions: Return the attention weights too (this takes the eager path).
 
@@ -66,7 +67,7 @@ class TFOPTAttention(keras.layers.Layer):
         )
         buffers = None
         if cache is not None:
-            buffers = cache.write(self.layer, key, value)
+            buffers = cache.write(layer, key, value)
             if not cache.is_empty:
                 key, value = (buffer[:, :, : cache.visible(T)] for buffer in buffers)
         weights = None
@@ -82,7 +83,7 @@ class TFOPTAttention(keras.layers.Layer):
 def make_bias(
     mask_BS: tf.Tensor | None, count: int, past: int | tf.Tensor, slots: int, dtype: tf.DType
 ) -> tf.Tensor | None:
-    """What to add to the scores, or None where every query sees every key.
+    """A bias to add to the scores, or None where every query sees every key.
 
     Args:
         mask_BS: bool (B, S), False at padding; None if there is none.

@@ -1,7 +1,6 @@
 """The decoder: layers, norms, embeddings and projections, and what a model returns."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ import optree
 import tensorflow as tf
 
 from opt_core.config import OPTConfig
+from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
 from opt_tf.attention import TFOPTAttention, make_bias
 from opt_tf.cache import KVCache, position_rows
@@ -25,31 +25,8 @@ ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
 }
 
 
-@dataclass
-class TFOPTOutput:
-    """What a model computed; a field its head does not have, or that was not asked for, is None.
-
-    Attributes:
-        last_hidden_state: (B, T, P) after the last norm and projection.
-        logits: (B, T, V) of the language model, (B, num_labels) of the classifier.
-        start_logits: (B, T), question answering.
-        end_logits: (B, T), question answering.
-        loss: Scalar, where labels were given.
-        hidden_states: N + 1 tensors: the embeddings and each layer's output; the last one is
-            `last_hidden_state`.
-        attentions: N tensors (B, H, T, S): the attention weights, before dropout is applied to
-            them.
-        past_key_values: The cache that includes these tokens, where one was passed.
-    """
-
-    last_hidden_state: tf.Tensor | None = None
-    logits: tf.Tensor | None = None
-    start_logits: tf.Tensor | None = None
-    end_logits: tf.Tensor | None = None
-    loss: tf.Tensor | None = None
-    hidden_states: tuple[tf.Tensor, ...] | None = None
-    attentions: tuple[tf.Tensor, ...] | None = None
-    past_key_values: KVCache | None = None
+class TFOPTOutput(ModelOutput[tf.Tensor, KVCache]):
+    """The output of a model: see `ModelOutput` for its fields."""
 
     # What lets outputs through tf.function and through Keras' fit and predict.
     def __tf_flatten__(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
@@ -75,15 +52,13 @@ optree.register_pytree_node(
 class TFOPTDecoderLayer(keras.layers.Layer):
     """One block: attention and feed-forward, each with a norm and a residual connection."""
 
-    def __init__(self, config: OPTConfig, layer: int, implementation: str, **options: Any):
+    def __init__(self, config: OPTConfig, implementation: str, **options: Any):
         super().__init__(**options)
         D, bias, dtype = config.hidden_size, config.enable_bias, self.dtype_policy
         self.norm_first = config.do_layer_norm_before
         self.dropout = config.dropout
         self.activation = ACTIVATIONS[config.activation_function]
-        self.self_attn = TFOPTAttention(
-            config, layer, implementation, name="self_attn", dtype=dtype
-        )
+        self.self_attn = TFOPTAttention(config, implementation, name="self_attn", dtype=dtype)
         self.self_attn_layer_norm = make_norm(config, name="self_attn_layer_norm", dtype=dtype)
         self.fc1 = Linear(D, config.ffn_dim, bias, name="fc1", dtype=dtype)
         self.fc2 = Linear(config.ffn_dim, D, bias, name="fc2", dtype=dtype)
@@ -103,6 +78,7 @@ class TFOPTDecoderLayer(keras.layers.Layer):
         hidden: tf.Tensor,
         bias: tf.Tensor | None = None,
         cache: KVCache | None = None,
+        layer: int = 0,
         seed: tf.Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[tf.Tensor, tf.Tensor | None, tuple[tf.Tensor, tf.Tensor] | None]:
@@ -115,6 +91,7 @@ class TFOPTDecoderLayer(keras.layers.Layer):
             hidden,
             bias_B1TS=bias,
             cache=cache,
+            layer=layer,
             seed=seeds[0],
             output_attentions=output_attentions,
         )
@@ -157,7 +134,7 @@ class TFOPTDecoder(keras.layers.Layer):
             self.final_layer_norm = make_norm(config, name="final_layer_norm", dtype=dtype)
         # `layers` is what Keras calls all the parts of a model.
         self.blocks = [
-            TFOPTDecoderLayer(config, i, implementation, name=f"blocks_{i}", dtype=dtype)
+            TFOPTDecoderLayer(config, implementation, name=f"blocks_{i}", dtype=dtype)
             for i in range(config.num_hidden_layers)
         ]
 
@@ -203,13 +180,14 @@ class TFOPTDecoder(keras.layers.Layer):
         bias = make_bias(mask_BS, count, past, slots, hidden.dtype)
         seeds = self._seeds() if training else [None] * len(self.blocks)
         states, attentions, buffers = [], [], []
-        for block, seed in zip(self.blocks, seeds, strict=True):
+        for i, (block, seed) in enumerate(zip(self.blocks, seeds, strict=True)):
             states.append(hidden)
 
-            def run(hidden, block=block, seed=seed):
+            def run(hidden, block=block, i=i, seed=seed):
                 return block(
-                    hidden, bias=bias, cache=cache, seed=seed, output_attentions=output_attentions
-                )
+                    hidden, bias=bias, cache=cache, layer=i, seed=seed,
+                    output_attentions=output_attentions,
+                )  # fmt: skip
 
             if training and self.gradient_checkpointing and not (cache or output_attentions):
                 new: Any = keras.remat(lambda x, run=run: run(x)[0])(hidden)

@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from opt_core.errors import InputError
+from opt_core.modeling import QuestionAnsweringMixin, SequenceClassificationMixin
 from opt_tf import losses
 from opt_tf.cache import KVCache
 from opt_tf.decoder import TFOPTOutput
@@ -14,13 +15,11 @@ from opt_tf.modeling import TFOPTPreTrainedModel
 
 
 @keras.saving.register_keras_serializable("opt_tf")
-class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
+class TFOPTForSequenceClassification(SequenceClassificationMixin, TFOPTPreTrainedModel):
     """A classifier or regressor over whole texts."""
 
-    head = "sequence_classification"
-
-    def _make_parts(self) -> None:
-        super()._make_parts()
+    def _make_layers(self) -> None:
+        super()._make_layers()
         P, count = self.config.embed_dim, self.config.num_labels
         self.score = Linear(P, count, False, name="score", dtype=self.dtype_policy)
 
@@ -52,14 +51,12 @@ class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
         """
         out = self._decode(
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states, output_attentions, training,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            training=training,
         )  # fmt: skip
         assert out.last_hidden_state is not None
         last = losses.last_token(input_ids, out.last_hidden_state, self.config.pad_token_id)
-        out.logits = logits = self.score(tf.gather(out.last_hidden_state, last, batch_dims=1))
-        if labels is not None:
-            out.loss = losses.classification(logits, labels, self.config)
-        return out
+        return self._finish(out, tf.gather(out.last_hidden_state, last, batch_dims=1), labels)
 
     def _loss(self, x: Any, y: Any, output: TFOPTOutput) -> tf.Tensor:
         if y is None:
@@ -69,13 +66,11 @@ class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
 
 
 @keras.saving.register_keras_serializable("opt_tf")
-class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
+class TFOPTForQuestionAnswering(QuestionAnsweringMixin, TFOPTPreTrainedModel):
     """Extractive question answering: where the answer starts and ends."""
 
-    head = "question_answering"
-
-    def _make_parts(self) -> None:
-        super()._make_parts()
+    def _make_layers(self) -> None:
+        super()._make_layers()
         P = self.config.embed_dim
         self.qa_outputs = Linear(P, 2, True, name="qa_outputs", dtype=self.dtype_policy)
 
@@ -108,15 +103,10 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
         """
         out = self._decode(
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states, output_attentions, training,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            training=training,
         )  # fmt: skip
-        start_BT, end_BT = tf.unstack(self.qa_outputs(out.last_hidden_state), axis=-1)
-        out.start_logits, out.end_logits = start_BT, end_BT
-        if (start_positions is None) != (end_positions is None):
-            raise InputError("start_positions and end_positions belong together, received one")
-        if start_positions is not None:
-            out.loss = losses.question_answering(start_BT, end_BT, start_positions, end_positions)
-        return out
+        return self._finish(out, start_positions, end_positions)
 
     def _predictions(self, output: TFOPTOutput) -> Any:
         return output.start_logits, output.end_logits

@@ -19,15 +19,64 @@ _MULTIPLE = 8
 """More than half as many rows are filled up to a multiple: others cost XLA up to twice the time."""
 
 
-def product(values: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
-    """`values @ weight.T`, in the form that XLA is fastest at on the CPU.
+class Linear(keras.layers.Layer):
+    """`input @ weight.T + bias`."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any):
+        super().__init__(**options)
+        self.in_features, self.out_features, self.use_bias = in_features, out_features, bias
+        self.bias = None
+
+    def build(self, input_shape: Any = None) -> None:
+        """Makes the variables."""
+        shape = (self.out_features, self.in_features)
+        self.weight = self.add_weight(shape, "zeros", name="weight")
+        if self.use_bias:
+            self.bias = self.add_weight(shape[:1], "zeros", name="bias")
+
+    def call(self, input: tf.Tensor) -> tf.Tensor:
+        """Computes the product."""
+        out = linear(input, tf.convert_to_tensor(self.weight))
+        return out if self.bias is None else out + tf.convert_to_tensor(self.bias)
+
+
+class Embedding(keras.layers.Embedding):
+    """A table of rows."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        **options: Any,
+    ):
+        super().__init__(num_embeddings, embedding_dim, embeddings_initializer="zeros", **options)
+        self.padding_idx = padding_idx
+
+    def call(self, rows: tf.Tensor) -> tf.Tensor:
+        """Looks rows up; the padding row gets no gradient here, as in PyTorch's `padding_idx`."""
+        table: Any = tf.convert_to_tensor(self.embeddings)
+        found = tf.cast(_lookup(table, rows, self.padding_idx), self.compute_dtype)
+        if tf.is_symbolic_tensor(rows):
+            # Inside a program nothing could be checked, and XLA and GPUs read some other row.
+            is_row = (rows >= 0) & (rows < table.shape[0])
+            found = tf.where(tf.expand_dims(is_row, -1), found, tf.cast(np.nan, found.dtype))
+        return found
+
+    def attend(self, hidden: tf.Tensor) -> tf.Tensor:
+        """The product with the table: a tied language-model head."""
+        return linear(hidden, tf.cast(self.embeddings, hidden.dtype))
+
+
+def linear(input: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+    """`input @ weight.T`, in the form that XLA is fastest at on the CPU.
 
     Args:
-        values: (..., in).
-        weight: (out, in).
+        input: (..., I).
+        weight: (O, I).
     """
-    *outer, width = sizes(values)
-    rows = tf.reshape(values, (-1, width))
+    *outer, width = sizes(input)
+    rows = tf.reshape(input, (-1, width))
     count, out = sizes(rows)[0], sizes(weight)[0]
     parts = next((parts for parts in _PARTS if out % parts == 0), 1)
     if isinstance(count, int) and count <= FEW_ROWS and rows.dtype == tf.float32 and parts > 1:
@@ -43,56 +92,14 @@ def product(values: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
     return tf.reshape(tf.transpose(columns), (*outer, out))
 
 
-class Linear(keras.layers.Layer):
-    """`input @ weight.T + bias`; the weight is [out, in]."""
-
-    def __init__(self, into: int, out: int, use_bias: bool, **options: Any):
-        super().__init__(**options)
-        self.into, self.out, self.use_bias = into, out, use_bias
-        self.bias = None
-
-    def build(self, input_shape: Any = None) -> None:
-        """Makes the variables."""
-        self.weight = self.add_weight((self.out, self.into), "zeros", name="weight")
-        if self.use_bias:
-            self.bias = self.add_weight((self.out,), "zeros", name="bias")
-
-    def call(self, input: tf.Tensor) -> tf.Tensor:
-        """The product with the weight, plus the bias."""
-        out = product(input, tf.convert_to_tensor(self.weight))
-        return out if self.bias is None else out + tf.convert_to_tensor(self.bias)
-
-
-class Embedding(keras.layers.Embedding):
-    """A table of rows."""
-
-    def __init__(self, rows: int, width: int, padding: int | None = None, **options: Any):
-        super().__init__(rows, width, embeddings_initializer="zeros", **options)
-        self.padding = padding
-
-    def call(self, rows: tf.Tensor) -> tf.Tensor:
-        """Looks rows up; the padding row gets no gradient here, as in PyTorch's `padding_idx`."""
-        table: Any = tf.convert_to_tensor(self.embeddings)
-        found = tf.cast(_lookup(table, rows, self.padding), self.compute_dtype)
-        if tf.is_symbolic_tensor(rows):
-            # Inside a program nothing could be checked, and XLA and GPUs read some other row.
-            is_row = (rows >= 0) & (rows < table.shape[0])
-            found = tf.where(tf.expand_dims(is_row, -1), found, tf.cast(np.nan, found.dtype))
-        return found
-
-    def attend(self, hidden: tf.Tensor) -> tf.Tensor:
-        """The product with the table: a tied language-model head."""
-        return product(hidden, tf.cast(self.embeddings, hidden.dtype))
-
-
-def _lookup(table: tf.Tensor, rows: tf.Tensor, padding: int | None) -> tf.Tensor:
+def _lookup(table: tf.Tensor, rows: tf.Tensor, padding_idx: int | None) -> tf.Tensor:
     """`tf.gather` with a dense gradient: Keras takes norms of sparse ones row by row."""
 
     @tf.custom_gradient
     def look_up(table: tf.Tensor) -> Any:
         def backward(upstream: tf.Tensor) -> Any:
-            if padding is not None:
-                is_padding = tf.expand_dims(rows == padding, -1)
+            if padding_idx is not None:
+                is_padding = tf.expand_dims(rows == padding_idx, -1)
                 upstream = tf.where(is_padding, tf.zeros((), upstream.dtype), upstream)
             return tf.math.unsorted_segment_sum(upstream, rows, table.shape[0])
 
@@ -102,7 +109,7 @@ def _lookup(table: tf.Tensor, rows: tf.Tensor, padding: int | None) -> tf.Tensor
 
 
 def sizes(tensor: tf.Tensor) -> tuple[Any, ...]:
-    """The tensor's shape: numbers, and scalar tensors for what is known only when it is run."""
+    """A tensor's shape: numbers, and scalar tensors for what is known only when it is run."""
     return tuple(keras.ops.shape(tensor) or ())
 
 

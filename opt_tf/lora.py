@@ -28,12 +28,11 @@ class LoraLinear(Linear):
     """
 
     def __init__(self, base: Linear, adapter: Adapter):
-        super().__init__(
-            base.into, base.out, base.use_bias, name=base.name, dtype=base.dtype_policy
-        )
+        into, out, rank = base.in_features, base.out_features, adapter.rank
+        super().__init__(into, out, base.use_bias, name=base.name, dtype=base.dtype_policy)
         self.weight, self.bias = base.weight, base.bias
-        self.lora_A = Linear(base.into, adapter.rank, False, name="lora_A", dtype="float32")
-        self.lora_B = Linear(adapter.rank, base.out, False, name="lora_B", dtype="float32")
+        self.lora_A = Linear(into, rank, False, name="lora_A", dtype="float32")
+        self.lora_B = Linear(rank, out, False, name="lora_B", dtype="float32")
         self.lora_A.build()
         self.lora_B.build()
         self.adapter = adapter

@@ -3,22 +3,29 @@
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
 
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError, GenerationError, InputError
+from opt_core.errors import GenerationError
 from opt_core.generation.config import GenerationConfig
-from opt_core.params import Head, count_parameters
+from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_scheme
 from opt_core.text.tokenizer import OPTTokenizer
-from opt_tf import beam, checkpoint, generation, losses, quantization, speculative
-from opt_tf.attention import IMPLEMENTATIONS
+from opt_tf import (
+    attention,
+    beam,
+    checkpoint,
+    generation,
+    inputs,
+    losses,
+    quantization,
+    speculative,
+)  # fmt: skip
 from opt_tf.cache import KVCache, init_cache
 from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
-from opt_tf.inputs import check_inputs, check_window, full_mask
 from opt_tf.keras_fit import Fitted
 from opt_tf.linear import Linear, sizes
 
@@ -27,10 +34,10 @@ class _Untracked(UserDict[Any, Any]):
     """A dict that Keras does not take for a part of the model."""
 
 
-class TFOPTPreTrainedModel(Fitted):
+class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
     """What the model and its heads share: making, loading, saving and counting."""
 
-    head: ClassVar[Head]
+    _backend = Backend(attention, checkpoint, inputs, losses)
 
     def __init__(
         self,
@@ -54,26 +61,20 @@ class TFOPTPreTrainedModel(Fitted):
             ConfigError: No such attention implementation or quantisation.
         """
         super().__init__(**options)
-        if attn_implementation not in IMPLEMENTATIONS:
-            raise ConfigError(
-                f"attn_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, "
-                f"received {attn_implementation!r}"
-            )
+        self._configure(config, attn_implementation)
         check_scheme(quantize)
-        self.config, self.quantized = config, quantize
-        self.attn_implementation = attn_implementation
-        self.generation_config = GenerationConfig.from_model(config)
+        self.quantized = quantize
         self.programs = _Untracked()
         # The inputs are ours to convert: lists count, and labels keep their type.
         self._convert_input_args = False
         self._allow_non_tensor_positional_args = True
-        self._make_parts()
+        self._make_layers()
         quantization.prepare(self, quantize)
         self.build()
         if seed is not None:
             checkpoint.initialize(self, seed)
 
-    def _make_parts(self) -> None:
+    def _make_layers(self) -> None:
         self.model = TFOPTModel(
             self.config, None, self.attn_implementation, self.quantized, name="model",
             dtype=self.dtype_policy,
@@ -91,27 +92,11 @@ class TFOPTPreTrainedModel(Fitted):
             return super().__call__(**input_ids, **kwargs)
         return super().__call__(input_ids, *args, **kwargs)
 
-    def get_decoder(self) -> TFOPTDecoder:
-        """The decoder, wherever the class keeps it."""
-        return self.model.decoder
-
     @property
     def device(self) -> str:
         """Where the weights are, as TensorFlow names devices; `dtype` is Keras' own."""
         weight: Any = self.get_decoder().embed_positions.embeddings
         return weight.value.device
-
-    def num_parameters(self) -> int:
-        """Number of parameters, a tied head counted once."""
-        return count_parameters(self.config, self.head)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """In training, keep only each layer's input and compute the rest again when needed."""
-        self.get_decoder().gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        """In training, keep every activation (the default)."""
-        self.get_decoder().gradient_checkpointing = False
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` rows of at most `max_length` tokens."""
@@ -148,17 +133,6 @@ class TFOPTPreTrainedModel(Fitted):
             cls, path_or_hub_id, dtype, attn_implementation, progress, config, quantize, **hub
         )
 
-    def save_pretrained(
-        self, folder: str | PathLike[str], max_shard_size: str | int = "5GB"
-    ) -> None:
-        """Writes config.json, generation_config.json and safetensors, as `transformers` reads them.
-
-        Args:
-            folder: Made if missing; other files in it stay.
-            max_shard_size: Larger models are split into files of at most this size.
-        """
-        checkpoint.save_pretrained(self, folder, max_shard_size)
-
     def get_config(self) -> dict[str, Any]:
         """What Keras writes beside the weights in a .keras file."""
         base: Any = super().get_config()
@@ -178,41 +152,17 @@ class TFOPTPreTrainedModel(Fitted):
         model.generation_config = settings
         return model
 
-    def _decode(
-        self,
-        input_ids: Any,
-        attention_mask: Any,
-        position_ids: Any,
-        inputs_embeds: Any,
-        past_key_values: KVCache | None,
-        output_hidden_states: bool,
-        output_attentions: bool,
-        training: bool | None,
-    ) -> TFOPTOutput:
-        """Checks the inputs, embeds them and runs the decoder."""
+    def _decode(self, *values: Any, training: bool | None = None, **options: Any) -> TFOPTOutput:
         if training:
             quantization.check_not_quantized(self, "training=True")
-        input_ids, attention_mask, position_ids, inputs_embeds = check_inputs(
-            self.config, self.compute_dtype, input_ids, attention_mask, position_ids,
-            inputs_embeds, past_key_values,
-        )  # fmt: skip
-        decoder = self.get_decoder()
-        embeds = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return super()._decode(*values, training=training, **options)
+
+    def _check_inputs(self, *values: Any) -> Any:
+        return inputs.check_inputs(self.config, self.compute_dtype, *values)
+
+    def _lengths(self, embeds: Any, cache: KVCache | None) -> tuple[Any, Any]:
         count = sizes(embeds)[1]
-        mask = full_mask(attention_mask, count, past_key_values)
-        if position_ids is None:
-            check_window(
-                self.config, mask, count + (past_key_values.length if past_key_values else 0)
-            )
-        return decoder(
-            embeds,
-            position_ids=position_ids,
-            mask_BS=mask,
-            cache=past_key_values,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            training=training,
-        )
+        return count, count + (cache.length if cache else 0)
 
 
 @keras.saving.register_keras_serializable("opt_tf")
@@ -221,14 +171,10 @@ class TFOPTModel(TFOPTPreTrainedModel):
 
     head = "none"
 
-    def _make_parts(self) -> None:
+    def _make_layers(self) -> None:
         self.decoder = TFOPTDecoder(
             self.config, self.attn_implementation, name="decoder", dtype=self.dtype_policy
         )
-
-    def get_decoder(self) -> TFOPTDecoder:
-        """The decoder."""
-        return self.decoder
 
     def call(
         self,
@@ -258,7 +204,8 @@ class TFOPTModel(TFOPTPreTrainedModel):
         """
         return self._decode(
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states, output_attentions, training,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            training=training,
         )  # fmt: skip
 
     def _predictions(self, output: TFOPTOutput) -> Any:
@@ -266,13 +213,11 @@ class TFOPTModel(TFOPTPreTrainedModel):
 
 
 @keras.saving.register_keras_serializable("opt_tf")
-class TFOPTForCausalLM(TFOPTPreTrainedModel):
+class TFOPTForCausalLM(CausalLMMixin, TFOPTPreTrainedModel):
     """The language model: the next token's logits."""
 
-    head = "causal_lm"
-
-    def _make_parts(self) -> None:
-        super()._make_parts()
+    def _make_layers(self) -> None:
+        super()._make_layers()
         config, dtype = self.config, self.dtype_policy
         self.lm_head = None
         if not config.tie_word_embeddings:
@@ -309,18 +254,13 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
         """
         out = self._decode(
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states, output_attentions, training,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            training=training,
         )  # fmt: skip
-        assert out.last_hidden_state is not None
-        if logits_to_keep < 0:
-            raise InputError(f"logits_to_keep: expected at least 0, received {logits_to_keep}")
-        out.logits = logits = self.compute_logits(out.last_hidden_state[:, -logits_to_keep:])
-        if labels is not None:
-            out.loss = losses.causal_lm(logits, labels)
-        return out
+        return self._finish(out, labels, logits_to_keep)
 
     def compute_logits(self, hidden: tf.Tensor) -> tf.Tensor:
-        """The logits of hidden states: their product with the head, or with the embedding."""
+        """The language-model head: (..., P) states to (..., V) logits."""
         if self.lm_head is not None:
             return self.lm_head(hidden)
         return self.get_decoder().embed_tokens.attend(hidden)

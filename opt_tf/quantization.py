@@ -14,7 +14,7 @@ from opt_core.dialects import KERAS
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import GROUP, QuantizedTensor, scheme_of
-from opt_tf.linear import Linear, product
+from opt_tf.linear import Linear, linear
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
@@ -83,7 +83,7 @@ class QuantizedLinear(keras.layers.Layer):
 
     def call(self, input: tf.Tensor) -> tf.Tensor:
         """Computes the product."""
-        out = product(input, tf.cast(self.weight.dequantize(), input.dtype))
+        out = linear(input, tf.cast(self.weight.dequantize(), input.dtype))
         return out if self.bias is None else out + tf.convert_to_tensor(self.bias)
 
 
@@ -104,7 +104,7 @@ class QuantizedEmbedding(keras.layers.Layer):
 
     def attend(self, hidden: tf.Tensor) -> tf.Tensor:
         """The product with the table: a tied language-model head."""
-        return product(hidden, tf.cast(self.weight.dequantize(), hidden.dtype))
+        return linear(hidden, tf.cast(self.weight.dequantize(), hidden.dtype))
 
 
 def prepare(model: "TFOPTPreTrainedModel", quantize: str | None) -> None:

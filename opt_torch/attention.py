@@ -10,7 +10,7 @@ from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_torch.cache import KVCache
 from opt_torch.linear import Linear
-from opt_torch.quantization import project
+from opt_torch.quantization import fused_linear
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
 
@@ -18,9 +18,8 @@ IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
 class OPTAttention(nn.Module):
     """Multi-head causal self-attention of one layer."""
 
-    def __init__(self, config: OPTConfig, layer: int, implementation: str):
+    def __init__(self, config: OPTConfig, implementation: str):
         super().__init__()
-        self.layer = layer
         self.implementation = implementation
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.dropout = config.attention_dropout
@@ -36,6 +35,7 @@ class OPTAttention(nn.Module):
         bias_B1TS: Tensor | None,
         mask_BS: Tensor | None,
         cache: KVCache | None,
+        layer: int,
         output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Mixes every token with those before it.
@@ -45,6 +45,7 @@ class OPTAttention(nn.Module):
             bias_B1TS: Added to the scores (`make_bias`); None: causality alone decides.
             mask_BS: bool, False at padding, for the kernels that take lengths; None: no padding.
             cache: Where keys and values are kept; None: nothing came before.
+            layer: Which of the cache's layers this is.
             output_attentions: Return the attention weights too (this takes the eager path).
 
         Returns:
@@ -53,10 +54,10 @@ class OPTAttention(nn.Module):
         B, T, D = hidden_BTD.shape
         query, key, value = (
             states.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
-            for states in project((self.q_proj, self.k_proj, self.v_proj), hidden_BTD)
+            for states in fused_linear((self.q_proj, self.k_proj, self.v_proj), hidden_BTD)
         )
         if cache is not None:
-            key, value = cache.write(self.layer, key, value)
+            key, value = cache.write(layer, key, value)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if output_attentions or self.implementation == "eager":
@@ -70,16 +71,22 @@ class OPTAttention(nn.Module):
 
 
 def make_bias(
-    mask_BS: Tensor | None, count: int, length: int, dtype: torch.dtype, device: torch.device
+    mask_BS: Tensor | None,
+    count: int,
+    past: int,
+    slots: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor | None:
-    """What to add to the scores, or None where causality alone decides.
+    """A bias to add to the scores, or None where causality alone decides.
 
     Without a mask none is built, because fast causal kernels refuse one (transformers #48924).
 
     Args:
         mask_BS: bool (B, S), False at padding; None if there is none.
         count: New tokens T.
-        length: Tokens S in all, the new ones last.
+        past: Slot of the first of them.
+        slots: Slots S that are looked at, the new tokens' last.
         dtype: Type of the scores.
         device: Where the scores are.
 
@@ -87,9 +94,9 @@ def make_bias(
         (B or 1, 1, T, S): 0 where a query may look and -inf where not. A query with nothing to
         look at (padding before the first token) looks at everything, so that its row is finite.
     """
-    if mask_BS is None and (count == length or count == 1):
+    if mask_BS is None and (past == 0 or count == 1):
         return None
-    may_TS = torch.ones(count, length, dtype=torch.bool, device=device).tril(length - count)
+    may_TS = torch.ones(count, slots, dtype=torch.bool, device=device).tril(past)
     may = may_TS[None, None] if mask_BS is None else may_TS & mask_BS[:, None, None, :]
     if mask_BS is not None:
         may = may | ~may.any(-1, keepdim=True)

@@ -1,7 +1,6 @@
 """The decoder: layers, norms, embeddings and projections, and what a model returns."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from opt_core.config import OPTConfig
+from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
 from opt_torch.attention import OPTAttention, make_bias
 from opt_torch.cache import KVCache, position_rows
@@ -25,43 +25,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass
-class OPTOutput:
-    """What a model computed; a field its head does not have, or that was not asked for, is None.
-
-    Attributes:
-        last_hidden_state: (B, T, P) after the last norm and projection.
-        logits: (B, T, V) of the language model, (B, num_labels) of the classifier.
-        start_logits: (B, T), question answering.
-        end_logits: (B, T), question answering.
-        loss: Scalar, where labels were given.
-        hidden_states: N + 1 tensors: the embeddings and each layer's output; the last one is
-            `last_hidden_state`.
-        attentions: N tensors (B, H, T, S): the attention weights, before dropout is applied to
-            them.
-        past_key_values: The cache that includes these tokens, where one was passed.
-    """
-
-    last_hidden_state: Tensor | None = None
-    logits: Tensor | None = None
-    start_logits: Tensor | None = None
-    end_logits: Tensor | None = None
-    loss: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    past_key_values: KVCache | None = None
+class OPTOutput(ModelOutput[Tensor, KVCache]):
+    """The output of a model: see `ModelOutput` for its fields."""
 
 
 class OPTDecoderLayer(nn.Module):
     """One block: attention and feed-forward, each with a norm and a residual connection."""
 
-    def __init__(self, config: OPTConfig, layer: int, implementation: str):
+    def __init__(self, config: OPTConfig, implementation: str):
         super().__init__()
         D, bias = config.hidden_size, config.enable_bias
         self.norm_first = config.do_layer_norm_before
         self.dropout = config.dropout
         self.activation = ACTIVATIONS[config.activation_function]
-        self.self_attn = OPTAttention(config, layer, implementation)
+        self.self_attn = OPTAttention(config, implementation)
         self.self_attn_layer_norm = make_norm(config)
         self.fc1 = Linear(D, config.ffn_dim, bias=bias)
         self.fc2 = Linear(config.ffn_dim, D, bias=bias)
@@ -71,15 +48,16 @@ class OPTDecoderLayer(nn.Module):
         self,
         hidden: Tensor,
         bias: Tensor | None,
-        mask: Tensor | None,
+        mask_BS: Tensor | None,
         cache: KVCache | None,
+        layer: int,
         output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the new hidden states (B, T, D) and, if asked for, the attention weights."""
         residual = hidden
         if self.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
-        hidden, weights = self.self_attn(hidden, bias, mask, cache, output_attentions)
+        hidden, weights = self.self_attn(hidden, bias, mask_BS, cache, layer, output_attentions)
         hidden = residual + F.dropout(hidden, self.dropout, self.training)
         if not self.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
@@ -108,14 +86,14 @@ class OPTDecoder(nn.Module):
         self.project_in = Linear(P, D, bias=False) if config.has_projections else None
         self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None
         self.layers = nn.ModuleList(
-            OPTDecoderLayer(config, i, implementation) for i in range(config.num_hidden_layers)
+            OPTDecoderLayer(config, implementation) for _ in range(config.num_hidden_layers)
         )
 
     def forward(
         self,
         embeds: Tensor,
         position_ids: Tensor | None,
-        mask: Tensor | None,
+        mask_BS: Tensor | None,
         cache: KVCache | None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -125,32 +103,32 @@ class OPTDecoder(nn.Module):
         Args:
             embeds: Token embeddings (B, T, P).
             position_ids: Positions (B, T), -1 for padding; None: they follow from the mask.
-            mask: bool (B, past + T), False at padding; None: no padding.
+            mask_BS: bool (B, past + T), False at padding; None: no padding.
             cache: What came before; None: nothing.
             output_hidden_states: Return the states between the layers too.
             output_attentions: Return the attention weights too.
         """
         count, past = embeds.shape[1], cache.length if cache else 0
         if position_ids is None:
-            rows = position_rows(mask, past, count, embeds.device)
+            rows = position_rows(mask_BS, past, count, embeds.device)
         else:
             rows = position_ids + POSITION_OFFSET
         hidden = embeds if self.project_in is None else self.project_in(embeds)
         hidden = hidden + self.embed_positions(rows)
         bias = None
         if self.implementation != "flash_attention_2" or output_attentions:
-            bias = make_bias(mask, count, past + count, hidden.dtype, hidden.device)
+            bias = make_bias(mask_BS, count, past, past + count, hidden.dtype, hidden.device)
         states, attentions = [], []
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             states.append(hidden)
             if self.training and self.config.layerdrop and torch.rand(()) < self.config.layerdrop:
                 continue
             if self.gradient_checkpointing and self.training:
                 hidden, weights = recompute(
-                    layer, hidden, bias, mask, cache, output_attentions, use_reentrant=False
+                    layer, hidden, bias, mask_BS, cache, i, output_attentions, use_reentrant=False
                 )
             else:
-                hidden, weights = layer(hidden, bias, mask, cache, output_attentions)
+                hidden, weights = layer(hidden, bias, mask_BS, cache, i, output_attentions)
             attentions.append(weights)
         if self.final_layer_norm is not None:
             hidden = self.final_layer_norm(hidden)
@@ -160,7 +138,7 @@ class OPTDecoder(nn.Module):
             last_hidden_state=hidden,
             hidden_states=(*states, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
-            past_key_values=cache.advance(count, None if mask is None else mask[:, past:])
+            past_key_values=cache.advance(count, None if mask_BS is None else mask_BS[:, past:])
             if cache
             else None,
         )

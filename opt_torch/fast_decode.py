@@ -22,7 +22,7 @@ from opt_torch.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedWeight,
-    products,
+    make_fused_linear,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _KNOWN = {
 
 
 def make_step(model: "OPTForCausalLM") -> Step | None:
-    """What does the same as `generation.decode_step`, for as long as the model stays as it is.
+    """A function that does what `generation.decode_step` does, while the model stays as it is.
 
     Returns:
         A function of ids (B,) and the cache; it gives the logits (B, V) after them, and the cache
@@ -46,29 +46,29 @@ def make_step(model: "OPTForCausalLM") -> Step | None:
     if not is_plain(model):
         return None
     decoder = model.get_decoder()
-    into, out = decoder.project_in, decoder.project_out
-    blocks = [_Block(layer) for layer in decoder.layers if isinstance(layer, OPTDecoderLayer)]
+    project_in, project_out = decoder.project_in, decoder.project_out
+    layers = [_DecodeLayer(layer) for layer in decoder.layers if isinstance(layer, OPTDecoderLayer)]
     norm = decoder.final_layer_norm and _norm(decoder.final_layer_norm)
-    head, positions = model.lm_head.product(), decoder.embed_positions.weight
+    head, positions = model.lm_head.make_linear(), decoder.embed_positions.weight
 
     def step(ids_B: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         past, mask = cache.length, cache.mask
         hidden = decoder.embed_tokens(ids_B)
-        if into is not None:
-            hidden = into(hidden)
+        if project_in is not None:
+            hidden = project_in(hidden)
         if mask is None:
             bias, rows = None, positions[past + POSITION_OFFSET]
         else:
             mask = mask[:, : past + 1]
-            bias = make_bias(mask, 1, past + 1, hidden.dtype, hidden.device)
+            bias = make_bias(mask, 1, past, past + 1, hidden.dtype, hidden.device)
             rows = F.embedding(position_rows(mask, past, 1, hidden.device)[:, 0], positions)
         hidden = hidden + rows
-        for block, keys, values in zip(blocks, cache.keys, cache.values, strict=True):
-            hidden = block(hidden, keys, values, past, bias)
+        for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+            hidden = layer(hidden, keys, values, past, bias)
         if norm is not None:
             hidden = norm(hidden)
-        if out is not None:
-            hidden = out(hidden)
+        if project_out is not None:
+            hidden = project_out(hidden)
         return head(hidden), cache.advance(1, None)
 
     return step
@@ -90,17 +90,17 @@ def _is_plain(module: nn.Module, kinds: set[type[nn.Module]]) -> bool:
     return type(module) in kinds and not has_custom_call(module) and not module.training
 
 
-class _Block:
-    """A decoder layer, for one token per row."""
+class _DecodeLayer:
+    """One decoder layer for one token per row."""
 
     def __init__(self, layer: OPTDecoderLayer):
         attention = layer.self_attn
         self.norm_first = layer.norm_first
         self.heads = attention.num_heads, attention.head_dim
         self.norms = _norm(layer.self_attn_layer_norm), _norm(layer.final_layer_norm)
-        self.projections = products((attention.q_proj, attention.k_proj, attention.v_proj))
-        self.out = attention.out_proj.product()
-        self.fc1, self.fc2 = layer.fc1.product(), layer.fc2.product()
+        self.qkv = make_fused_linear((attention.q_proj, attention.k_proj, attention.v_proj))
+        self.out = attention.out_proj.make_linear()
+        self.fc1, self.fc2 = layer.fc1.make_linear(), layer.fc2.make_linear()
         is_relu = layer.activation is ACTIVATIONS["relu"]
         self.activation = torch.relu_ if is_relu else layer.activation
 
@@ -113,7 +113,7 @@ class _Block:
         if self.norm_first:
             hidden = first(hidden)
         heads, end = (B, *self.heads), past + 1
-        query, key, value = self.projections(hidden)
+        query, key, value = self.qkv(hidden)
         keys.select(2, past).copy_(key.view(heads))
         values.select(2, past).copy_(value.view(heads))
         mixed = F.scaled_dot_product_attention(

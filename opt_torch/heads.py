@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from opt_core.errors import InputError
+from opt_core.modeling import QuestionAnsweringMixin, SequenceClassificationMixin
 from opt_torch import losses
 from opt_torch.cache import KVCache
 from opt_torch.decoder import OPTOutput
@@ -11,13 +11,11 @@ from opt_torch.linear import Linear
 from opt_torch.modeling import OPTPreTrainedModel
 
 
-class OPTForSequenceClassification(OPTPreTrainedModel):
+class OPTForSequenceClassification(SequenceClassificationMixin, OPTPreTrainedModel):
     """A classifier or regressor over whole texts."""
 
-    head = "sequence_classification"
-
-    def _build(self, implementation: str) -> None:
-        super()._build(implementation)
+    def _make_layers(self) -> None:
+        super()._make_layers()
         self.score = Linear(self.config.embed_dim, self.config.num_labels, bias=False)
 
     def forward(
@@ -46,24 +44,19 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         """
         out = self._decode(
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states, output_attentions,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
         assert out.last_hidden_state is not None
         last = losses.last_token(input_ids, out.last_hidden_state, self.config.pad_token_id)
         rows = torch.arange(len(last), device=last.device)
-        out.logits = logits = self.score(out.last_hidden_state[rows, last])
-        if labels is not None:
-            out.loss = losses.classification(logits, labels, self.config)
-        return out
+        return self._finish(out, out.last_hidden_state[rows, last], labels)
 
 
-class OPTForQuestionAnswering(OPTPreTrainedModel):
+class OPTForQuestionAnswering(QuestionAnsweringMixin, OPTPreTrainedModel):
     """Extractive question answering: where the answer starts and ends."""
 
-    head = "question_answering"
-
-    def _build(self, implementation: str) -> None:
-        super()._build(implementation)
+    def _make_layers(self) -> None:
+        super()._make_layers()
         self.qa_outputs = Linear(self.config.embed_dim, 2)
 
     def forward(
@@ -93,12 +86,6 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         """
         out = self._decode(
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states, output_attentions,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
-        start_BT, end_BT = self.qa_outputs(out.last_hidden_state).unbind(-1)
-        out.start_logits, out.end_logits = start_BT, end_BT
-        if (start_positions is None) != (end_positions is None):
-            raise InputError("start_positions and end_positions belong together, received one")
-        if start_positions is not None:
-            out.loss = losses.question_answering(start_BT, end_BT, start_positions, end_positions)
-        return out
+        return self._finish(out, start_positions, end_positions)

@@ -20,11 +20,8 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-# What torch.compile lowers linear layers to on the CPU; a build without oneDNN lacks them.
-_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_REORDER = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+from opt_torch import _private
 
 WORTHWHILE = 32
 """Tokens to generate from which on packing is done; it costs what about 16 tokens save."""
@@ -52,29 +49,30 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Computes `input @ weight.T + bias`."""
         weight, bias = self.weight, self.bias
-        if _PRODUCT is None or not _is_plain(input, weight):
+        if _private.mkldnn_linear is None or not _is_plain(input, weight):
             return F.linear(input, weight, bias)
         if weight.dtype == torch.float32:
-            return _float_product(weight, bias, input.shape[:-1].numel())(input)
+            return _make_float32_linear(weight, bias, input.shape[:-1].numel())(input)
         if weight.dtype == torch.bfloat16 and not _has_bfloat16():
             return upcast_linear(input, weight, bias)
         packed = self.packed  # read once: a generation in another thread may end in between
-        return _PRODUCT(input, weight if packed is None else packed, bias, "none", [], "")
+        weight = weight if packed is None else packed
+        return _private.mkldnn_linear(input, weight, bias, "none", [], "")
 
-    def product(self) -> Callable[[Tensor], Tensor]:
-        """What computes the same as `forward` for rows (N, in), without asking each time how.
+    def make_linear(self) -> Callable[[Tensor], Tensor]:
+        """A function that computes what `forward` does for rows (R, I), the way of it settled.
 
         It holds as long as nothing about the layer changes, under `torch.no_grad`.
         """
         weight, bias = self.weight if self.packed is None else self.packed, self.bias
-        is_wide = self.weight.dtype == torch.bfloat16 and not _has_bfloat16()
-        if _PRODUCT is None or is_wide or not _is_cpu_type(self.weight):
+        if _private.mkldnn_linear is None or not _is_cpu_type(self.weight):
+            return self.forward
+        if self.weight.dtype == torch.bfloat16 and not _has_bfloat16():
             return self.forward
         if weight.dtype == torch.float32:
-            choose = cache(partial(_float_product, weight, bias))
+            choose = cache(partial(_make_float32_linear, weight, bias))
             return lambda input: choose(len(input))(input)
-        call = _PRODUCT.default
-        return lambda input: call(input, weight, bias, "none", [], "")
+        return _bind_mkldnn(weight, bias)
 
     def pack(self) -> None:
         """Packs the weight, or takes up the packed one from before if the weight is the same."""
@@ -82,8 +80,7 @@ class Linear(nn.Linear):
         mark = fingerprint(weight)
         kept = self.kept
         if kept is None or not torch.equal(kept[1], mark):
-            assert _REORDER is not None
-            kept = self.kept = _REORDER(weight), mark
+            kept = self.kept = _private.mkldnn_reorder(weight), mark
         self.packed = kept[0]
 
     def train(self, mode: bool = True) -> Self:
@@ -92,7 +89,7 @@ class Linear(nn.Linear):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: no packed weight."""
+        """The state that is copied and pickled: no packed weight."""
         return {k: v for k, v in self.__dict__.items() if k not in ("packed", "kept")}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
@@ -132,7 +129,7 @@ def packed(model: nn.Module, new_tokens: int) -> Iterator[None]:
     layers = [m for m in model.modules() if isinstance(m, Linear)]
     size = sum(layer.weight.nbytes for layer in layers if layer.kept is None)
     useful = (
-        _REORDER is not None
+        _private.mkldnn_reorder is not None
         and new_tokens >= WORTHWHILE
         and _has_bfloat16()
         and all(m.weight.dtype == torch.bfloat16 and _is_cpu_type(m.weight) for m in layers)
@@ -148,7 +145,7 @@ def packed(model: nn.Module, new_tokens: int) -> Iterator[None]:
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """The sums of a weight's rows, as integers: what changes with any change worth the name.
+    """The sums of a weight's rows, as integers: they change with any change worth the name.
 
     It costs about as much as reading the weights for one token. PyTorch's own version counter
     would be free, but it misses what is written through `.data`.
@@ -173,50 +170,50 @@ def is_eager(input: Tensor) -> bool:
         (input.requires_grad and torch.is_grad_enabled())
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or _private.in_transform()
         or input.numel() == 0
     )
 
 
 def has_custom_call(module: nn.Module) -> bool:
     """Whether calling a module may do something beside its class' `forward`."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks or "forward" in vars(module) or nn.modules.module._has_any_global_hook())
+    return "forward" in vars(module) or _private.has_hooks(module)
 
 
-def _float_product(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
-    """What multiplies so many float32 rows (..., in) with a weight, the fastest way known."""
+def _make_float32_linear(
+    weight: Tensor, bias: Tensor | None, rows: int
+) -> Callable[[Tensor], Tensor]:
+    """A function that multiplies so many float32 rows (..., I), the fastest way known."""
     (out, width), threads = weight.shape, torch.get_num_threads()
     parts, is_many = -(-_PARTS // threads) * threads, rows >= MANY_ROWS
     has_parts = out % parts == 0 and weight.is_contiguous() and torch.backends.mkl.is_available()
     if has_parts and rows == 1:
-        return _row_product(weight, bias, parts)
+        return _make_row_linear(weight, bias, parts)
     if has_parts and _has_avx2_only() and not (is_many and out <= width):
-        return _rows_product(weight, bias, parts)
+        return _make_rows_linear(weight, bias, parts)
     if is_many:
         return lambda input: F.linear(input, weight, bias)
-    assert _PRODUCT is not None
-    call = _PRODUCT.default
-    return lambda input: call(input, weight, bias, "none", [], "")
+    return _bind_mkldnn(weight, bias)
 
 
-def _row_product(weight: Tensor, bias: Tensor | None, parts: int) -> Callable[[Tensor], Tensor]:
-    """What multiplies a single row with a weight, part by part."""
+def _make_row_linear(weight: Tensor, bias: Tensor | None, parts: int) -> Callable[[Tensor], Tensor]:
+    """A function that multiplies a single row with a weight, part by part."""
     out, width = weight.shape
     columns = weight.view(parts, out // parts, width).transpose(1, 2)
     shifts = None if bias is None else bias.view(parts, 1, -1)
 
     def multiply(input: Tensor) -> Tensor:
         row = input.reshape(1, 1, width).expand(parts, 1, width)
-        product = row.bmm(columns) if shifts is None else torch.baddbmm(shifts, row, columns)
-        return product.view(*input.shape[:-1], out)
+        each = row.bmm(columns) if shifts is None else torch.baddbmm(shifts, row, columns)
+        return each.view(*input.shape[:-1], out)
 
     return multiply
 
 
-def _rows_product(weight: Tensor, bias: Tensor | None, parts: int) -> Callable[[Tensor], Tensor]:
-    """What multiplies any number of rows with a weight, part by part."""
+def _make_rows_linear(
+    weight: Tensor, bias: Tensor | None, parts: int
+) -> Callable[[Tensor], Tensor]:
+    """A function that multiplies any number of rows with a weight, part by part."""
     out, width = weight.shape
     step = max(_COLUMNS // parts, 1) * parts
     pieces = [
@@ -231,13 +228,17 @@ def _rows_product(weight: Tensor, bias: Tensor | None, parts: int) -> Callable[[
         rows = input.reshape(1, -1, width)
         rows = rows.expand(parts, *rows.shape[1:])
         result = input.new_empty(rows.shape[1], out)
-        for columns, place in zip(pieces, result.split(step, 1), strict=True):
-            weights, shifts = columns
-            each = rows.bmm(weights) if shifts is None else torch.baddbmm(shifts, rows, weights)
-            place.unflatten(1, (parts, -1)).copy_(each.transpose(0, 1))
+        for (columns, shifts), part in zip(pieces, result.split(step, 1), strict=True):
+            each = rows.bmm(columns) if shifts is None else torch.baddbmm(shifts, rows, columns)
+            part.unflatten(1, (parts, -1)).copy_(each.transpose(0, 1))
         return result.view(*input.shape[:-1], out)
 
     return multiply
+
+
+def _bind_mkldnn(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    call = _private.mkldnn_linear.default
+    return lambda input: call(input, weight, bias, "none", [], "")
 
 
 def _is_plain(input: Tensor, weight: Tensor) -> bool:
@@ -260,7 +261,7 @@ def _is_cpu_type(weight: Tensor) -> bool:
 
 @cache
 def _has_bfloat16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return _private.has_mkldnn_bfloat16()
 
 
 @cache

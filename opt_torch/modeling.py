@@ -2,28 +2,35 @@
 
 from collections.abc import Callable, Iterator
 from os import PathLike
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError, GenerationError, InputError
+from opt_core.errors import GenerationError
 from opt_core.generation.config import GenerationConfig
-from opt_core.params import Head, count_parameters
+from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.text.tokenizer import OPTTokenizer
-from opt_torch import beam, checkpoint, generation, losses, quantization, speculative
-from opt_torch.attention import IMPLEMENTATIONS
+from opt_torch import (
+    attention,
+    beam,
+    checkpoint,
+    generation,
+    inputs,
+    losses,
+    quantization,
+    speculative,
+)  # fmt: skip
 from opt_torch.cache import KVCache, init_cache
 from opt_torch.decoder import OPTDecoder, OPTOutput
-from opt_torch.inputs import check_inputs, check_window, full_mask
 from opt_torch.linear import Linear
 
 
-class OPTPreTrainedModel(nn.Module):
+class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
     """What the model and its heads share: making, loading, saving and counting."""
 
-    head: ClassVar[Head]
+    _backend = Backend(attention, checkpoint, inputs, losses)
 
     def __init__(self, config: OPTConfig, seed: int | None = 0, attn_implementation: str = "sdpa"):
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
@@ -37,25 +44,15 @@ class OPTPreTrainedModel(nn.Module):
             ConfigError: No such attention implementation.
         """
         super().__init__()
-        if attn_implementation not in IMPLEMENTATIONS:
-            raise ConfigError(
-                f"attn_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, "
-                f"received {attn_implementation!r}"
-            )
-        self.config = config
-        self.generation_config = GenerationConfig.from_model(config)
+        self._configure(config, attn_implementation)
         with torch.device("meta"):
-            self._build(attn_implementation)
+            self._make_layers()
         if seed is not None:
             checkpoint.initialize(self, seed)
         self.eval()
 
-    def _build(self, implementation: str) -> None:
-        self.model = OPTModel(self.config, None, implementation)
-
-    def get_decoder(self) -> OPTDecoder:
-        """The decoder, wherever the class keeps it."""
-        return self.model.decoder
+    def _make_layers(self) -> None:
+        self.model = OPTModel(self.config, None, self.attn_implementation)
 
     @property
     def device(self) -> torch.device:
@@ -72,18 +69,6 @@ class OPTPreTrainedModel(nn.Module):
         if mode:
             quantization.check_not_quantized(self, "train")
         return super().train(mode)
-
-    def num_parameters(self) -> int:
-        """Number of parameters, a tied head counted once."""
-        return count_parameters(self.config, self.head)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """In training, keep only each layer's input and compute the rest again when needed."""
-        self.get_decoder().gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        """In training, keep every activation (the default)."""
-        self.get_decoder().gradient_checkpointing = False
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` rows of at most `max_length` tokens."""
@@ -124,54 +109,8 @@ class OPTPreTrainedModel(nn.Module):
             **hub,
         )  # fmt: skip
 
-    def save_pretrained(
-        self, folder: str | PathLike[str], max_shard_size: str | int = "5GB"
-    ) -> None:
-        """Writes config.json, generation_config.json and safetensors, as `transformers` reads them.
-
-        Args:
-            folder: Made if missing; other files in it stay.
-            max_shard_size: Larger models are split into files of at most this size.
-        """
-        checkpoint.save_pretrained(self, folder, max_shard_size)
-
-    def _decode(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        past_key_values: KVCache | None,
-        output_hidden_states: bool,
-        output_attentions: bool,
-    ) -> OPTOutput:
-        """Checks the inputs, embeds them and runs the decoder."""
-        input_ids, attention_mask, position_ids, inputs_embeds = check_inputs(
-            self.config,
-            self.device,
-            self.dtype,
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
-            past_key_values,
-        )
-        decoder = self.get_decoder()
-        embeds = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        count = embeds.shape[1]
-        mask = full_mask(attention_mask, count, past_key_values)
-        if position_ids is None:
-            check_window(
-                self.config, mask, count + (past_key_values.length if past_key_values else 0)
-            )
-        return decoder(
-            embeds,
-            position_ids,
-            mask,
-            past_key_values,
-            output_hidden_states,
-            output_attentions,
-        )
+    def _check_inputs(self, *values: Any) -> Any:
+        return inputs.check_inputs(self.config, self.device, self.dtype, *values)
 
 
 class OPTModel(OPTPreTrainedModel):
@@ -179,12 +118,8 @@ class OPTModel(OPTPreTrainedModel):
 
     head = "none"
 
-    def _build(self, implementation: str) -> None:
-        self.decoder = OPTDecoder(self.config, implementation)
-
-    def get_decoder(self) -> OPTDecoder:
-        """The decoder."""
-        return self.decoder
+    def _make_layers(self) -> None:
+        self.decoder = OPTDecoder(self.config, self.attn_implementation)
 
     def forward(
         self,
@@ -212,17 +147,15 @@ class OPTModel(OPTPreTrainedModel):
         """
         return self._decode(
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states, output_attentions,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
 
 
-class OPTForCausalLM(OPTPreTrainedModel):
+class OPTForCausalLM(CausalLMMixin, OPTPreTrainedModel):
     """The language model: the next token's logits."""
 
-    head = "causal_lm"
-
-    def _build(self, implementation: str) -> None:
-        super()._build(implementation)
+    def _make_layers(self) -> None:
+        super()._make_layers()
         self.lm_head = Linear(self.config.embed_dim, self.config.vocab_size, bias=False)
 
     def forward(
@@ -252,15 +185,9 @@ class OPTForCausalLM(OPTPreTrainedModel):
         """
         out = self._decode(
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states, output_attentions,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
-        assert out.last_hidden_state is not None
-        if logits_to_keep < 0:
-            raise InputError(f"logits_to_keep: expected at least 0, received {logits_to_keep}")
-        out.logits = logits = self.compute_logits(out.last_hidden_state[:, -logits_to_keep:])
-        if labels is not None:
-            out.loss = losses.causal_lm(logits, labels)
-        return out
+        return self._finish(out, labels, logits_to_keep)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """The language-model head: (..., P) states to (..., V) logits."""

@@ -24,6 +24,7 @@ from opt_core.dialects import TORCH
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec
 from opt_core.quantization import GROUP, QuantizedTensor
+from opt_torch import _private
 from opt_torch.linear import has_custom_call, is_eager
 
 if TYPE_CHECKING:
@@ -39,22 +40,12 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 _CPU = torch.device("cpu")
 _ROW = torch.ones(1, 1)
 
-# Not public, but what PyTorch's own quantised modules call; a build may lack them.
-_MAKE: Any = getattr(torch, "_make_per_channel_quantized_tensor", None)
-_PACK = getattr(torch.ops.quantized, "linear_prepack", None)
-_UNPACK = getattr(torch.ops.quantized, "linear_unpack", None)
-_PRODUCT = getattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32", None)
-HAS_INTEGERS = None not in (_MAKE, _PACK, _UNPACK, _PRODUCT) and (
-    "fbgemm" in torch.backends.quantized.supported_engines
-)
-"""Whether this build of PyTorch computes in integers on the CPU."""
-
 
 class _Packed(NamedTuple):
-    """Where a weight lies in FBGEMM's order.
+    """The place of a weight in FBGEMM's order.
 
     Attributes:
-        order: What FBGEMM made of it and of those that are multiplied with the same input.
+        order: FBGEMM's own object, of it and of those that are multiplied with the same input.
         count: How many weights that are.
         start: The first row of this one.
     """
@@ -110,15 +101,14 @@ class QuantizedWeight(nn.Module):
         values, packed = self.values, self.packed  # another thread may be packing
         if values is not None:
             return values
-        assert _UNPACK is not None
         assert packed is not None
-        unpacked: Tensor = _UNPACK(packed.order)[0].int_repr()
+        unpacked: Tensor = _private.int8_unpack(packed.order)[0].int_repr()
         return unpacked[packed.start : packed.start + len(self.scales)].clone()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: the plain numbers."""
+        """The state that is copied and pickled: the plain numbers."""
         state = {name: value for name, value in self.__dict__.items() if name != "packed"}
-        return state | {"_buffers": self._buffers | {"values": self._values()}}
+        return _private.replace_buffer(state, "values", self._values())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self.values, self.packed = self._values(), None
@@ -132,61 +122,60 @@ class QuantizedWeight(nn.Module):
 class QuantizedLinear(nn.Module):
     """`input @ weight.T + bias`."""
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, is_unsigned: bool = False):
+    is_unsigned = False
+    """Whether no input is ever negative."""
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None):
         """Takes the weight over.
 
         Args:
             weight: Its numbers.
-            bias: (out,), or None.
-            is_unsigned: Whether no input is ever negative.
+            bias: (O,), or None.
         """
         super().__init__()
         self.weight = weight
         self.bias = bias
-        self.is_unsigned = is_unsigned
 
     def forward(self, input: Tensor) -> Tensor:
         """Computes the product."""
-        if self.counts(input):
-            return self.product()(input)
+        if self.is_int8(input):
+            return self.make_linear()(input)
         parts = [F.linear(input, block.to(input.dtype)) for block in self.weight.blocks()]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return out if self.bias is None else out + self.bias
 
-    def counts(self, input: Tensor) -> bool:
+    def is_int8(self, input: Tensor) -> bool:
         """Whether the product with an input is computed in integers."""
-        is_here = HAS_INTEGERS and input.device == self.weight.scales.device == _CPU
+        is_here = input.device == self.weight.scales.device == _CPU and _private.has_int8_linear()
         return is_here and input.ndim > 1 and self.weight.zeros is None and is_eager(input)
 
-    def product(self) -> Callable[[Tensor], Tensor]:
-        """What computes the same as `forward` from now on; see `Linear.product`."""
-        return _multiplier([self]) if self.counts(_ROW) else self.forward
+    def make_linear(self) -> Callable[[Tensor], Tensor]:
+        """A function that computes what `forward` does from now on; see `Linear.make_linear`."""
+        return _make_int8_linear([self]) if self.is_int8(_ROW) else self.forward
 
 
-def products(linears: Sequence[Any]) -> Callable[[Tensor], list[Tensor]]:
-    """What computes the products of linear layers with one input; see `Linear.product`."""
-    if not all(isinstance(layer, QuantizedLinear) and layer.counts(_ROW) for layer in linears):
-        each = [layer.product() for layer in linears]
-        return lambda input: [product(input) for product in each]
-    multiply, sizes = _multiplier(linears), [len(layer.weight.scales) for layer in linears]
+def fused_linear(layers: Sequence[nn.Module], input: Tensor) -> list[Tensor]:
+    """The results of linear layers with one input; in integers one product, if all are plain."""
+    if all(
+        isinstance(layer, QuantizedLinear) and layer.is_int8(input) and not has_custom_call(layer)
+        for layer in layers
+    ):
+        return make_fused_linear(layers)(input)
+    return [layer(input) for layer in layers]
+
+
+def make_fused_linear(layers: Sequence[Any]) -> Callable[[Tensor], list[Tensor]]:
+    """A function that computes linear layers with one input; see `Linear.make_linear`."""
+    if not all(isinstance(layer, QuantizedLinear) and layer.is_int8(_ROW) for layer in layers):
+        each = [layer.make_linear() for layer in layers]
+        return lambda input: [linear(input) for linear in each]
+    multiply, sizes = _make_int8_linear(layers), [len(layer.weight.scales) for layer in layers]
     return lambda input: list(multiply(input).split(sizes, -1))
 
 
-def project(linears: Sequence[nn.Module], input: Tensor) -> list[Tensor]:
-    """What linear layers make of one input; in integers that is one product, if all are plain."""
-    if all(
-        isinstance(layer, QuantizedLinear) and layer.counts(input) and not has_custom_call(layer)
-        for layer in linears
-    ):
-        return products(linears)(input)
-    return [layer(input) for layer in linears]
-
-
-def _multiplier(layers: Sequence[QuantizedLinear]) -> Callable[[Tensor], Tensor]:
-    """What computes the products of layers with one input in integers, one behind the other."""
-    assert _PRODUCT is not None
-    # Past the overload's own call, which searches its arguments for script objects each time.
-    call, order = _PRODUCT.default._op, _pack([layer.weight for layer in layers])
+def _make_int8_linear(layers: Sequence[QuantizedLinear]) -> Callable[[Tensor], Tensor]:
+    """A function that computes layers with one input in integers, one behind the other."""
+    call, order = _private.overload(_private.int8_linear), _pack([x.weight for x in layers])
     step, zero = _UNSIGNED if layers[0].is_unsigned else _SIGNED
     biases = [layer.bias.float() for layer in layers if layer.bias is not None]
     bias = torch.cat(biases) if biases else None
@@ -218,10 +207,10 @@ def _pack(weights: Sequence[QuantizedWeight]) -> Any:
     zeros, engine = torch.zeros(len(values), dtype=torch.int64), torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"
     try:
-        assert _PACK is not None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.quantize_per_tensor")  # to be replaced
-            order = _PACK(_MAKE(values, scales, zeros, 0), None)
+            numbers = _private.quantize_per_channel(values, scales, zeros, 0)
+            order = _private.int8_prepack(numbers, None)
     finally:
         torch.backends.quantized.engine = engine
     for weight, start in zip(weights, starts, strict=True):
@@ -276,8 +265,8 @@ def set_quantized(
     if spec.kind == "embedding":
         new = QuantizedEmbedding(weight)
     else:
-        is_unsigned = name == "fc2" and model.config.activation_function == "relu"
-        new = QuantizedLinear(weight, getattr(parent, name).bias, is_unsigned)
+        new = QuantizedLinear(weight, getattr(parent, name).bias)
+        new.is_unsigned = name == "fc2" and model.config.activation_function == "relu"
     setattr(parent, name, new.eval())
 
 

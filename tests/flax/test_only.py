@@ -146,9 +146,9 @@ def test_few_rows_are_multiplied_the_other_way_round_on_a_cpu():
     for shape in ((32,), (1, 32), (2, 32), (3, 2, 32), (11, 32), (most, 32), (most + 1, 32)):
         rows = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape) / 100
         few = np.prod(shape[:-1]) <= most
-        close(linear.product(rows, weight), np.asarray(rows) @ np.asarray(weight).T, 2e-4)
+        close(linear.linear(rows, weight), np.asarray(rows) @ np.asarray(weight).T, 2e-4)
         for platform in ("cpu", "tpu", "cuda"):
-            traced = jax.jit(linear.product).trace(rows, weight)
+            traced = jax.jit(linear.linear).trace(rows, weight)
             text = traced.lower(lowering_platforms=(platform,)).as_text()
             assert ("optimization_barrier" in text) == (few and platform == "cpu")
             is_single = math.prod(shape[:-1]) == 1

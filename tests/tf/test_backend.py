@@ -74,5 +74,5 @@ def test_weight_decay_follows_the_parameter_list(folder):
 def test_products_of_any_number_of_rows(count, out):
     rng = np.random.default_rng(0)
     weight, rows = (rng.normal(size=(n, 32)).astype(np.float32) for n in (out, count))
-    found = linear.product(tf.constant(rows[None]), tf.constant(weight))
+    found = linear.linear(tf.constant(rows[None]), tf.constant(weight))
     np.testing.assert_allclose(found[0], rows @ weight.T, rtol=0, atol=PRODUCT_ERROR)

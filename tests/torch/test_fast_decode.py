@@ -57,7 +57,9 @@ def test_in_every_type(folder, options):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_uses_it(folder, monkeypatch, beams):
     model, made = model_of(folder), []
-    monkeypatch.setattr(fast_decode._Block, "__call__", lambda *args: made.append(1) or args[1])
+    monkeypatch.setattr(
+        fast_decode._DecodeLayer, "__call__", lambda *args: made.append(1) or args[1]
+    )
     ids = make_prompts(model.config, 1, 5)
     model.generate(ids, num_beams=beams, max_new_tokens=4, eos_token_id=None)
     assert len(made) == 3 * model.config.num_hidden_layers

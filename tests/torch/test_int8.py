@@ -13,12 +13,12 @@ import opt_torch  # noqa: E402
 from conversion.smoothquant import rows_of, smooth  # noqa: E402
 from opt_core import OPTTokenizer  # noqa: E402
 from opt_core.quantization import quantize_array  # noqa: E402
-from opt_torch import quantization  # noqa: E402
+from opt_torch import _private  # noqa: E402
 from opt_torch.quantization import QuantizedLinear, QuantizedWeight  # noqa: E402
 from tests.support.configs import CONFIGS  # noqa: E402
 from tests.support.reference import make_mask, make_prompts  # noqa: E402
 
-if not quantization.HAS_INTEGERS:
+if not _private.has_int8_linear():
     pytest.skip("this build of PyTorch has no FBGEMM", allow_module_level=True)
 
 TOLERANCE = 1e-6
@@ -31,7 +31,8 @@ def make_linear(out, width, is_unsigned=False, has_bias=True, seed=0):
     rng = np.random.default_rng(seed)
     tensor = quantize_array("w", rng.standard_normal((out, width)).astype(np.float32), "int8")
     bias = torch.from_numpy(rng.standard_normal(out).astype(np.float32)) if has_bias else None
-    layer = QuantizedLinear(QuantizedWeight(tensor, torch.float32), bias, is_unsigned)
+    layer = QuantizedLinear(QuantizedWeight(tensor, torch.float32), bias)
+    layer.is_unsigned = is_unsigned
     return layer.eval(), tensor
 
 
@@ -61,7 +62,8 @@ def test_sums_do_not_overflow():
     tensor = quantize_array("w", np.ones((8, 4096), np.float32), "int8")
     np.testing.assert_array_equal(tensor.values, values)
     for is_unsigned in (False, True):
-        layer = QuantizedLinear(QuantizedWeight(tensor, torch.float32), None, is_unsigned)
+        layer = QuantizedLinear(QuantizedWeight(tensor, torch.float32), None)
+        layer.is_unsigned = is_unsigned
         torch.testing.assert_close(layer(torch.ones(5, 4096)), torch.full((5, 8), 4096.0))
 
 

@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import opt_torch  # noqa: E402
-from opt_torch import linear  # noqa: E402
+from opt_torch import _private, linear  # noqa: E402
 from tests.support.configs import CONFIGS  # noqa: E402
 from tests.support.reference import make_prompts  # noqa: E402
 
@@ -177,9 +177,10 @@ def test_float32_rows_are_multiplied_part_by_part(monkeypatch, avx2_only, rows, 
     close = {"rtol": 1e-5, "atol": 1e-5}
     with torch.no_grad():
         calls, wholes = [], []
-        monkeypatch.setattr(linear, "_PRODUCT", _Recorder(linear._PRODUCT, calls))
+        recorder = _Recorder(_private.mkldnn_linear, calls)
+        monkeypatch.setattr(_private, "mkldnn_linear", recorder)
         monkeypatch.setattr(linear.F, "linear", _Recorder(torch.nn.functional.linear, wholes))
-        for found in (layer(states), layer.product()(states[:, 0])[:, None]):
+        for found in (layer(states), layer.make_linear()(states[:, 0])[:, None]):
             torch.testing.assert_close(found, expected, **close)
         is_whole = out % linear._PARTS > 0 or (rows > 1 and not avx2_only)
         assert [bool(calls), bool(wholes)] == [is_whole and rows < 256, is_whole and rows > 256]
@@ -199,11 +200,11 @@ def test_many_rows_of_a_wide_input_are_multiplied_with_a_whole_weight(monkeypatc
 
 
 class _Recorder:
-    """A product that keeps a list of its calls."""
+    """A function that keeps a list of its calls."""
 
-    def __init__(self, product, calls):
-        self.product, self.calls, self.default = product, calls, self
+    def __init__(self, function, calls):
+        self.function, self.calls, self.default = function, calls, self
 
     def __call__(self, *arguments):
         self.calls.append(arguments)
-        return self.product(*arguments)
+        return self.function(*arguments)

@@ -1,0 +1,175 @@
+"""The neutral half of the models: what every backend's classes do alike.
+
+These are mixins: a backend's base class inherits `PreTrainedMixin` and its framework's module
+class, and names in `_backend` the modules that do the framework's part.
+"""
+
+from os import PathLike
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from opt_core.config import OPTConfig
+from opt_core.errors import ConfigError, InputError
+from opt_core.generation.config import GenerationConfig
+from opt_core.params import Head, count_parameters
+
+Decoder = TypeVar("Decoder")
+
+
+class Backend(NamedTuple):
+    """Modules of a backend that the mixins call.
+
+    Attributes:
+        attention: Its `IMPLEMENTATIONS`.
+        checkpoint: Its `save_pretrained`.
+        inputs: Its `full_mask` and `check_window`.
+        losses: Its `causal_lm`, `classification` and `question_answering`.
+    """
+
+    attention: Any
+    checkpoint: Any
+    inputs: Any
+    losses: Any
+
+
+class PreTrainedMixin(Generic[Decoder]):
+    """What the model and its heads share: settings, counting, saving and the way to the decoder."""
+
+    _backend: ClassVar[Backend]
+    head: ClassVar[Head]
+    config: OPTConfig
+    generation_config: GenerationConfig
+
+    def _configure(self, config: OPTConfig, attn_implementation: str) -> None:
+        """Takes the settings over.
+
+        Raises:
+            ConfigError: No such attention implementation.
+        """
+        known = self._backend.attention.IMPLEMENTATIONS
+        if attn_implementation not in known:
+            raise ConfigError(
+                f"attn_implementation: expected one of {', '.join(known)}, "
+                f"received {attn_implementation!r}"
+            )
+        self.config, self.attn_implementation = config, attn_implementation
+        self.generation_config = GenerationConfig.from_model(config)
+
+    def get_decoder(self) -> Decoder:
+        """The decoder, wherever the class keeps it."""
+        owner: Any = self if self.head == "none" else getattr(self, "model")  # noqa: B009
+        return owner.decoder
+
+    def num_parameters(self) -> int:
+        """Number of parameters, a tied head counted once."""
+        return count_parameters(self.config, self.head)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training, keep only each layer's input and compute the rest again when needed."""
+        self._checkpoint_gradients(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """In training, keep every activation (the default)."""
+        self._checkpoint_gradients(False)
+
+    def _checkpoint_gradients(self, enabled: bool) -> None:
+        decoder: Any = self.get_decoder()
+        decoder.gradient_checkpointing = enabled
+
+    def save_pretrained(
+        self, folder: str | PathLike[str], max_shard_size: str | int = "5GB"
+    ) -> None:
+        """Writes config.json, generation_config.json and safetensors, as `transformers` reads them.
+
+        Args:
+            folder: Made if missing; other files in it stay.
+            max_shard_size: Larger models are split into files of at most this size.
+        """
+        self._backend.checkpoint.save_pretrained(self, folder, max_shard_size)
+
+    def _decode(
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        position_ids: Any,
+        inputs_embeds: Any,
+        past_key_values: Any,
+        **options: Any,
+    ) -> Any:
+        """Checks the inputs, embeds them and runs the decoder with its `options`."""
+        cache, inputs = past_key_values, self._backend.inputs
+        ids, mask, positions, embeds = self._check_inputs(
+            input_ids, attention_mask, position_ids, inputs_embeds, cache
+        )
+        decoder: Any = self.get_decoder()
+        if embeds is None:
+            embeds = decoder.embed_tokens(ids)
+        count, length = self._lengths(embeds, cache)
+        mask = inputs.full_mask(mask, count, cache)
+        if positions is None:
+            inputs.check_window(self.config, mask, length)
+        return decoder(embeds, position_ids=positions, mask_BS=mask, cache=cache, **options)
+
+    def _check_inputs(self, *inputs: Any) -> tuple[Any, Any, Any, Any]:
+        """The backend's `check_inputs` for this model."""
+        raise NotImplementedError
+
+    def _lengths(self, embeds: Any, cache: Any) -> tuple[Any, Any]:
+        """New tokens T, and tokens in all, those of the cache included."""
+        count = embeds.shape[1]
+        return count, count + (cache.length if cache else 0)
+
+
+class CausalLMMixin:
+    """The language model's head."""
+
+    head: ClassVar[Head] = "causal_lm"
+    _backend: ClassVar[Backend]
+
+    def compute_logits(self, hidden: Any) -> Any:
+        """The language-model head: (..., P) states to (..., V) logits."""
+        raise NotImplementedError
+
+    def _finish(self, out: Any, labels: Any, logits_to_keep: int) -> Any:
+        """Adds the logits, and the loss where labels are given."""
+        if logits_to_keep < 0:
+            raise InputError(f"logits_to_keep: expected at least 0, received {logits_to_keep}")
+        out.logits = self.compute_logits(out.last_hidden_state[:, -logits_to_keep:])
+        if labels is not None:
+            out.loss = self._backend.losses.causal_lm(out.logits, labels)
+        return out
+
+
+class SequenceClassificationMixin:
+    """The head of classifiers and regressors."""
+
+    head: ClassVar[Head] = "sequence_classification"
+    _backend: ClassVar[Backend]
+    config: OPTConfig
+    score: Any
+
+    def _finish(self, out: Any, hidden_BP: Any, labels: Any) -> Any:
+        """Adds the scores of a state for each row, and the loss where labels are given."""
+        out.logits = self.score(hidden_BP)
+        if labels is not None:
+            out.loss = self._backend.losses.classification(out.logits, labels, self.config)
+        return out
+
+
+class QuestionAnsweringMixin:
+    """The head of extractive question answering."""
+
+    head: ClassVar[Head] = "question_answering"
+    _backend: ClassVar[Backend]
+    qa_outputs: Any
+
+    def _finish(self, out: Any, start_positions: Any, end_positions: Any) -> Any:
+        """Adds the logits of start and end, and the loss where both positions are given."""
+        if (start_positions is None) != (end_positions is None):
+            raise InputError("start_positions and end_positions belong together, received one")
+        logits_BT2 = self.qa_outputs(out.last_hidden_state)
+        out.start_logits, out.end_logits = logits_BT2[..., 0], logits_BT2[..., 1]
+        if start_positions is not None:
+            out.loss = self._backend.losses.question_answering(
+                out.start_logits, out.end_logits, start_positions, end_positions
+            )
+        return out

@@ -1,0 +1,78 @@
+"""Everything undocumented of PyTorch that this backend uses: the rest of it imports it from here.
+
+All of it was seen in PyTorch 2.13. An operation that a build or a version lacks is None here, a
+question that cannot be asked has the answer that costs time and not correctness, and each entry
+says what happens then.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+mkldnn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+"""OneDNN's linear layer, to which torch.compile lowers; without it MKL's, which is slower."""
+
+mkldnn_reorder: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+"""A weight in oneDNN's blocked order; without it weights stay as they are, which is slower."""
+
+_has_bfloat16: Any = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+_transforms_active: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
+
+quantize_per_channel: Any = getattr(torch, "_make_per_channel_quantized_tensor", None)
+int8_prepack: Any = getattr(torch.ops.quantized, "linear_prepack", None)
+int8_unpack: Any = getattr(torch.ops.quantized, "linear_unpack", None)
+int8_linear: Any = getattr(
+    torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32", None
+)
+"""FBGEMM's products in integers, which PyTorch's quantised modules call.
+
+Without one of these four int8 weights are widened to be multiplied, which is slower.
+"""
+_HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def has_int8_linear() -> bool:
+    """Whether this build of PyTorch computes in integers on the CPU."""
+    return _HAS_FBGEMM and None not in (
+        quantize_per_channel, int8_prepack, int8_unpack, int8_linear
+    )  # fmt: skip
+
+
+def has_mkldnn_bfloat16() -> bool:
+    """Whether oneDNN has bfloat16 instructions here; unknown means no: float32 products then."""
+    return _has_bfloat16 is not None and _has_bfloat16()
+
+
+def overload(operation: Any) -> Callable[..., Any]:
+    """An operation without its Python call, which searches the arguments for script objects.
+
+    Without `OpOverload._op` it is the overload itself, 5 microseconds slower.
+    """
+    return getattr(operation.default, "_op", operation.default)
+
+
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation may be at work.
+
+    Unknown means yes: the plain operations then, which all transforms know.
+    """
+    if _transforms_active is None or _transforms_active():
+        return True
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module may call hooks; unknown means yes: the model calls its modules."""
+    try:
+        own = module._forward_hooks or module._forward_pre_hooks
+        return bool(own or nn.modules.module._has_any_global_hook())
+    except AttributeError:
+        return True
+
+
+def replace_buffer(state: dict[str, Any], name: str, value: Tensor | None) -> dict[str, Any]:
+    """A module's state to copy or pickle, with another buffer; `nn.Module` keeps them so."""
+    return state | {"_buffers": state["_buffers"] | {name: value}}

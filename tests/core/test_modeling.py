@@ -1,0 +1,132 @@
+"""The neutral half of the models, with a backend of plain Python in place of a framework's."""
+
+import copy
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from opt_core.config import OPTConfig
+from opt_core.errors import ConfigError, InputError
+from opt_core.modeling import (
+    Backend,
+    CausalLMMixin,
+    PreTrainedMixin,
+    QuestionAnsweringMixin,
+    SequenceClassificationMixin,
+)
+from opt_core.outputs import ModelOutput
+from tests.support.checkpoint_fixtures import TINY
+
+
+class Decoder:
+    gradient_checkpointing = False
+
+    def embed_tokens(self, ids: Any) -> Any:
+        return SimpleNamespace(shape=(1, len(ids), 4), ids=ids)
+
+    def __call__(self, embeds: Any, **options: Any) -> ModelOutput[Any, Any]:
+        return ModelOutput(last_hidden_state=(embeds, options))
+
+
+class Inputs:
+    """Records what is checked."""
+
+    windows: list[Any] = []  # noqa: RUF012
+
+    @staticmethod
+    def full_mask(mask: Any, count: int, cache: Any) -> Any:
+        return mask and (mask, count)
+
+    @classmethod
+    def check_window(cls, config: OPTConfig, mask: Any, length: int) -> None:
+        cls.windows.append((mask, length))
+
+
+class Model(PreTrainedMixin[Decoder]):
+    head = "none"
+    _backend = Backend(
+        SimpleNamespace(IMPLEMENTATIONS=("eager", "sdpa")),
+        SimpleNamespace(save_pretrained=lambda *values: values),
+        Inputs,
+        SimpleNamespace(causal_lm=lambda logits, labels: (logits, labels)),
+    )
+
+    def __init__(self, config: OPTConfig, attn_implementation: str = "sdpa"):
+        self._configure(config, attn_implementation)
+        self.decoder = Decoder()
+
+    def _check_inputs(self, *inputs: Any) -> Any:
+        ids, mask, positions, embeds, _ = inputs
+        return ids, mask, positions, embeds
+
+
+def test_an_unknown_attention_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match="expected one of eager, sdpa, received 'flash'"):
+        Model(TINY, "flash")
+
+
+def test_the_decoder_is_found_by_the_head():
+    model = Model(TINY)
+    assert model.get_decoder() is model.decoder
+    outer = SimpleNamespace(head="causal_lm", model=model)
+    assert PreTrainedMixin.get_decoder(outer) is model.decoder  # type: ignore[arg-type]
+    model.gradient_checkpointing_enable()
+    assert model.decoder.gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not model.decoder.gradient_checkpointing
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_models_are_copied_and_pickled_as_their_framework_does_it(duplicate):
+    model = Model(TINY)
+    for other in (duplicate(model), pickle.loads(pickle.dumps(model))):
+        assert other.config == model.config
+        assert other._backend is model._backend  # of the class: no module is ever pickled
+        assert "_backend" not in vars(other)
+
+
+def test_decoding_checks_the_window_unless_positions_are_given():
+    model, ids = Model(TINY), [5, 6, 7]
+    Inputs.windows.clear()
+    out = model._decode(ids, "mask", None, None, SimpleNamespace(length=4), flag=True)
+    embeds, options = out.last_hidden_state
+    assert embeds.ids == ids
+    assert options["mask_BS"] == ("mask", 3)
+    assert options["flag"]
+    assert Inputs.windows == [(("mask", 3), 7)]
+    model._decode(None, None, "positions", SimpleNamespace(shape=(1, 2, 4)), None)
+    assert len(Inputs.windows) == 1
+
+
+class Language(CausalLMMixin, Model):
+    def compute_logits(self, hidden: Any) -> Any:
+        return hidden
+
+
+class Slices:
+    """Gives back what it is indexed with."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return key
+
+
+def test_the_language_models_head():
+    assert Language.head == "causal_lm"
+    model = object.__new__(Language)
+    out = model._finish(ModelOutput(last_hidden_state=Slices()), None, 2)
+    assert (out.logits, out.loss) == ((slice(None), slice(-2, None)), None)
+    out = model._finish(ModelOutput(last_hidden_state=Slices()), "labels", 0)
+    assert out.loss == (out.logits, "labels")
+    with pytest.raises(InputError, match="logits_to_keep: expected at least 0, received -1"):
+        model._finish(ModelOutput(), None, -1)
+
+
+def test_both_positions_of_an_answer_belong_together():
+    assert (QuestionAnsweringMixin.head, SequenceClassificationMixin.head) == (
+        "question_answering",
+        "sequence_classification",
+    )
+    with pytest.raises(InputError, match="belong together, received one"):
+        QuestionAnsweringMixin()._finish(ModelOutput(), 1, None)
