@@ -160,9 +160,7 @@ class OPTDecoder(nn.Module):
             last_hidden_state=hidden,
             hidden_states=(*states, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
-            past_key_values=cache.advance(count, None if mask is None else mask[:, past:])
-            if cache
-            else None,
+            past_key_values=cache.advance(count, mask) if cache else None,
         )
 
 

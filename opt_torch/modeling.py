@@ -1,6 +1,6 @@
 """The models: what all share, the decoder alone, and the language model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from os import PathLike
 from typing import Any, ClassVar, Self
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError, GenerationError, InputError
+from opt_core.errors import ConfigError, InputError
 from opt_core.generation.config import GenerationConfig
+from opt_core.generation.mixin import Engine, GenerationMixin
 from opt_core.params import Head, count_parameters
-from opt_core.text.tokenizer import OPTTokenizer
-from opt_torch import beam, checkpoint, generation, losses, quantization, speculative
+from opt_torch import beam, checkpoint, generation, inputs, losses, quantization, speculative
 from opt_torch.attention import IMPLEMENTATIONS
 from opt_torch.cache import KVCache, init_cache
 from opt_torch.decoder import OPTDecoder, OPTOutput
@@ -216,10 +216,11 @@ class OPTModel(OPTPreTrainedModel):
         )  # fmt: skip
 
 
-class OPTForCausalLM(OPTPreTrainedModel):
+class OPTForCausalLM(GenerationMixin, OPTPreTrainedModel):
     """The language model: the next token's logits."""
 
     head = "causal_lm"
+    engine = Engine(inputs, generation, beam, speculative)
 
     def _build(self, implementation: str) -> None:
         super()._build(implementation)
@@ -265,74 +266,3 @@ class OPTForCausalLM(OPTPreTrainedModel):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """The language-model head: (..., P) states to (..., V) logits."""
         return self.lm_head(hidden)
-
-    def generate(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        generation_config: GenerationConfig | None = None,
-        seed: int = 0,
-        tokenizer: OPTTokenizer | None = None,
-        past_key_values: KVCache | None = None,
-        assistant_model: "OPTForCausalLM | None" = None,
-        **overrides: Any,
-    ) -> Tensor:
-        """Continues prompts: greedily, by sampling or by beam search.
-
-        Args:
-            input_ids: (B, T) prompts, padded on the left.
-            attention_mask: (B, T): 1 for tokens, 0 for padding.
-            generation_config: Settings; by default the checkpoint's.
-            seed: Seed of sampling.
-            tokenizer: Needed for `stop_strings`; where given, ids it does not know are
-                never generated.
-            past_key_values: A cache that holds the beginning of the prompts, which is not
-                computed again then; one of a single row serves all rows. It is copied, so that
-                it serves any number of calls.
-            assistant_model: A smaller model of the same vocabulary: it guesses
-                `num_assistant_tokens` at a time, this one checks them in one pass. Neither it nor
-                `prompt_lookup_num_tokens` changes a greedy text or a distribution.
-            **overrides: Fields of `GenerationConfig`, such as `max_new_tokens=20`.
-
-        Returns:
-            (B * num_return_sequences, T + new) ids: the prompt, then what was generated, then
-            `pad_token_id` to the end of the longest row.
-
-        Raises:
-            GenerationError: A setting or prompt that cannot be honoured.
-        """
-        request = generation.prepare(
-            self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
-            **overrides,
-        )  # fmt: skip
-        if speculative.is_requested(request.settings, assistant_model):
-            return speculative.generate(self, request, seed, tokenizer, assistant_model)
-        if request.settings.is_beam_search:
-            return beam.search(self, request)
-        return generation.generate(self, request, seed, tokenizer)
-
-    def stream(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        generation_config: GenerationConfig | None = None,
-        seed: int = 0,
-        tokenizer: OPTTokenizer | None = None,
-        past_key_values: KVCache | None = None,
-        assistant_model: "OPTForCausalLM | None" = None,
-        **overrides: Any,
-    ) -> Iterator[Tensor]:
-        """Yields the tokens of `generate`, whose arguments these are, as they are made.
-
-        Yields:
-            (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
-        """
-        request = generation.prepare(
-            self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
-            **overrides,
-        )  # fmt: skip
-        if speculative.is_requested(request.settings, assistant_model):
-            return speculative.stream(self, request, seed, tokenizer, assistant_model)
-        if request.settings.is_beam_search:
-            raise GenerationError("beam search cannot stream: no token is certain before its end")
-        return generation.stream(self, request, seed, tokenizer)
