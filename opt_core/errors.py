@@ -7,6 +7,10 @@ Each message is one line that names the file or field, what was expected and wha
 class OPTError(Exception):
     """Base of every error this project raises for a user's input, file or setting."""
 
+    # Keras wraps what a layer raises in several lines about its arguments, unless the error says
+    # that it has them already: these messages say in one line what is wrong.
+    _keras_call_info_injected = True
+
 
 class ConfigError(OPTError, ValueError):
     """A model configuration that is malformed, contradictory or not supported."""

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
-from opt_core.errors import GenerationError
 from opt_core.generation.config import GenerationConfig
+from opt_core.generation.request import Request, check_beams, check_logits
 from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
-from opt_tf.compilation import compiled, program_inputs
+from opt_tf.compilation import generation_program, program_inputs
 from opt_tf.linear import sizes
 from opt_tf.prefill import prefill_prompts
 
 if TYPE_CHECKING:
-    from opt_tf.generation import Request
     from opt_tf.modeling import TFOPTForCausalLM
 
 NEG_INF = -1.0e9
@@ -68,7 +67,7 @@ class _State(NamedTuple):
     values: tuple[tf.Tensor, ...]
 
 
-def search(model: "TFOPTForCausalLM", request: "Request") -> tf.Tensor:
+def search(model: "TFOPTForCausalLM", request: Request) -> tf.Tensor:
     """Finds likely continuations by keeping the W best of them at every step.
 
     Args:
@@ -81,13 +80,12 @@ def search(model: "TFOPTForCausalLM", request: "Request") -> tf.Tensor:
     Raises:
         GenerationError: Stop strings were asked for.
     """
-    settings = request.settings
-    if settings.stops:
-        raise GenerationError("stop_strings with num_beams > 1 is not supported; use eos_token_id")
-    inputs = program_inputs(request, *generation.allocate_tokens(request), seed=0)
-    state, best = compiled(model, request, _start)(inputs)
-    generation.check_logits(best.numpy())
-    return _result(compiled(model, request, _loop)(inputs, state), settings, inputs)
+    check_beams(request)
+    inputs = program_inputs(request, request.slots)
+    state, best = generation_program(model, request, _start)(inputs)
+    check_logits(best.numpy())
+    finished = generation_program(model, request, _loop)(inputs, state)
+    return _result(finished, request.settings, inputs)
 
 
 def extend_beams(
@@ -168,7 +166,7 @@ def _power(length: int | tf.Tensor, settings: GenerationConfig) -> tf.Tensor:
     return tf.cast(length, tf.float32) ** settings.length_penalty
 
 
-def _run(
+def run(
     model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any]
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """All of a search as one program: the ids, and the largest scores at its start."""
@@ -188,9 +186,8 @@ def _start(
 ) -> tuple[_State, tf.Tensor]:
     """The first token of each beam, and the largest score it was chosen by."""
     B, W = sizes(inputs["history"])[0], settings.num_beams
-    logits, cache = prefill_prompts(model, settings, inputs)
-    rows = tf.repeat(tf.range(B), W)
-    cache = cache.select(rows)
+    slots = sizes(inputs["history"])[1]
+    logits, cache = prefill_prompts(model, inputs, settings.chunk, slots, W)
     none = Beams(
         tf.repeat(inputs["history"][:, None], W, 1),
         tf.fill((B, W), NEG_INF),
@@ -200,7 +197,7 @@ def _start(
     running = none._replace(scores=tf.repeat(tf.where(tf.range(W) == 0, 0.0, NEG_INF)[None], B, 0))
     is_open, is_done = tf.ones((B, 1), tf.bool), tf.constant(False)
     state = _State(tf.constant(0), running, none, is_open, is_done, cache.keys, cache.values)
-    return _choose(tf.gather(logits, rows), settings, inputs, state, 0)
+    return _choose(logits, settings, inputs, state, 0)
 
 
 def _loop(model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any], state: _State) -> Beams:

@@ -7,8 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from opt_core import inputs as rules
 from opt_core.config import OPTConfig
-from opt_core.errors import InputError
 from opt_core.params import POSITION_OFFSET
 from opt_tf.linear import sizes
 
@@ -41,6 +41,11 @@ class KVCache:
     def is_empty(self) -> bool:
         """Whether it is known to hold nothing yet."""
         return isinstance(self.length, int) and self.length == 0
+
+    @property
+    def known_length(self) -> int | None:
+        """Slots filled, where that can be read now."""
+        return None if tf.is_symbolic_tensor(self.length) else int(self.length)
 
     def write(
         self, layer: int, key_BHTK: tf.Tensor, value_BHTK: tf.Tensor
@@ -96,14 +101,15 @@ class KVCache:
 
         Args:
             count: New tokens T.
-            mask_BS: bool, False at padding, for the visible slots; None if none is padding.
+            mask_BS: bool, False at padding, for the visible slots; None: as this cache knows it,
+                no new token is padding.
             keys: The buffers that `write` returned.
             values: The buffers that `write` returned.
         """
         if mask_BS is not None:
             free = [[0, 0], [0, self.max_length - self.visible(count)]]
             mask_BS = tf.pad(mask_BS, free, constant_values=True)
-        return KVCache(keys, values, self.length + count, mask_BS)
+        return KVCache(keys, values, self.length + count, self.mask if mask_BS is None else mask_BS)
 
     def crop(self, length: int) -> "KVCache":
         """Goes back to the first `length` slots: what is behind them is overwritten.
@@ -111,9 +117,7 @@ class KVCache:
         Raises:
             InputError: There are not so many.
         """
-        is_known = isinstance(self.length, int) or not tf.is_symbolic_tensor(self.length)
-        if is_known and not 0 <= length <= int(self.length):
-            raise InputError(f"crop: expected a length in 0..{self.length}, received {length}")
+        rules.check_crop(length, self.known_length)
         mask = self.mask
         if mask is not None:
             mask = mask | (tf.range(self.max_length) >= length)
@@ -125,7 +129,11 @@ class KVCache:
         Args:
             rows: Rows B of it; a cache of one row is repeated.
             max_length: Slots S of it, enough for what there is.
+
+        Raises:
+            InputError: The rows or the slots do not fit.
         """
+        rules.check_resize(self.keys[0].shape[0], self.known_length, rows, max_length)
         count = min(max_length, self.max_length)
 
         def copy(old: Any, slots: int, value: Any) -> Any:
@@ -173,10 +181,7 @@ def init_cache(config: OPTConfig, batch_size: int, max_length: int, dtype: str) 
         max_length: Slots S, for the prompt and everything after it.
         dtype: Type of the keys and values: the one the model computes in.
     """
-    if (isinstance(batch_size, int) and batch_size < 1) or max_length < 1:
-        raise InputError(
-            f"a cache needs at least 1 row and 1 slot, received {batch_size} x {max_length}"
-        )
+    rules.check_cache_size(batch_size if isinstance(batch_size, int) else None, max_length)
     shape = (batch_size, config.num_attention_heads, max_length, config.head_dim)
     layers = range(config.num_hidden_layers)
     return KVCache(

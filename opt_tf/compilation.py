@@ -1,63 +1,93 @@
-"""Programs that XLA compiles for generation: what they are made for, and what goes into them.
+"""Programs that XLA compiles: what they are made for, and what goes into them.
 
-A program belongs to a model and to those settings that decide its structure. Shapes come from a few
-lengths only, and all that is a number is an input: another prompt, seed or temperature finds the
-program made already.
+A program belongs to a model and to what is fixed in it; those of generation to the settings that
+decide their structure. Shapes come from a few lengths only, and all that is a number is an input:
+another prompt, seed or temperature finds the program made already.
 """
 
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import tensorflow as tf
 
 from opt_core.generation.config import GenerationConfig
+from opt_core.generation.request import (
+    ProgramSettings,
+    Request,
+    allocate_tokens,
+    bucket,
+    split_settings,
+)
 
 if TYPE_CHECKING:
-    from opt_tf.generation import Request
-    from opt_tf.modeling import TFOPTForCausalLM
-
-_NUMBERS: dict[str, Any] = {
-    "repetition_penalty": np.float32, "min_length": np.int32, "min_new_tokens": np.int32,
-    "temperature": np.float32, "top_p": np.float32, "min_p": np.float32, "typical_p": np.float32,
-    "length_penalty": np.float32,
-}  # fmt: skip
-_NO_PART = (
-    *("max_length", "max_new_tokens", "bos_token_id", "pad_token_id", "stop_strings"),
-    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens"),
-    "prefill_chunk_size",
-)
-_NEUTRAL = vars(GenerationConfig())
-
+    from opt_tf.modeling import TFOPTForCausalLM, TFOPTPreTrainedModel
 
 JIT_COMPILE = True
 """Whether XLA compiles the programs; tests of the logic alone switch it off, to save time."""
 
 
-def bucket(length: int) -> int:
-    """The length that something so long is padded to: 32, 64, 128, 256, 512, 768, ..."""
-    return next((size for size in (32, 64, 128) if size >= length), -(-length // 256) * 256)
+def compiled(
+    model: "TFOPTPreTrainedModel", program: Callable[..., Any], *fixed: Any
+) -> Callable[..., Any]:
+    """A program, compiled once for each shape of its inputs.
+
+    Args:
+        model: The model; its weights are read anew at every call.
+        program: Called with the model, what is fixed, and the inputs.
+        *fixed: What the program is made for, hashable.
+
+    Returns:
+        A function of the inputs.
+    """
+    key = (program, *fixed)
+    if key not in model.programs:
+        run = partial(program, model, *fixed)
+        model.programs[key] = tf.function(run, jit_compile=JIT_COMPILE, autograph=False)
+    return model.programs[key]
 
 
-def program_inputs(
-    request: "Request", history: np.ndarray, mask: np.ndarray, seed: int
-) -> dict[str, Any]:
-    """What every program gets, as tensors.
+def generation_program(
+    model: "TFOPTForCausalLM", request: Request, program: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A program of generation.
+
+    Args:
+        model: The language model.
+        request: Its settings are the program's, except for numbers.
+        program: Called with the model, the settings (`program_settings`), the inputs
+            (`program_inputs`) and further tensors.
+
+    Returns:
+        A function of the inputs and further tensors.
+    """
+    structure, _ = split_settings(request.settings)
+    fixed = (structure, request.vocabulary, request.pad, request.chunk)
+    return compiled(model, _run, program, *fixed)
+
+
+def program_settings(
+    settings: GenerationConfig, vocabulary: int, pad: int, chunk: int | None, **numbers: Any
+) -> ProgramSettings:
+    """What a program of generation knows: some settings, numbers in place of theirs, and more."""
+    return ProgramSettings(
+        settings, {"vocabulary": vocabulary, "pad": pad, "chunk": chunk} | numbers
+    )
+
+
+def program_inputs(request: Request, slots: int) -> dict[str, Any]:
+    """What every program of generation gets, as tensors.
 
     Args:
         request: What to generate.
-        history: (B, S) prompts with room for new tokens behind them.
-        mask: bool (B, S), False at padding.
-        seed: Seed of sampling.
+        slots: Slots S of a row.
 
     Returns:
-        `ids` (B, T), the prompts padded on the right; `history`, `mask` and `seed`; the lengths
-        `prompt` and `new_tokens`; `past`, the parts of a cache, if there is one; and `numbers`,
-        the settings that are numbers and not neutral.
+        `history` (B, S), the prompts with room behind them, and `mask`, False at padding; `ids`
+        (B, T), the prompts padded on the right; `seed`; the lengths `prompt` and `new_tokens`;
+        `past`, the parts of a cache, if there is one; and `numbers`, those of the settings.
     """
-    values = vars(request.settings)
+    history, mask = allocate_tokens(request, slots)
     prompt, past = request.ids.shape[1], request.past
     held = {}
     if past is not None:
@@ -68,56 +98,20 @@ def program_inputs(
         "mask": tf.constant(mask),
         "prompt": tf.constant(prompt, tf.int32),
         "new_tokens": tf.constant(request.new_tokens, tf.int32),
-        "seed": tf.constant(seed, tf.int64),
-        "numbers": {
-            name: tf.constant(kind(values[name]))
-            for name, kind in _NUMBERS.items()
-            if values[name] not in (_NEUTRAL[name], None)
-        },
+        "seed": tf.constant(request.seed, tf.int64),
+        "numbers": {k: tf.constant(v) for k, v in split_settings(request.settings)[1].items()},
     }
 
 
-def program_settings(
-    settings: GenerationConfig, vocabulary: int, pad: int, **changes: Any
-) -> SimpleNamespace:
-    """What a program knows of the settings, some of them changed."""
-    return SimpleNamespace(
-        **vars(settings) | {"block": None} | changes,
-        eos_ids=settings.eos_ids,
-        vocabulary=vocabulary,
-        pad=pad,
-    )
-
-
-def compiled(
-    model: "TFOPTForCausalLM", request: "Request", program: Callable[..., Any]
-) -> Callable[..., Any]:
-    """A program, compiled once for each shape of its inputs.
-
-    Args:
-        model: The language model; its weights are read anew at every call.
-        request: Its settings are the program's, except for numbers.
-        program: Called with the model, the settings (those among the inputs are tensors, those
-            neutral are not), the inputs (`program_inputs`) and further tensors.
-
-    Returns:
-        A function of the inputs and further tensors.
-    """
-    neutral = {name: _NEUTRAL[name] for name in (*_NUMBERS, *_NO_PART)}
-    neutral["block"] = request.block
-    key = (program, request.vocabulary, request.pad, *(vars(request.settings) | neutral).values())
-    if key not in model.programs:
-        fixed = program_settings(request.settings, request.vocabulary, request.pad, **neutral)
-        run = partial(_run, program, model, fixed)
-        model.programs[key] = tf.function(run, jit_compile=JIT_COMPILE, autograph=False)
-    return model.programs[key]
-
-
 def _run(
-    program: Callable[..., Any],
     model: "TFOPTForCausalLM",
-    fixed: SimpleNamespace,
+    program: Callable[..., Any],
+    structure: GenerationConfig,
+    vocabulary: int,
+    pad: int,
+    chunk: int | None,
     inputs: dict[str, Any],
     *state: Any,
 ) -> Any:
-    return program(model, SimpleNamespace(**vars(fixed) | inputs["numbers"]), inputs, *state)
+    settings = program_settings(structure, vocabulary, pad, chunk, **inputs["numbers"])
+    return program(model, settings, inputs, *state)

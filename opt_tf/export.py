@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from opt_core.errors import GenerationError
 from opt_core.generation.config import GenerationConfig
+from opt_core.generation.request import Request, check_export, merge_settings
 from opt_core.text.tokenizer import OPTTokenizer
 from opt_tf import beam, generation, quantization
 from opt_tf.compilation import program_settings
@@ -46,23 +47,16 @@ def export_saved_model(
         GenerationError: A setting that cannot be honoured, or that cannot be exported.
     """
     quantization.check_not_quantized(model, "export")
-    settings = generation.model_settings(model, generation_config).replace(**overrides)
-    if settings.max_new_tokens is None:
-        raise GenerationError("max_new_tokens: an export needs it, received None")
-    if settings.stops:
-        raise GenerationError("stop_strings cannot be exported; use eos_token_id")
-    settings.check(model.config, max_prompt, max_prompt, tokenizer is not None)
+    request = check_export(
+        model.config, model.generation_config, max_prompt, generation_config, tokenizer, **overrides
+    )
     archive: Any = keras.export.ExportArchive()
     archive.track(model)
     ids = tf.TensorSpec((None, None), tf.int32, "input_ids")
     mask = tf.TensorSpec((None, None), tf.int32, "attention_mask")
-    seed = [tf.TensorSpec((), tf.int64, "seed")] if settings.do_sample else []
+    seed = [tf.TensorSpec((), tf.int64, "seed")] if request.settings.do_sample else []
     archive.add_endpoint("forward", _forward(model), input_signature=[ids, mask])
-    archive.add_endpoint(
-        "generate",
-        _generate(model, settings, max_prompt, tokenizer),
-        input_signature=[ids, mask, *seed],
-    )
+    archive.add_endpoint("generate", _generate(model, request), input_signature=[ids, mask, *seed])
     archive.write_out(str(folder), verbose=False)
 
 
@@ -90,7 +84,7 @@ def export_tflite(
         ConfigError: A quantised model.
         GenerationError: A setting that cannot be honoured, or that cannot be exported.
     """
-    if generation.model_settings(model, generation_config).replace(**overrides).do_sample:
+    if merge_settings(model.generation_config, generation_config, **overrides).do_sample:
         raise GenerationError("do_sample=True cannot be exported to LiteRT; use greedy or beams")
     with TemporaryDirectory() as folder:
         export_saved_model(model, folder, max_prompt, generation_config, tokenizer, **overrides)
@@ -112,19 +106,9 @@ def _forward(model: "TFOPTForCausalLM") -> Any:
     return forward
 
 
-def _generate(
-    model: "TFOPTForCausalLM",
-    settings: GenerationConfig,
-    max_prompt: int,
-    tokenizer: OPTTokenizer | None,
-) -> Any:
-    new_tokens = settings.max_new_tokens
-    assert new_tokens is not None
-    vocabulary = model.config.vocab_size
-    if tokenizer is not None:
-        vocabulary = min(vocabulary, tokenizer.vocab_size)
-    pad = generation._filler(model, settings)
-    fixed = program_settings(settings, vocabulary, pad)
+def _generate(model: "TFOPTForCausalLM", request: Request) -> Any:
+    settings, max_prompt, new_tokens = request.settings, request.ids.shape[1], request.new_tokens
+    fixed = program_settings(settings, request.vocabulary, request.pad, None)
 
     def generate(
         input_ids: tf.Tensor, attention_mask: tf.Tensor, seed: tf.Tensor | int = 0
@@ -135,7 +119,7 @@ def _generate(
         _check_ids(model, input_ids)
         # Slots of a number that is known, so that the loop's shapes are.
         behind = [[0, 0], [0, max_prompt + new_tokens - prompt]]
-        history = tf.pad(input_ids, behind, constant_values=pad)
+        history = tf.pad(input_ids, behind, constant_values=request.pad)
         mask = tf.pad(tf.cast(attention_mask, tf.bool), behind, constant_values=True)
         inputs = {
             "ids": input_ids,
@@ -145,7 +129,7 @@ def _generate(
             "new_tokens": tf.constant(new_tokens),
             "seed": tf.cast(seed, tf.int64),
         }
-        run = beam._run if settings.is_beam_search else generation._run
+        run = beam.run if settings.is_beam_search else generation.run
         sequences, best = run(model, fixed, inputs)
         tf.debugging.assert_all_finite(best, "no token can be generated")
         return {"sequences": sequences}

@@ -1,19 +1,19 @@
 """Model inputs: made into tensors and checked before anything is computed."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
+from opt_core import inputs as rules
 from opt_core.config import OPTConfig
-from opt_core.errors import InputError, OPTError
+from opt_core.errors import InputError
+from opt_core.generation.request import Ids, Mask
 from opt_tf.cache import KVCache
 from opt_tf.linear import sizes
 
-# Keras wraps what a layer raises in several lines about its arguments, unless it finds this mark:
-# our messages say in one line what is wrong.
-OPTError._keras_call_info_injected = True  # type: ignore[attr-defined]
+if TYPE_CHECKING:
+    from opt_tf.modeling import TFOPTForCausalLM
 
 
 def check_inputs(
@@ -42,46 +42,33 @@ def check_inputs(
     Raises:
         InputError: What does not fit, expected and received.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise InputError("expected either input_ids or inputs_embeds, received both or neither")
+    rules.check_choice(input_ids, inputs_embeds)
     ids = as_integers("input_ids", input_ids)
-    if ids is not None:
-        check_range("input_ids", ids, 0, config.vocab_size - 1, f"vocab_size={config.vocab_size}")
-        B, T = ids.shape
-    else:
-        inputs_embeds = tf.cast(as_tensor("inputs_embeds", inputs_embeds), dtype)
-        if inputs_embeds.shape.rank != 3 or inputs_embeds.shape[2] != config.embed_dim:
-            raise InputError(
-                f"inputs_embeds: expected shape (B, T, {config.embed_dim}), "
-                f"received {tuple(inputs_embeds.shape)}"
-            )
-        B, T = inputs_embeds.shape[:2]
-    if B == 0 or T == 0:
-        raise InputError(
-            f"the input is empty: expected rows with tokens, received shape ({B}, {T})"
-        )
-    positions = as_integers("position_ids", position_ids)
-    if positions is not None:
-        if not any(positions.shape.is_compatible_with((rows, T)) for rows in (1, B)):
-            raise InputError(
-                f"position_ids: expected shape ({B}, {T}), received {tuple(positions.shape)}"
-            )
-        window = config.max_position_embeddings
-        check_range("position_ids", positions, -1, window - 1, f"max_position_embeddings={window}")
     mask = as_integers("attention_mask", attention_mask)
-    if mask is not None:
-        slots = T if cache is None or T is None else cache.filled(T)
-        if not any(mask.shape.is_compatible_with((B, width)) for width in (T, slots)):
-            raise InputError(
-                f"attention_mask: expected shape ({B}, {T})"
-                + (f" or ({B}, {slots})" if slots != T else "")
-                + f", received {tuple(mask.shape)}"
-            )
-        check_range("attention_mask", mask, 0, 1, "1 for tokens and 0 for padding")
+    positions = as_integers("position_ids", position_ids)
+    embeds: Any = None
+    if inputs_embeds is not None:
+        embeds = tf.cast(as_tensor("inputs_embeds", inputs_embeds), dtype)
+    shapes = (None if x is None else tuple(x.shape) for x in (ids, mask, positions, embeds))
+    B, T = rules.check_shapes(config, *shapes, None if cache is None else cache.filled)
+    integers = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+    for name, limits in rules.input_ranges(config).items():
+        check_range(name, integers[name], *limits)
     if cache is not None:
         check_cache(config, dtype, cache, B, T)
     ids, positions = (None if x is None else tf.cast(x, tf.int32) for x in (ids, positions))
-    return ids, None if mask is None else tf.cast(mask, tf.bool), positions, inputs_embeds
+    return ids, None if mask is None else tf.cast(mask, tf.bool), positions, embeds
+
+
+def check_prompts(
+    model: "TFOPTForCausalLM", input_ids: Any, attention_mask: Any
+) -> tuple[Ids, Mask | None]:
+    """Checks prompts, (B, T); the ids and their mask, or None, in NumPy."""
+    ids, mask, _, _ = check_inputs(
+        model.config, model.compute_dtype, input_ids, attention_mask, None, None, None
+    )
+    assert ids is not None
+    return ids.numpy(), None if mask is None else mask.numpy()
 
 
 def check_cache(
@@ -96,52 +83,24 @@ def check_cache(
         rows: Rows B of the input; None while tracing for any number.
         count: New tokens T; None while tracing for any number.
     """
-    keys = cache.keys[0]
-    made = (len(cache.keys), keys.shape[1], keys.shape[3], keys.dtype.name)
-    expected = (config.num_hidden_layers, config.num_attention_heads, config.head_dim, dtype)
-    if made != expected:
-        raise InputError(
-            "past_key_values is of another model: expected (layers, heads, head size, dtype) "
-            f"{expected}, received {made}"
-        )
-    if None not in (rows, keys.shape[0]) and keys.shape[0] != rows:
-        raise InputError(f"past_key_values holds {keys.shape[0]} rows, the input has {rows}")
-    taken = int(cache.length) if is_known(cache.length) else 0
-    if count is not None and cache.max_length is not None and taken + count > cache.max_length:
-        raise InputError(
-            f"past_key_values has {cache.max_length} slots; "
-            f"{taken} are taken and {count} more are needed"
-        )
+    kind = cache.keys[0].dtype.name
+    rules.check_cache(config, dtype, cache.keys, kind, cache.known_length, rows, count)
 
 
-def check_prefix(config: OPTConfig, dtype: str, cache: Any, ids_BT: Any, mask_BT: Any) -> None:
+def check_prefix(model: "TFOPTForCausalLM", cache: Any, ids_BT: Ids, mask_BT: Mask | None) -> None:
     """Refuses a cache that cannot hold the beginning of some prompts.
 
     Args:
-        config: The model's configuration.
-        dtype: Type the model computes in.
+        model: The language model.
         cache: What the caller passed as `past_key_values`.
         ids_BT: The whole prompts.
         mask_BT: bool, False at padding; None if nothing is padded.
     """
-    if not isinstance(cache, KVCache):
-        raise InputError(
-            f"past_key_values: expected a cache of this model, received {type(cache).__name__}"
-        )
-    rows, used, (B, T) = cache.keys[0].shape[0], int(cache.length), ids_BT.shape
-    check_cache(config, dtype, cache, rows, 0)
-    if rows not in (1, B):
-        raise InputError(f"past_key_values holds {rows} rows, the input has {B}")
-    if used >= T:
-        raise InputError(
-            f"past_key_values holds {used} tokens: expected input_ids that begin with them and go "
-            f"on, received {T} tokens"
-        )
-    before = np.ones((1, used), bool)
-    seen = before if cache.mask is None else cache.mask.numpy()[:, :used]
-    given = before if mask_BT is None else mask_BT[:, :used]
-    if (seen != given).any():
-        raise InputError("attention_mask and past_key_values disagree about where padding is")
+    rules.check_is_cache(cache, KVCache)
+    rows, seen = cache.keys[0].shape[0], cache.mask
+    check_cache(model.config, model.compute_dtype, cache, rows, 0)
+    seen = None if seen is None else seen.numpy()
+    rules.check_prefix(rows, int(cache.length), seen, ids_BT, mask_BT)
 
 
 def full_mask(mask_BT: tf.Tensor | None, count: int, cache: KVCache | None) -> tf.Tensor | None:
@@ -177,14 +136,12 @@ def check_window(config: OPTConfig, mask_BS: tf.Tensor | None, length: int) -> N
         mask_BS: bool, False at padding; None if there is none.
         length: Tokens S in all, padding included.
     """
-    window = config.max_position_embeddings
-    if not is_known(length) or length <= window or (mask_BS is not None and not is_known(mask_BS)):
-        return
-    longest = length
-    if mask_BS is not None:
-        longest = int(tf.reduce_max(tf.reduce_sum(tf.cast(mask_BS, tf.int32), 1)))
-    if longest > window:
-        raise InputError(f"a sequence of {longest} tokens exceeds max_position_embeddings={window}")
+    if is_known(length) and length > config.max_position_embeddings:
+        if mask_BS is None:
+            rules.check_window(config, int(length))
+        elif is_known(mask_BS):
+            counts = tf.reduce_sum(tf.cast(mask_BS, tf.int32), 1)
+            rules.check_window(config, int(tf.reduce_max(counts)))
 
 
 def as_integers(name: str, values: Any) -> tf.Tensor | None:
@@ -192,11 +149,8 @@ def as_integers(name: str, values: Any) -> tf.Tensor | None:
     if values is None:
         return None
     tensor = as_tensor(name, values)
-    if not (tensor.dtype.is_integer or tensor.dtype.is_bool) or tensor.shape.rank != 2:
-        raise InputError(
-            f"{name}: expected integers of shape (B, T), "
-            f"received {tensor.dtype.name} of shape {tuple(tensor.shape)}"
-        )
+    is_integer = tensor.dtype.is_integer or tensor.dtype.is_bool
+    rules.check_kind(name, is_integer, tensor.dtype.name, tuple(tensor.shape))
     return tensor
 
 
@@ -205,23 +159,17 @@ def as_tensor(name: str, values: Any) -> tf.Tensor:
     try:
         tensor = tf.convert_to_tensor(values)
     except (TypeError, ValueError, OverflowError, tf.errors.OpError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{name}: expected numbers in a regular shape: {reason}") from None
+        raise rules.not_regular(name, error) from None
     if not (tensor.dtype.is_integer or tensor.dtype.is_floating or tensor.dtype.is_bool):
         raise InputError(f"{name}: expected numbers, received {tensor.dtype.name}")
     return tensor
 
 
-def check_range(name: str, values: tf.Tensor, low: int, high: int, why: str) -> None:
+def check_range(name: str, values: tf.Tensor | None, low: int, high: int, why: str) -> None:
     """Refuses values outside low..high, where they can be looked at."""
-    if not is_known(values) or 0 in values.shape:
-        return
-    array = values.numpy()
-    least, most = int(array.min()), int(array.max())
-    if least < low or most > high:
-        raise InputError(
-            f"{name}: expected values in {low}..{high} ({why}), received {least}..{most}"
-        )
+    if values is not None and is_known(values) and 0 not in values.shape:
+        array = values.numpy()
+        rules.check_range(name, int(array.min()), int(array.max()), low, high, why)
 
 
 def is_known(value: Any) -> bool:

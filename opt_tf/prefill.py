@@ -13,23 +13,28 @@ if TYPE_CHECKING:
 
 
 def prefill_prompts(
-    model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any]
+    model: "TFOPTForCausalLM", prompts: dict[str, Any], chunk: int | None, slots: int, copies: int
 ) -> tuple[tf.Tensor, KVCache]:
     """Reads the prompts of a request, without what its cache has of them already.
 
     Args:
         model: The language model.
-        settings: Of a program; `block` is the number of tokens to read at a time, None for all.
-        inputs: Of a program; `past` is there where a cache holds the beginning of the prompts.
+        prompts: Inputs of a program; `past` is there where a cache holds the beginning of them.
+        chunk: Tokens to read at a time; None: all at once, with nothing before them.
+        slots: Slots S of the cache.
+        copies: Rows that each prompt gets; there are R of them in all.
 
     Returns:
-        Logits (B, V) after the last token, and the cache that holds the prompts.
+        Logits (R, V) after the last token, and the cache that holds the prompts.
     """
-    (B, S), mask, past = sizes(inputs["history"]), inputs["mask"], inputs.get("past")
-    cache = model.init_cache(B, S) if past is None else KVCache(*past).resize(B, S)
-    if settings.block is None:
-        return prefill(model, inputs["ids"], mask, cache, inputs["prompt"])
-    return _prefill_blocks(model, inputs["ids"], mask, cache, inputs["prompt"], settings.block)
+    B, past = sizes(prompts["ids"])[0], prompts.get("past")
+    cache = model.init_cache(B, slots) if past is None else KVCache(*past).resize(B, slots)
+    ids, mask, length = prompts["ids"], prompts["mask"], prompts["prompt"]
+    logits, cache = prefill(model, ids, mask, cache, chunk, length)
+    if copies > 1:
+        rows = tf.repeat(tf.range(B), copies)
+        logits, cache = tf.gather(logits, rows), cache.select(rows)
+    return logits, cache
 
 
 def prefill(
@@ -37,6 +42,7 @@ def prefill(
     ids_BT: tf.Tensor,
     mask_BS: tf.Tensor | None,
     cache: KVCache,
+    chunk: int | None = None,
     length: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, KVCache]:
     """Reads the prompts.
@@ -46,12 +52,16 @@ def prefill(
         ids_BT: Prompts.
         mask_BS: bool, False at padding.
         cache: An empty cache, or what came before.
+        chunk: Tokens to read at a time, the cache's among the prompts; None: all at once.
         length: Tokens T there really are, where the prompts are padded on the right, all alike;
-            the cache is empty and `mask_BS` spans all of its slots then.
+            `mask_BS` spans all of the cache's slots then, and the cache is empty unless there is a
+            `chunk`.
 
     Returns:
         Logits (B, V) after the last token, and the cache that holds the prompts.
     """
+    if chunk is not None:
+        return _prefill_chunks(model, ids_BT, mask_BS, cache, chunk, length)
     decoder, T = model.get_decoder(), sizes(ids_BT)[1]
     seen = mask_BS
     if mask_BS is not None and length is not None:
@@ -64,28 +74,29 @@ def prefill(
     return model.compute_logits(tf.gather(out.last_hidden_state, last, axis=1)), cache
 
 
-def _prefill_blocks(
+def _prefill_chunks(
     model: "TFOPTForCausalLM",
     ids_BT: tf.Tensor,
-    mask_BS: tf.Tensor,
+    mask_BS: tf.Tensor | None,
     cache: KVCache,
-    length: tf.Tensor,
-    block: int,
+    chunk: int,
+    length: tf.Tensor | None,
 ) -> tuple[tf.Tensor, KVCache]:
     decoder, past = model.get_decoder(), tf.convert_to_tensor(cache.length)
+    length = sizes(ids_BT)[1] if length is None else length
 
     def read(i: tf.Tensor, hidden: tf.Tensor, keys: Any, values: Any) -> Any:
-        # The last block ends where the prompts do: some of it may be read a second time.
-        start = tf.maximum(tf.minimum(past + i * block, length - block), 0)
-        ids = tf.gather(ids_BT, start + tf.range(block), axis=1)
+        # The last chunk ends where the prompts do: some of it may be read a second time.
+        start = tf.maximum(tf.minimum(past + i * chunk, length - chunk), 0)
+        ids = tf.gather(ids_BT, start + tf.range(chunk), axis=1)
         cache = KVCache(keys, values, start, mask_BS)
         out = decoder(decoder.embed_tokens(ids), mask_BS=mask_BS, cache=cache, training=False)
-        last = tf.minimum(length - start, block) - 1
+        last = tf.minimum(length - start, chunk) - 1
         hidden = tf.gather(out.last_hidden_state, last, axis=1)
         return i + 1, hidden, out.past_key_values.keys, out.past_key_values.values
 
     nothing = tf.zeros((sizes(ids_BT)[0], model.config.embed_dim), model.compute_dtype)
-    count = (length - past + block - 1) // block
+    count = (length - past + chunk - 1) // chunk
     _, hidden, keys, values = tf.while_loop(
         lambda i, *_: i < count, read, (tf.constant(0), nothing, cache.keys, cache.values)
     )

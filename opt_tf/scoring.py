@@ -4,16 +4,14 @@ Rows are filled up on the right to the length of a bucket, so that few programs 
 lies there is hidden by causality.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from opt_tf import compilation
-from opt_tf.compilation import bucket
+from opt_core.evaluation.scoring import LOGITS, bucket_room, mask_scores
+from opt_tf.compilation import compiled
 from opt_tf.inputs import check_inputs, check_window
 from opt_tf.linear import sizes
 from opt_tf.losses import upcast
@@ -21,9 +19,6 @@ from opt_tf.losses import upcast
 if TYPE_CHECKING:
     from opt_tf.heads import TFOPTForQuestionAnswering, TFOPTForSequenceClassification
     from opt_tf.modeling import TFOPTForCausalLM, TFOPTPreTrainedModel
-
-LOGITS = 1 << 24
-"""Logits held at a time, whatever the length of the rows: 64 MiB in float32."""
 
 
 def token_scores(
@@ -46,13 +41,9 @@ def token_scores(
     """
     ids, mask, length = _inputs(model, input_ids, attention_mask)
     scores, likeliest = (
-        x.numpy()[:, : length - 1] for x in _compiled(model, _token_scores, LOGITS)(ids, mask)
+        x.numpy()[:, : length - 1] for x in compiled(model, _token_scores, LOGITS)(ids, mask)
     )
-    if attention_mask is not None:
-        mask = np.asarray(attention_mask).astype(bool)
-        kept = mask[:, 1:] & mask[:, :-1]
-        scores, likeliest = np.where(kept, scores, np.float32(0)), likeliest | ~kept
-    return scores, likeliest
+    return mask_scores(scores, likeliest, attention_mask)
 
 
 def token_log_likelihoods(
@@ -67,7 +58,7 @@ def class_logits(
 ) -> NDArray[np.float32]:
     """The classifier's scores, (B, num_labels); arguments as in `token_scores`."""
     ids, mask, _ = _inputs(model, input_ids, attention_mask)
-    return _compiled(model, _class_logits)(ids, mask).numpy()
+    return compiled(model, _class_logits)(ids, mask).numpy()
 
 
 def span_logits(
@@ -75,7 +66,7 @@ def span_logits(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Where an answer starts and where it ends, (B, T) each; arguments as in `token_scores`."""
     ids, mask, length = _inputs(model, input_ids, attention_mask)
-    start, end = _compiled(model, _span_logits)(ids, mask)
+    start, end = compiled(model, _span_logits)(ids, mask)
     return start.numpy()[:, :length], end.numpy()[:, :length]
 
 
@@ -90,21 +81,9 @@ def _inputs(
     assert ids is not None
     T: int = sizes(ids)[1]
     check_window(config, mask, T)
-    room = bucket(T) - T
-    if bucket(T) > config.max_position_embeddings or config.pad_token_id is None:
-        room = 0  # a filled-up row must not need more positions, nor look longer to the classifier
-    ids = tf.pad(ids, ((0, 0), (0, room)), constant_values=config.pad_token_id or 0)
-    if mask is not None:
-        mask = tf.pad(mask, ((0, 0), (0, room)), constant_values=True)
-    return ids, mask, T
-
-
-def _compiled(model: "TFOPTPreTrainedModel", program: Callable[..., Any], *fixed: Any) -> Any:
-    key = (program, *fixed)
-    if key not in model.programs:
-        run = partial(program, model, *fixed)
-        model.programs[key] = tf.function(run, jit_compile=compilation.JIT_COMPILE, autograph=False)
-    return model.programs[key]
+    room = ((0, 0), (0, bucket_room(config, T)))
+    ids = tf.pad(ids, room, constant_values=config.pad_token_id or 0)
+    return ids, None if mask is None else tf.pad(mask, room, constant_values=True), T
 
 
 def _token_scores(

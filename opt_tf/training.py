@@ -1,7 +1,6 @@
 """Training: the optimizer, one step, and the loop around it."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -12,8 +11,9 @@ from opt_core.params import param_specs
 from opt_core.training import microbatches, steps
 from opt_core.training.config import TrainConfig
 from opt_core.training.labels import class_count
-from opt_tf import compilation, lora, losses
+from opt_tf import lora, losses
 from opt_tf.checkpoint import locate
+from opt_tf.compilation import compiled
 from opt_tf.inputs import check_inputs
 from opt_tf.quantization import check_not_quantized, is_quantized
 
@@ -108,15 +108,15 @@ def train_step(
         inputs = _inputs(model, part)
         seeds.assign(tf.constant([config.dropout_seed(step, number), 0], seeds.dtype))
         if count == 1:
-            loss, norm = _compiled(model, _update, optimizer, smoothing)(inputs)
+            loss, norm = compiled(model, _update, optimizer, smoothing)(inputs)
             continue
-        new = _compiled(model, _gradients, smoothing)(inputs)
+        new = compiled(model, _gradients, smoothing)(inputs)
         new = [value * share for value in (new[0], *new[1])]
         if gradients is not None:
             new = [a + b for a, b in zip(gradients, new, strict=True)]
         gradients = new
     if gradients is not None:
-        loss, norm = gradients[0], _compiled(model, _apply, optimizer)(gradients[0], gradients[1:])
+        loss, norm = gradients[0], compiled(model, _apply, optimizer)(gradients[0], gradients[1:])
     return float(loss), float(norm)
 
 
@@ -142,7 +142,7 @@ def evaluate(model: "TFOPTPreTrainedModel", batches: Iterable[Any]) -> float:
     """Mean loss (in nats per predicted token) over some batches, without dropout."""
     return steps.mean_loss(
         map(_arrays, batches), model.head == "causal_lm",
-        lambda batch: _compiled(model, _loss)(_inputs(model, batch)),
+        lambda batch: compiled(model, _loss)(_inputs(model, batch)),
     )  # fmt: skip
 
 
@@ -208,14 +208,6 @@ def _head(model: Any) -> tf.Tensor | None:
     if model.lm_head is not None:
         return tf.convert_to_tensor(model.lm_head.weight)
     return tf.convert_to_tensor(model.get_decoder().embed_tokens.embeddings)
-
-
-def _compiled(model: "TFOPTPreTrainedModel", program: Callable[..., Any], *fixed: Any) -> Any:
-    key = (program, *fixed)
-    if key not in model.programs:
-        run = partial(program, model, *fixed)
-        model.programs[key] = tf.function(run, jit_compile=compilation.JIT_COMPILE, autograph=False)
-    return model.programs[key]
 
 
 def _arrays(batch: Any) -> microbatches.Batch:

@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt_core.errors import GenerationError
 from opt_core.generation.config import GenerationConfig
+from opt_core.generation.request import Request, allocate_tokens, check_beams, check_logits
 from opt_torch import generation, sampling
 from opt_torch.fast_decode import make_step
 from opt_torch.linear import packed
 from opt_torch.prefill import prefill_prompts
 
 if TYPE_CHECKING:
-    from opt_torch.generation import Request
     from opt_torch.modeling import OPTForCausalLM
 
 NEG_INF = -1.0e9
@@ -29,7 +28,7 @@ class Beams(NamedTuple):
     """A set of W hypotheses per prompt.
 
     Attributes:
-        ids: (B, W, L) generated tokens, `pad` beyond a beam's length.
+        ids: (B, W, S) prompt and generated tokens, `pad` beyond a beam's length.
         scores: (B, W), best first.
         lengths: (B, W) tokens generated; 0 where there is no beam.
     """
@@ -50,7 +49,7 @@ class Beams(NamedTuple):
 
 
 @torch.no_grad()
-def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
+def search(model: "OPTForCausalLM", request: Request) -> Tensor:
     """Finds likely continuations by keeping the W best of them at every step.
 
     Args:
@@ -63,18 +62,15 @@ def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
     Raises:
         GenerationError: Stop strings were asked for.
     """
-    settings = request.settings
-    if settings.stops:
-        raise GenerationError("stop_strings with num_beams > 1 is not supported; use eos_token_id")
-    (B, prompt), W, L = request.ids.shape, settings.num_beams, request.new_tokens
-    device = model.device
-    rows = torch.arange(B, device=device).repeat_interleave(W)
-    prompts, real = generation.allocate_tokens(request, rows)
-    prompts = prompts[:, :prompt]
+    check_beams(request)
+    settings, device = request.settings, model.device
+    (B, prompt), W, new = request.ids.shape, settings.num_beams, request.new_tokens
+    history, mask = (
+        torch.as_tensor(x, device=device) for x in allocate_tokens(request, prompt + new, W)
+    )
     eos = torch.tensor(settings.eos_ids, dtype=torch.long, device=device)
-
     empty = Beams(
-        torch.full((B, W, L), request.pad, device=device),
+        history.long().view(B, W, -1),
         torch.full((B, W), NEG_INF, device=device),
         torch.zeros((B, W), dtype=torch.long, device=device),
     )
@@ -82,35 +78,35 @@ def search(model: "OPTForCausalLM", request: "Request") -> Tensor:
     running = empty._replace(scores=F.pad(empty.scores[:, 1:], (1, 0)))
     finished = empty
     is_open = torch.ones((B, 1), dtype=torch.bool, device=device)
-    with packed(model, L):
-        logits, cache = prefill_prompts(model, request, rows, prompt + L - 1)
+    with packed(model, new):
+        logits, cache = prefill_prompts(
+            model, request, settings.prefill_chunk_size, prompt + new - 1, W
+        )
         step = make_step(model) or partial(generation.decode_step, model)
-        for made in range(L):
-            history = torch.cat([prompts, running.ids[:, :, :made].flatten(0, 1)], 1)
+        for made in range(new):
+            end, history = prompt + made, running.ids.flatten(0, 1)
             scores = F.log_softmax(generation.mask_vocabulary(logits, request.vocabulary), -1)
-            scores = sampling.process_logits(
-                scores, history, real[:, : prompt + made], made, settings
-            )
+            scores = sampling.process_logits(scores, history, mask, end, made, settings)
             if made == 0:
-                generation.check_logits(scores)
-            grown, parents = extend_beams(running, scores, made, settings)
-            ends = torch.isin(grown.ids[:, :, made], eos) | (made + 1 == L)
+                check_logits(scores.amax(-1).cpu().numpy())
+            grown, parents = extend_beams(running, scores, end, made, settings)
+            ends = torch.isin(grown.ids[:, :, end], eos) | (made + 1 == new)
             finished = finish_beams(finished, grown, ends, made, is_open, settings)
             running, index = grown._replace(scores=grown.scores + ends * NEG_INF).best(W)
-            is_open = is_open & can_improve(running, finished, made + 1, L, settings)
+            is_open = is_open & can_improve(running, finished, made + 1, new, settings)
             full = settings.early_stopping is True and bool((finished.lengths > 0).all())
             if full or bool(ends.all()) or not bool(is_open.any()):
                 break
             parents = parents.gather(1, index) + W * torch.arange(B, device=device)[:, None]
-            last = running.ids[:, :, made].flatten()
+            last = running.ids[:, :, end].flatten()
             logits, cache = step(last, cache.select(parents.flatten()))
     count = settings.num_return_sequences
-    best = finished.ids[:, :count, : int(finished.lengths[:, :count].max())].flatten(0, 1)
-    return torch.cat([request.ids.repeat_interleave(count, 0), best], 1)
+    longest = int(finished.lengths[:, :count].max())
+    return finished.ids[:, :count, : prompt + longest].flatten(0, 1)
 
 
 def extend_beams(
-    running: Beams, scores_RV: Tensor, made: int, settings: GenerationConfig
+    running: Beams, scores_RV: Tensor, end: int, made: int, settings: GenerationConfig
 ) -> tuple[Beams, Tensor]:
     """The best continuations of the running beams by one token.
 
@@ -119,6 +115,7 @@ def extend_beams(
     Args:
         running: The beams so far.
         scores_RV: Log-probabilities of the next token of each of the B * W beams.
+        end: Slot of the next token.
         made: Tokens each beam has.
         settings: Number of beams and of EOS ids.
 
@@ -131,7 +128,7 @@ def extend_beams(
     count = min(max(2, 1 + len(settings.eos_ids)) * W, W * V)
     scores, index = totals.topk(count)
     grown = running.pick(index // V)._replace(scores=scores)
-    grown.ids[:, :, made] = index % V
+    grown.ids[:, :, end] = index % V
     return grown._replace(lengths=torch.full_like(grown.lengths, made + 1)), index // V
 
 

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from opt_core import inputs as rules
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.params import POSITION_OFFSET
@@ -42,6 +44,11 @@ class KVCache:
         """Slots S there are."""
         return self.keys[0].shape[2]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is known to hold nothing yet."""
+        return self.length == 0
+
     def write(self, layer: int, key_BHTK: Tensor, value_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Stores one layer's new keys and values behind the present ones.
 
@@ -54,21 +61,27 @@ class KVCache:
         values[:, :, self.length :] = value_BHTK
         return keys, values
 
-    def advance(self, count: int, mask_BT: Tensor | None) -> "KVCache":
+    def visible(self, count: int) -> int:
+        """Slots to look at with `count` new tokens: the filled ones."""
+        return self.filled(count)
+
+    def filled(self, count: int) -> int:
+        """Slots filled once `count` more tokens are in."""
+        return self.length + count
+
+    def advance(self, count: int, mask_BS: Tensor | None) -> "KVCache":
         """The cache after `count` more tokens.
 
         Args:
             count: New tokens T.
-            mask_BT: bool, False where a new token is padding; None if none is.
+            mask_BS: bool, False at padding, for the visible slots; None: as this cache knows it,
+                no new token is padding.
         """
-        mask_BS = self.mask
-        if mask_BS is None and mask_BT is not None:
-            mask_BS = mask_BT.new_ones(mask_BT.shape[0], self.max_length)
-        if mask_BS is not None and mask_BT is not None:
-            mask_BS = mask_BS.clone()
-            mask_BS[:, self.length : self.length + count] = mask_BT
-        self.frontier[0] = self.length + count
-        return replace(self, length=self.length + count, mask=mask_BS)
+        length = self.filled(count)
+        if mask_BS is not None:
+            mask_BS = F.pad(mask_BS, (0, self.max_length - length), value=True)
+        self.frontier[0] = length
+        return replace(self, length=length, mask=self.mask if mask_BS is None else mask_BS)
 
     def crop(self, length: int) -> "KVCache":
         """Goes back to the first `length` slots: what was behind them is given up.
@@ -78,8 +91,7 @@ class KVCache:
         Raises:
             InputError: There are not so many, or they are no longer this cache's.
         """
-        if not 0 <= length <= self.length:
-            raise InputError(f"crop: expected a length in 0..{self.length}, received {length}")
+        rules.check_crop(length, self.length)
         self.check_intact()
         mask = None if self.mask is None else self.mask.clone()
         if mask is not None:
@@ -98,11 +110,7 @@ class KVCache:
             InputError: The rows or the slots do not fit, or they are no longer this cache's.
         """
         (B, H, _, K), used = self.keys[0].shape, self.length
-        if B not in (1, rows) or max_length < used:
-            raise InputError(
-                f"past_key_values holds {B} rows of {used} tokens, the input has {rows} rows and "
-                f"there are {max_length} slots"
-            )
+        rules.check_resize(B, used, rows, max_length)
         self.check_intact()
         buffers = []
         for old in (*self.keys, *self.values):
@@ -135,16 +143,25 @@ class KVCache:
         values = tuple(buffer[rows] for buffer in self.values)
         return KVCache(keys, values, self.length, mask, [self.length])
 
-    def check_intact(self) -> None:
+    def check_intact(self, count: int = 0) -> None:
         """Refuses a cache whose slots were given to another one.
+
+        Args:
+            count: Tokens to add; none may be there already.
 
         Raises:
             InputError: They were.
         """
-        if self.frontier[0] < self.length:
+        newest = self.frontier[0]
+        if newest < self.length:
             raise InputError(
                 "past_key_values is used up: crop or select gave its slots to another cache; "
                 "pass the one that was returned"
+            )
+        if count and newest > self.length:
+            raise InputError(
+                f"past_key_values was continued already (it holds {self.length} tokens, its newest "
+                f"successor {newest}); pass the one that the last call returned"
             )
 
 
@@ -160,10 +177,7 @@ def init_cache(
         dtype: Type of the keys and values: the model's.
         device: Where the model is.
     """
-    if batch_size < 1 or max_length < 1:
-        raise InputError(
-            f"a cache needs at least 1 row and 1 slot, received {batch_size} x {max_length}"
-        )
+    rules.check_cache_size(batch_size, max_length)
     shape = (batch_size, config.num_attention_heads, max_length, config.head_dim)
     # Zeros, not empty: a masked slot is multiplied by a zero weight, and 0 * NaN is NaN.
     buffers = [

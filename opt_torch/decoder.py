@@ -138,9 +138,7 @@ class OPTDecoder(nn.Module):
             last_hidden_state=hidden,
             hidden_states=(*states, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
-            past_key_values=cache.advance(count, None if mask_BS is None else mask_BS[:, past:])
-            if cache
-            else None,
+            past_key_values=cache.advance(count, mask_BS) if cache else None,
         )
 
 

@@ -1,6 +1,6 @@
 """The models: what all share, the decoder alone, and the language model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from os import PathLike
 from typing import Any, Self
 
@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from opt_core.config import OPTConfig
-from opt_core.errors import GenerationError
-from opt_core.generation.config import GenerationConfig
+from opt_core.generation.mixin import Engine, GenerationMixin
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
-from opt_core.text.tokenizer import OPTTokenizer
 from opt_torch import (
     attention,
     beam,
@@ -21,7 +19,7 @@ from opt_torch import (
     losses,
     quantization,
     speculative,
-)  # fmt: skip
+)
 from opt_torch.cache import KVCache, init_cache
 from opt_torch.decoder import OPTDecoder, OPTOutput
 from opt_torch.linear import Linear
@@ -151,8 +149,10 @@ class OPTModel(OPTPreTrainedModel):
         )  # fmt: skip
 
 
-class OPTForCausalLM(CausalLMMixin, OPTPreTrainedModel):
+class OPTForCausalLM(CausalLMMixin, GenerationMixin, OPTPreTrainedModel):
     """The language model: the next token's logits."""
+
+    engine = Engine(inputs, generation, beam, speculative)
 
     def _make_layers(self) -> None:
         super()._make_layers()
@@ -192,74 +192,3 @@ class OPTForCausalLM(CausalLMMixin, OPTPreTrainedModel):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """The language-model head: (..., P) states to (..., V) logits."""
         return self.lm_head(hidden)
-
-    def generate(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        generation_config: GenerationConfig | None = None,
-        seed: int = 0,
-        tokenizer: OPTTokenizer | None = None,
-        past_key_values: KVCache | None = None,
-        assistant_model: "OPTForCausalLM | None" = None,
-        **overrides: Any,
-    ) -> Tensor:
-        """Continues prompts: greedily, by sampling or by beam search.
-
-        Args:
-            input_ids: (B, T) prompts, padded on the left.
-            attention_mask: (B, T): 1 for tokens, 0 for padding.
-            generation_config: Settings; by default the checkpoint's.
-            seed: Seed of sampling.
-            tokenizer: Needed for `stop_strings`; where given, ids it does not know are
-                never generated.
-            past_key_values: A cache that holds the beginning of the prompts, which is not
-                computed again then; one of a single row serves all rows. It is copied, so that
-                it serves any number of calls.
-            assistant_model: A smaller model of the same vocabulary: it guesses
-                `num_assistant_tokens` at a time, this one checks them in one pass. Neither it nor
-                `prompt_lookup_num_tokens` changes a greedy text or a distribution.
-            **overrides: Fields of `GenerationConfig`, such as `max_new_tokens=20`.
-
-        Returns:
-            (B * num_return_sequences, T + new) ids: the prompt, then what was generated, then
-            `pad_token_id` to the end of the longest row.
-
-        Raises:
-            GenerationError: A setting or prompt that cannot be honoured.
-        """
-        request = generation.prepare(
-            self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
-            **overrides,
-        )  # fmt: skip
-        if speculative.is_requested(request.settings, assistant_model):
-            return speculative.generate(self, request, seed, tokenizer, assistant_model)
-        if request.settings.is_beam_search:
-            return beam.search(self, request)
-        return generation.generate(self, request, seed, tokenizer)
-
-    def stream(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        generation_config: GenerationConfig | None = None,
-        seed: int = 0,
-        tokenizer: OPTTokenizer | None = None,
-        past_key_values: KVCache | None = None,
-        assistant_model: "OPTForCausalLM | None" = None,
-        **overrides: Any,
-    ) -> Iterator[Tensor]:
-        """Yields the tokens of `generate`, whose arguments these are, as they are made.
-
-        Yields:
-            (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
-        """
-        request = generation.prepare(
-            self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
-            **overrides,
-        )  # fmt: skip
-        if speculative.is_requested(request.settings, assistant_model):
-            return speculative.stream(self, request, seed, tokenizer, assistant_model)
-        if request.settings.is_beam_search:
-            raise GenerationError("beam search cannot stream: no token is certain before its end")
-        return generation.stream(self, request, seed, tokenizer)

@@ -1,8 +1,8 @@
 """Choosing the next token: filters of logits and draws, all pure functions.
 
 The order of the filters and their meanings are those of `transformers`. What a row has so far is
-given as ids (B, S) with a bool mask (B, S) that is False at padding, so that padding never changes
-a result.
+given as ids (B, S) with a bool mask (B, S) that is False at padding; slots from `end` on are free.
+Neither padding nor free slots ever change a result.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ def process_logits(
     logits_BV: Tensor,
     ids_BS: Tensor,
     mask_BS: Tensor,
+    end: int,
     made: int | Tensor,
     settings: GenerationConfig,
 ) -> Tensor:
@@ -29,16 +30,18 @@ def process_logits(
         logits_BV: float32 logits, or log-probabilities in beam search.
         ids_BS: Prompt and generated tokens.
         mask_BS: bool, False at padding.
+        end: Slots in use.
         made: How many of the tokens were generated; of each row, where they differ.
         settings: What to apply.
     """
+    ids_BS, mask_BS = ids_BS[:, :end], mask_BS[:, :end]
     if settings.repetition_penalty != 1:
         logits_BV = repetition_penalty(logits_BV, ids_BS, mask_BS, settings.repetition_penalty)
     if settings.no_repeat_ngram_size:
-        logits_BV = no_repeat_ngram(logits_BV, ids_BS, mask_BS, settings.no_repeat_ngram_size)
+        logits_BV = no_repeat_ngram(logits_BV, ids_BS, mask_BS, end, settings.no_repeat_ngram_size)
     for word in settings.bad_words_ids or ():
         if word not in {(i,) for i in settings.eos_ids}:
-            logits_BV = ban_word(logits_BV, ids_BS, mask_BS, word)
+            logits_BV = ban_word(logits_BV, ids_BS, mask_BS, end, word)
     if settings.min_length or settings.min_new_tokens:
         is_short_B = (mask_BS.sum(1) < settings.min_length) | (
             made < (settings.min_new_tokens or 0)
@@ -63,30 +66,33 @@ def repetition_penalty(
     return torch.where(seen_BV > 0, penalised, logits_BV)
 
 
-def no_repeat_ngram(logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, size: int) -> Tensor:
+def no_repeat_ngram(
+    logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, end: int, size: int
+) -> Tensor:
     """Bans every token that would complete an n-gram the row already has."""
-    S, before = ids_BS.shape[1], size - 1
-    if size > S:
+    before = size - 1
+    if size > end:
         return logits_BV
-    tail = ids_BS[:, S - before :]
+    tail = ids_BS[:, end - before : end]
     # Window i is ids[i : i + size]: its first `before` ids are compared with the tail, and
     # its last one is banned.
-    windows, real = ids_BS.unfold(1, size, 1), mask_BS.unfold(1, size, 1).all(-1)
-    repeats = real & (windows[..., :before] == tail[:, None]).all(-1)
+    windows, kept = (x[:, :end].unfold(1, size, 1) for x in (ids_BS, mask_BS))
+    repeats = kept.all(-1) & (windows[..., :before] == tail[:, None]).all(-1)
     banned_BV = torch.zeros_like(logits_BV, dtype=torch.int32)
     banned_BV.scatter_add_(1, windows[..., -1], repeats.to(torch.int32))
     return logits_BV.masked_fill(banned_BV > 0, BANNED)
 
 
-def ban_word(logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, word: Sequence[int]) -> Tensor:
+def ban_word(
+    logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, end: int, word: Sequence[int]
+) -> Tensor:
     """Bans the last token of a word wherever the row ends in the rest of it."""
     *start, last = word
-    S = ids_BS.shape[1]
-    if len(start) > S:
+    if len(start) > end:
         return logits_BV
-    tail = ids_BS[:, S - len(start) :]
+    tail, kept = (x[:, end - len(start) : end] for x in (ids_BS, mask_BS))
     matches = (tail == torch.tensor(start, dtype=tail.dtype, device=tail.device)).all(1)
-    matches &= mask_BS[:, S - len(start) :].all(1)
+    matches &= kept.all(1)
     logits_BV = logits_BV.clone()
     logits_BV[:, last].masked_fill_(matches, BANNED)
     return logits_BV

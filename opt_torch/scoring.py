@@ -7,14 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opt_core.evaluation.scoring import LOGITS, mask_scores
 from opt_torch.losses import upcast
 
 if TYPE_CHECKING:
     from opt_torch.heads import OPTForQuestionAnswering, OPTForSequenceClassification
     from opt_torch.modeling import OPTForCausalLM
-
-LOGITS = 1 << 24
-"""Logits held at a time, whatever the length of the rows: 64 MiB in float32."""
 
 
 @torch.inference_mode()
@@ -41,12 +39,10 @@ def token_scores(
     step = max(1, LOGITS // (len(ids_BT) * model.config.vocab_size))
     pieces = zip(hidden_BTP.split(step, 1), ids_BT.split(step, 1), strict=True)
     parts = [_scored(model, hidden, targets) for hidden, targets in pieces]
-    scores, likeliest = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    scores, likeliest = (torch.cat(part, 1).cpu().numpy() for part in zip(*parts, strict=True))
     if attention_mask is not None:
-        mask = torch.as_tensor(attention_mask, device=scores.device).bool()
-        kept = mask[:, 1:] & mask[:, :-1]
-        scores, likeliest = torch.where(kept, scores, 0), likeliest | ~kept
-    return scores.cpu().numpy(), likeliest.cpu().numpy()
+        attention_mask = torch.as_tensor(attention_mask).cpu()
+    return mask_scores(scores, likeliest, attention_mask)
 
 
 def token_log_likelihoods(

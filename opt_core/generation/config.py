@@ -61,10 +61,10 @@ class GenerationConfig:
         early_stopping: True stops when enough beams are finished; False when the best open one
             cannot win at its present length; "never" when it cannot win at any length.
         num_return_sequences: Rows returned per prompt, at most `num_beams` in beam search.
-        prompt_lookup_num_tokens: Guess this many tokens at a time by looking for the last ones
+        prompt_lookup_num_tokens: Draft this many tokens at a time by looking for the last ones
             earlier in the row, and check them in one pass; None is off.
         max_matching_ngram_size: Most tokens to look for then.
-        num_assistant_tokens: Tokens that a smaller `assistant_model=` guesses at a time.
+        num_assistant_tokens: Tokens that a smaller `assistant_model=` drafts at a time.
         prefill_chunk_size: Read prompts this many tokens at a time, which takes less memory;
             None reads them whole.
         eos_token_id: Id or ids that end a row. Only generated tokens end one (OPT's BOS is its

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from opt_core.generation.mixin import make_request
 from tests.support.backends import BACKENDS, make_backend
 
 SETTINGS = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -15,7 +16,7 @@ SETTINGS = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 def loop_of_flax(model, ids) -> Any:
     from opt_flax import generation
 
-    request = generation.prepare(model, ids, None, None, 0, None, **SETTINGS)
+    request = make_request(model, ids, **SETTINGS)
     graph, state, rows, numbers = generation._begin(model, request, 0)
     limit = np.int32(request.new_tokens)
     return generation._loop.lower(graph, state, rows, numbers, limit).compile().as_text()
@@ -23,12 +24,11 @@ def loop_of_flax(model, ids) -> Any:
 
 def loop_of_tf(model, ids) -> Any:
     from opt_tf import generation
-    from opt_tf.compilation import compiled, program_inputs
+    from opt_tf.compilation import generation_program
 
-    request = generation.prepare(model, ids, None, None, 0, None, **SETTINGS)
-    inputs = program_inputs(request, *generation.allocate_tokens(request), 0)
-    state, _ = compiled(model, request, generation._start)(inputs)
-    program = compiled(model, request, generation._loop)
+    request = make_request(model, ids, **SETTINGS)
+    inputs, state = generation._begin(model, request)
+    program = generation_program(model, request, generation._loop)
     return program.experimental_get_compiler_ir(inputs, state)(stage="optimized_hlo")
 
 

@@ -1,0 +1,275 @@
+"""Requests for generation: prompts and settings, checked before anything is computed.
+
+Compiled backends make few programs: lengths are rounded up to a bucket, and a program is told apart
+by the structure of its settings alone, their numbers are arguments (`split_settings`).
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opt_core.config import OPTConfig
+from opt_core.errors import GenerationError
+from opt_core.generation.config import GenerationConfig
+from opt_core.text.detokenizer import StopStringTracker
+from opt_core.text.tokenizer import OPTTokenizer
+
+Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+
+_BUCKETS = (32, 64, 128, 256)
+_NUMBERS: Mapping[str, tuple[type[np.generic], Any]] = {
+    "temperature": (np.float32, None), "top_p": (np.float32, 1), "min_p": (np.float32, None),
+    "typical_p": (np.float32, 1), "repetition_penalty": (np.float32, 1),
+    "min_length": (np.int32, 0), "min_new_tokens": (np.int32, None),
+    "length_penalty": (np.float32, None),
+}  # fmt: skip
+"""Settings that are given to a program, their type, and the value at which they are not in use."""
+_NO_PART = (
+    *("max_length", "max_new_tokens", "stop_strings", "pad_token_id", "bos_token_id"),
+    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens"),
+    "prefill_chunk_size",
+)
+"""Settings that do not reach a program: they must not tell two of them apart."""
+_DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in dataclasses.fields(GenerationConfig)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request for generation.
+
+    Attributes:
+        ids: (B, T) prompts.
+        mask: bool (B, T), False at padding; None if nothing is padded.
+        settings: What to generate.
+        new_tokens: Most tokens to add.
+        vocabulary: Ids below this one may be generated.
+        pad: Id that fills a finished row.
+        seed: Seed of sampling, 0 to 2**63 - 1.
+        tokenizer: For stop strings.
+        past: A backend's cache that holds the beginning of the prompts, or None.
+        assistant: A backend's smaller model that drafts tokens, or None.
+    """
+
+    ids: Ids
+    mask: Mask | None
+    settings: GenerationConfig
+    new_tokens: int
+    vocabulary: int
+    pad: int
+    seed: int = 0
+    tokenizer: OPTTokenizer | None = None
+    past: Any = None
+    assistant: Any = None
+
+    @property
+    def slots(self) -> int:
+        """Slots S that a compiled program has for prompts and new tokens."""
+        return bucket(self.ids.shape[1] + self.new_tokens)
+
+    @property
+    def chunk(self) -> int | None:
+        """Prompt tokens that a compiled program reads at a time; None: all, nothing before them."""
+        T, chunk = self.ids.shape[1], self.settings.prefill_chunk_size
+        if self.past is None:
+            return None if chunk is None or chunk >= T else chunk
+        return min(chunk or T, bucket(T - int(self.past.length)))
+
+    def full_mask(self) -> Mask:
+        """Bool (B, T), False at padding, also where nothing is padded."""
+        return np.ones(self.ids.shape, bool) if self.mask is None else self.mask
+
+    def stop_trackers(self, rows: int) -> list[StopStringTracker]:
+        """What watches each row for the stop strings; none where there are no such strings."""
+        tokenizer, stops = self.tokenizer, self.settings.stops
+        if tokenizer is None or not stops:
+            return []
+        return [StopStringTracker(tokenizer, stops) for _ in range(rows)]
+
+    def join(self, columns: Iterable[Any]) -> Ids:
+        """The prompts, each `num_return_sequences` times, and columns (R,) of ids behind them."""
+        prompts = self.ids.repeat(self.settings.num_return_sequences, 0)
+        return np.concatenate([prompts, np.stack([np.asarray(c) for c in columns], 1)], 1)
+
+
+def check_request(
+    config: OPTConfig,
+    defaults: GenerationConfig,
+    input_ids: Ids,
+    attention_mask: Mask | None,
+    generation_config: GenerationConfig | None,
+    seed: int,
+    tokenizer: OPTTokenizer | None,
+    **overrides: Any,
+) -> Request:
+    """Checks prompts and settings against a model.
+
+    Args:
+        config: The model's configuration.
+        defaults: The model's settings.
+        input_ids: (B, T) prompts, ids of the vocabulary.
+        attention_mask: bool (B, T), False at padding; None: ids that are nothing but padding are.
+        generation_config: The caller's settings; None: the model's.
+        seed: Seed of sampling, 0 to 2**63 - 1.
+        tokenizer: For stop strings; where given, ids it does not know are never generated.
+        **overrides: Fields of `GenerationConfig`.
+
+    Raises:
+        GenerationError: Padding on the right, a row without tokens, or a setting that cannot
+            be honoured.
+    """
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise GenerationError(f"seed: expected an integer in 0..2**63 - 1, received {seed!r}")
+    settings = merge_settings(defaults, generation_config, **overrides)
+    longest = T = input_ids.shape[1]
+    pads, mask = _padding_ids(config, settings), attention_mask
+    texts = {config.bos_token_id, config.eos_token_id, *settings.eos_ids}
+    if mask is None and pads and pads[0] not in texts:
+        # As transformers: an id that is nothing but padding is padding. Not so a BOS or EOS.
+        mask = input_ids != pads[0]
+    mask = None if mask is None or mask.all() else mask
+    if mask is not None:
+        longest = int(mask.sum(1).max())
+        for row in np.flatnonzero(~mask[:, -1])[:1].tolist():
+            raise GenerationError(
+                f"prompt {row} ends in padding; "
+                "pad on the left: tokenizer(..., padding_side='left')"
+            )
+    settings.check(config, T, longest, tokenizer is not None)
+    vocabulary, pad = config.vocab_size, [*pads, *settings.eos_ids, 0][0]
+    if tokenizer is not None:
+        # OPT's embedding has rows that no token has, never trained (transformers #18268).
+        vocabulary = min(vocabulary, tokenizer.vocab_size)
+    new = settings.new_tokens(T)
+    return Request(input_ids, mask, settings, new, vocabulary, pad, seed, tokenizer)
+
+
+def check_export(
+    config: OPTConfig,
+    defaults: GenerationConfig,
+    max_prompt: int,
+    generation_config: GenerationConfig | None,
+    tokenizer: OPTTokenizer | None,
+    **overrides: Any,
+) -> Request:
+    """The request that an exported program answers, its prompt of the greatest length.
+
+    Raises:
+        GenerationError: A setting that cannot be honoured, or that cannot be exported.
+    """
+    settings = merge_settings(defaults, generation_config, **overrides)
+    if settings.max_new_tokens is None:
+        raise GenerationError("max_new_tokens: an export needs it, received None")
+    if settings.stops:
+        raise GenerationError("stop_strings cannot be exported; use eos_token_id")
+    ids, mask = np.zeros((1, max_prompt), np.int32), np.ones((1, max_prompt), bool)
+    return check_request(config, settings, ids, mask, None, 0, tokenizer)
+
+
+def merge_settings(
+    defaults: GenerationConfig, settings: GenerationConfig | None, **overrides: Any
+) -> GenerationConfig:
+    """The caller's settings, special ids they leave open taken from the model's; or the model's.
+
+    Raises:
+        GenerationError: These are no settings, or an override is none or of a bad value.
+    """
+    given: Any = settings
+    if given is None:
+        return defaults.replace(**overrides)
+    if not isinstance(given, GenerationConfig):
+        raise GenerationError(
+            f"generation_config: expected a GenerationConfig, received {type(given).__name__}"
+        )
+    ids = ("eos_token_id", "pad_token_id", "bos_token_id")
+    open_ids = {name: getattr(defaults, name) for name in ids if getattr(given, name) is None}
+    return given.replace(**open_ids).replace(**overrides)
+
+
+def _padding_ids(config: OPTConfig, settings: GenerationConfig) -> list[int]:
+    """Ids that mean padding, the settings' first."""
+    return [i for i in (settings.pad_token_id, config.pad_token_id) if i is not None]
+
+
+def bucket(length: int) -> int:
+    """The length that something so long is padded to: 32, 64, 128, 256, 512, 768, ..."""
+    step = _BUCKETS[-1]
+    return next((b for b in _BUCKETS if b >= length), -(-length // step) * step)
+
+
+def pad_right(values_BT: NDArray[Any], width: int, fill: Any) -> NDArray[Any]:
+    """Rows filled up on the right to a width."""
+    return np.pad(values_BT, ((0, 0), (0, width - values_BT.shape[1])), constant_values=fill)
+
+
+def allocate_tokens(request: Request, slots: int, copies: int = 1) -> tuple[Ids, Mask]:
+    """The prompts with room for new tokens behind them, and where tokens are no padding.
+
+    Args:
+        request: What to generate.
+        slots: Tokens S of a row, those of the prompt among them.
+        copies: Rows that each prompt has.
+
+    Returns:
+        ids (B * copies, S), and bool (B * copies, S), True at free slots.
+    """
+    ids = pad_right(request.ids, slots, request.pad)
+    return ids.repeat(copies, 0), pad_right(request.full_mask(), slots, True).repeat(copies, 0)
+
+
+def check_beams(request: Request) -> None:
+    """Refuses what beam search cannot do.
+
+    Raises:
+        GenerationError: Stop strings were asked for.
+    """
+    if request.settings.stops:
+        raise GenerationError("stop_strings with num_beams > 1 is not supported; use eos_token_id")
+
+
+def check_logits(best_B: NDArray[Any]) -> None:
+    """Refuses rows in which no token can come: all are banned, or the model gave NaN.
+
+    Args:
+        best_B: The largest logit of each row.
+    """
+    for row in np.flatnonzero(~np.isfinite(best_B))[:1].tolist():
+        reason = "the logits are NaN" if np.isnan(best_B[row]) else "every token is banned"
+        raise GenerationError(f"row {row}: no token can be generated: {reason}")
+
+
+def split_settings(settings: GenerationConfig) -> tuple[GenerationConfig, dict[str, Any]]:
+    """What a compiled program is made for, and what it is given each time.
+
+    Returns:
+        The settings that decide a program's structure, the others at their defaults; and the
+        numbers in use, NumPy scalars by name.
+    """
+    numbers = {
+        name: kind(getattr(settings, name))
+        for name, (kind, off) in _NUMBERS.items()
+        if getattr(settings, name) not in (None, off)
+    }
+    changes = {name: _DEFAULTS[name] for name in (*numbers, *_NO_PART)}
+    return dataclasses.replace(settings, **changes), numbers
+
+
+class ProgramSettings:
+    """A `GenerationConfig` as a program sees it, with values of its own in place of some.
+
+    Args:
+        structure: What the program is made for.
+        numbers: By name, what it is given each time, tensors of the framework; and what else it
+            knows.
+    """
+
+    def __init__(self, structure: GenerationConfig, numbers: Mapping[str, Any]) -> None:
+        self.structure, self.numbers = structure, numbers
+
+    def __getattr__(self, name: str) -> Any:
+        numbers = self.__dict__["numbers"]
+        return numbers[name] if name in numbers else getattr(self.__dict__["structure"], name)

@@ -1,0 +1,219 @@
+"""Rules and messages for a model's inputs and caches, on shapes and on values that are known.
+
+A backend makes tensors and reads from them what can be read; what it cannot know while it traces a
+program is None here, and fits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opt_core.config import OPTConfig
+from opt_core.errors import InputError
+
+Shape = Sequence[int | None]
+
+
+def check_choice(input_ids: Any, inputs_embeds: Any) -> None:
+    """Refuses both kinds of input, and neither."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InputError("expected either input_ids or inputs_embeds, received both or neither")
+
+
+def check_kind(name: str, is_integer: bool, dtype: object, shape: Shape) -> None:
+    """Refuses what is no matrix of integers."""
+    if not is_integer or len(shape) != 2:
+        raise InputError(
+            f"{name}: expected integers of shape (B, T), received {dtype} of shape {tuple(shape)}"
+        )
+
+
+def not_regular(name: str, error: Exception) -> InputError:
+    """The error for values that a framework makes no tensor of."""
+    reason = str(error).partition("\n")[0]
+    return InputError(f"{name}: expected numbers in a regular shape: {reason}")
+
+
+def check_shapes(
+    config: OPTConfig,
+    input_ids: Shape | None,
+    attention_mask: Shape | None,
+    position_ids: Shape | None,
+    inputs_embeds: Shape | None,
+    filled: Callable[[int], int] | None,
+) -> tuple[int | None, int | None]:
+    """Refuses inputs that do not fit one another.
+
+    Args:
+        config: The model's configuration.
+        input_ids: (B, T), or None where there are none; so for all.
+        attention_mask: (B, T), or the slots that are filled then.
+        position_ids: (B, T) or (1, T).
+        inputs_embeds: (B, T, P).
+        filled: The slots of a cache that are filled after so many more tokens; None: no cache.
+
+    Returns:
+        Rows B and new tokens T.
+
+    Raises:
+        InputError: The first that does not fit, expected and received.
+    """
+    if inputs_embeds is not None and (
+        len(inputs_embeds) != 3 or inputs_embeds[2] != config.embed_dim
+    ):
+        raise InputError(
+            f"inputs_embeds: expected shape (B, T, {config.embed_dim}), "
+            f"received {tuple(inputs_embeds)}"
+        )
+    whole = inputs_embeds if input_ids is None else input_ids
+    assert whole is not None
+    B, T = whole[:2]
+    if B == 0 or T == 0:
+        raise InputError(
+            f"the input is empty: expected rows with tokens, received shape ({B}, {T})"
+        )
+    if position_ids is not None and not any(_fits(position_ids, (rows, T)) for rows in (1, B)):
+        raise InputError(f"position_ids: expected shape ({B}, {T}), received {tuple(position_ids)}")
+    if attention_mask is not None:
+        slots = T if filled is None or T is None else filled(T)
+        if not any(_fits(attention_mask, (B, width)) for width in (T, slots)):
+            raise InputError(
+                f"attention_mask: expected shape ({B}, {T})"
+                + (f" or ({B}, {slots})" if slots != T else "")
+                + f", received {tuple(attention_mask)}"
+            )
+    return B, T
+
+
+def _fits(shape: Shape, expected: Shape) -> bool:
+    return all(a is None or b is None or a == b for a, b in zip(shape, expected, strict=True))
+
+
+def input_ranges(config: OPTConfig) -> dict[str, tuple[int, int, str]]:
+    """Lowest and highest value of the inputs that are integers, and why it is the highest."""
+    window = config.max_position_embeddings
+    return {
+        "input_ids": (0, config.vocab_size - 1, f"vocab_size={config.vocab_size}"),
+        "position_ids": (-1, window - 1, f"max_position_embeddings={window}"),
+        "attention_mask": (0, 1, "1 for tokens and 0 for padding"),
+    }
+
+
+def check_range(name: str, least: int, most: int, low: int, high: int, why: str) -> None:
+    """Refuses values outside low..high, by the least and the most of them."""
+    if least < low or most > high:
+        raise InputError(
+            f"{name}: expected values in {low}..{high} ({why}), received {least}..{most}"
+        )
+
+
+def check_window(config: OPTConfig, longest: int) -> None:
+    """Refuses a sequence of more tokens, padding left out, than the model has positions."""
+    window = config.max_position_embeddings
+    if longest > window:
+        raise InputError(f"a sequence of {longest} tokens exceeds max_position_embeddings={window}")
+
+
+def check_cache(
+    config: OPTConfig,
+    dtype: str,
+    keys: Sequence[Any],
+    kind: str,
+    taken: int | None,
+    rows: int | None,
+    count: int | None,
+) -> None:
+    """Refuses a cache that another model made, or that is too small.
+
+    Args:
+        config: The model's configuration.
+        dtype: Type the model computes in.
+        keys: The cache's buffers of keys, (B, H, S, K) each.
+        kind: Their type.
+        taken: Slots in use.
+        rows: Rows B of the input.
+        count: New tokens T.
+    """
+    held, heads, slots, size = keys[0].shape
+    made = (len(keys), heads, size, kind)
+    expected = (config.num_hidden_layers, config.num_attention_heads, config.head_dim, dtype)
+    if made != expected:
+        raise InputError(
+            "past_key_values is of another model: expected (layers, heads, head size, dtype) "
+            f"{expected}, received {made}"
+        )
+    if None not in (rows, held) and held != rows:
+        raise InputError(f"past_key_values holds {held} rows, the input has {rows}")
+    taken = taken or 0
+    if count is not None and slots is not None and taken + count > slots:
+        raise InputError(
+            f"past_key_values has {slots} slots; {taken} are taken and {count} more are needed"
+        )
+
+
+def check_is_cache(cache: Any, expected: type) -> None:
+    """Refuses what is no cache of the backend."""
+    if not isinstance(cache, expected):
+        raise InputError(
+            f"past_key_values: expected a cache of this model, received {type(cache).__name__}"
+        )
+
+
+def check_prefix(
+    rows: int,
+    used: int,
+    seen: NDArray[np.bool_] | None,
+    ids: NDArray[Any],
+    mask: NDArray[np.bool_] | None,
+) -> None:
+    """Refuses a cache that cannot hold the beginning of some prompts.
+
+    Args:
+        rows: Rows it has.
+        used: Tokens in it.
+        seen: bool (rows, any), False where one of these is padding; None: nowhere.
+        ids: (B, T) the whole prompts.
+        mask: bool (B, T), False at padding; None: nowhere.
+    """
+    B, T = ids.shape
+    if rows not in (1, B):
+        raise InputError(f"past_key_values holds {rows} rows, the input has {B}")
+    if used >= T:
+        raise InputError(
+            f"past_key_values holds {used} tokens: expected input_ids that begin with them and go "
+            f"on, received {T} tokens"
+        )
+    nowhere = np.ones((1, used), bool)
+    before, given = (nowhere if x is None else x[:, :used] for x in (seen, mask))
+    if (before != given).any():
+        raise InputError("attention_mask and past_key_values disagree about where padding is")
+
+
+def check_cache_size(rows: int | None, slots: int | None) -> None:
+    """Refuses a new cache without rows or slots."""
+    if any(count is not None and count < 1 for count in (rows, slots)):
+        raise InputError(f"a cache needs at least 1 row and 1 slot, received {rows} x {slots}")
+
+
+def check_crop(length: int, used: int | None) -> None:
+    """Refuses to go back to more slots of a cache than are in use."""
+    if used is not None and not 0 <= length <= used:
+        raise InputError(f"crop: expected a length in 0..{used}, received {length}")
+
+
+def check_resize(held: int | None, used: int | None, rows: int, max_length: int) -> None:
+    """Refuses rows that are not a cache's own or copies of its only one, and too few slots.
+
+    Args:
+        held: Rows the cache has.
+        used: Slots in use.
+        rows: Rows wanted.
+        max_length: Slots wanted.
+    """
+    if held not in (None, 1, rows) or (used or 0) > max_length:
+        raise InputError(
+            f"past_key_values holds {held} rows of {used} tokens, the input has {rows} rows and "
+            f"there are {max_length} slots"
+        )
