@@ -101,13 +101,15 @@ def _by_chunks(
         some, wanted = rows[i], targets[i]
         logits = upcast(tf.matmul(some, head, transpose_b=True))
         kept, is_target = wanted != IGNORE_INDEX, tf.range(V) == wanted
-        norm = tf.reduce_logsumexp(logits, -1, keepdims=True)
+        top = tf.reduce_max(logits, -1, keepdims=True)
+        shares = tf.exp(logits - top)
+        whole = tf.reduce_sum(shares, -1, keepdims=True)
         picked = tf.reduce_sum(tf.where(is_target, logits, 0), -1, keepdims=True)
-        nats = norm - (1 - smoothing) * picked
+        nats = top + tf.math.log(whole) - (1 - smoothing) * picked
         if smoothing:
             nats -= smoothing * tf.reduce_mean(logits, -1, keepdims=True)
         total += tf.reduce_sum(tf.where(kept, nats, 0))
-        slope = tf.exp(logits - norm) - (1 - smoothing) * tf.cast(is_target, dtype) - smoothing / V
+        slope = shares / whole - (1 - smoothing) * tf.cast(is_target, dtype) - smoothing / V
         slope = tf.cast(tf.where(kept, slope / number, 0), some.dtype)
         grad_rows = grad_rows.write(i, tf.matmul(slope, head))
         grad_head += tf.cast(tf.matmul(slope, some, transpose_a=True), head_VP.dtype)
