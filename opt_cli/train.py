@@ -165,11 +165,11 @@ def _trainer(
     from conversion.backends import BACKENDS, load_backend
 
     cls = load_backend(backend, CLASSES[task])
-    maker = import_module(f"{BACKENDS[backend].module}.trainer").make_trainer
+    trainer = import_module(f"{BACKENDS[backend].module}.trainer").Trainer
     with warnings.catch_warnings():
         # A head that is new is what this command is for.
         warnings.filterwarnings("ignore", ".*freshly initialised and needs training")
-        return maker(cls, source, config, model_config, from_scratch, device)
+        return trainer.make(cls, source, config, model_config, from_scratch, device)
 
 
 def _finish(result: "RunResult", source: Path | None, json: bool) -> None:

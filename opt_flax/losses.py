@@ -10,13 +10,7 @@ import optax
 from jax import Array
 
 from opt_core.config import OPTConfig
-from opt_core.training.labels import (
-    OR_IGNORED,
-    check_integers,
-    check_padding,
-    check_values,
-    resolve_problem_type,
-)
+from opt_core.training import labels as rules
 from opt_core.training.microbatches import IGNORE_INDEX
 from opt_flax.inputs import as_tensor, check_range, is_known
 
@@ -38,10 +32,10 @@ def check_labels(name: str, labels: Array, shape: tuple[int, ...], count: int) -
         shape: The shape they must have.
         count: Number of classes.
     """
-    check_integers(name, labels.dtype, labels.shape, shape)
+    rules.check_integers(name, labels.dtype, labels.shape, shape)
     if is_known(labels):
         kept = np.asarray(labels)
-        check_range(name, kept[kept != IGNORE_INDEX], 0, count - 1, OR_IGNORED)
+        check_range(name, kept[kept != IGNORE_INDEX], 0, count - 1, rules.OR_IGNORED)
     return labels.astype(jnp.int32)
 
 
@@ -150,12 +144,12 @@ def classification(
         label_smoothing: Share of the likelihood that is asked of every class.
     """
     logits, labels = upcast(logits), as_tensor("labels", labels)
-    kind = resolve_problem_type(config, labels.dtype)
+    kind = rules.resolve_problem_type(config, labels.dtype)
     if kind == "single_label_classification":
         B, count = logits.shape
         targets = check_labels("labels", labels.reshape(-1), (B,), count)
         return _cross_entropy(logits, targets, IGNORE_INDEX, label_smoothing)
-    check_values(labels.shape, logits.shape)
+    rules.check_values(labels.shape, logits.shape)
     labels = labels.reshape(logits.shape).astype(logits.dtype)
     if kind == "regression":
         return ((logits - labels) ** 2).mean()
@@ -184,7 +178,7 @@ def question_answering(
         ("start_positions", start_BT, start_positions), ("end_positions", end_BT, end_positions),
     ):  # fmt: skip
         places = as_tensor(name, positions)
-        check_integers(name, places.dtype, places.shape, (B,), (B, 1))
+        rules.check_integers(name, places.dtype, places.shape, (B,), (B, 1))
         targets = places.reshape(B).astype(jnp.int32).clip(0, length)
         total = total + _cross_entropy(logits, targets, length, label_smoothing)
     return total / 2
@@ -199,7 +193,7 @@ def last_token(input_ids: Any, hidden_BTP: Array, pad_token_id: int | None) -> A
         InputError: Several rows and no padding id: where each one ends cannot be known.
     """
     B, T = hidden_BTP.shape[:2]
-    check_padding(pad_token_id, B)
+    rules.check_padding(pad_token_id, B)
     if input_ids is None or pad_token_id is None:
         return jnp.full((B,), T - 1)
     is_text = as_tensor("input_ids", input_ids) != pad_token_id

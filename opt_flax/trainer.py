@@ -1,18 +1,16 @@
 """A model in training, as `opt_core.training.loop` wants it."""
 
-from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec
 from opt_core.training.config import TrainConfig
 from opt_core.training.loop import Slot
-from opt_core.training.trainer import BaseTrainer, make_model
+from opt_core.training.trainer import BaseTrainer
 from opt_flax import lora, training
 from opt_flax.checkpoint import as_array, locate, parameter_path
 
@@ -80,25 +78,3 @@ class Trainer(BaseTrainer):
         for part in parameter_path(self.model, spec)[0]:
             node = node[part]
         return node
-
-
-def make_trainer(
-    cls: "type[FlaxOPTPreTrainedModel]",
-    name: str | PathLike[str],
-    config: TrainConfig,
-    model_config: OPTConfig,
-    from_scratch: bool = False,
-    device: str | None = None,
-) -> Trainer:
-    """Loads a model and makes it ready for training.
-
-    Args:
-        cls: Class of the model.
-        name: Folder, hub id, or "mini".
-        config: How to train.
-        model_config: The model's configuration; `config` may change its dropout.
-        from_scratch: Start from random weights, not from the model's.
-        device: None: JAX places its arrays itself.
-    """
-    assert device is None
-    return Trainer(make_model(cls, name, config, model_config, from_scratch), config)

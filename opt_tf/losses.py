@@ -5,13 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from opt_core.config import OPTConfig
-from opt_core.training.labels import (
-    OR_IGNORED,
-    check_integers,
-    check_padding,
-    check_values,
-    resolve_problem_type,
-)
+from opt_core.training import labels as rules
 from opt_core.training.microbatches import IGNORE_INDEX
 from opt_tf.inputs import as_tensor, check_range, is_known
 from opt_tf.linear import sizes
@@ -36,9 +30,9 @@ def check_labels(
         shape: The shape they must have, None where any size will do.
         count: Number of classes.
     """
-    check_integers(name, labels.dtype.name, tuple(labels.shape), shape)
+    rules.check_integers(name, labels.dtype.name, tuple(labels.shape), shape)
     if is_known(labels):
-        check_range(name, labels[labels != IGNORE_INDEX], 0, count - 1, OR_IGNORED)
+        check_range(name, labels[labels != IGNORE_INDEX], 0, count - 1, rules.OR_IGNORED)
     return tf.cast(labels, tf.int32)
 
 
@@ -101,13 +95,15 @@ def _by_chunks(
         some, wanted = rows[i], targets[i]
         logits = upcast(tf.matmul(some, head, transpose_b=True))
         kept, is_target = wanted != IGNORE_INDEX, tf.range(V) == wanted
-        norm = tf.reduce_logsumexp(logits, -1, keepdims=True)
+        top = tf.reduce_max(logits, -1, keepdims=True)
+        shares = tf.exp(logits - top)
+        whole = tf.reduce_sum(shares, -1, keepdims=True)
         picked = tf.reduce_sum(tf.where(is_target, logits, 0), -1, keepdims=True)
-        nats = norm - (1 - smoothing) * picked
+        nats = top + tf.math.log(whole) - (1 - smoothing) * picked
         if smoothing:
             nats -= smoothing * tf.reduce_mean(logits, -1, keepdims=True)
         total += tf.reduce_sum(tf.where(kept, nats, 0))
-        slope = tf.exp(logits - norm) - (1 - smoothing) * tf.cast(is_target, dtype) - smoothing / V
+        slope = shares / whole - (1 - smoothing) * tf.cast(is_target, dtype) - smoothing / V
         slope = tf.cast(tf.where(kept, slope / number, 0), some.dtype)
         grad_rows = grad_rows.write(i, tf.matmul(slope, head))
         grad_head += tf.cast(tf.matmul(slope, some, transpose_a=True), head_VP.dtype)
@@ -133,12 +129,12 @@ def classification(
         label_smoothing: Share of the likelihood that is asked of every class.
     """
     logits, labels = upcast(logits), as_tensor("labels", labels)
-    kind = resolve_problem_type(config, labels.dtype.name)
+    kind = rules.resolve_problem_type(config, labels.dtype.name)
     if kind == "single_label_classification":
         B, count = tuple(logits.shape)
         targets = check_labels("labels", tf.reshape(labels, (-1,)), (B,), count)
         return _cross_entropy(logits, targets, IGNORE_INDEX, label_smoothing)
-    check_values(tuple(labels.shape), tuple(logits.shape))
+    rules.check_values(tuple(labels.shape), tuple(logits.shape))
     labels = tf.cast(tf.reshape(labels, tf.shape(logits)), logits.dtype)
     if kind == "regression":
         return tf.reduce_mean(tf.math.squared_difference(logits, labels))
@@ -167,7 +163,7 @@ def question_answering(
         ("start_positions", start_BT, start_positions), ("end_positions", end_BT, end_positions),
     ):  # fmt: skip
         places = as_tensor(name, positions)
-        check_integers(name, places.dtype.name, tuple(places.shape), (B,), (B, 1))
+        rules.check_integers(name, places.dtype.name, tuple(places.shape), (B,), (B, 1))
         targets = tf.clip_by_value(tf.cast(tf.reshape(places, (-1,)), tf.int32), 0, length)
         total.append(_cross_entropy(logits, targets, length, label_smoothing))
     return (total[0] + total[1]) / 2
@@ -182,7 +178,7 @@ def last_token(input_ids: Any, hidden_BTP: tf.Tensor, pad_token_id: int | None) 
         InputError: Several rows and no padding id: where each one ends cannot be known.
     """
     B, T = sizes(hidden_BTP)[:2]
-    check_padding(pad_token_id, hidden_BTP.shape[0])
+    rules.check_padding(pad_token_id, hidden_BTP.shape[0])
     if input_ids is None or pad_token_id is None:
         return tf.fill((B,), T - 1)
     is_text = tf.cast(as_tensor("input_ids", input_ids) != pad_token_id, tf.int32)

@@ -1,22 +1,17 @@
 """A model in training, as `opt_core.training.loop` wants it."""
 
-from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from opt_core.config import OPTConfig
 from opt_core.params import ParamSpec
 from opt_core.training.config import TrainConfig
 from opt_core.training.loop import Slot
-from opt_core.training.trainer import BaseTrainer, make_model
+from opt_core.training.trainer import BaseTrainer
 from opt_tf import lora, training
 from opt_tf.checkpoint import locate
-
-if TYPE_CHECKING:
-    from opt_tf.modeling import TFOPTPreTrainedModel
 
 _STATES = {"mean": "_momentums", "square": "_velocities"}
 
@@ -40,6 +35,14 @@ class Trainer(BaseTrainer):
     def updates(self, count: int) -> None:
         self.optimizer.iterations.assign(count)
 
+    @classmethod
+    def model_options(
+        cls, config: TrainConfig, from_scratch: bool, device: str | None
+    ) -> dict[str, Any]:
+        """The policy of the training's precision."""
+        assert device is None
+        return {"dtype": "mixed_bfloat16" if config.precision == "bfloat16" else "float32"}
+
     def get(self, slot: Slot, spec: ParamSpec) -> NDArray[Any]:
         """Values of a trained parameter, float32 in the canonical layout."""
         return self._variable(slot, spec).numpy().astype(np.float32)
@@ -53,26 +56,3 @@ class Trainer(BaseTrainer):
         if slot == "value":
             return variable
         return getattr(self.optimizer, _STATES[slot])[self.optimizer._get_variable_index(variable)]
-
-
-def make_trainer(
-    cls: "type[TFOPTPreTrainedModel]",
-    name: str | PathLike[str],
-    config: TrainConfig,
-    model_config: OPTConfig,
-    from_scratch: bool = False,
-    device: str | None = None,
-) -> Trainer:
-    """Loads a model and makes it ready for training.
-
-    Args:
-        cls: Class of the model.
-        name: Folder, hub id, or "mini".
-        config: How to train.
-        model_config: The model's configuration; `config` may change its dropout.
-        from_scratch: Start from random weights, not from the model's.
-        device: None: TensorFlow places its tensors itself.
-    """
-    assert device is None
-    policy = "mixed_bfloat16" if config.precision == "bfloat16" else "float32"
-    return Trainer(make_model(cls, name, config, model_config, from_scratch, dtype=policy), config)

@@ -7,13 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opt_core.config import OPTConfig
-from opt_core.training.labels import (
-    OR_IGNORED,
-    check_integers,
-    check_padding,
-    check_values,
-    resolve_problem_type,
-)
+from opt_core.training import labels as rules
 from opt_core.training.microbatches import IGNORE_INDEX
 from opt_torch.inputs import as_tensor, check_range, is_known
 
@@ -35,10 +29,10 @@ def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], count: int) 
         shape: The shape they must have.
         count: Number of classes.
     """
-    check_integers(name, labels.dtype, labels.shape, shape)
+    rules.check_integers(name, labels.dtype, labels.shape, shape)
     labels = labels.long()
     if is_known(labels):
-        check_range(name, labels[labels != IGNORE_INDEX], 0, count - 1, OR_IGNORED)
+        check_range(name, labels[labels != IGNORE_INDEX], 0, count - 1, rules.OR_IGNORED)
     return labels
 
 
@@ -148,12 +142,12 @@ def classification(
         label_smoothing: Share of the likelihood that is asked of every class.
     """
     logits, labels = upcast(logits), as_tensor("labels", labels, logits.device)
-    kind = resolve_problem_type(config, labels.dtype)
+    kind = rules.resolve_problem_type(config, labels.dtype)
     if kind == "single_label_classification":
         B, count = logits.shape
         targets = check_labels("labels", labels.reshape(-1), (B,), count)
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-    check_values(labels.shape, logits.shape)
+    rules.check_values(labels.shape, logits.shape)
     labels = labels.reshape(logits.shape).to(logits.dtype)
     if kind == "regression":
         return F.mse_loss(logits, labels)
@@ -182,7 +176,7 @@ def question_answering(
         ("start_positions", start_BT, start_positions), ("end_positions", end_BT, end_positions),
     ):  # fmt: skip
         places = as_tensor(name, positions, logits.device)
-        check_integers(name, places.dtype, places.shape, (B,), (B, 1))
+        rules.check_integers(name, places.dtype, places.shape, (B,), (B, 1))
         targets = places.reshape(B).long().clamp(0, length)
         total = total + F.cross_entropy(
             upcast(logits), targets, ignore_index=length, label_smoothing=label_smoothing
@@ -199,7 +193,7 @@ def last_token(input_ids: Any, hidden_BTP: Tensor, pad_token_id: int | None) -> 
         InputError: Several rows and no padding id: where each one ends cannot be known.
     """
     B, T = hidden_BTP.shape[:2]
-    check_padding(pad_token_id, B)
+    rules.check_padding(pad_token_id, B)
     if input_ids is None or pad_token_id is None:
         return torch.full((B,), T - 1, device=hidden_BTP.device)
     is_text = as_tensor("input_ids", input_ids, hidden_BTP.device) != pad_token_id

@@ -1,22 +1,17 @@
 """A model in training, as `opt_core.training.loop` wants it."""
 
-from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from opt_core.config import OPTConfig
 from opt_core.params import ParamSpec
 from opt_core.training.config import TrainConfig
 from opt_core.training.loop import Slot
-from opt_core.training.trainer import BaseTrainer, make_model
+from opt_core.training.trainer import BaseTrainer
 from opt_torch import lora, training
 from opt_torch.checkpoint import check_device, locate
-
-if TYPE_CHECKING:
-    from opt_torch.modeling import OPTPreTrainedModel
 
 _STATES = {"mean": "exp_avg", "square": "exp_avg_sq"}
 
@@ -41,6 +36,14 @@ class Trainer(BaseTrainer):
     def updates(self, count: int) -> None:
         for spec in self.specs:
             self._state(spec)["step"].fill_(count)
+
+    @classmethod
+    def model_options(
+        cls, config: TrainConfig, from_scratch: bool, device: str | None
+    ) -> dict[str, Any]:
+        """The device, which a model made from scratch is moved to afterwards."""
+        place = check_device(device or "cpu")
+        return {} if from_scratch else {"device": place}
 
     def step(self, batch: Any, step: int) -> tuple[float, float]:
         """Takes one step (`train_step`) with dropout."""
@@ -70,27 +73,3 @@ class Trainer(BaseTrainer):
             for name in _STATES.values():
                 state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
-
-
-def make_trainer(
-    cls: "type[OPTPreTrainedModel]",
-    name: str | PathLike[str],
-    config: TrainConfig,
-    model_config: OPTConfig,
-    from_scratch: bool = False,
-    device: str | None = None,
-) -> Trainer:
-    """Loads a model and makes it ready for training.
-
-    Args:
-        cls: Class of the model.
-        name: Folder, hub id, or "mini".
-        config: How to train.
-        model_config: The model's configuration; `config` may change its dropout.
-        from_scratch: Start from random weights, not from the model's.
-        device: Such as "cuda"; None: the CPU.
-    """
-    place = check_device(device or "cpu")
-    options = {} if from_scratch else {"device": place}
-    model = make_model(cls, name, config, model_config, from_scratch, **options)
-    return Trainer(model.to(place), config)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from opt_core.config import OPTConfig
 from opt_core.training.config import TrainConfig
@@ -29,6 +29,49 @@ class BaseTrainer:
         self.specs = config.trained_specs(model.config, model.head)
         self.identity = identity(model.config, model.head)
 
+    @classmethod
+    def make(
+        cls,
+        model_class: Any,
+        name: str | PathLike[str],
+        config: TrainConfig,
+        model_config: OPTConfig,
+        from_scratch: bool = False,
+        device: str | None = None,
+    ) -> Self:
+        """Loads a model, or makes one, and gets it ready for training.
+
+        Args:
+            model_class: Class of the model.
+            name: Folder, hub id, or "mini".
+            config: How to train.
+            model_config: The model's configuration; `config` may change its dropout.
+            from_scratch: Start from random weights, not from the model's.
+            device: Such as "cuda", where the framework asks where to; None: its own choice.
+        """
+        model_config = config.model_config(model_config)
+        options = cls.model_options(config, from_scratch, device)
+        if not from_scratch:
+            model = model_class.from_pretrained(name, config=model_config, **options)
+        else:
+            model = model_class(model_config, seed=config.seed, **options)
+            model = model if device is None else model.to(device)
+        return cls(model, config)
+
+    @classmethod
+    def model_options(
+        cls, config: TrainConfig, from_scratch: bool, device: str | None
+    ) -> dict[str, Any]:
+        """What else a model of the framework is loaded or made with, which is nothing here.
+
+        Args:
+            config: How to train.
+            from_scratch: Whether it is made.
+            device: None, where the framework places its tensors itself.
+        """
+        assert device is None
+        return {}
+
     def step(self, batch: Any, step: int) -> tuple[float, float]:
         """Takes one step (`train_step`) with dropout."""
         return self.training.train_step(self.model, self.optimizer, batch, self.config, step)
@@ -46,27 +89,3 @@ class BaseTrainer:
     def export_adapter(self, folder: Path, base: str) -> None:
         """Writes the adapters as PEFT does."""
         self.lora.save_adapter(self.model, folder, base)
-
-
-def make_model(
-    cls: Any,
-    name: str | PathLike[str],
-    config: TrainConfig,
-    model_config: OPTConfig,
-    from_scratch: bool,
-    **options: Any,
-) -> Any:
-    """Loads a model to train, or makes one.
-
-    Args:
-        cls: Class of the model.
-        name: Folder, hub id, or "mini".
-        config: How to train.
-        model_config: The model's configuration; `config` may change its dropout.
-        from_scratch: Start from random weights, not from the model's.
-        **options: What else the class takes.
-    """
-    model_config = config.model_config(model_config)
-    if from_scratch:
-        return cls(model_config, seed=config.seed, **options)
-    return cls.from_pretrained(name, config=model_config, **options)

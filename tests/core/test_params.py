@@ -1,12 +1,13 @@
 """The parameter list: published counts, names, and what follows from them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from opt_core.config import OPTConfig
-from opt_core.dialects import KERAS, NNX, TORCH
+from opt_core.dialects import KERAS, NNX, TORCH, follow
 from opt_core.initialization import initial_value
 from opt_core.params import Head, count_parameters, param_specs
 from tests.support.configs import CONFIGS
@@ -92,6 +93,21 @@ def test_leaves_in_each_dialect(name, keras, nnx):
     specs = {s.name: s for s in param_specs(CONFIGS["pre_ln"])}
     spec = specs[f"model.decoder.{name}"]
     assert (KERAS.path(spec)[-1], NNX.path(spec)[-1]) == (keras, nnx)
+
+
+@pytest.mark.parametrize("head", ["none", "causal_lm"])
+def test_a_parameter_is_found_in_a_model(head):
+    """By attributes and indices; a bare model is what the others keep as `model`."""
+    weight = object()
+    fc1 = SimpleNamespace(weight=weight)
+    block = SimpleNamespace(fc1=fc1)
+    bare = SimpleNamespace(decoder=SimpleNamespace(blocks=[None, block]), head="none")
+    model = bare if head == "none" else SimpleNamespace(model=bare, head=head)
+    specs = {s.name: s for s in param_specs(CONFIGS["pre_ln"])}
+    spec = specs["model.decoder.layers.1.fc1.weight"]
+    assert KERAS.owner(model, spec) == (fc1, "weight")
+    assert KERAS.parent(model, spec) == (block, "fc1")
+    assert follow(model, KERAS.path(spec, head)) is weight
 
 
 def test_initial_values_do_not_depend_on_the_order():

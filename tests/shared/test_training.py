@@ -176,8 +176,9 @@ def test_a_small_text_is_learnt(backend):
     np.testing.assert_array_equal(out[0], stream[:24])
 
 
-def test_evaluation_is_the_mean_over_tokens(backend, folder):
-    model = backend.load(folder("pre_ln"))
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_evaluation_is_the_mean_over_tokens(backend, folder, quantize):
+    model = backend.load(folder("pre_ln"), quantize=quantize)
     rows = [make_prompts(CONFIGS["pre_ln"], n, length) for n, length in ((3, 9), (1, 20))]
     losses = [float(backend.run(model, input_ids=r, labels=r).loss) for r in rows]
     expected = (losses[0] * 3 * 8 + losses[1] * 19) / (3 * 8 + 19)
