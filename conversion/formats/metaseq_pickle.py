@@ -20,7 +20,7 @@ _NUMBERS = {"INT", "LONG", "LONG4", "FLOAT"}
 
 @dataclass(eq=False, repr=False)
 class Inert:
-    """What would have become an object.
+    """A stand-in for an object that is not made.
 
     Attributes:
         kind: Name of its class or function.

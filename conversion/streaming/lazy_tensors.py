@@ -124,8 +124,8 @@ def _elements(part: LazyTensor, start: int, stop: int) -> LazyTensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Derived:
-    """What a tensor made of one other has in common with it."""
+class _DerivedTensor:
+    """A tensor made of one other, with what both have in common."""
 
     base: LazyTensor
 
@@ -160,7 +160,7 @@ class _Derived:
         return self.base.offset
 
 
-class TransposedTensor(_Derived):
+class TransposedTensor(_DerivedTensor):
     """A matrix seen the other way round, where it cannot be a view of its file.
 
     Attributes:
@@ -186,7 +186,7 @@ class TransposedTensor(_Derived):
 
 
 @dataclass(frozen=True, eq=False)
-class ScaledTensor(_Derived):
+class ScaledTensor(_DerivedTensor):
     """A tensor multiplied by powers of two, one per row or column: nothing is rounded.
 
     Attributes:

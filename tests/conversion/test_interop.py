@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import conversion
-from conversion.readers import open_source
+from conversion.readers import open_any_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.text.tokenizer import OPTTokenizer
 from tests.support.checkpoint_fixtures import BARE, PROJECTED, TINY, UNTIED, write
@@ -37,7 +37,7 @@ COMPUTED_IN_HALF = 2e-2
 
 def logits_of(folder: Path, ids: np.ndarray) -> np.ndarray:
     """What the float64 oracle computes from a folder of any format."""
-    found = open_source(folder)
+    found = open_any_checkpoint(folder)
     tensors = {name: t.read().astype(np.float64) for name, t in found.checkpoint.tensors.items()}
     return forward(tensors, found.read_config(), ids).logits
 
