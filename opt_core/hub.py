@@ -338,7 +338,7 @@ class _Repository:
 
 
 def _hub_failures() -> tuple[type[Exception], ...]:
-    """What huggingface_hub may raise for the network, the server or the disk."""
+    """The errors that huggingface_hub raises for the network, the server or the disk."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # Its releases use different HTTP clients (httpx, then httpx2), whose transport errors share no

@@ -377,7 +377,7 @@ def test_a_tensor_that_is_being_written_is_not_overwritten(
             return result
 
     monkeypatch.setattr(writers, "contiguous", copied)
-    monkeypatch.setattr(writers, "Ahead", Eager)
+    monkeypatch.setattr(writers, "Prefetcher", Eager)
     conversion.convert(tmp_path / "a", tmp_path / "b", to, max_shard_size=shard)
     assert len(used) > 20
     assert_values(tmp_path / "b", state)

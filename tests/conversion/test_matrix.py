@@ -28,7 +28,7 @@ Fingerprint = dict[str, str]
 
 
 def fingerprint(folder: Path) -> Fingerprint:
-    """What is in each file that every conversion to this format should write alike."""
+    """Digests of each file that every conversion to this format should write alike."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.iterdir()
