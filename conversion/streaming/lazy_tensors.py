@@ -124,7 +124,7 @@ def _elements(part: LazyTensor, start: int, stop: int) -> LazyTensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _DerivedTensor:
+class _Derived:
     """A tensor made of one other, with what both have in common."""
 
     base: LazyTensor
@@ -160,7 +160,7 @@ class _DerivedTensor:
         return self.base.offset
 
 
-class TransposedTensor(_DerivedTensor):
+class TransposedTensor(_Derived):
     """A matrix seen the other way round, where it cannot be a view of its file.
 
     Attributes:
@@ -186,7 +186,7 @@ class TransposedTensor(_DerivedTensor):
 
 
 @dataclass(frozen=True, eq=False)
-class ScaledTensor(_DerivedTensor):
+class ScaledTensor(_Derived):
     """A tensor multiplied by powers of two, one per row or column: nothing is rounded.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Drafts and what becomes of them: the part of speculative decoding that needs no framework."""
+"""Guesses and what becomes of them: the part of speculative decoding that needs no framework."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from opt_core.generation.speculation import Rows, Slots, look_up
         ([5, 6, 5, 6], 1, 9, [5]),  # no room for nine
     ],
 )
-def test_drafts_follow_the_last_place(text, count, longest, expected):
+def test_guesses_follow_the_last_place(text, count, longest, expected):
     assert look_up(text, count, longest) == expected
 
 
@@ -53,7 +53,7 @@ def test_columns_wait_for_the_slowest_open_row():
     assert list(rows.columns()) == []
 
 
-def test_rows_draft_no_more_than_they_can_use():
+def test_rows_guess_no_more_than_they_can_use():
     rows = rows_of([[5, 6, 5, 6], [7, 8, 9, 3]], new_tokens=3)
     guesses, counts = rows.look_up(4, 2)
     assert counts.tolist() == [2, 0]
