@@ -25,8 +25,8 @@ import numpy as np
 
 import conversion
 from conversion.formats.torch_zip import write_torch
-from conversion.readers import open_source
-from conversion.writers import TARGETS
+from conversion.readers import open_any_checkpoint
+from conversion.writers import WRITERS
 from opt_core.checkpoints import PendingTensor, save_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.params import ParamSpec, param_specs
@@ -54,9 +54,9 @@ def make_source(folder: Path, config: OPTConfig, shard: str) -> None:
 def make_parts(folder: Path, source: Path, count: int) -> None:
     """metaseq's model-parallel parts of a checkpoint."""
     folder.mkdir()
-    found = open_source(source)
+    found = open_any_checkpoint(source)
     entries = [(s, found.checkpoint.tensors[s.name]) for s in param_specs(found.read_config())]
-    tensors = list(TARGETS["metaseq"].tensors(found.read_config(), entries))
+    tensors = list(WRITERS["metaseq"].tensors(found.read_config(), entries))
     for part in range(count):
 
         def take(name: str, array: np.ndarray, part: int = part) -> np.ndarray:
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where there is room")
     parser.add_argument("--preset", default="opt-6.7b")
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
-    parser.add_argument("--formats", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--formats", nargs="*", default=list(WRITERS), choices=list(WRITERS))
     parser.add_argument("--shard", default="5GB")
     parser.add_argument("--pairs", type=int, default=1, help="copies and conversions of each kind")
     parser.add_argument("--save", action="store_true", help=f"write {_RESULTS.name}")

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from benchmarks.compare import PEERS, machine, named, versions
 from conversion.backends import BACKENDS, load_backend, to_numpy
-from conversion.smoothquant import rows_of, smooth
+from conversion.smoothquant import calibration_rows, smooth
 from opt_core import OPTTokenizer
 from opt_core.evaluation import text_perplexity
 from opt_core.hub import resolve
@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row of the results after the other."""
     path = resolve(args.model)
     tokenizer, text = OPTTokenizer.from_pretrained(path), args.text.read_text(encoding="utf-8")
-    ids = rows_of(tokenizer.encode(text), ROWS, args.window)
+    ids = calibration_rows(tokenizer.encode(text), ROWS, args.window)
     peers = named(args.ctranslate2)
     with tempfile.TemporaryDirectory() as folder:
         smoothed = Path(folder, "smoothed")

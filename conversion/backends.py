@@ -20,7 +20,7 @@ BACKENDS = {
     "tf": _Backend("opt_tf", "TF"),
     "flax": _Backend("opt_flax", "Flax"),
 }
-"""Where each backend lives and what its classes begin with; its name is the extra to install."""
+"""Package of each backend and prefix of its classes; its name is the extra to install."""
 
 
 def load_backend(name: str, model: str = "OPTForCausalLM") -> Any:
@@ -28,7 +28,7 @@ def load_backend(name: str, model: str = "OPTForCausalLM") -> Any:
 
     Args:
         name: "torch", "tf" or "flax".
-        model: Name of the class in PyTorch's spelling, without a backend's prefix.
+        model: Name of the class without a backend's prefix, such as "OPTModel".
 
     Raises:
         ConfigError: There is no such backend, or its framework is not installed.

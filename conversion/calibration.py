@@ -17,7 +17,7 @@ _EPSILON = 1e-5
 _HALF = np.float32(0.5)
 
 
-def input_peaks(
+def activation_scales(
     config: OPTConfig,
     tensors: Mapping[str, LazyTensor],
     ids_BT: NDArray[Any],
@@ -38,7 +38,7 @@ def input_peaks(
         (in,) for each linear layer, such as "model.decoder.layers.0.fc1"; its query, key and value
         projections have the same input, called "model.decoder.layers.0.self_attn.qkv" here.
     """
-    peaks: dict[str, Array] = {}
+    scales: dict[str, Array] = {}
     embedding, positions = (
         tensors[f"{_TOP}.embed_{name}.weight"].read() for name in ("tokens", "positions")
     )
@@ -49,10 +49,10 @@ def input_peaks(
     hidden = hidden + positions[POSITION_OFFSET:last].astype(np.float32)
     del embedding, positions
     for layer in range(config.num_hidden_layers):
-        hidden = _layer(hidden, tensors, config, f"{_TOP}.layers.{layer}", peaks)
+        hidden = _layer(hidden, tensors, config, f"{_TOP}.layers.{layer}", scales)
         if progress is not None:
             progress(layer + 1, config.num_hidden_layers)
-    return peaks
+    return scales
 
 
 def _layer(
@@ -60,12 +60,12 @@ def _layer(
     tensors: Mapping[str, LazyTensor],
     config: OPTConfig,
     name: str,
-    peaks: dict[str, Array],
+    scales: dict[str, Array],
 ) -> Array:
     is_first, attention = config.do_layer_norm_before, f"{name}.self_attn"
 
     def into(linear: str, rows: Array) -> Array:
-        peaks[linear] = np.abs(rows).max((0, 1))
+        scales[linear] = np.abs(rows).max((0, 1))
         return rows
 
     residual = hidden

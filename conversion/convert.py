@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from conversion.readers import Source, head_of, open_source
-from conversion.sidecar_files import carry
-from conversion.writers import TARGETS, write_weights
+from conversion.readers import SourceCheckpoint, head_of, open_any_checkpoint
+from conversion.sidecar_files import copy_sidecar_files
+from conversion.writers import WRITERS, write_weights
 from opt_core.checkpoints.atomic import check_is_new, new_folder
 from opt_core.checkpoints.load import LoadPlan, plan_load
 from opt_core.checkpoints.tensors import float_dtype
@@ -35,11 +35,11 @@ class Conversion:
 
     Attributes:
         path: The new folder.
-        source_format: What was read, such as "flax-msgpack".
-        format: What was written.
+        source_format: The format read, such as "flax-msgpack".
+        format: The format written.
         files: Name and bytes of each weight file.
         parameters: Parameters written.
-        notes: What the user should know, one line each.
+        notes: Remarks for the user, one line each.
     """
 
     path: Path
@@ -82,13 +82,13 @@ def convert(
         ConfigError: The format cannot hold this model.
         TokenizerError: The tokenizer's files contradict one another.
     """
-    if to not in TARGETS:
-        raise CheckpointError(f"to: expected one of {', '.join(TARGETS)}, received {to!r}")
+    if to not in WRITERS:
+        raise CheckpointError(f"to: expected one of {', '.join(WRITERS)}, received {to!r}")
     wanted = None if dtype is None else float_dtype(dtype)
     new = Path(os.path.abspath(Path(destination).expanduser()))
     check_is_new(new)  # before anything is downloaded
     path = resolve(source, convertible=True, **hub)
-    found = open_source(path)
+    found = open_any_checkpoint(path)
     plan = plan_load(found.checkpoint, found.read_config(), head_of(found.checkpoint))
     files, notes = write_checkpoint(found, plan, new, to, wanted, max_shard_size, progress)
     return Conversion(
@@ -102,7 +102,7 @@ def convert(
 
 
 def write_checkpoint(
-    found: Source,
+    found: SourceCheckpoint,
     plan: LoadPlan,
     new: Path,
     to: str,
@@ -116,7 +116,7 @@ def write_checkpoint(
         found: Where they come from.
         plan: The tensors, and the configuration they fit.
         new: The folder to make.
-        to: One of `TARGETS`.
+        to: One of `WRITERS`.
         dtype: Type to store; None keeps each tensor's own.
         max_shard_size: Most bytes of tensors per file.
         progress: Called with the bytes read so far and in all.
@@ -124,23 +124,23 @@ def write_checkpoint(
     Returns:
         Name and bytes of each weight file, and what the user should know.
     """
-    target, head = TARGETS[to], head_of(found.checkpoint)
+    writer, head = WRITERS[to], head_of(found.checkpoint)
     total = sum(tensor.nbytes for _, tensor in plan.entries)
-    broken: dict[str, int] = {}
+    not_finite: dict[str, int] = {}
     done = 0
 
-    def fetched(name: str, nbytes: int, not_finite: int) -> None:
+    def fetched(name: str, nbytes: int, count: int) -> None:
         nonlocal done
         done += nbytes
-        if not_finite:
-            broken[name] = not_finite
+        if count:
+            not_finite[name] = count
         if progress is not None:
             progress(min(done, total), total)
 
     with enough_memory(found), new_folder(new) as stage:
-        carry(found.checkpoint.folder, stage, keras_hub=to == "keras-hub")
+        copy_sidecar_files(found.checkpoint.folder, stage, keras_hub=to == "keras-hub")
         names = write_weights(
-            stage, target, plan.config, plan.entries, dtype, max_shard_size, fetched
+            stage, writer, plan.config, plan.entries, dtype, max_shard_size, fetched
         )
         if to != "keras-hub":  # which has a config.json of its own
             stored = plan.entries[0][1].dtype.name if dtype is None else dtype.name
@@ -148,13 +148,13 @@ def write_checkpoint(
             values |= {"architectures": [_ARCHITECTURES[head]]}
             write_json(stage / "config.json", values)
         files = {name: (stage / name).stat().st_size for name in names}
-    notes = [*found.notes, *filter(None, [target.note and target.note(plan.config)])]
-    notes += [f"{name}: {count} values are NaN or infinite" for name, count in broken.items()]
+    notes = [*found.notes, *filter(None, [writer.note and writer.note(plan.config)])]
+    notes += [f"{name}: {count} values are NaN or infinite" for name, count in not_finite.items()]
     return files, tuple(notes)
 
 
 @contextlib.contextmanager
-def enough_memory(found: Source) -> Generator[None]:
+def enough_memory(found: SourceCheckpoint) -> Generator[None]:
     """Says in one line that a tensor does not fit into memory."""
     try:
         yield

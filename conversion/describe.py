@@ -10,8 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from conversion.readers import head_of, open_source
-from conversion.remote_headers import headers_of
+from conversion.readers import head_of, open_any_checkpoint
+from conversion.remote_headers import download_headers
 from conversion.sidecar_files import is_keras_hub
 from opt_core.checkpoints.load import Checkpoint, plan_load
 from opt_core.config import OPTConfig
@@ -65,7 +65,7 @@ class Part:
     """The tensors of one part of the model, summed up.
 
     Attributes:
-        name: What they are, such as "layers: attention".
+        name: Name of the part, such as "layers: attention".
         tensors: How many there are.
         parameters: Their elements.
         nbytes: Their bytes.
@@ -87,14 +87,14 @@ class Description:
             if no weights can be read.
         files: Name and bytes of each weight file.
         config: The configuration; None if it cannot be read.
-        head: What sits on the decoder, as in `opt_core.params.Head`.
+        head: The head on the decoder, as in `opt_core.params.Head`.
         parameters: Number of distinct parameters stored: a copy of the embedding is not counted.
         nbytes: Bytes of all tensors.
         dtypes: Stored type -> number of tensors.
         parts: The tensors by part of the model.
         tensors: Every tensor.
         vocabulary: Ids the tokenizer knows; None without a tokenizer.
-        problems: What is wrong, one line each; empty if the model loads as it should.
+        problems: One line for each; empty if the model loads as it should.
     """
 
     path: Path
@@ -114,7 +114,7 @@ class Description:
 def describe(path_or_hub_id: str | PathLike[str], **hub: Any) -> Description:
     """Looks at a checkpoint without loading it, and at one on the hub without downloading it.
 
-    What is wrong inside it becomes an entry of `problems` instead of an error.
+    A problem inside it becomes an entry of `problems` instead of an error.
 
     Args:
         path_or_hub_id: Folder, weight file, hub id, or "mini".
@@ -128,7 +128,7 @@ def describe(path_or_hub_id: str | PathLike[str], **hub: Any) -> Description:
     remote = None if hub.get("local_files_only") else remote_files(name, **asked)
     if remote is None:
         return _describe(resolve(name, convertible=True, **hub))
-    with headers_of(remote) as folder:
+    with download_headers(remote) as folder:
         found = _describe(folder, remote.sizes.keys())
         here = f"{folder}{os.sep}"
         problems = [p.replace(here, f"{name}/").replace(str(folder), name) for p in found.problems]
@@ -141,7 +141,7 @@ def _describe(path: Path, names: Collection[str] | None = None) -> Description:
     problems: list[str] = []
     config = source = checkpoint = head = vocabulary = weights_error = None
     try:
-        source = open_source(path)
+        source = open_any_checkpoint(path)
         checkpoint = source.checkpoint
     except CheckpointError as error:
         weights_error = error

@@ -1,4 +1,4 @@
-"""Which format a checkpoint has, found from its files, and its tensors under canonical names."""
+"""Readers, one per format: found from a checkpoint's files; its tensors under canonical names."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from conversion.formats.flax_msgpack import read_flax
-from conversion.formats.keras_hub import has_hidden_rows, keras_hub_config, read_keras_hub
+from conversion.formats.keras_hub import has_offset_rows, keras_hub_config, read_keras_hub
 from conversion.formats.metaseq import derive_config, open_metaseq
 from conversion.formats.names import from_keras2, from_path, is_kernel
 from conversion.formats.tf_h5 import read_tf_h5
@@ -27,7 +27,7 @@ from opt_core.errors import CheckpointError
 from opt_core.params import Head
 
 
-class _Foreign(NamedTuple):
+class _Reader(NamedTuple):
     format: Format
     read: Callable[[Path], Mapping[str, LazyTensor]]
     rename: Callable[[str], str | None]
@@ -37,9 +37,9 @@ def _from_flax(name: str) -> str | None:
     return from_path(name.split("/"))
 
 
-_TF = _Foreign("tf-h5", read_tf_h5, from_keras2)
-_FLAX = _Foreign("flax-msgpack", read_flax, _from_flax)
-_KERAS_HUB = _Foreign("keras-hub", read_keras_hub, canonical_name)
+_TF = _Reader("tf-h5", read_tf_h5, from_keras2)
+_FLAX = _Reader("flax-msgpack", read_flax, _from_flax)
+_KERAS_HUB = _Reader("keras-hub", read_keras_hub, canonical_name)
 _TORCH_SUFFIXES = (".pt", ".pth")
 # An index comes before the single file of its format: hub repositories keep stale single files.
 _NATIVE_FILES = (
@@ -48,7 +48,7 @@ _NATIVE_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-_FOREIGN_FILES = {
+_READERS = {
     "tf_model.h5.index.json": _TF,
     "tf_model.h5": _TF,
     "flax_model.msgpack.index.json": _FLAX,
@@ -57,18 +57,18 @@ _FOREIGN_FILES = {
     "model.weights.json": _KERAS_HUB,
     "task.weights.h5": _KERAS_HUB,
 }
-WEIGHT_FILES = (*_NATIVE_FILES, *_FOREIGN_FILES)
+WEIGHT_FILES = (*_NATIVE_FILES, *_READERS)
 """Names of weight files and indices, in the order in which they are preferred."""
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCheckpoint:
     """A checkpoint in any format, headers read.
 
     Attributes:
         checkpoint: Its tensors, under canonical names and in the canonical layout.
         read_config: Reads or derives its configuration; may raise an OPTError.
-        notes: What had to be assumed, one line each.
+        notes: Assumptions that had to be made, one line each.
     """
 
     checkpoint: Checkpoint
@@ -76,7 +76,7 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def open_source(path: Path) -> Source:
+def open_any_checkpoint(path: Path) -> SourceCheckpoint:
     """Finds the weights of a folder, or takes the file named, and reads their headers.
 
     Args:
@@ -94,9 +94,9 @@ def open_source(path: Path) -> Source:
         return _open_metaseq(path)
     if not name and any(p.suffix in _TORCH_SUFFIXES for p in path.iterdir()):
         return _open_metaseq(path)
-    kind = _FOREIGN_FILES.get(name) or _by_suffix(name)
+    kind = _READERS.get(name) or _by_suffix(name)
     if kind is None:
-        return _source(_native(path))
+        return _with_config(_native(path))
     is_index = name.endswith((".index.json", ".weights.json"))
     shards = read_index(folder / name) if is_index else {name: None}
     if kind is _KERAS_HUB:  # whose index lists groups
@@ -104,9 +104,11 @@ def open_source(path: Path) -> Source:
     checkpoint = read_files(folder, shards, kind.format, kind.read, kind.rename)
     if kind is _KERAS_HUB:
         note = "KerasHub keeps no rows in front of position 0: they are zero"
-        notes = () if has_hidden_rows(checkpoint.tensors) else (note,)
-        return Source(checkpoint, lambda: keras_hub_config(folder, checkpoint.files), notes)
-    return _source(checkpoint)
+        notes = () if has_offset_rows(checkpoint.tensors) else (note,)
+        return SourceCheckpoint(
+            checkpoint, lambda: keras_hub_config(folder, checkpoint.files), notes
+        )
+    return _with_config(checkpoint)
 
 
 def _native(path: Path) -> Checkpoint:
@@ -117,10 +119,10 @@ def _native(path: Path) -> Checkpoint:
     # Saved as safetensors by a model of TensorFlow or Flax: their names, their layout.
     shards = dict.fromkeys(file.name for file in checkpoint.files)
     folder = checkpoint.files[0].parent
-    return read_files(folder, shards, checkpoint.format, _read_turned, _from_framework)
+    return read_files(folder, shards, checkpoint.format, _read_transposed, _from_framework)
 
 
-def _read_turned(path: Path) -> Mapping[str, LazyTensor]:
+def _read_transposed(path: Path) -> Mapping[str, LazyTensor]:
     stored = read_safetensors(path)
     return {
         n: transposed(t) if is_kernel(n) and len(t.shape) == 2 else t for n, t in stored.items()
@@ -131,26 +133,26 @@ def _from_framework(name: str) -> str | None:
     return from_keras2(name) if "/" in name else from_path(name.split("."))
 
 
-def _source(checkpoint: Checkpoint) -> Source:
-    return Source(checkpoint, lambda: OPTConfig.from_pretrained(checkpoint.folder))
+def _with_config(checkpoint: Checkpoint) -> SourceCheckpoint:
+    return SourceCheckpoint(checkpoint, lambda: OPTConfig.from_pretrained(checkpoint.folder))
 
 
 def _first_of(folder: Path) -> str:
     return next((name for name in WEIGHT_FILES if os.path.lexists(folder / name)), "")
 
 
-def _by_suffix(name: str) -> _Foreign | None:
+def _by_suffix(name: str) -> _Reader | None:
     if name.endswith((".weights.h5", ".weights.json")):
         return _KERAS_HUB
     return {".h5": _TF, ".msgpack": _FLAX}.get(Path(name).suffix)
 
 
-def _open_metaseq(path: Path) -> Source:
+def _open_metaseq(path: Path) -> SourceCheckpoint:
     checkpoint, settings = open_metaseq(path)
     if (checkpoint.folder / "config.json").exists():
-        return _source(checkpoint)
+        return _with_config(checkpoint)
     note = "no config.json: the configuration was derived from the shapes and the training settings"
-    return Source(checkpoint, lambda: derive_config(checkpoint, settings), (note,))
+    return SourceCheckpoint(checkpoint, lambda: derive_config(checkpoint, settings), (note,))
 
 
 def head_of(checkpoint: Checkpoint) -> Head:

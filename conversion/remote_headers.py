@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from conversion.formats.flax_msgpack import walk_flax
-from conversion.formats.hdf5 import touch_hdf5
+from conversion.formats.hdf5 import read_hdf5_headers
 from opt_core.checkpoints.tensors import TensorFile
 from opt_core.errors import CheckpointError
 from opt_core.hub import RemoteFiles, model_files, resolve
@@ -27,7 +27,7 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 @contextlib.contextmanager
-def headers_of(remote: RemoteFiles) -> Generator[Path]:
+def download_headers(remote: RemoteFiles) -> Generator[Path]:
     """Yields a folder that looks like the repository's, with no more than the headers of weights.
 
     Args:
@@ -37,7 +37,7 @@ def headers_of(remote: RemoteFiles) -> Generator[Path]:
         CheckpointError: The repository holds no model, or the hub gives no parts of files.
     """
     names = model_files(remote.sizes, remote.name, convertible=True)
-    small = tuple(name for name in names if Path(name).suffix not in _FILLS)
+    small = tuple(name for name in names if Path(name).suffix not in _HEADER_READERS)
     known = resolve(remote.name, files=small, revision=remote.revision, token=remote.token)
     with tempfile.TemporaryDirectory(prefix="opt-lm-") as scratch:
         folder = Path(scratch)
@@ -48,7 +48,7 @@ def headers_of(remote: RemoteFiles) -> Generator[Path]:
             try:
                 with (folder / name).open("w+b") as file:
                     file.truncate(remote.sizes[name])
-                    _FILLS[Path(name).suffix](_Ranges(remote, folder / name, file))
+                    _HEADER_READERS[Path(name).suffix](_Ranges(remote, folder / name, file))
             except OSError as error:
                 raise CheckpointError(f"{remote.name}: {name}: {error.strerror or error}") from None
         yield folder
@@ -147,10 +147,10 @@ def _msgpack(ranges: _Ranges) -> None:
 
 def _hdf5(ranges: _Ranges) -> None:
     """The parts of the file that the HDF5 library looks at."""
-    touch_hdf5(ranges.path, ranges.size, ranges.bytes_at)
+    read_hdf5_headers(ranges.path, ranges.size, ranges.bytes_at)
 
 
-_FILLS: dict[str, Callable[[_Ranges], None]] = {
+_HEADER_READERS: dict[str, Callable[[_Ranges], None]] = {
     ".safetensors": _safetensors,
     ".bin": _torch,
     ".msgpack": _msgpack,

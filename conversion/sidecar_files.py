@@ -8,14 +8,14 @@ from opt_core.hub import TOKENIZER_FILES
 from opt_core.json_files import write_json
 from opt_core.text import tokenizer_files
 
-_CARRIED = ("generation_config.json", "LICENSE", "LICENSE.md", "LICENSE.txt")
+_COPIED = ("generation_config.json", "LICENSE", "LICENSE.md", "LICENSE.txt")
 _METASEQ = {"vocab.json": "gpt2-vocab.json", "merges.txt": "gpt2-merges.txt"}
 _KERAS_ASSETS = {"vocab.json": "vocabulary.json", "merges.txt": "merges.txt"}
 _ASSETS = Path("assets") / "tokenizer"
 _MAX_SIZE = 1 << 28
 
 
-def carry(source: Path, destination: Path, keras_hub: bool = False) -> None:
+def copy_sidecar_files(source: Path, destination: Path, keras_hub: bool = False) -> None:
     """Copies what goes with the weights, and writes tokenizer.json where there is none.
 
     Args:
@@ -28,7 +28,7 @@ def carry(source: Path, destination: Path, keras_hub: bool = False) -> None:
         CheckpointError: A file cannot be copied, or is a link out of the folder.
     """
     try:
-        for name in (*_CARRIED, *(() if is_keras_hub(source) else TOKENIZER_FILES)):
+        for name in (*_COPIED, *(() if is_keras_hub(source) else TOKENIZER_FILES)):
             _copy(source, name, destination / name)
         for ours, keras in _KERAS_ASSETS.items():
             _copy(source, _ASSETS / keras, destination / ours)
@@ -46,7 +46,7 @@ def carry(source: Path, destination: Path, keras_hub: bool = False) -> None:
                 path.rename(destination / path.name)
         shutil.rmtree(scratch)
     if keras_hub:
-        _lay_out(destination)
+        _arrange_for_keras_hub(destination)
 
 
 def _load(source: Path, copied: Path) -> tokenizer_files.LoadedTokenizer:
@@ -79,7 +79,7 @@ def _is_part_of(folder: Path, path: Path) -> bool:
     return any(path.resolve().is_relative_to(root) for root in roots)
 
 
-def _lay_out(folder: Path) -> None:
+def _arrange_for_keras_hub(folder: Path) -> None:
     """KerasHub's names: its tokenizer.json is its own, the vocabulary is an asset."""
     has_vocabulary = (folder / "vocab.json").exists() and (folder / "merges.txt").exists()
     if has_vocabulary:

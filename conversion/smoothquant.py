@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from conversion.calibration import input_peaks
+from conversion.calibration import activation_scales
 from conversion.convert import enough_memory, write_checkpoint
-from conversion.readers import head_of, open_source
+from conversion.readers import head_of, open_any_checkpoint
 from conversion.streaming.lazy_tensors import ScaledTensor
 from opt_core.checkpoints.atomic import check_is_new
 from opt_core.checkpoints.load import plan_load
@@ -43,7 +43,7 @@ class Smoothing:
         inputs: How many layers' inputs were looked at, and how many could be changed.
         outliers: Largest input of a layer as a multiple of its median input, before and after: the
             worst layer.
-        notes: What the user should know, one line each.
+        notes: Remarks for the user, one line each.
     """
 
     path: Path
@@ -53,12 +53,12 @@ class Smoothing:
     notes: tuple[str, ...]
 
 
-class _Place(NamedTuple):
-    """Where a factor goes: tensors whose rows make the input, and weights whose columns take it."""
+class _SmoothedInput(NamedTuple):
+    """An input by name, the tensors whose rows make it, and the weights whose columns take it."""
 
-    peak: str
-    makers: tuple[str, ...]
-    takers: tuple[str, ...]
+    name: str
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
 
 
 def smooth(
@@ -93,34 +93,36 @@ def smooth(
         raise ConfigError(f"alpha: expected 0..1, received {alpha}")
     new = Path(os.path.abspath(Path(destination).expanduser()))
     check_is_new(new)
-    found = open_source(resolve(source, convertible=True, **hub))
+    found = open_any_checkpoint(resolve(source, convertible=True, **hub))
     plan = plan_load(found.checkpoint, found.read_config(), head_of(found.checkpoint))
     _check_text(ids_BT, plan.config)
     tensors = {spec.name: tensor for spec, tensor in plan.entries}
     with enough_memory(found):
-        peaks = input_peaks(plan.config, tensors, ids_BT, progress)
-    for name, peak in peaks.items():
-        if not np.isfinite(peak).all():
+        scales = activation_scales(plan.config, tensors, ids_BT, progress)
+    for name, scale in scales.items():
+        if not np.isfinite(scale).all():
             raise CheckpointError(f"{found.checkpoint.folder}: {name}: inputs are NaN or infinite")
-    outliers = _worst(peaks.values())
+    outliers = _worst_outlier(scales.values())
     count = 0
-    for place in _places(plan.config):
-        factors = _factors(peaks[place.peak], [tensors[name] for name in place.takers], alpha)
-        peaks[place.peak] = peaks[place.peak] / factors
-        for name in place.makers:
+    for smoothed in _smoothed_inputs(plan.config):
+        consumers = [tensors[name] for name in smoothed.consumers]
+        factors = _factors(scales[smoothed.name], consumers, alpha)
+        scales[smoothed.name] = scales[smoothed.name] / factors
+        for name in smoothed.producers:
             if name in tensors:  # a model may have no biases
                 tensors[name] = ScaledTensor(tensors[name], np.reciprocal(factors))
-        for name in place.takers:
+        for name in smoothed.consumers:
             tensors[name] = ScaledTensor(tensors[name], factors, axis=1)
         count += 1
     entries = [(spec, tensors[spec.name]) for spec, _ in plan.entries]
     files, notes = write_checkpoint(
         found, replace(plan, entries=entries), new, "safetensors", None, max_shard_size, writing
     )
-    return Smoothing(new, files, (len(peaks), count), (outliers, _worst(peaks.values())), notes)
+    left = _worst_outlier(scales.values())
+    return Smoothing(new, files, (len(scales), count), (outliers, left), notes)
 
 
-def rows_of(ids: Sequence[int], rows: int, length: int) -> NDArray[np.int32]:
+def calibration_rows(ids: Sequence[int], rows: int, length: int) -> NDArray[np.int32]:
     """Rows taken evenly from a text, fewer where it is short of them.
 
     Args:
@@ -148,7 +150,7 @@ def _check_text(ids_BT: NDArray[Any], config: OPTConfig) -> None:
         raise ConfigError(f"text: expected ids in 0..{config.vocab_size - 1}")
 
 
-def _places(config: OPTConfig) -> Iterator[_Place]:
+def _smoothed_inputs(config: OPTConfig) -> Iterator[_SmoothedInput]:
     for layer in range(config.num_hidden_layers):
         name = f"model.decoder.layers.{layer}"
         attention = f"{name}.self_attn"
@@ -156,27 +158,29 @@ def _places(config: OPTConfig) -> Iterator[_Place]:
         # norm has weights.
         if config.do_layer_norm_before and config.layer_norm_elementwise_affine:
             qkv = tuple(f"{attention}.{x}_proj.weight" for x in "qkv")
-            yield _Place(f"{attention}.qkv", _both(f"{attention}_layer_norm"), qkv)
-            yield _Place(f"{name}.fc1", _both(f"{name}.final_layer_norm"), (f"{name}.fc1.weight",))
+            yield _SmoothedInput(f"{attention}.qkv", _affine(f"{attention}_layer_norm"), qkv)
+            yield _SmoothedInput(
+                f"{name}.fc1", _affine(f"{name}.final_layer_norm"), (f"{name}.fc1.weight",)
+            )
         out = f"{attention}.out_proj"
-        yield _Place(out, _both(f"{attention}.v_proj"), (f"{out}.weight",))
+        yield _SmoothedInput(out, _affine(f"{attention}.v_proj"), (f"{out}.weight",))
         if config.activation_function == "relu":  # which scales as its input does
-            yield _Place(f"{name}.fc2", _both(f"{name}.fc1"), (f"{name}.fc2.weight",))
+            yield _SmoothedInput(f"{name}.fc2", _affine(f"{name}.fc1"), (f"{name}.fc2.weight",))
 
 
-def _both(name: str) -> tuple[str, str]:
+def _affine(name: str) -> tuple[str, str]:
     return f"{name}.weight", f"{name}.bias"
 
 
-def _factors(peaks: Factors, takers: list[LazyTensor], alpha: float) -> Factors:
+def _factors(scales: Factors, consumers: list[LazyTensor], alpha: float) -> Factors:
     """The power of two nearest to each input's factor; 1 where input or weight is always 0."""
-    columns = np.stack([np.abs(w.read().astype(np.float32)).max(0) for w in takers]).max(0)
-    used = (peaks > 0) & (columns > 0)
-    x, w = np.log2(np.where(used, peaks, 1)), np.log2(np.where(used, columns, 1))
+    columns = np.stack([np.abs(w.read().astype(np.float32)).max(0) for w in consumers]).max(0)
+    used = (scales > 0) & (columns > 0)
+    x, w = np.log2(np.where(used, scales, 1)), np.log2(np.where(used, columns, 1))
     powers = np.where(used, alpha * x - (1 - alpha) * w, 0)
     return np.exp2(np.rint(powers - np.median(powers))).astype(np.float32)
 
 
-def _worst(peaks: Iterable[Factors]) -> float:
+def _worst_outlier(scales: Iterable[Factors]) -> float:
     """How far the largest input of a layer is above the median one, in the worst layer."""
-    return max((float(p.max() / np.median(p[p > 0])) for p in peaks if p.any()), default=1.0)
+    return max((float(s.max() / np.median(s[s > 0])) for s in scales if s.any()), default=1.0)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from conversion.backends import inference, load_backend, to_numpy
 from conversion.convert import convert
-from conversion.readers import open_source
+from conversion.readers import open_any_checkpoint
 from opt_core.checkpoints.load import open_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, InputError
@@ -179,7 +179,7 @@ def _loadable(
 
 
 def _is_native(path: Path) -> bool:
-    found = open_source(path).checkpoint
+    found = open_any_checkpoint(path).checkpoint
     try:
         return open_checkpoint(path).tensors.keys() == found.tensors.keys()
     except CheckpointError:
@@ -195,11 +195,11 @@ def _encode(
         tokenizer = OPTTokenizer.from_pretrained(folder)
         return list(prompts), [tokenizer([text]).input_ids for text in prompts]
     config = OPTConfig.from_pretrained(folder)
-    room = max(1, config.max_position_embeddings - max_new_tokens)
+    longest = max(1, config.max_position_embeddings - max_new_tokens)
     if any((folder / file).exists() for file in ("vocab.json", "tokenizer.json")):
         tokenizer = OPTTokenizer.from_pretrained(folder)
-        return list(PROMPTS), [tokenizer([text]).input_ids[:, :room] for text in PROMPTS]
-    shape = (_RANDOM_PROMPTS, 1, min(_RANDOM_LENGTH, room))
+        return list(PROMPTS), [tokenizer([text]).input_ids[:, :longest] for text in PROMPTS]
+    shape = (_RANDOM_PROMPTS, 1, min(_RANDOM_LENGTH, longest))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
     return [" ".join(map(str, row)) for row in ids[:, 0].tolist()], list(ids)
 

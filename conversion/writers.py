@@ -13,7 +13,7 @@ from conversion.formats.keras_hub import check_keras_hub, keras_hub_tensors, wri
 from conversion.formats.names import TF_MODEL, flax_path, is_kernel, keras2_name
 from conversion.formats.tf_h5 import write_tf_h5
 from conversion.formats.torch_zip import write_torch
-from conversion.streaming.background_flush import Flusher
+from conversion.streaming.background_flush import BackgroundFlusher
 from conversion.streaming.lazy_tensors import (
     Buffer,
     MemoryTensor,
@@ -23,7 +23,7 @@ from conversion.streaming.lazy_tensors import (
     transposed,
     will_need,
 )
-from conversion.streaming.prefetch import Ahead
+from conversion.streaming.prefetch import Prefetcher
 from opt_core.checkpoints.safetensors_format import PendingTensor, write_safetensors
 from opt_core.checkpoints.save import parse_size
 from opt_core.checkpoints.tensors import LazyTensor, cast_array
@@ -35,10 +35,10 @@ from opt_core.params import ParamSpec
 _BUFFERS = 2  # one tensor is written while the next one is made
 Entries = Sequence[tuple[ParamSpec, LazyTensor]]
 Write = Callable[[Path, Sequence[PendingTensor], OPTConfig, bool], None]
-Fetched = Callable[[str, int, int], None]
+OnFetched = Callable[[str, int, int], None]
 
 
-class Target(NamedTuple):
+class Writer(NamedTuple):
     """How a format is written.
 
     Attributes:
@@ -47,7 +47,7 @@ class Target(NamedTuple):
         tensors: Names and layout of the format for each parameter.
         write: Writes one file: (path, tensors, configuration, whether it is the only one).
         in_index: What an index calls a tensor.
-        note: What to say about a model, if anything.
+        note: A remark about a model, if there is one to make.
     """
 
     file: str
@@ -150,31 +150,31 @@ def _tf_note(config: OPTConfig) -> str | None:
     return "transformers' TensorFlow class ties every head: it cannot use this lm_head.weight"
 
 
-TARGETS: dict[str, Target] = {
-    "safetensors": Target("model.safetensors", True, _canonical, _plain(write_safetensors)),
-    "torch-bin": Target("pytorch_model.bin", True, _canonical, _plain(write_torch)),
-    "tf-h5": Target("tf_model.h5", True, _keras2, _write_tf, _in_tf_index, _tf_note),
-    "flax-msgpack": Target("flax_model.msgpack", True, _flax, _plain(write_flax)),
-    "metaseq": Target("reshard.pt", False, _metaseq, _write_metaseq),
-    "keras-hub": Target("model.weights.h5", False, _for_keras_hub, _write_keras_hub),
+WRITERS: dict[str, Writer] = {
+    "safetensors": Writer("model.safetensors", True, _canonical, _plain(write_safetensors)),
+    "torch-bin": Writer("pytorch_model.bin", True, _canonical, _plain(write_torch)),
+    "tf-h5": Writer("tf_model.h5", True, _keras2, _write_tf, _in_tf_index, _tf_note),
+    "flax-msgpack": Writer("flax_model.msgpack", True, _flax, _plain(write_flax)),
+    "metaseq": Writer("reshard.pt", False, _metaseq, _write_metaseq),
+    "keras-hub": Writer("model.weights.h5", False, _for_keras_hub, _write_keras_hub),
 }
 """The formats that can be written, by the names that `convert` takes."""
 
 
 def write_weights(
     folder: Path,
-    target: Target,
+    writer: Writer,
     config: OPTConfig,
     entries: Entries,
     dtype: np.dtype[Any] | None,
     max_shard_size: int | str,
-    fetched: Fetched,
+    fetched: OnFetched,
 ) -> list[str]:
     """Writes the weight files of a checkpoint, and their index if there are several.
 
     Args:
         folder: Where to; must exist.
-        target: The format.
+        writer: The format's.
         config: The model's configuration.
         entries: Parameters and their tensors in the canonical layout.
         dtype: Type to store, or None for the one each tensor has.
@@ -190,52 +190,52 @@ def write_weights(
             refuses.
     """
     limit = parse_size(max_shard_size)
-    tensors = list(target.tensors(config, entries))
+    tensors = list(writer.tensors(config, entries))
     following = [*(tensor for _, tensor in tensors[1:]), None]
     buffers = [Buffer() for _ in range(_BUFFERS)]  # taken in turn
     tasks = [
         lambda now=now, then=then, i=i: _fetch(now, then, dtype, buffers[i % _BUFFERS])
         for i, ((_, now), then) in enumerate(zip(tensors, following, strict=True))
     ]
-    with Ahead(tasks) as ahead, Flusher(folder) as flusher:
+    with Prefetcher(tasks) as prefetcher, BackgroundFlusher(folder) as flusher:
 
         def pending(index: int, name: str, tensor: LazyTensor) -> PendingTensor:
             def fetch() -> NDArray[Any]:
-                array, broken = ahead.take(index)
+                array, not_finite = prefetcher.take(index)
                 flusher.wrote(array.nbytes)  # nearly: this one is written next
-                fetched(tensor.name, tensor.nbytes, broken)
+                fetched(tensor.name, tensor.nbytes, not_finite)
                 return array
 
-            return PendingTensor(name, tensor.shape, _stored_as(tensor, dtype), fetch)
+            return PendingTensor(name, tensor.shape, _target_dtype(tensor, dtype), fetch)
 
         names = _write(
-            folder, target, config, limit, [pending(i, *item) for i, item in enumerate(tensors)]
+            folder, writer, config, limit, [pending(i, *item) for i, item in enumerate(tensors)]
         )
         flusher.finish()
         return names
 
 
 def _write(
-    folder: Path, target: Target, config: OPTConfig, limit: int, pending: list[PendingTensor]
+    folder: Path, writer: Writer, config: OPTConfig, limit: int, pending: list[PendingTensor]
 ) -> list[str]:
-    shards = _split(pending, limit) if target.sharded else [pending]
-    stem, _, suffix = target.file.partition(".")
+    shards = _split(pending, limit) if writer.sharded else [pending]
+    stem, _, suffix = writer.file.partition(".")
     count = len(shards)
     names = [f"{stem}-{i:05}-of-{count:05}.{suffix}" for i in range(1, count + 1)]
-    names = names if count > 1 else [target.file]
+    names = names if count > 1 else [writer.file]
     for name, shard in zip(names, shards, strict=True):
-        target.write(folder / name, shard, config, count == 1)
+        writer.write(folder / name, shard, config, count == 1)
     if count > 1:
-        where = {target.in_index(t.name): n for n, s in zip(names, shards, strict=True) for t in s}
+        where = {writer.in_index(t.name): n for n, s in zip(names, shards, strict=True) for t in s}
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in pending)},
             "weight_map": where,
         }
-        write_json(folder / f"{target.file}.index.json", index)
+        write_json(folder / f"{writer.file}.index.json", index)
     return names
 
 
-def _stored_as(tensor: LazyTensor, dtype: np.dtype[Any] | None) -> np.dtype[Any]:
+def _target_dtype(tensor: LazyTensor, dtype: np.dtype[Any] | None) -> np.dtype[Any]:
     return tensor.dtype if dtype is None else dtype
 
 
@@ -248,18 +248,18 @@ def _fetch(
     if following is not None:
         will_need(following)
     array = tensor.read()
-    broken = count_not_finite(array)
-    array = cast_array(tensor.name, array, _stored_as(tensor, dtype))
-    return contiguous(array, buffer), broken
+    not_finite = count_not_finite(array)
+    array = cast_array(tensor.name, array, _target_dtype(tensor, dtype))
+    return contiguous(array, buffer), not_finite
 
 
 def _split(tensors: Sequence[PendingTensor], limit: int) -> list[list[PendingTensor]]:
     shards: list[list[PendingTensor]] = [[]]
-    room: float = limit
+    remaining: float = limit
     for tensor in tensors:
-        if shards[-1] and tensor.nbytes > room:
+        if shards[-1] and tensor.nbytes > remaining:
             shards.append([])
-            room = limit
+            remaining = limit
         shards[-1].append(tensor)
-        room -= tensor.nbytes
+        remaining -= tensor.nbytes
     return shards

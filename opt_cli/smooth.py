@@ -35,13 +35,13 @@ def smooth(
 
     Rows are taken evenly from the text. No framework is needed.
     """
-    from conversion.smoothquant import rows_of, smooth
+    from conversion.smoothquant import calibration_rows, smooth
     from opt_core import OPTTokenizer
     from opt_core.data import read_text
     from opt_core.hub import resolve
 
     tokenizer = OPTTokenizer.from_pretrained(resolve(source, convertible=True, revision=revision))
-    ids = rows_of(tokenizer.encode(read_text(text)), rows, length)
+    ids = calibration_rows(tokenizer.encode(read_text(text)), rows, length)
     with console.progress("measuring", unit="layers") as progress:
         done = smooth(
             source,

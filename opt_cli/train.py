@@ -175,9 +175,9 @@ def _trainer(
 def _finish(result: "RunResult", source: Path | None, json: bool) -> None:
     """Puts the tokenizer beside the model and says how it went."""
     if source is not None:
-        from conversion.sidecar_files import carry
+        from conversion.sidecar_files import copy_sidecar_files
 
-        carry(source if source.is_dir() else source.parent, result.model)
+        copy_sidecar_files(source if source.is_dir() else source.parent, result.model)
     if json:
         console.print_json(asdict(result) | {"model": str(result.model)})
         return

@@ -59,7 +59,7 @@ def read_hdf5(path: Path) -> dict[str, StoredTensor]:
     return {name: _stored(name, entry, source) for name, entry in _listed(path).items()}
 
 
-def touch_hdf5(path: Path, size: int, fetch: Callable[[int, int], bytes]) -> None:
+def read_hdf5_headers(path: Path, size: int, fetch: Callable[[int, int], bytes]) -> None:
     """Asks for every byte of a file that reading its header takes.
 
     Args:

@@ -69,7 +69,7 @@ def describe(dataset: Any, h5py: Any) -> dict[str, Any]:
     }
 
 
-class _Asked(io.RawIOBase):
+class _ServedFile(io.RawIOBase):
     """A file of which the caller has every byte: "AT COUNT" on stdout asks for some on stdin."""
 
     def __init__(self, size: int) -> None:
@@ -96,7 +96,7 @@ def main(path: str, size: str | None = None) -> dict[str, Any]:
     h5py: Any = import_module("h5py")
     limit()
     try:
-        opened: Any = path if size is None else _Asked(int(size))
+        opened: Any = path if size is None else _ServedFile(int(size))
         with h5py.File(opened, "r", **({"locking": False} if size is None else {})) as file:
             if file.userblock_size:
                 raise ValueError("something else comes before its contents")

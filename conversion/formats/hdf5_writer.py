@@ -34,7 +34,7 @@ def write_hdf5(
         CheckpointError: h5py is missing, or the disk refuses.
     """
     h5py = require_h5py(path)
-    outline = _Outline()
+    outline = _SparseFile()
     with h5py.File(outline, "w") as file:
         describe(file, h5py)
         places = [_reserve(file, tensor, h5py) for tensor in tensors]
@@ -66,8 +66,8 @@ def _reserve(file: Any, tensor: PendingTensor, h5py: Any) -> int:
     return made.id.get_offset()
 
 
-class _Outline(io.RawIOBase):
-    """A file in memory that takes room only where something was written."""
+class _SparseFile(io.RawIOBase):
+    """A file in memory that takes memory only where something was written."""
 
     def __init__(self) -> None:
         self.size = self.at = 0

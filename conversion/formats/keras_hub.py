@@ -23,7 +23,7 @@ from opt_core.errors import CheckpointError, ConfigError
 from opt_core.json_files import read_json, write_json
 from opt_core.params import POSITION_OFFSET, ParamSpec
 
-_HIDDEN_ROWS = "opt_lm/position_rows"
+_OFFSET_ROWS = "opt_lm/position_rows"
 _EMBEDDINGS = "token_and_position_embedding"
 _POSITIONS = "model.decoder.embed_positions.weight"
 # Keras' name of a layer's part -> ours. Older Keras versions put "_" before a layer's name.
@@ -39,7 +39,7 @@ _PARTS = {
 }
 _KERAS_PARTS = {ours: keras for keras, ours in _PARTS.items()}
 _LAYER = re.compile(r"transformer_decoder(?:_(\d+))?/(.+)/vars/([01])")
-_ALONE = {
+_TOP_LEVEL = {
     f"{_EMBEDDINGS}/token_embedding/vars/0": "embed_tokens.weight",
     f"{_EMBEDDINGS}/position_embedding/vars/0": "embed_positions.weight",
     "layer_normalization/vars/0": "final_layer_norm.weight",
@@ -64,7 +64,7 @@ def read_keras_hub(path: Path) -> Mapping[str, LazyTensor]:
     found: dict[str, LazyTensor] = {}
     rows: LazyTensor | None = None
     for name, stored in read_hdf5(path).items():
-        if name == _HIDDEN_ROWS:
+        if name == _OFFSET_ROWS:
             rows = stored
         elif not name.startswith("optimizer/"):
             canonical, tensor = _canonical(name, stored)
@@ -83,7 +83,7 @@ def read_keras_hub(path: Path) -> Mapping[str, LazyTensor]:
     return found
 
 
-def has_hidden_rows(tensors: Mapping[str, LazyTensor]) -> bool:
+def has_offset_rows(tensors: Mapping[str, LazyTensor]) -> bool:
     """Whether the rows in front of position 0 were in the file: only `write_keras_hub` has them."""
     positions = tensors.get(_POSITIONS)
     parts = positions.parts if isinstance(positions, JoinedTensor) else ()
@@ -92,8 +92,8 @@ def has_hidden_rows(tensors: Mapping[str, LazyTensor]) -> bool:
 
 def _canonical(name: str, stored: StoredTensor) -> tuple[str, LazyTensor]:
     key = re.sub(r"^(?:.*/)?layers/", "", name)  # a task has the backbone among its layers
-    if key in _ALONE:
-        return f"model.decoder.{_ALONE[key]}", stored
+    if key in _TOP_LEVEL:
+        return f"model.decoder.{_TOP_LEVEL[key]}", stored
     match = _LAYER.fullmatch(key)
     part = match and _PARTS.get(f"_{match[2]}".replace("__", "_").replace("/_", "/"))
     if not match or not part:
@@ -201,9 +201,9 @@ def keras_hub_tensors(
     heads = (config.num_attention_heads, config.head_dim)
     for spec, tensor in entries:
         keys = spec.name.removeprefix("model.decoder.").split(".")
-        alone = next((k for k, ours in _ALONE.items() if ours == ".".join(keys)), None)
+        alone = next((k for k, ours in _TOP_LEVEL.items() if ours == ".".join(keys)), None)
         if spec.name == _POSITIONS:
-            yield _HIDDEN_ROWS, tensor.rows(0, POSITION_OFFSET)
+            yield _OFFSET_ROWS, tensor.rows(0, POSITION_OFFSET)
             tensor = tensor.rows(POSITION_OFFSET, tensor.shape[0])
         if alone is not None:
             yield f"layers/{alone}", tensor
@@ -234,7 +234,7 @@ def write_keras_hub(path: Path, tensors: Sequence[PendingTensor], config: OPTCon
     """
     write_hdf5(path, tensors, lambda file, h5py: None)
     write_json(path.parent / "config.json", _keras_config(config, tensors[0].dtype.name))
-    count = sum(np.prod(t.shape, dtype=np.int64) for t in tensors if t.name != _HIDDEN_ROWS)
+    count = sum(np.prod(t.shape, dtype=np.int64) for t in tensors if t.name != _OFFSET_ROWS)
     metadata = {
         "keras_version": "3.15.1",
         "keras_hub_version": "0.32.0",

@@ -93,8 +93,8 @@ def _files(path: Path) -> list[list[Path]]:
     if not path.is_dir() and (match := _NAME.fullmatch(path.name)):
         if match["part"] is None and match["shard"] is None:
             return [[path]]
-        sisters = map(_NAME.fullmatch, sorted(p.name for p in folder.iterdir()))
-        stems = {match["stem"]: [m for m in sisters if m and m["stem"] == match["stem"]]}
+        siblings = map(_NAME.fullmatch, sorted(p.name for p in folder.iterdir()))
+        stems = {match["stem"]: [m for m in siblings if m and m["stem"] == match["stem"]]}
     chosen = next((stem for stem in _STEMS if stem in stems), None)
     if chosen is None and len(stems) != 1:
         found = ", ".join(sorted(stems)[:8]) or "none"
@@ -147,8 +147,8 @@ def _join_shards(shards: Sequence[_Part]) -> Tensors:
             pieces: list[LazyTensor] = []
             key = ".".join(filter(None, [str(entry.get("fsdp_path") or ""), flat]))
             for shard in shards:
-                sister = _entry_of(shard, i)
-                padding = _mapping(_mapping(sister.get("params"), shard).get(flat), shard)
+                sibling = _entry_of(shard, i)
+                padding = _mapping(_mapping(sibling.get("params"), shard).get(flat), shard)
                 pieces.append(_unpadded(shard, key, padding.get("padding")))
                 if entry.get("no_broadcast_optim_state"):
                     break  # experts: each shard has its own
@@ -224,7 +224,9 @@ def _join_parts(parts: Sequence[Tensors]) -> Tensors:
         if len(pieces) < len(parts):
             raise CheckpointError(f"{first.file}: {name!r} is not in every model part")
         if name.endswith(("qkv_proj.weight", "qkv_proj.bias")):
-            for letter, thirds in zip("kvq", zip(*map(_thirds, pieces), strict=True), strict=True):
+            for letter, thirds in zip(
+                "kvq", zip(*map(_split_qkv, pieces), strict=True), strict=True
+            ):
                 single = name.replace("qkv_proj", f"{letter}_proj")
                 whole[single] = _joined_along(0, single, thirds)
         elif _BY_ROWS.search(name):
@@ -244,7 +246,7 @@ def _joined_along(axis: int, name: str, pieces: Sequence[LazyTensor]) -> LazyTen
     return joined(name, shape, pieces, axis)
 
 
-def _thirds(tensor: LazyTensor) -> list[LazyTensor]:
+def _split_qkv(tensor: LazyTensor) -> list[LazyTensor]:
     rows = tensor.shape[0] if tensor.shape else 0
     if rows % 3:
         raise CheckpointError(
@@ -262,7 +264,7 @@ def _canonical(tensors: Tensors) -> Iterator[tuple[str, LazyTensor]]:
             if name.startswith(old):
                 name = new + name.removeprefix(old)
         if name.endswith(("qkv_proj.weight", "qkv_proj.bias")):
-            for letter, third in zip("kvq", _thirds(tensor), strict=True):
+            for letter, third in zip("kvq", _split_qkv(tensor), strict=True):
                 single = canonical_name(name.replace("qkv_proj", f"{letter}_proj"))
                 yield str(single), third
         elif (canonical := canonical_name(name)) is not None:

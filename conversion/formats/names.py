@@ -1,7 +1,6 @@
-"""How each file format spells a parameter; the transposing is the spelling's business too.
+"""Names of parameters in each file format, and which of their tensors are stored transposed.
 
-`opt_core.dialects` says how a live model keeps its parameters; file formats differ from it in
-details only.
+`opt_core.dialects` has the names that models use; file formats differ from them in details only.
 """
 
 import re
@@ -51,7 +50,7 @@ def from_keras2(name: str) -> str | None:
 
 
 def from_path(path: Iterable[str]) -> str | None:
-    """The canonical name of a path of modules that ends in a framework's word for the tensor."""
+    """The canonical name of a path of modules that ends in a framework's name of the tensor."""
     *modules, leaf = path
     if modules[:1] == ["params"]:
         modules = modules[1:]
@@ -60,5 +59,5 @@ def from_path(path: Iterable[str]) -> str | None:
 
 
 def is_kernel(name: str) -> bool:
-    """Whether a framework's word for a tensor says that it is kept as [in, out]."""
+    """Whether a framework's name of a tensor says that it is kept as [in, out]."""
     return name.removesuffix(":0").endswith("kernel")

@@ -1,4 +1,4 @@
-"""Has the disk write while more is made: at the end, little is left to wait for."""
+"""Flushes files in the background while more is written: little is left to wait for at the end."""
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +9,7 @@ _EVERY = 1 << 26
 _SUPPORTED = hasattr(os, "fdatasync")
 
 
-class Flusher:
+class BackgroundFlusher:
     """Flushes the files of a folder in a thread of its own, again and again.
 
     Args:

@@ -1,4 +1,4 @@
-"""Makes the next thing while the last one is in use: the disk and the processor both work."""
+"""Prefetches the next tensor while the last one is in use: disk and processor both work."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,7 +7,7 @@ from typing import Generic, Self, TypeVar
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Results of tasks, of which the one after the last taken is already being worked on.
 
     No result but that one is kept: whoever takes them in another order waits for each.

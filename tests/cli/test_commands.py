@@ -124,7 +124,7 @@ def test_generate_passes_its_options_on(opt_lm: Run, tiny: Path):
 
 
 @pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
-def test_guessing_changes_no_text(stream: str, opt_lm: Run, tiny: Path):
+def test_drafting_changes_no_text(stream: str, opt_lm: Run, tiny: Path):
     expected = expected_text(tiny, "Now is", max_new_tokens=20)
     for option in ("--prompt-lookup=3", f"--assistant={tiny}"):
         out = opt_lm("generate", "Now is", "-m", tiny, "-n", 20, stream, option).out

@@ -11,7 +11,7 @@ import pytest
 
 import conversion
 from conversion.streaming import background_flush
-from conversion.writers import TARGETS
+from conversion.writers import WRITERS
 from opt_core.errors import CheckpointError
 from tests.support.checkpoint_fixtures import TINY
 from tests.support.format_fixtures import make
@@ -23,7 +23,7 @@ KILLED = """
 import hashlib, json, os, random, signal, sys, time
 from pathlib import Path
 import conversion, h5py
-from conversion.writers import TARGETS
+from conversion.writers import WRITERS
 source, root = Path(sys.argv[1]), Path(sys.argv[2])
 
 def convert(new, to):
@@ -32,7 +32,7 @@ def convert(new, to):
 def files(folder):
     return {p.name: hashlib.sha1(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
-formats, expected, windows = list(TARGETS), {}, {}
+formats, expected, windows = list(WRITERS), {}, {}
 for to in formats:
     start = time.monotonic()
     convert(root / to, to)
@@ -90,7 +90,7 @@ def test_killed_at_any_moment_the_folder_is_whole_or_absent(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     states, left = json.loads(done.stdout)
     assert min(states.count("whole"), states.count("absent")) > 2, states
-    assert left == sorted([*TARGETS, "new0", "new1", "new2", "new3"])
+    assert left == sorted([*WRITERS, "new0", "new1", "new2", "new3"])
     assert {p.name: p.read_bytes() for p in (tmp_path / "source").iterdir()} == before
 
 
@@ -98,13 +98,13 @@ FULL = """
 import json, resource, signal, sys
 from pathlib import Path
 import conversion
-from conversion.writers import TARGETS
+from conversion.writers import WRITERS
 from opt_core.errors import OPTError
 source, root = Path(sys.argv[1]), Path(sys.argv[2])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
 told = {}
-for to in TARGETS:
+for to in WRITERS:
     try:
         conversion.convert(source, root / to, to)
         told[to] = None
@@ -127,7 +127,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(limit: int, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     told, left = json.loads(done.stdout)
-    assert told.keys() == TARGETS.keys()
+    assert told.keys() == WRITERS.keys()
     assert not left
     for to, message in told.items():
         assert message.startswith(str(tmp_path / "out" / to)), message
@@ -152,7 +152,7 @@ def test_files_are_flushed_while_others_are_made(tmp_path: Path, monkeypatch: py
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fdatasync", fail)
-    for to in TARGETS:
+    for to in WRITERS:
         with pytest.raises(CheckpointError, match="cannot be written: Input/output error"):
             conversion.convert(tmp_path / "a", tmp_path / "c", to)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

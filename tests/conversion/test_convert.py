@@ -1,4 +1,4 @@
-"""`convert` as a caller meets it: types, shards, companions, progress, refusals."""
+"""`convert` as a caller meets it: types, shards, sidecar files, progress, refusals."""
 
 import json
 import os
@@ -13,10 +13,10 @@ import torch
 import conversion
 from conversion import writers
 from conversion.formats import flax_msgpack
-from conversion.readers import open_source
+from conversion.readers import open_any_checkpoint
 from conversion.streaming.lazy_tensors import Buffer, contiguous
-from conversion.streaming.prefetch import Ahead
-from conversion.writers import TARGETS
+from conversion.streaming.prefetch import Prefetcher
+from conversion.writers import WRITERS
 from opt_core.errors import CheckpointError, ConfigError, OPTError
 from opt_core.text.tokenizer import OPTTokenizer
 from tests.support.checkpoint_fixtures import (
@@ -33,10 +33,10 @@ from tests.support.format_fixtures import assert_values, make, values
 from tests.support.small_tokenizer import write_opt_folder
 from tests.support.tiny_folder import save_model
 
-SHARDED = [name for name, target in TARGETS.items() if target.sharded]
+SHARDED = [name for name, target in WRITERS.items() if target.sharded]
 
 
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("to", WRITERS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_types_are_changed_on_the_way(to: str, dtype: str, tmp_path: Path):
     weights = make(tmp_path / "a")
@@ -79,19 +79,19 @@ def test_shards_and_their_index(to: str, config: Any, tmp_path: Path):
     weights = make(tmp_path / "a", config)
     done = conversion.convert(tmp_path / "a", tmp_path / "b", to, max_shard_size="2KB")
     assert len(done.files) > 2
-    index = json.loads((tmp_path / "b" / f"{TARGETS[to].file}.index.json").read_text())
+    index = json.loads((tmp_path / "b" / f"{WRITERS[to].file}.index.json").read_text())
     assert set(index["weight_map"].values()) == done.files.keys()
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in weights.values())
     assert done.parameters == sum(a.size for a in weights.values())
     assert_values(tmp_path / "b", weights)
-    stale = tmp_path / "b" / TARGETS[to].file
+    stale = tmp_path / "b" / WRITERS[to].file
     stale.write_bytes(b"from before the index")  # as the hub has one of opt-13b
     assert_values(tmp_path / "b", weights)
-    assert_values(tmp_path / "b" / f"{TARGETS[to].file}.index.json", weights)
+    assert_values(tmp_path / "b" / f"{WRITERS[to].file}.index.json", weights)
     assert "stale" in conversion.describe(tmp_path / "b").problems[0]
     (tmp_path / "b" / next(iter(done.files))).unlink()
     with pytest.raises(CheckpointError, match="missing shards"):
-        open_source(tmp_path / "b")
+        open_any_checkpoint(tmp_path / "b")
 
 
 def test_arrays_of_flax_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -162,11 +162,11 @@ def test_a_head_that_equals_the_embedding_is_left_out_and_another_one_is_kept(tm
     write(tmp_path / "a", other)
     done = conversion.convert(tmp_path / "a", tmp_path / "c", "tf-h5")
     assert "ties every head" in done.notes[0]
-    assert not open_source(tmp_path / "c").read_config().tie_word_embeddings
+    assert not open_any_checkpoint(tmp_path / "c").read_config().tie_word_embeddings
     assert_values(tmp_path / "c", other)
 
 
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("to", WRITERS)
 def test_what_goes_with_the_weights(to: str, tmp_path: Path):
     source = save_model(tmp_path / "a")
     (source / "LICENSE.md").write_text("terms")
@@ -197,7 +197,7 @@ def test_a_broken_tokenizer_stops_it_before_the_weights(tmp_path: Path):
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("to", WRITERS)
 def test_progress_counts_every_byte(to: str, tmp_path: Path):
     weights = make(tmp_path / "a", dtype="float16")
     seen: list[tuple[int, int]] = []
@@ -319,7 +319,7 @@ def test_without_h5py_it_says_what_to_install(
             conversion.convert(source, tmp_path / "c", new)
 
 
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("to", WRITERS)
 def test_no_more_than_two_tensors_are_held(
     to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -355,7 +355,7 @@ def test_a_buffer_is_used_again_and_grows():
 
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("to", WRITERS)
 def test_a_tensor_that_is_being_written_is_not_overwritten(
     to: str, shard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -369,7 +369,7 @@ def test_a_tensor_that_is_being_written_is_not_overwritten(
         used.append(out.ctypes.data)
         return out
 
-    class Eager(Ahead[Any]):
+    class Eager(Prefetcher[Any]):
         def take(self, index: int) -> Any:
             result = super().take(index)
             for future in self._started.values():
@@ -377,14 +377,14 @@ def test_a_tensor_that_is_being_written_is_not_overwritten(
             return result
 
     monkeypatch.setattr(writers, "contiguous", copied)
-    monkeypatch.setattr(writers, "Ahead", Eager)
+    monkeypatch.setattr(writers, "Prefetcher", Eager)
     conversion.convert(tmp_path / "a", tmp_path / "b", to, max_shard_size=shard)
     assert len(used) > 20
     assert_values(tmp_path / "b", state)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
-@pytest.mark.parametrize("source", TARGETS)
+@pytest.mark.parametrize("source", WRITERS)
 def test_the_disk_is_told_what_comes_next(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -396,7 +396,7 @@ def test_the_disk_is_told_what_comes_next(
         os, "posix_fadvise", lambda file, start, length, _: asked.append((start, length))
     )
     conversion.convert(tmp_path / "b", tmp_path / "c", "torch-bin")
-    tensors = list(open_source(tmp_path / "b").checkpoint.tensors.values())
+    tensors = list(open_any_checkpoint(tmp_path / "b").checkpoint.tensors.values())
     stored = [t.nbytes for t in tensors]
     if source == "keras-hub":  # whose position table is in two places
         rows = 2 * TINY.hidden_size * 4

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import conversion
-from conversion.writers import TARGETS
+from conversion.writers import WRITERS
 from opt_cli.main import main
 from opt_core.params import count_parameters
 from tests.support.checkpoint_fixtures import (
@@ -25,11 +25,11 @@ from tests.support.format_fixtures import assert_values, make
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("to", WRITERS)
 def test_every_format_is_described(to: str, tmp_path: Path):
     make(tmp_path / "a", dtype="float16")
     done = conversion.convert(tmp_path / "a", tmp_path / "b", to)
-    for path in (tmp_path / "b", tmp_path / "b" / TARGETS[to].file):
+    for path in (tmp_path / "b", tmp_path / "b" / WRITERS[to].file):
         found = conversion.describe(path)
         assert not found.problems
         assert (found.format, found.head, found.files) == (to, "causal_lm", done.files)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import conversion
-from conversion.readers import open_source
+from conversion.readers import open_any_checkpoint
 from opt_core.errors import OPTError
 from tests.support.format_fixtures import make
 from tests.support.hostile.corpus import CORPUS, FILES, MEMORY, SECONDS, used
@@ -80,7 +80,7 @@ def boundaries(path: Path) -> list[int]:
         while at >= 0:
             found |= {at, at + len(mark)}
             at = data.find(mark, at + 1)
-    for tensor in open_source(path).checkpoint.tensors.values():
+    for tensor in open_any_checkpoint(path).checkpoint.tensors.values():
         found |= {tensor.offset, tensor.offset + tensor.nbytes}
     return sorted(found - {0, len(data)})
 

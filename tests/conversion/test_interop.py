@@ -1,4 +1,4 @@
-"""What others wrote is read, and what we write others read, with equal logits.
+"""Checkpoints that others wrote are read, and others read ours, with equal logits.
 
 The recorded checkpoints were made by `tests/support/record_checkpoints.py`. The live tests run
 where an environment variable names an interpreter that has the libraries:
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import conversion
-from conversion.readers import open_source
+from conversion.readers import open_any_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.text.tokenizer import OPTTokenizer
 from tests.support.checkpoint_fixtures import BARE, PROJECTED, TINY, UNTIED, write
@@ -36,8 +36,8 @@ COMPUTED_IN_HALF = 2e-2
 
 
 def logits_of(folder: Path, ids: np.ndarray) -> np.ndarray:
-    """What the float64 oracle computes from a folder of any format."""
-    found = open_source(folder)
+    """Logits that the float64 oracle computes from a folder of any format."""
+    found = open_any_checkpoint(folder)
     tensors = {name: t.read().astype(np.float64) for name, t in found.checkpoint.tensors.items()}
     return forward(tensors, found.read_config(), ids).logits
 

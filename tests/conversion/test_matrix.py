@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import conversion
-from conversion.readers import open_source
-from conversion.writers import TARGETS
+from conversion.readers import open_any_checkpoint
+from conversion.writers import WRITERS
 from opt_core.checkpoints.load import plan_load
 from opt_core.config import OPTConfig
 from opt_core.errors import OPTError
@@ -28,7 +28,7 @@ Fingerprint = dict[str, str]
 
 
 def fingerprint(folder: Path) -> Fingerprint:
-    """What is in each file that every conversion to this format should write alike."""
+    """Digests of each file that every conversion to this format should write alike."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.iterdir()
@@ -44,13 +44,13 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     weights = random_weights(config, dtype=dtype)
     original = write(root / "original", weights)
     config.save_pretrained(original)
-    for to in TARGETS.keys() - without:
+    for to in WRITERS.keys() - without:
         done = conversion.convert(original, root / to, to)
         assert (done.source_format, done.format) == ("safetensors", to)
     return root, config, weights, without
 
 
-@pytest.mark.parametrize("source", TARGETS)
+@pytest.mark.parametrize("source", WRITERS)
 def test_what_is_written_comes_back(source: str, model: Any):
     root, config, weights, without = model
     if source in without:
@@ -58,7 +58,7 @@ def test_what_is_written_comes_back(source: str, model: Any):
             conversion.convert(root / "original", root / source, source)
         assert not (root / source).exists()
         return
-    found = open_source(root / source)
+    found = open_any_checkpoint(root / source)
     plan = plan_load(found.checkpoint, found.read_config(), "causal_lm")
     loaded = {spec.name: tensor.read() for spec, tensor in plan.entries}
     assert loaded.keys() == weights.keys()
@@ -71,8 +71,8 @@ def test_what_is_written_comes_back(source: str, model: Any):
     assert ours.items() <= config.to_dict().items()
 
 
-@pytest.mark.parametrize("to", TARGETS)
-@pytest.mark.parametrize("source", TARGETS)
+@pytest.mark.parametrize("to", WRITERS)
+@pytest.mark.parametrize("source", WRITERS)
 def test_every_pair(source: str, to: str, model: Any, tmp_path: Path):
     root, _, _, without = model
     if {source, to} & without:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import conversion
-from conversion.readers import open_source
+from conversion.readers import open_any_checkpoint
 from opt_core.errors import CheckpointError
 from tests.support.checkpoint_fixtures import PROJECTED, UNTIED, random_weights
 from tests.support.metaseq_fixtures import (
@@ -32,7 +32,7 @@ MODELS = {
 
 
 def assert_holds(folder: Path, weights: Any) -> Any:
-    found = open_source(folder)
+    found = open_any_checkpoint(folder)
     assert found.checkpoint.tensors.keys() == weights.keys()
     for name, array in weights.items():
         tensor = found.checkpoint.tensors[name]
@@ -68,7 +68,7 @@ def test_a_conversion_of_parts_and_shards(tmp_path: Path):
 def test_a_config_beside_the_file_is_taken(tmp_path: Path):
     write_metaseq(tmp_path, EVEN, random_weights(EVEN), 1, 1)
     EVEN.replace(dropout=0.3, num_attention_heads=2).save_pretrained(tmp_path)
-    found = open_source(tmp_path)
+    found = open_any_checkpoint(tmp_path)
     assert (found.read_config().dropout, found.read_config().num_attention_heads) == (0.3, 2)
     assert not found.notes
 
@@ -88,7 +88,7 @@ def test_projections_of_their_own_and_one_folder_with_several(tmp_path: Path):
     with pytest.raises(
         CheckpointError, match="expected one metaseq checkpoint, found other, xresh"
     ):
-        open_source(tmp_path)
+        open_any_checkpoint(tmp_path)
 
 
 class Runs:
@@ -183,7 +183,7 @@ def broken(folder: Path, how: str) -> None:
 def test_what_does_not_fit_is_named(how: str, message: str, tmp_path: Path):
     broken(tmp_path, how)
     with pytest.raises(CheckpointError, match=message) as caught:
-        open_source(tmp_path)
+        open_any_checkpoint(tmp_path)
     assert str(caught.value).startswith(str(tmp_path))
 
 
@@ -192,8 +192,8 @@ def test_what_nothing_says_is_asked_for(tmp_path: Path):
     (state,) = model_parts(weights, 1)
     torch.save({"model": state}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"how many heads; put the model's config\.json"):
-        open_source(tmp_path / "a.pt").read_config()
+        open_any_checkpoint(tmp_path / "a.pt").read_config()
     del state["decoder.layer_norm.weight"], state["decoder.layer_norm.bias"]
     save(tmp_path / "b.pt", EVEN, {"model": state})
     with pytest.raises(CheckpointError, match="before June 2022"):
-        open_source(tmp_path / "b.pt").read_config()
+        open_any_checkpoint(tmp_path / "b.pt").read_config()

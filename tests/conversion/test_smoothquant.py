@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conversion.calibration import input_peaks
-from conversion.readers import open_source
-from conversion.smoothquant import rows_of, smooth
+from conversion.calibration import activation_scales
+from conversion.readers import open_any_checkpoint
+from conversion.smoothquant import calibration_rows, smooth
 from opt_cli.main import main
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, ConfigError, DataError
@@ -19,7 +19,7 @@ from tests.support.configs import CONFIGS
 from tests.support.format_fixtures import values
 
 IDS = np.random.default_rng(5).integers(4, 90, (3, 12))
-PEAK_ERROR = 1e-5  # float32 against float64, relative
+SCALE_ERROR = 1e-5  # float32 against float64, relative
 
 VARIANTS = {**CONFIGS, "gelu": CONFIGS["pre_ln"].replace(activation_function="gelu")}
 PLACES = {"pre_ln": 4, "post_ln": 2, "galactica": 1, "gelu": 3}
@@ -92,8 +92,8 @@ def test_progress_of_measuring_and_writing(tmp_path: Path):
 def test_inputs_are_what_the_model_computes(variant: str, tmp_path: Path):
     config = VARIANTS[variant]
     save(tmp_path / "a", config, oracle.random_params(config))
-    source = open_source(tmp_path / "a").checkpoint
-    peaks = input_peaks(config, source.tensors, IDS)
+    source = open_any_checkpoint(tmp_path / "a").checkpoint
+    scales = activation_scales(config, source.tensors, IDS)
     weights = {n: np.asarray(t.read(), np.float64) for n, t in source.tensors.items()}
     if config.activation_function == "gelu":  # the tanh form is near enough here
         config = config.replace(activation_function="gelu_new")
@@ -104,8 +104,8 @@ def test_inputs_are_what_the_model_computes(variant: str, tmp_path: Path):
         if config.do_layer_norm_before:
             x = oracle._layer_norm(x, weights, f"{name}.self_attn_layer_norm")
         expected = np.abs(x).max((0, 1))
-        found = peaks[f"{name}.self_attn.qkv"]
-        np.testing.assert_allclose(found, expected, rtol=PEAK_ERROR, atol=PEAK_ERROR)
+        found = scales[f"{name}.self_attn.qkv"]
+        np.testing.assert_allclose(found, expected, rtol=SCALE_ERROR, atol=SCALE_ERROR)
 
 
 def test_float16_that_would_overflow_is_refused(tmp_path: Path):
@@ -146,10 +146,10 @@ def test_nan_is_refused(tmp_path: Path):
 
 
 def test_rows_are_taken_evenly():
-    assert rows_of(range(10), 2, 3).tolist() == [[0, 1, 2], [7, 8, 9]]
-    assert rows_of(range(7), 5, 3).tolist() == [[0, 1, 2], [4, 5, 6]]
+    assert calibration_rows(range(10), 2, 3).tolist() == [[0, 1, 2], [7, 8, 9]]
+    assert calibration_rows(range(7), 5, 3).tolist() == [[0, 1, 2], [4, 5, 6]]
     with pytest.raises(DataError, match="the text has 2 tokens, less than one row of 3"):
-        rows_of([1, 2], 1, 3)
+        calibration_rows([1, 2], 1, 3)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -107,7 +107,7 @@ def close(ours, theirs, atol=ORACLE_TOLERANCE):
 
 @pytest.fixture(scope="module")
 def expected(load):
-    """What one device computes."""
+    """The results of one device."""
     model = load()
     model.train()
     loss, logits, gradients = learn(model, IDS, MASK)
@@ -204,7 +204,7 @@ def test_training_keeps_everything_in_its_place(load, expected, name, caplog):
 
 
 def collectives(compiled):
-    """What devices tell one another: (kind, shape of what each has afterwards)."""
+    """The collectives between devices: (kind, shape of what each has afterwards)."""
     found = []
     for line in compiled.as_text().splitlines():
         kinds = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"

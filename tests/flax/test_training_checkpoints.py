@@ -1,4 +1,4 @@
-"""Training checkpoints: nothing is lost, on whatever mesh training goes on."""
+"""Training checkpoints: nothing is lost, on whatever mesh training resumes."""
 
 import shutil
 
@@ -53,8 +53,8 @@ def values(model, optimizer):
     }
 
 
-def test_training_goes_on_on_another_mesh(fresh, tmp_path):
-    """With dropout on: the random state goes on too."""
+def test_training_resumes_on_another_mesh(fresh, tmp_path):
+    """With dropout on: the random state is resumed too."""
     model, optimizer = fresh(2, 2, 2)
     training.train_step(model, optimizer, IDS, TRAIN, 0)
     saved = values(model, optimizer)

@@ -99,7 +99,7 @@ def test_a_cache_of_other_rows_is_an_error(backend, folder):
         model(make_prompts(CONFIGS["pre_ln"], 3, 4), past_key_values=model.init_cache(2, 5))
 
 
-def test_a_cache_needs_room(backend, folder):
+def test_a_cache_needs_free_slots(backend, folder):
     with pytest.raises(InputError, match="at least 1 row and 1 slot"):
         backend.load(folder("pre_ln")).init_cache(2, 0)
 

@@ -1,4 +1,4 @@
-"""What XLA makes of the loop that decodes: no step may copy the key-value cache."""
+"""The loop that decodes, compiled by XLA: no step may copy the key-value cache."""
 
 import math
 import re

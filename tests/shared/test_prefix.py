@@ -68,7 +68,7 @@ def test_prompts_read_in_chunks(backend, folder, widths, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_shared_beginning_is_read_once(backend, folder, widths, mode):
+def test_a_shared_prefix_is_read_once(backend, folder, widths, mode):
     """A prompt's cache serves any number of endings, of different lengths, again and again."""
     model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIG, 3, 60)
     ids[:, :50] = ids[0, :50]
@@ -86,7 +86,7 @@ def test_a_shared_beginning_is_read_once(backend, folder, widths, mode):
         assert max(widths) <= 32
 
 
-def test_beginnings_may_be_padded_and_of_one_row_each(backend, folder):
+def test_prefixes_may_be_padded_and_of_one_row_each(backend, folder):
     model, ids = backend.load(folder("post_ln")), make_prompts(CONFIGS["post_ln"], 3, 20)
     mask = make_mask("left", [20, 13, 8])
     cache = read(model, ids[:, :15], 70, attention_mask=mask[:, :15])
@@ -98,7 +98,7 @@ def test_beginnings_may_be_padded_and_of_one_row_each(backend, folder):
     np.testing.assert_array_equal(np.stack([backend.numpy(t) for t in tokens], 1), whole[:, 20:])
 
 
-def test_beginnings_that_do_not_fit(backend, folder):
+def test_prefixes_that_do_not_fit(backend, folder):
     model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIG, 3, 8)
     padded = make_mask("left", [8, 8, 7])
     two = read(model, ids[:2, :5], 9)
@@ -116,7 +116,7 @@ def test_beginnings_that_do_not_fit(backend, folder):
 
 @pytest.mark.parametrize("mask", [None, make_mask("left", [9, 5])], ids=["bare", "left"])
 def test_a_cache_goes_back(backend, folder, mask):
-    """Another ending after the same beginning: as if the first had never been."""
+    """Another ending after the same prefix: as if the first had never been."""
     model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIG, 2, 9)
     other = make_prompts(CONFIG, 2, 9, seed=1)
     masks = {} if mask is None else {"attention_mask": mask[:, :4]}

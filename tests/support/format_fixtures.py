@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from conversion.readers import open_source
+from conversion.readers import open_any_checkpoint
 from tests.support.checkpoint_fixtures import TINY, Weights, random_weights, write
 
 
@@ -17,7 +17,7 @@ def make(folder: Path, config: Any = TINY, dtype: str = "float32", **more: Any) 
 
 
 def values(folder: Path) -> Weights:
-    tensors = open_source(folder).checkpoint.tensors
+    tensors = open_any_checkpoint(folder).checkpoint.tensors
     return {name: np.array(tensor.read()) for name, tensor in tensors.items()}
 
 

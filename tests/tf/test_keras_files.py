@@ -36,7 +36,7 @@ def test_keras_files_keep_everything(folder, variant, tmp_path):
     np.testing.assert_allclose(other(ids).logits, expected, rtol=0, atol=2e-5)
 
 
-def test_a_trained_model_goes_on_where_it_was_saved(folder, tmp_path):
+def test_training_resumes_where_a_model_was_saved(folder, tmp_path):
     """The optimizer's state and rules travel in the .keras file."""
     ids = make_prompts(QUIET, 8, 9)
     model = model_of(folder, QUIET)

@@ -55,7 +55,7 @@ FIT = """
 
 
 def fit_elsewhere(kind: str, processes: int = 1) -> list[list[list[float]]]:
-    """What the processes of a training see: of each, the losses of its runs."""
+    """The losses that each process of a training sees, run by run."""
     ports = []
     for _ in range(2):
         with socket.socket() as listener:

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import opt_torch  # noqa: E402
-from conversion.smoothquant import rows_of, smooth  # noqa: E402
+from conversion.smoothquant import calibration_rows, smooth  # noqa: E402
 from opt_core import OPTTokenizer  # noqa: E402
 from opt_core.quantization import quantize_array  # noqa: E402
 from opt_torch import _private  # noqa: E402
@@ -183,7 +183,7 @@ def test_smoothing_undoes_what_outliers_cost(tmp_path):
     folder = tmp_path / "smoothed"
     tokenizer = OPTTokenizer.from_pretrained("mini")
     text = tokenizer.encode("Now is the winter of our discontent made glorious summer. " * 40)
-    smooth(tmp_path / "outliers", folder, rows_of(text, 4, 128))
+    smooth(tmp_path / "outliers", folder, calibration_rows(text, 4, 128))
     ids, errors = torch.tensor([text[:128]]), []
     for path in ("mini", tmp_path / "outliers", folder):
         models = [

@@ -65,7 +65,7 @@ def test_hosts_share_the_same_global_batches(blocks: TokenBlocks, hosts: int):
 
 @pytest.mark.parametrize("done", [0, 1, 2, 3, 7])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_a_run_goes_on_at_the_very_next_batch_on_any_number_of_hosts(
+def test_a_run_resumes_at_the_very_next_batch_on_any_number_of_hosts(
     blocks: TokenBlocks, done: int, shuffle: bool
 ):
     before = [Batches(blocks, 4, 5, shuffle, host=host, hosts=2) for host in range(2)]

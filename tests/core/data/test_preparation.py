@@ -65,7 +65,7 @@ def test_documents_come_back_between_end_tokens(tmp_path: Path, tokenizer: OPTTo
     assert sum(split.tokens for split in report.splits.values()) == expected
 
 
-def test_a_tokenizer_without_a_beginning_starts_with_none(tmp_path: Path):
+def test_a_tokenizer_without_a_bos_token_adds_none(tmp_path: Path):
     folder = write_opt_folder(tmp_path / "t", {**OPT_CONFIG, "add_bos_token": False})
     tokenizer = OPTTokenizer.from_pretrained(folder)
     source = write_lines(tmp_path / "a.jsonl", ["dog dog", "world"])

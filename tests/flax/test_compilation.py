@@ -1,0 +1,99 @@
+"""Compiled functions: what is compiled how often."""
+
+import math
+from typing import Any
+
+import pytest
+
+pytest.importorskip("jax")
+
+
+from opt_core.training.config import TrainConfig
+from opt_flax import beam, compilation, generation, speculative, training
+from tests.support.configs import CONFIGS
+from tests.support.flax_models import model_of
+from tests.support.reference import make_mask, make_prompts
+
+STEP: Any = training._step
+
+
+def compiled():
+    """Programs compiled so far for generation."""
+    return {
+        f"{module.__name__}.{name}": getattr(module, name)._cache_size()
+        for module in (generation, beam)
+        for name in ("_first", "_step", "_loop")
+        if hasattr(module, name)
+    }
+
+
+SAMPLED = {"do_sample": True, "eos_token_id": None, "repetition_penalty": 1.3, "top_p": 0.8}
+
+
+def test_one_program_per_bucket(folder):
+    model = model_of(folder)
+
+    def run(length, seed, padded=False, **settings):
+        ids = make_prompts(CONFIGS["pre_ln"], 2, length, seed=seed)
+        mask = make_mask("left", [length, length - 1]) if padded else None
+        list(model.stream(ids, mask, seed=seed, **SAMPLED, **settings))
+        model.generate(ids, mask, seed=seed, **SAMPLED, **settings)
+        model.generate(ids, mask, num_beams=2, max_new_tokens=settings["max_new_tokens"])
+
+    run(5, 1, temperature=0.5, max_new_tokens=6, min_new_tokens=2)
+    before = compiled()
+    run(9, 2, temperature=1.5, max_new_tokens=11, min_new_tokens=3)
+    run(20, 2**40, temperature=1.0001, max_new_tokens=2, min_new_tokens=1)
+    assert compiled() == before
+    run(30, 3, temperature=2.0, max_new_tokens=5, min_new_tokens=1)  # 35 slots: the next bucket
+    assert compiled() == {name: count + 1 for name, count in before.items()}
+    before = compiled()
+    run(9, 4, padded=True, temperature=0.5, max_new_tokens=6, min_new_tokens=2)
+    assert compiled() == {name: count + 1 for name, count in before.items()}
+
+
+def test_drafts_need_no_other_program(folder):
+    """Another prompt, seed, temperature, or number of drafted tokens that are right."""
+    model = model_of(folder)
+
+    def run(ids, seed, temperature):
+        settings = {**SAMPLED, "seed": seed, "temperature": temperature, "max_new_tokens": 12}
+        model.generate(ids, prompt_lookup_num_tokens=3, **settings)
+        model.generate(ids, assistant_model=model, num_assistant_tokens=2, **settings)
+
+    def counts():
+        names = ("_open", "_check", "_guess")
+        return {name: getattr(speculative, name)._cache_size() for name in names}
+
+    before = counts()
+    run([[2, 5, 6, 5, 6]], 1, 0.5)
+    # The prompts of model and draft; the blocks of lookup, found or not, and of the draft.
+    most = {"_open": 2, "_check": 3, "_guess": 1}
+    run([[2, 50, 51, 52, 53, 54]], 2, 5.0)
+    after = counts()
+    assert {name: after[name] - before[name] for name in after} == most
+    run([[2, 7, 8, 9, 7, 8, 9, 7]], 2**40, 1.5)
+    run([[2, 5, 6, 5]], 4, 0.1)
+    assert counts() == after
+
+
+@pytest.mark.parametrize(
+    ("length", "slots"), [(1, 32), (32, 32), (33, 64), (256, 256), (257, 512), (2048, 2048)]
+)
+def test_buckets(length, slots):
+    assert compilation.bucket(length) == slots
+
+
+def test_a_training_step_updates_in_place(folder):
+    """The compiled step takes the model's arrays over and puts new ones in their places."""
+    config = CONFIGS["pre_ln"]
+    model, ids = model_of(folder, config), make_prompts(config, 2, 9)
+    train = TrainConfig(max_steps=3, learning_rate=1e-2)
+    optimizer = training.make_optimizer(model, train)
+    model.train()
+    compiled = STEP._cache_size()
+    losses = [training.train_step(model, optimizer, ids, train, step)[0] for step in range(3)]
+    assert losses[2] < losses[0]
+    assert STEP._cache_size() == compiled + 1
+    model.eval()
+    assert math.isfinite(model(ids, labels=ids).loss)

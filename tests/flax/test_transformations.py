@@ -1,0 +1,47 @@
+"""JAX' and NNX' transformations of models and caches."""
+
+import pytest
+
+pytest.importorskip("jax")
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tests.support.configs import CONFIGS
+from tests.support.flax_models import SILENT, close, close_gradients, gradients, model_of
+from tests.support.reference import make_mask, make_prompts
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_transformations_change_nothing(folder, variant):
+    model = model_of(folder, variant)
+    ids, mask = make_prompts(CONFIGS[variant], 3, 9), make_mask("left", [9, 5, 2])
+    expected = model(ids, attention_mask=mask).logits
+    close(nnx.jit(lambda m, i, k: m(i, attention_mask=k).logits)(model, ids, mask), expected)
+    graph, state = nnx.split(model)
+    pure = jax.jit(lambda state, i, k: nnx.merge(graph, state)(i, attention_mask=k).logits)
+    close(pure(state, ids, mask), expected)
+    one = jax.vmap(lambda i, k: nnx.merge(graph, state)(i[None], attention_mask=k[None]).logits[0])
+    close(one(jnp.asarray(ids), jnp.asarray(mask)), expected)
+
+
+def test_gradients_can_be_taken_inside_jit(folder):
+    config = CONFIGS["pre_ln"].replace(**SILENT)
+    model, ids = model_of(folder, config), make_prompts(config, 2, 9)
+    plain = gradients(model, ids)
+    jitted = nnx.jit(gradients)(model, jnp.asarray(ids))
+    for a, b in zip(jax.tree.leaves(jitted), jax.tree.leaves(plain), strict=True):
+        close_gradients(a, b)
+
+
+def test_outputs_and_caches_cross_jit(folder):
+    model, ids = model_of(folder), make_prompts(CONFIGS["pre_ln"], 2, 6)
+    step = nnx.jit(lambda m, i, cache: m(i, past_key_values=cache))
+    first = step(model, ids[:, :4], model.init_cache(2, 9))
+    second = step(model, ids[:, 4:], first.past_key_values)
+    close(second.logits, model(ids).logits[:, 4:])
+    assert int(second.past_key_values.length) == 6
+    # The same cache again, outside: arrays are values.
+    again = model(ids[:, 4:], past_key_values=first.past_key_values)
+    close(again.logits, second.logits)
