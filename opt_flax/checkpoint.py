@@ -26,7 +26,7 @@ from opt_core.generation.config import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
-from opt_core.quantization import check_scheme, quantize_array, scheme_of
+from opt_core.quantization import check_not_quantized, check_scheme, quantize_array, scheme_of
 from opt_core.training.lora import UNMERGED
 from opt_flax import attention, quantization, sharding
 
@@ -110,7 +110,7 @@ def save_pretrained(
 
     The first process writes; the others take part in gathering, and wait until all is there.
     """
-    quantization.check_not_quantized(model, "save_pretrained")
+    check_not_quantized(model, "save_pretrained")
     if any(getattr(module, "adapts", False) for _, module in nnx.iter_graph(model)):
         raise CheckpointError(f"{folder}: {UNMERGED}")
     specs = param_specs(model.config, model.head)

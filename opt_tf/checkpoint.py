@@ -20,9 +20,9 @@ from opt_core.generation.config import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
-from opt_core.quantization import quantize_array, scheme_of
+from opt_core.quantization import check_not_quantized, quantize_array, scheme_of
 from opt_core.training.lora import UNMERGED
-from opt_tf import quantization
+from opt_tf import _private, quantization
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
@@ -78,8 +78,8 @@ def save_pretrained(
     model: "TFOPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
 ) -> None:
     """Writes a canonical folder; see `TFOPTPreTrainedModel.save_pretrained`."""
-    quantization.check_not_quantized(model, "save_pretrained")
-    if any(getattr(layer, "adapts", False) for layer in model._flatten_layers()):
+    check_not_quantized(model, "save_pretrained")
+    if any(getattr(layer, "adapts", False) for layer in _private.sublayers(model)):
         raise CheckpointError(f"{folder}: {UNMERGED}")
     specs = param_specs(model.config, model.head)
     save_checkpoint(

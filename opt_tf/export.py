@@ -10,8 +10,9 @@ import tensorflow as tf
 
 from opt_core.errors import GenerationError
 from opt_core.generation.config import GenerationConfig
+from opt_core.quantization import check_not_quantized
 from opt_core.text.tokenizer import OPTTokenizer
-from opt_tf import beam, generation, quantization
+from opt_tf import beam, generation
 from opt_tf.compilation import program_settings
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def export_saved_model(
         ConfigError: A quantised model.
         GenerationError: A setting that cannot be honoured, or that cannot be exported.
     """
-    quantization.check_not_quantized(model, "export")
+    check_not_quantized(model, "export")
     settings = generation.model_settings(model, generation_config).replace(**overrides)
     if settings.max_new_tokens is None:
         raise GenerationError("max_new_tokens: an export needs it, received None")

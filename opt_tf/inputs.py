@@ -7,13 +7,9 @@ import numpy as np
 import tensorflow as tf
 
 from opt_core.config import OPTConfig
-from opt_core.errors import InputError, OPTError
+from opt_core.errors import InputError
 from opt_tf.cache import KVCache
 from opt_tf.linear import sizes
-
-# Keras wraps what a layer raises in several lines about its arguments, unless it finds this mark:
-# our messages say in one line what is wrong.
-OPTError._keras_call_info_injected = True  # type: ignore[attr-defined]
 
 
 def check_inputs(

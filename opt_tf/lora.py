@@ -15,6 +15,7 @@ from opt_core.errors import ConfigError
 from opt_core.params import param_specs
 from opt_core.training import lora as files
 from opt_core.training.lora import Adapter
+from opt_tf import _private
 from opt_tf.checkpoint import get_parameter, set_parameter
 from opt_tf.linear import Linear
 
@@ -86,11 +87,7 @@ def apply(
         layer = getattr(parent, name)
         if type(layer) is not Linear:
             raise ConfigError(f"{spec.name}: an adapter needs a plain linear layer")
-        # A built layer takes no new parts, as Keras has it; its own LoRA does this too.
-        parent._tracker.unlock()
-        parent._tracker.untrack(layer)
-        setattr(parent, name, LoraLinear(layer, adapter))
-        parent._tracker.lock()
+        _private.replace_layer(parent, name, LoraLinear(layer, adapter))
     for spec in files.adapter_specs(model.config, adapter.rank, adapter.targets):
         set_parameter(model, spec, files.initial_adapter(spec, seed))
     model.programs.clear()
@@ -162,7 +159,7 @@ def load_adapter(model: "TFOPTPreTrainedModel", folder: str | PathLike[str]) -> 
 
 def adapters(model: "TFOPTPreTrainedModel") -> list[LoraLinear]:
     """The layers of a model that have an adapter."""
-    return [layer for layer in model._flatten_layers() if isinstance(layer, LoraLinear)]
+    return [layer for layer in _private.sublayers(model) if isinstance(layer, LoraLinear)]
 
 
 def _weights(layer: LoraLinear) -> tuple[Any, Any, Any]:

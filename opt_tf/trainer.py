@@ -13,14 +13,12 @@ from opt_core.config import OPTConfig
 from opt_core.params import ParamSpec
 from opt_core.training.config import TrainConfig
 from opt_core.training.loop import Slot, identity
-from opt_tf import lora
+from opt_tf import _private, lora
 from opt_tf.checkpoint import locate
 from opt_tf.training import evaluate, make_optimizer, train_step
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
-
-_STATES = {"mean": "_momentums", "square": "_velocities"}
 
 
 class Trainer:
@@ -76,7 +74,8 @@ class Trainer:
         variable = locate(self.model, spec)
         if slot == "value":
             return variable
-        return getattr(self.optimizer, _STATES[slot])[self.optimizer._get_variable_index(variable)]
+        mean, square = _private.moments(self.optimizer, variable)
+        return mean if slot == "mean" else square
 
 
 def make_trainer(

@@ -21,7 +21,7 @@ from opt_core.generation.config import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
-from opt_core.quantization import check_scheme, quantize_array, scheme_of
+from opt_core.quantization import check_not_quantized, check_scheme, quantize_array, scheme_of
 from opt_core.training.lora import UNMERGED
 from opt_torch import attention, quantization
 from opt_torch.quantization import QuantizedLinear, QuantizedWeight
@@ -100,7 +100,7 @@ def save_pretrained(
     model: "OPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
 ) -> None:
     """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`."""
-    quantization.check_not_quantized(model, "save_pretrained")
+    check_not_quantized(model, "save_pretrained")
     if any(getattr(module, "adapts", False) for module in model.modules()):
         raise CheckpointError(f"{folder}: {UNMERGED}")
     config = model.config

@@ -11,6 +11,7 @@ from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
 from opt_core.generation.config import GenerationConfig
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
+from opt_core.quantization import check_not_quantized
 from opt_core.text.tokenizer import OPTTokenizer
 from opt_torch import (
     attention,
@@ -19,7 +20,6 @@ from opt_torch import (
     generation,
     inputs,
     losses,
-    quantization,
     speculative,
 )  # fmt: skip
 from opt_torch.cache import KVCache, init_cache
@@ -67,7 +67,7 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Switches training mode, dropout with it."""
         if mode:
-            quantization.check_not_quantized(self, "train")
+            check_not_quantized(self, "train")
         return super().train(mode)
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
