@@ -10,6 +10,7 @@ from opt_core.checkpoints.tensors import float_dtype
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.params import param_specs
+from opt_core.quantization import check_not_quantized
 from opt_core.training.lora import check_merged
 
 
@@ -61,7 +62,7 @@ def _rebuilt(model: Any, backend: str) -> Any:
     if mine is None:
         kind = f"{type(model).__module__}.{type(model).__name__}"
         raise InputError(f"model: expected one of opt_torch, opt_tf or opt_flax, received {kind}")
-    import_module(f"{mine.module}.quantization").check_not_quantized(model, f"to_{backend}")
+    check_not_quantized(model, f"to_{backend}")
     check_merged(import_module(f"{mine.module}.lora").adapters(model), f"to_{backend}")
     name = type(model).__name__.removeprefix(mine.prefix)
     wanted = load_backend(backend, name)

@@ -56,6 +56,18 @@ class QuantizedTensor:
     zeros: NDArray[np.uint8] | None
     width: int
 
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], scheme: str) -> "QuantizedTensor":
+        """Room for the numbers of a weight of this shape, to be filled in."""
+        rows, width = shape
+        groups = -(-width // GROUP)
+        if scheme == "int8":
+            values: NDArray[Any] = np.empty((rows, width), np.int8)
+            return cls(scheme, values, np.empty(rows, np.float32), None, width)
+        values = np.empty((rows, groups * GROUP // 2), np.uint8)
+        scales, zeros = np.empty((rows, groups), np.float32), np.empty((rows, groups), np.uint8)
+        return cls(scheme, values, scales, zeros, width)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the numbers."""
@@ -90,6 +102,27 @@ def scheme_of(spec: ParamSpec, quantize: str | None) -> str | None:
     return quantize if ".layers." in spec.name else "int8"
 
 
+def is_quantized(model: Any) -> bool:
+    """Whether a model was loaded with `quantize`: its layers say so."""
+    return getattr(model.get_decoder().embed_tokens, "is_quantized", False)
+
+
+def check_not_quantized(model: Any, action: str) -> None:
+    """Refuses what quantised weights cannot do.
+
+    Args:
+        model: A model of any backend.
+        action: What it is asked to do, for the message.
+
+    Raises:
+        ConfigError: The model is quantised.
+    """
+    if is_quantized(model):
+        raise ConfigError(
+            f"{action}: a model with quantised weights can only be run; load it without quantize"
+        )
+
+
 def quantize_array(name: str, array: NDArray[Any], scheme: str) -> QuantizedTensor:
     """Quantises one weight.
 
@@ -102,15 +135,7 @@ def quantize_array(name: str, array: NDArray[Any], scheme: str) -> QuantizedTens
         CheckpointError: It has values that are not finite, or beyond float32.
     """
     rows, width = array.shape
-    groups = -(-width // GROUP)
-    zeros: NDArray[np.uint8] | None = None
-    if scheme == "int8":
-        values: NDArray[Any] = np.empty((rows, width), np.int8)
-        scales = np.empty(rows, np.float32)
-    else:
-        values = np.empty((rows, groups * GROUP // 2), np.uint8)
-        scales = np.empty((rows, groups), np.float32)
-        zeros = np.empty((rows, groups), np.uint8)
+    made = QuantizedTensor.empty((rows, width), scheme)
     step = max(1, _BLOCK // max(1, width))
     for i in range(0, rows, step):
         part = slice(i, i + step)
@@ -118,11 +143,12 @@ def quantize_array(name: str, array: NDArray[Any], scheme: str) -> QuantizedTens
             block = array[part].astype(np.float32)
         if not np.isfinite(block).all():
             raise CheckpointError(f"{name}: values that are not finite cannot be quantised")
-        if zeros is None:
-            values[part], scales[part] = _int8(block)
+        if made.zeros is None:
+            made.values[part], made.scales[part] = _int8(block)
         else:
-            values[part], scales[part], zeros[part] = _int4(block, groups)
-    return QuantizedTensor(scheme, values, scales, zeros, width)
+            groups = made.scales.shape[1]
+            made.values[part], made.scales[part], made.zeros[part] = _int4(block, groups)
+    return made
 
 
 def unpack(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:

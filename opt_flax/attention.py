@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, PartitionSpec
 
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
+from opt_flax._private import load_splash_attention
 from opt_flax.cache import KVCache
-from opt_flax.linear import Linear
+from opt_flax.linear import Linear, apply_dropout
 from opt_flax.sharding import rows_axes
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
@@ -131,14 +130,6 @@ def eager(
     weights = jax.nn.softmax(wide, -1).astype(scores.dtype)
     mixed = jnp.einsum("bhts,bhsk->bhtk", apply_dropout(weights, dropout, key), v_BHSK)
     return mixed, weights
-
-
-def apply_dropout(values: Array, rate: float, key: Array | None) -> Array:
-    """Dropout: zeroes a share of the values and scales up the others; none without a key."""
-    if key is None or rate == 0:
-        return values
-    kept = jax.random.bernoulli(key, 1 - rate, values.shape)
-    return jnp.where(kept, values / (1 - rate), 0).astype(values.dtype)
 
 
 def sdpa(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_B1TS: Array | None) -> Array:
@@ -270,6 +261,7 @@ def _pallas(
 
     With `interpret` the kernel runs anywhere, slowly.
     """
+    splash, masks = load_splash_attention()
     _, H, T, K = q_BHTK.shape
     # Whole tiles of 128 lanes; causality hides what is added on the right.
     length = -(-T // 128) * 128

@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from opt_core.config import OPTConfig
 from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
-from opt_flax.attention import FlaxOPTAttention, apply_dropout, make_bias
+from opt_flax.attention import FlaxOPTAttention, make_bias
 from opt_flax.cache import KVCache, position_rows
-from opt_flax.linear import Embedding, Linear
+from opt_flax.linear import Embedding, Linear, apply_dropout
 from opt_flax.sharding import constrain_rows
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

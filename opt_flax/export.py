@@ -15,8 +15,9 @@ from jax import Array, export
 from opt_core.checkpoints.safetensors_format import PendingTensor, write_safetensors
 from opt_core.errors import CheckpointError, ConfigError, GenerationError
 from opt_core.generation.config import GenerationConfig
+from opt_core.quantization import check_not_quantized
 from opt_core.text.tokenizer import OPTTokenizer
-from opt_flax import beam, generation, quantization
+from opt_flax import beam, generation
 from opt_flax.compilation import TracedSettings
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def export_stablehlo(
             has.
         GenerationError: A setting that cannot be honoured, or that cannot be exported.
     """
-    quantization.check_not_quantized(model, "export")
+    check_not_quantized(model, "export")
     if model.mesh is not None:
         raise ConfigError("export: expected a model on one device, received one on a mesh")
     if model.get_decoder().implementation == "flash_attention_2":

@@ -9,6 +9,7 @@ left for `opt_flax.checkpoint` to fill in.
 import math
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -95,6 +96,20 @@ def linear(input: Array, weight: Array, mesh: Mesh | None = None) -> Array:
     else:
         return _plain(input, weight)
     return lax.platform_dependent(input, weight, cpu=here, default=_plain)
+
+
+def apply_dropout(values: Array, rate: float, key: Array | None) -> Array:
+    """Dropout: zeroes a share of the values and scales up the others; none without a key.
+
+    Args:
+        values: Any float array.
+        rate: The share.
+        key: Random key. The same one drops the same values, also when they are computed again.
+    """
+    if key is None or rate == 0:
+        return values
+    kept = jax.random.bernoulli(key, 1 - rate, values.shape)
+    return jnp.where(kept, values / (1 - rate), 0).astype(values.dtype)
 
 
 def _plain(input: Array, weight: Array) -> Array:

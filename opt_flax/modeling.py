@@ -14,6 +14,7 @@ from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
 from opt_core.generation.config import GenerationConfig
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
+from opt_core.quantization import check_not_quantized
 from opt_core.text.tokenizer import OPTTokenizer
 from opt_flax import (
     attention,
@@ -22,7 +23,6 @@ from opt_flax import (
     generation,
     inputs,
     losses,
-    quantization,
     sharding,
     speculative,
 )  # fmt: skip
@@ -85,7 +85,7 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
 
     def train(self, **attributes: Any) -> None:
         """Switches training mode on, dropout with it."""
-        quantization.check_not_quantized(self, "train")
+        check_not_quantized(self, "train")
         super().train(**attributes)
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
@@ -207,10 +207,9 @@ class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
 
     def _make_layers(self) -> None:
         super()._make_layers()
-        self.lm_head = None
-        if not self.config.tie_word_embeddings:
-            P, V = self.config.embed_dim, self.config.vocab_size
-            self.lm_head = Linear(P, V, bias=False, mesh=self.mesh)
+        P, V = self.config.embed_dim, self.config.vocab_size
+        is_tied = self.config.tie_word_embeddings
+        self.lm_head = None if is_tied else Linear(P, V, bias=False, mesh=self.mesh)
 
     def __call__(
         self,

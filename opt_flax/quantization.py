@@ -12,9 +12,8 @@ from flax import nnx
 from jax import Array
 
 from opt_core.dialects import NNX
-from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec
-from opt_core.quantization import GROUP, QuantizedTensor
+from opt_core.quantization import GROUP, QuantizedTensor, is_quantized
 from opt_flax.linear import linear
 
 if TYPE_CHECKING:
@@ -66,6 +65,9 @@ class QuantizedLinear(nnx.Module):
 class QuantizedEmbedding(nnx.Module):
     """A table of rows."""
 
+    is_quantized = True
+    """The mark that `opt_core.quantization.is_quantized` looks for."""
+
     def __init__(self, weight: QuantizedWeight):
         self.weight = weight
 
@@ -105,20 +107,3 @@ def get_quantized(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> Quantized
     parent, name = NNX.parent(model, spec)
     weight = getattr(getattr(parent, name), "weight", None)
     return weight if isinstance(weight, QuantizedWeight) else None
-
-
-def is_quantized(model: "FlaxOPTPreTrainedModel") -> bool:
-    """Whether a model was loaded with `quantize`."""
-    return isinstance(model.get_decoder().embed_tokens, QuantizedEmbedding)
-
-
-def check_not_quantized(model: "FlaxOPTPreTrainedModel", action: str) -> None:
-    """Refuses what quantised weights cannot do.
-
-    Raises:
-        ConfigError: The model is quantised.
-    """
-    if is_quantized(model):
-        raise ConfigError(
-            f"{action}: a model with quantised weights can only be run; load it without quantize"
-        )

@@ -13,13 +13,13 @@ from flax import nnx
 from jax import Array
 
 from opt_core.params import param_specs
+from opt_core.quantization import check_not_quantized, is_quantized
 from opt_core.training import microbatches, steps
 from opt_core.training.config import TrainConfig
 from opt_core.training.labels import class_count
 from opt_flax import lora, losses
 from opt_flax.checkpoint import parameter_path
 from opt_flax.inputs import check_inputs
-from opt_flax.quantization import check_not_quantized, is_quantized
 from opt_flax.sharding import place, shard_batch
 
 if TYPE_CHECKING:

@@ -5,12 +5,12 @@ from functools import partial
 from typing import Any
 
 import keras
-import optree
 import tensorflow as tf
 
 from opt_core.config import OPTConfig
 from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
+from opt_tf._private import register_pytree
 from opt_tf.attention import TFOPTAttention, make_bias
 from opt_tf.cache import KVCache, position_rows
 from opt_tf.linear import Embedding, Linear, apply_dropout, sizes
@@ -40,13 +40,7 @@ class TFOPTOutput(ModelOutput[tf.Tensor, KVCache]):
         return cls(**dict(zip(metadata, components, strict=True)))
 
 
-_OUTPUT: Any = TFOPTOutput
-optree.register_pytree_node(
-    _OUTPUT,
-    lambda output: _OUTPUT.__tf_flatten__(output)[::-1],
-    _OUTPUT.__tf_unflatten__,
-    namespace="keras",
-)
+register_pytree(TFOPTOutput)
 
 
 class TFOPTDecoderLayer(keras.layers.Layer):

@@ -11,8 +11,9 @@ import tensorflow as tf
 from opt_core.errors import GenerationError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.request import Request, check_export, merge_settings
+from opt_core.quantization import check_not_quantized
 from opt_core.text.tokenizer import OPTTokenizer
-from opt_tf import beam, generation, quantization
+from opt_tf import beam, generation
 from opt_tf.compilation import program_settings
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def export_saved_model(
         ConfigError: A quantised model.
         GenerationError: A setting that cannot be honoured, or that cannot be exported.
     """
-    quantization.check_not_quantized(model, "export")
+    check_not_quantized(model, "export")
     request = check_export(
         model.config, model.generation_config, max_prompt, generation_config, tokenizer, **overrides
     )

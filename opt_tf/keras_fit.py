@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
+from opt_tf import _private
 from opt_tf.decoder import TFOPTOutput
 from opt_tf.inputs import as_integers, check_range
 
@@ -42,7 +43,7 @@ class Fitted(keras.Model):
         A loss given to `compile` is applied to the logits and y. Without one it is the model's own,
         of the labels among the inputs, of y, or, for the language model, of the input ids.
         """
-        if self._compile_loss is not None:
+        if _private.has_compiled_loss(self):
             return super().compute_loss(x, y, self._predictions(y_pred), sample_weight, training)
         if sample_weight is not None:
             raise InputError("sample_weight needs a loss given to compile()")
@@ -61,7 +62,7 @@ class Fitted(keras.Model):
         return results
 
     def predict_step(self, data: Any) -> Any:
-        """What Keras' predict returns: the logits."""
+        """The logits: they are what Keras' predict returns."""
         return self._predictions(super().predict_step(data))
 
     def _check(self, x: Any) -> None:

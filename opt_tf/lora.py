@@ -12,6 +12,7 @@ import tensorflow as tf
 from opt_core.dialects import KERAS
 from opt_core.training import lora as files
 from opt_core.training.lora import Adapter
+from opt_tf import _private
 from opt_tf.checkpoint import get_parameter, set_parameter
 from opt_tf.linear import Linear
 
@@ -75,11 +76,7 @@ def apply(
     adapter = Adapter(rank, alpha, tuple(targets))
     for parent, name in files.plan_adapters(model, KERAS, adapter, Linear, bool(adapters(model))):
         layer = getattr(parent, name)
-        # A built layer takes no new parts, as Keras has it; its own LoRA does this too.
-        parent._tracker.unlock()
-        parent._tracker.untrack(layer)
-        setattr(parent, name, LoraLinear(layer, adapter))
-        parent._tracker.lock()
+        _private.replace_layer(parent, name, LoraLinear(layer, adapter))
     for spec, values in files.initial_adapters(model.config, adapter, seed):
         set_parameter(model, spec, values)
     model.programs.clear()
@@ -142,7 +139,7 @@ def load_adapter(model: "TFOPTPreTrainedModel", folder: str | PathLike[str]) -> 
 
 def adapters(model: "TFOPTPreTrainedModel") -> list[LoraLinear]:
     """The layers of a model that have an adapter."""
-    return [layer for layer in model._flatten_layers() if isinstance(layer, LoraLinear)]
+    return [layer for layer in _private.sublayers(model) if isinstance(layer, LoraLinear)]
 
 
 def _weights(layer: LoraLinear) -> tuple[Any, Any, Any]:

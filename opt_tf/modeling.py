@@ -1,5 +1,6 @@
 """The models: what all share, the decoder alone, and the language model."""
 
+import inspect
 from collections import UserDict
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -12,8 +13,9 @@ from opt_core.config import OPTConfig
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.mixin import Engine, GenerationMixin
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
-from opt_core.quantization import check_scheme
+from opt_core.quantization import check_not_quantized, check_scheme
 from opt_tf import (
+    _private,
     attention,
     beam,
     checkpoint,
@@ -64,9 +66,7 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
         check_scheme(quantize)
         self.quantized = quantize
         self.programs = _Untracked()
-        # The inputs are ours to convert: lists count, and labels keep their type.
-        self._convert_input_args = False
-        self._allow_non_tensor_positional_args = True
+        _private.keep_inputs(self)
         self._make_layers()
         quantization.prepare(self, quantize)
         self.build()
@@ -89,7 +89,9 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
         """Computes the output (`call`); several inputs may come as one dict, as in Keras' fit."""
         if isinstance(input_ids, Mapping):
             return super().__call__(**input_ids, **kwargs)
-        return super().__call__(input_ids, *args, **kwargs)
+        # By name: Keras wants tensors for positional arguments, and lists count here.
+        named = inspect.signature(self.call).bind_partial(input_ids, *args).arguments
+        return super().__call__(**named, **kwargs)
 
     @property
     def device(self) -> str:
@@ -133,7 +135,7 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
         )
 
     def get_config(self) -> dict[str, Any]:
-        """What Keras writes beside the weights in a .keras file."""
+        """The settings that Keras writes beside the weights in a .keras file."""
         base: Any = super().get_config()
         return base | {
             "config": self.config.to_dict(),
@@ -153,7 +155,7 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
 
     def _decode(self, *values: Any, training: bool | None = None, **options: Any) -> TFOPTOutput:
         if training:
-            quantization.check_not_quantized(self, "training=True")
+            check_not_quantized(self, "training=True")
         return super()._decode(*values, training=training, **options)
 
     def _check_inputs(self, *values: Any) -> Any:

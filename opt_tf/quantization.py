@@ -11,9 +11,9 @@ import keras
 import tensorflow as tf
 
 from opt_core.dialects import KERAS
-from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec, param_specs
-from opt_core.quantization import GROUP, QuantizedTensor, scheme_of
+from opt_core.quantization import GROUP, QuantizedTensor, is_quantized, scheme_of
+from opt_tf import _private
 from opt_tf.linear import Linear, linear
 
 if TYPE_CHECKING:
@@ -23,23 +23,26 @@ if TYPE_CHECKING:
 class QuantizedWeight(keras.layers.Layer):
     """The numbers of a weight [out, in], as in `QuantizedTensor`."""
 
-    def __init__(self, scheme: str, rows: int, width: int, **options: Any):
+    def __init__(self, tensor: QuantizedTensor, **options: Any):
+        """Makes no variables yet.
+
+        Args:
+            tensor: Says of which shapes and types they are (`QuantizedTensor.empty`).
+            **options: Keras' own.
+        """
         super().__init__(**options)
-        self.scheme, self.rows, self.width = scheme, rows, width
-        self.zeros = None
+        self.width, self.zeros = tensor.width, None
+        arrays = {"values": tensor.values, "scales": tensor.scales, "zeros": tensor.zeros}
+        self.kinds = {k: (v.shape, v.dtype.name) for k, v in arrays.items() if v is not None}
 
     def build(self, input_shape: Any = None) -> None:
         """Makes the variables."""
-        groups = -(-self.width // GROUP)
-        if self.scheme == "int8":
-            self.values = self._variable("values", (self.rows, self.width), "int8")
-            self.scales = self._variable("scales", (self.rows,), "float32")
-        else:
-            self.values = self._variable("values", (self.rows, groups * GROUP // 2), "uint8")
-            self.scales = self._variable("scales", (self.rows, groups), "float32")
-            self.zeros = self._variable("zeros", (self.rows, groups), "uint8")
+        self.values, self.scales = self._variable("values"), self._variable("scales")
+        if "zeros" in self.kinds:
+            self.zeros = self._variable("zeros")
 
-    def _variable(self, name: str, shape: tuple[int, ...], dtype: str) -> keras.Variable:
+    def _variable(self, name: str) -> keras.Variable:
+        shape, dtype = self.kinds[name]
         return self.add_weight(
             shape=shape, initializer="zeros", dtype=dtype, trainable=False, autocast=False,
             name=name,
@@ -70,16 +73,17 @@ class QuantizedWeight(keras.layers.Layer):
 class QuantizedLinear(keras.layers.Layer):
     """`input @ weight.T + bias`."""
 
-    def __init__(self, scheme: str, into: int, out: int, bias: bool, **options: Any):
+    def __init__(self, weight: QuantizedWeight, bias: bool, **options: Any):
         super().__init__(**options)
-        self.weight = QuantizedWeight(scheme, out, into, name="weight", dtype=self.dtype_policy)
-        self.out, self.use_bias, self.bias = out, bias, None
+        self.weight = weight
+        self.use_bias, self.bias = bias, None
 
     def build(self, input_shape: Any = None) -> None:
         """Makes the variables."""
         self.weight.build()
         if self.use_bias:
-            self.bias = self.add_weight(shape=(self.out,), initializer="zeros", name="bias")
+            shape = self.weight.scales.shape[:1]
+            self.bias = self.add_weight(shape=shape, initializer="zeros", name="bias")
 
     def call(self, input: tf.Tensor) -> tf.Tensor:
         """Computes the product."""
@@ -90,9 +94,12 @@ class QuantizedLinear(keras.layers.Layer):
 class QuantizedEmbedding(keras.layers.Layer):
     """A table of rows."""
 
-    def __init__(self, scheme: str, rows: int, width: int, **options: Any):
+    is_quantized = True
+    """The mark that `opt_core.quantization.is_quantized` looks for."""
+
+    def __init__(self, weight: QuantizedWeight, **options: Any):
         super().__init__(**options)
-        self.weight = QuantizedWeight(scheme, rows, width, name="weight", dtype=self.dtype_policy)
+        self.weight = weight
 
     def build(self, input_shape: Any = None) -> None:
         """Makes the variables."""
@@ -116,14 +123,15 @@ def prepare(model: "TFOPTPreTrainedModel", quantize: str | None) -> None:
         parent, name = KERAS.parent(model, spec)
         old = getattr(parent, name)
         if not isinstance(old, QuantizedLinear | QuantizedEmbedding):
-            parent._tracker.untrack(old)
-            out, into = spec.shape
             options = {"name": old.name, "dtype": old.dtype_policy}
+            weight = QuantizedWeight(
+                QuantizedTensor.empty(spec.shape, scheme), name="weight", dtype=old.dtype_policy
+            )
             if isinstance(old, Linear):
-                new = QuantizedLinear(scheme, into, out, old.use_bias, **options)
+                new = QuantizedLinear(weight, old.use_bias, **options)
             else:
-                new = QuantizedEmbedding(scheme, out, into, **options)
-            setattr(parent, name, new)
+                new = QuantizedEmbedding(weight, **options)
+            _private.replace_layer(parent, name, new)
 
 
 def set_quantized(model: "TFOPTPreTrainedModel", spec: ParamSpec, tensor: QuantizedTensor) -> None:
@@ -149,20 +157,3 @@ def get_quantized(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> QuantizedWe
     parent, name = KERAS.parent(model, spec)
     weight = getattr(getattr(parent, name), "weight", None)
     return weight if isinstance(weight, QuantizedWeight) else None
-
-
-def is_quantized(model: "TFOPTPreTrainedModel") -> bool:
-    """Whether a model was loaded with `quantize`."""
-    return isinstance(model.get_decoder().embed_tokens, QuantizedEmbedding)
-
-
-def check_not_quantized(model: "TFOPTPreTrainedModel", action: str) -> None:
-    """Refuses what quantised weights cannot do.
-
-    Raises:
-        ConfigError: The model is quantised.
-    """
-    if is_quantized(model):
-        raise ConfigError(
-            f"{action}: a model with quantised weights can only be run; load it without quantize"
-        )

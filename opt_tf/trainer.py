@@ -10,10 +10,8 @@ from opt_core.params import ParamSpec
 from opt_core.training.config import TrainConfig
 from opt_core.training.loop import Slot
 from opt_core.training.trainer import BaseTrainer
-from opt_tf import lora, training
+from opt_tf import _private, lora, training
 from opt_tf.checkpoint import locate
-
-_STATES = {"mean": "_momentums", "square": "_velocities"}
 
 
 class Trainer(BaseTrainer):
@@ -55,4 +53,5 @@ class Trainer(BaseTrainer):
         variable = locate(self.model, spec)
         if slot == "value":
             return variable
-        return getattr(self.optimizer, _STATES[slot])[self.optimizer._get_variable_index(variable)]
+        mean, square = _private.moments(self.optimizer, variable)
+        return mean if slot == "mean" else square

@@ -8,14 +8,14 @@ import numpy as np
 import tensorflow as tf
 
 from opt_core.params import param_specs
+from opt_core.quantization import check_not_quantized, is_quantized
 from opt_core.training import microbatches, steps
 from opt_core.training.config import TrainConfig
 from opt_core.training.labels import class_count
-from opt_tf import lora, losses
+from opt_tf import _private, lora, losses
 from opt_tf.checkpoint import locate
 from opt_tf.compilation import compiled
 from opt_tf.inputs import check_inputs
-from opt_tf.quantization import check_not_quantized, is_quantized
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
@@ -29,6 +29,11 @@ class _AdamW(keras.optimizers.AdamW):
         super().__init__(name=name, **options)
         self.exclude_from_weight_decay(var_names=[r"(^|/)(bias|gamma|beta)(/replica_\d+)?(:0)?$"])
 
+    def build(self, variables: Any) -> None:
+        """Makes the running means; Keras may call it again."""
+        super().build(variables)
+        self.trained = lambda: variables  # not a list, which Keras would take for its own
+
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Applies gradients, clipped over all replicas together; Keras clips each one's alone."""
         replica = tf.distribute.get_replica_context()
@@ -40,8 +45,7 @@ class _AdamW(keras.optimizers.AdamW):
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Updates one variable: mean / (sqrt(mean of squares) + epsilon), both bias-corrected."""
-        index, dtype = self._get_variable_index(variable), variable.dtype
-        mean, square = self._momentums[index], self._velocities[index]
+        dtype, (mean, square) = variable.dtype, _private.moments(self, variable)
         done: Any = self.iterations
         steps = tf.cast(done + 1, dtype)
         self.assign_add(mean, (gradient - mean) * (1 - self.beta_1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opt_core.errors import CheckpointError, ConfigError
-from opt_torch import quantization
+from opt_core.quantization import check_not_quantized
 from opt_torch.modeling import OPTForCausalLM
 
 
@@ -40,7 +40,7 @@ def export_program(model: OPTForCausalLM, file: str | PathLike[str]) -> None:
         ConfigError: A quantised model, one in training mode, or with the attention kernel that
             takes no mask.
     """
-    quantization.check_not_quantized(model, "export")
+    check_not_quantized(model, "export")
     if model.training:
         raise ConfigError("export: expected a model in evaluation mode; call model.eval()")
     if model.get_decoder().implementation == "flash_attention_2":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from opt_core.config import OPTConfig
 from opt_core.generation.mixin import Engine, GenerationMixin
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
+from opt_core.quantization import check_not_quantized
 from opt_torch import (
     attention,
     beam,
@@ -17,7 +18,6 @@ from opt_torch import (
     generation,
     inputs,
     losses,
-    quantization,
     speculative,
 )
 from opt_torch.cache import KVCache, init_cache
@@ -65,7 +65,7 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Switches training mode, dropout with it."""
         if mode:
-            quantization.check_not_quantized(self, "train")
+            check_not_quantized(self, "train")
         return super().train(mode)
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:

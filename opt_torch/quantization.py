@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_core.dialects import TORCH
-from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec
-from opt_core.quantization import GROUP, QuantizedTensor
+from opt_core.quantization import GROUP, QuantizedTensor, is_quantized
 from opt_torch import _private
 from opt_torch.linear import has_custom_call, is_eager
 
@@ -233,6 +232,9 @@ def scaled(input: Tensor) -> tuple[Tensor, Tensor]:
 class QuantizedEmbedding(nn.Module):
     """A table of rows."""
 
+    is_quantized = True
+    """The mark that `opt_core.quantization.is_quantized` looks for."""
+
     def __init__(self, weight: QuantizedWeight):
         super().__init__()
         self.weight = weight
@@ -277,20 +279,3 @@ def get_quantized(model: "OPTPreTrainedModel", spec: ParamSpec) -> QuantizedWeig
     parent, name = TORCH.parent(model, spec)
     weight = getattr(getattr(parent, name), "weight", None)
     return weight if isinstance(weight, QuantizedWeight) else None
-
-
-def is_quantized(model: "OPTPreTrainedModel") -> bool:
-    """Whether a model was loaded with `quantize`."""
-    return isinstance(model.get_decoder().embed_tokens, QuantizedEmbedding)
-
-
-def check_not_quantized(model: "OPTPreTrainedModel", action: str) -> None:
-    """Refuses what quantised weights cannot do.
-
-    Raises:
-        ConfigError: The model is quantised.
-    """
-    if is_quantized(model):
-        raise ConfigError(
-            f"{action}: a model with quantised weights can only be run; load it without quantize"
-        )

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from opt_core.quantization import check_not_quantized, is_quantized
 from opt_core.training import microbatches, steps
 from opt_core.training.config import TrainConfig
 from opt_torch import lora, losses
 from opt_torch.checkpoint import locate
-from opt_torch.quantization import check_not_quantized, is_quantized
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
