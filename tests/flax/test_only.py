@@ -17,7 +17,7 @@ from opt_core.config import OPTConfig  # noqa: E402
 from opt_core.errors import CheckpointError, ConfigError  # noqa: E402
 from opt_core.params import param_specs  # noqa: E402
 from opt_core.training.config import TrainConfig  # noqa: E402
-from opt_flax import beam, checkpoint, compilation, generation, linear, speculative, training  # noqa: E402
+from opt_flax import beam, checkpoint, generation, linear, speculative, training  # noqa: E402
 from tests.support.backends import GRADIENT_TOLERANCE, ORACLE_TOLERANCE  # noqa: E402
 from tests.support.configs import CONFIGS  # noqa: E402
 from tests.support.reference import make_mask, make_prompts  # noqa: E402
@@ -85,7 +85,7 @@ def compiled():
     return {
         f"{module.__name__}.{name}": getattr(module, name)._cache_size()
         for module in (generation, beam)
-        for name in ("_first", "_step", "_loop")
+        for name in ("_start", "_step", "_loop")
         if hasattr(module, name)
     }
 
@@ -115,8 +115,8 @@ def test_one_program_per_bucket(folder):
     assert compiled() == {name: count + 1 for name, count in before.items()}
 
 
-def test_guesses_need_no_other_program(folder):
-    """Another prompt, seed, temperature, or number of guesses that are right."""
+def test_drafts_need_no_other_program(folder):
+    """Another prompt, seed, temperature, or number of drafted tokens that are right."""
     model = model_of(folder)
 
     def run(ids, seed, temperature):
@@ -125,13 +125,13 @@ def test_guesses_need_no_other_program(folder):
         model.generate(ids, assistant_model=model, num_assistant_tokens=2, **settings)
 
     def counts():
-        names = ("_open", "_check", "_guess")
+        names = ("_open", "_check", "_propose")
         return {name: getattr(speculative, name)._cache_size() for name in names}
 
     before = counts()
     run([[2, 5, 6, 5, 6]], 1, 0.5)
     # The prompts of model and draft; the blocks of lookup, found or not, and of the draft.
-    most = {"_open": 2, "_check": 3, "_guess": 1}
+    most = {"_open": 2, "_check": 3, "_propose": 1}
     run([[2, 50, 51, 52, 53, 54]], 2, 5.0)
     after = counts()
     assert {name: after[name] - before[name] for name in after} == most
@@ -154,13 +154,6 @@ def test_few_rows_are_multiplied_the_other_way_round_on_a_cpu():
             is_single = math.prod(shape[:-1]) == 1
             assert ("8x7x32" in text) == (is_single and platform == "cpu")
             assert ("16x32" in text) == (shape == (11, 32) and platform == "cpu")
-
-
-@pytest.mark.parametrize(
-    ("length", "slots"), [(1, 32), (32, 32), (33, 64), (256, 256), (257, 512), (2048, 2048)]
-)
-def test_buckets(length, slots):
-    assert compilation.bucket(length) == slots
 
 
 @pytest.mark.parametrize("variant", CONFIGS)
