@@ -279,7 +279,7 @@ def _other(seed: tf.Tensor, number: Any) -> tf.Tensor:
     return seed + tf.stack([tf.constant(0, tf.int64), (tf.cast(number, tf.int64) + 1) * 2**40])
 
 
-def _reorder(buffer: tf.Tensor, order_RS: tf.Tensor) -> tf.Tensor:
+def _reorder(buffer: tf.Tensor, order_RS: Ids) -> tf.Tensor:
     """A cache's buffer (R, H, S, K) with its slots in another order."""
     turned = tf.transpose(buffer, (0, 2, 1, 3))
     return tf.transpose(tf.gather(turned, order_RS, batch_dims=1), (0, 2, 1, 3))
