@@ -179,7 +179,7 @@ def lower_generation(config: OPTConfig, mesh: Mesh) -> Iterator[tuple[str, Any]]
     state = outline(state, mesh)
     new = GenerationConfig(max_new_tokens=2, eos_token_id=2)
     request = Request(np.zeros((ROWS, LENGTH - 2), np.int32), None, new, 2, config.vocab_size, 1)
-    settings = program_settings(new, request, jax.eval_shape(lambda: jax.random.key(0)))
+    settings = program_settings(request, jax.eval_shape(lambda: jax.random.key(0)))
     ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     mask = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.bool_)
     prompts = Prompts(ids, None, np.int32(LENGTH - 1), None)

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from opt_core.generation import filters
 from opt_core.generation.request import (
     ProgramSettings,
     Request,
@@ -72,7 +73,7 @@ def search(model: "FlaxOPTForCausalLM", request: Request) -> Array:
     check_beams(request)
     (B, prompt), slots = request.ids.shape, request.slots
     graph, state = nnx.split(model)
-    settings = program_settings(request.settings, request)
+    settings = program_settings(request)
     history, mask = allocate_tokens(request, slots, request.settings.num_beams)
     prompts = program_inputs(request, slots)
     search, best = _start(graph, state, prompts, history, mask, settings, request.chunk)
@@ -210,7 +211,7 @@ def _choose(search: _Search, logits: Array, settings: ProgramSettings) -> tuple[
     mask = search.mask & (jnp.arange(S) < end)
     scores = jax.nn.log_softmax(generation.mask_vocabulary(logits, settings.vocabulary), -1)
     history = search.running.ids.reshape(B * W, S)
-    scores = sampling.process_logits(scores, history, mask, end, made, settings)
+    scores = filters.process_logits(sampling, scores, history, mask, end, made, settings)
     grown, parents = extend_beams(search.running, scores, end, made, settings)
     last = lax.dynamic_index_in_dim(grown.ids, end, 2, keepdims=False)
     ends = jnp.isin(last, jnp.array(settings.eos_ids, jnp.int32)) | (made + 1 == limit)

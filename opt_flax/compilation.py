@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax import Array
 
-from opt_core.generation.config import GenerationConfig
 from opt_core.generation.request import ProgramSettings, Request, bucket, pad_right, split_settings
 from opt_flax.cache import KVCache
 
@@ -50,17 +49,14 @@ def program_inputs(request: Request, slots: int) -> Prompts:
     return Prompts(ids, mask, np.int32(T), request.past)
 
 
-def program_settings(
-    settings: GenerationConfig, request: Request, key: Array | None = None
-) -> ProgramSettings:
-    """What a program of generation knows and is given of some settings.
+def program_settings(request: Request, key: Array | None = None) -> ProgramSettings:
+    """What a program of generation knows and is given.
 
     Args:
-        settings: The request's settings, or some of them changed.
         request: What to generate.
         key: Source of random numbers; None: the request's seed.
     """
-    structure, numbers = split_settings(settings)
+    structure, numbers = split_settings(request.settings)
     if key is None:
         key = jax.random.fold_in(jax.random.key(request.seed % 2**31), request.seed // 2**31)
     numbers |= {"vocabulary": request.vocabulary, "pad": request.pad}

@@ -160,7 +160,7 @@ def _generate(
         known = jnp.repeat(jnp.pad(real, free, constant_values=True), rows, 0)
         prompts = Prompts(ids, real, jnp.asarray(T, jnp.int32), None)
         key = jax.random.fold_in(jax.random.key(seed), 0)
-        numbers = program_settings(settings, request, key)
+        numbers = program_settings(request, key)
         found, best = run(graph, state, prompts, history, known, numbers)
         fits = (input_ids >= 0) & (input_ids < model.config.vocab_size)
         fits = fits.all(1) & mask[:, -1] & jnp.isfinite(best).reshape(-1, rows).all(1)

@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh
 
+from opt_core.generation import filters
 from opt_core.generation.request import ProgramSettings, Request, allocate_tokens, check_logits
 from opt_flax import sampling
 from opt_flax.cache import KVCache
@@ -117,7 +118,7 @@ def _begin(
 ) -> tuple[Any, Any, _Rows, ProgramSettings]:
     """Reads the prompts and chooses the first token; the model comes back in its two parts."""
     graph, state = nnx.split(model)
-    settings = program_settings(request.settings, request)
+    settings = program_settings(request)
     history, mask = allocate_tokens(request, request.slots, request.settings.num_return_sequences)
     prompts = program_inputs(request, request.slots)
     rows, best = _start(graph, state, prompts, history, mask, settings, request.chunk)
@@ -151,8 +152,10 @@ def _choose(
     end = rows.prompt + rows.made
     mask = rows.mask & (jnp.arange(rows.mask.shape[1]) < end)
     scores = mask_vocabulary(logits, settings.vocabulary)
-    scores = sampling.process_logits(scores, rows.history, mask, end, rows.made, settings)
-    token = sampling.select_tokens(scores, settings, jax.random.fold_in(settings.key, rows.made))
+    scores = filters.process_logits(sampling, scores, rows.history, mask, end, rows.made, settings)
+    token = filters.select_tokens(
+        sampling, scores, settings, jax.random.fold_in(settings.key, rows.made)
+    )
     token = replicate(jnp.where(rows.ended, settings.pad, token), mesh)
     ended = rows.ended | jnp.isin(token, jnp.array(settings.eos_ids, jnp.int32))
     history = lax.dynamic_update_slice(rows.history, token[:, None], (0, end))

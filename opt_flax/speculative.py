@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from opt_core.generation import filters
 from opt_core.generation.request import Ids, ProgramSettings, Request, check_logits
 from opt_core.generation.speculation import Counts, Reader, Rows, speculate
 from opt_flax import generation, sampling
@@ -98,7 +99,7 @@ def accept_draft(
 
 def probabilities(logits_BV: Array, settings: Any) -> Array:
     """What sampling draws the next token by, (B, V)."""
-    logits_BC, ids_BC = sampling.candidates(logits_BV, settings)
+    logits_BC, ids_BC = filters.candidates(sampling, logits_BV, settings)
     rows = jnp.arange(len(logits_BV))[:, None]
     return jnp.zeros_like(logits_BV).at[rows, ids_BC].set(jax.nn.softmax(logits_BC, -1))
 
@@ -126,9 +127,7 @@ class _Reader(Reader):
         super().__init__(model, request, rows, slots)
         self.graph, self.state = nnx.split(model)
         self.is_bare = len(rows.texts) == 1 and self.slots.is_plain  # and stays so
-        settings = program_settings(request.settings, request)
-        # Of tokens that are not the first.
-        self.later = request.settings.replace(begin_suppress_tokens=None)
+        settings = program_settings(request)
         self.key = settings.key
         self.token, self.best, self.keys, self.values = _open(
             self.graph, self.state, program_inputs(request, slots), self._history(rows.no_draft),
@@ -160,7 +159,7 @@ class _Reader(Reader):
         self.keys, self.values = _reorder(self.keys, self.values, order)
 
     def _settings(self, step: int) -> ProgramSettings:
-        return program_settings(self.later, self.request, jax.random.fold_in(self.key, step))
+        return program_settings(self.request, jax.random.fold_in(self.key, step))
 
     def _history(self, draft: Ids) -> _History:
         return _History(*self.histories(draft))
@@ -180,7 +179,7 @@ def _open(
     copies = len(history.ids) // len(prompts.ids)
     logits, cache = prefill_prompts(model, prompts, chunk, slots, copies)
     scores = _constrained(logits[:, None], history._replace(made=0), settings)[:, 0]
-    token = sampling.select_tokens(scores, settings, settings.key)
+    token = filters.select_tokens(sampling, scores, settings, settings.key)
     token, best = (replicate(x, model.mesh) for x in (token, scores.max(-1)))
     return token, best, cache.keys, cache.values
 
@@ -255,7 +254,7 @@ def _constrained(logits_RTV: Array, history: _History, settings: ProgramSettings
     made = history.made if isinstance(history.made, int) else history.made.reshape(R * T)
     ids, mask = (x.reshape(R * T, W) for x in history[:2])
     scores = generation.mask_vocabulary(logits_RTV.reshape(R * T, V), settings.vocabulary)
-    scores = sampling.process_logits(scores, ids, mask, W, made, settings)
+    scores = filters.process_logits(sampling, scores, ids, mask, W, made, settings)
     return scores.reshape(R, T, V)
 
 
