@@ -44,9 +44,10 @@ from rich.table import Table
 
 from opt_core.config import OPTConfig
 from opt_core.generation.config import GenerationConfig
+from opt_core.generation.request import Request
 from opt_core.training import TrainConfig
 from opt_flax import FlaxOPTForCausalLM, attention, checkpoint, generation, sharding, training
-from opt_flax.compilation import TracedSettings
+from opt_flax.compilation import Prompts, program_settings
 
 RESULTS = Path(__file__).parent / "results" / "tpu.json"
 PROGRAMS = ("prefill", "decode step", "decode loop", "training step")
@@ -176,20 +177,19 @@ def lower_generation(config: OPTConfig, mesh: Mesh) -> Iterator[tuple[str, Any]]
     model = make_model(config, mesh, scan_layers=False)
     graph, state = nnx.split(model)
     state = outline(state, mesh)
-    settings = TracedSettings.of(GenerationConfig(max_new_tokens=2, eos_token_id=2))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    numbers = generation._Numbers(settings, key, config.vocab_size, 1)
+    new = GenerationConfig(max_new_tokens=2, eos_token_id=2)
+    request = Request(np.zeros((ROWS, LENGTH - 2), np.int32), None, new, 2, config.vocab_size, 1)
+    settings = program_settings(request, jax.eval_shape(lambda: jax.random.key(0)))
     ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
-    real = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.bool_)
-    prompt = (ids, None, ids, real, np.int32(LENGTH - 1))
-    first = generation._first.lower(graph, state, *prompt, numbers)
-    compiled = first.compile()
+    mask = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.bool_)
+    prompts = Prompts(ids, None, np.int32(LENGTH - 1), None)
+    start = generation._start.lower(graph, state, prompts, ids, mask, settings)
+    compiled = start.compile()
     yield "prefill", compiled
-    rows, places = first.out_info[0], compiled.output_shardings[0]
+    rows, places = start.out_info[0], compiled.output_shardings[0]
     rows = outline(rows, mesh, places)
-    yield "decode step", generation._step.lower(graph, state, rows, numbers).compile()
-    limit = np.int32(LENGTH)
-    yield "decode loop", generation._loop.lower(graph, state, rows, numbers, limit).compile()
+    yield "decode step", generation._step.lower(graph, state, rows, settings).compile()
+    yield "decode loop", generation._loop.lower(graph, state, rows, settings).compile()
 
 
 def lower_training(config: OPTConfig, mesh: Mesh, rows: int) -> Iterator[tuple[str, Any]]:

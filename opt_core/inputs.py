@@ -4,7 +4,7 @@ A backend makes tensors and reads from them what can be read; what it cannot kno
 program is None here, and fits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,6 @@ from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 
 Shape = Sequence[int | None]
-
-
-def check_choice(input_ids: Any, inputs_embeds: Any) -> None:
-    """Refuses both kinds of input, and neither."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise InputError("expected either input_ids or inputs_embeds, received both or neither")
 
 
 def check_kind(name: str, is_integer: bool, dtype: object, shape: Shape) -> None:
@@ -36,23 +30,22 @@ def not_regular(name: str, error: Exception) -> InputError:
     return InputError(f"{name}: expected numbers in a regular shape: {reason}")
 
 
-def check_shapes(
+def check_inputs(
     config: OPTConfig,
-    input_ids: Shape | None,
-    attention_mask: Shape | None,
-    position_ids: Shape | None,
-    inputs_embeds: Shape | None,
+    inputs: Mapping[str, Any],
     filled: Callable[[int], int] | None,
+    check_range: Callable[[str, Any, int, int, str], None],
 ) -> tuple[int | None, int | None]:
-    """Refuses inputs that do not fit one another.
+    """Refuses inputs that do not fit the model or one another.
 
     Args:
         config: The model's configuration.
-        input_ids: (B, T), or None where there are none; so for all.
-        attention_mask: (B, T), or the slots that are filled then.
-        position_ids: (B, T) or (1, T).
-        inputs_embeds: (B, T, P).
+        inputs: Tensors or None, by name: `input_ids` (B, T), or `inputs_embeds` (B, T, P);
+            `attention_mask` (B, T), or over the slots that are filled then; `position_ids` (B, T)
+            or (1, T).
         filled: The slots of a cache that are filled after so many more tokens; None: no cache.
+        check_range: Called with a name, its tensor or None, and the lowest and highest value it
+            may have and why: refuses others where values can be looked at.
 
     Returns:
         Rows B and new tokens T.
@@ -60,45 +53,42 @@ def check_shapes(
     Raises:
         InputError: The first that does not fit, expected and received.
     """
-    if inputs_embeds is not None and (
-        len(inputs_embeds) != 3 or inputs_embeds[2] != config.embed_dim
-    ):
+    shapes = {name: None if x is None else tuple(x.shape) for name, x in inputs.items()}
+    ids, embeds = shapes["input_ids"], shapes["inputs_embeds"]
+    mask, positions = shapes["attention_mask"], shapes["position_ids"]
+    whole = embeds if ids is None else ids
+    if whole is None or (ids is not None and embeds is not None):
+        raise InputError("expected either input_ids or inputs_embeds, received both or neither")
+    if embeds is not None and (len(embeds) != 3 or embeds[2] != config.embed_dim):
         raise InputError(
-            f"inputs_embeds: expected shape (B, T, {config.embed_dim}), "
-            f"received {tuple(inputs_embeds)}"
+            f"inputs_embeds: expected shape (B, T, {config.embed_dim}), received {embeds}"
         )
-    whole = inputs_embeds if input_ids is None else input_ids
-    assert whole is not None
     B, T = whole[:2]
     if B == 0 or T == 0:
         raise InputError(
             f"the input is empty: expected rows with tokens, received shape ({B}, {T})"
         )
-    if position_ids is not None and not any(_fits(position_ids, (rows, T)) for rows in (1, B)):
-        raise InputError(f"position_ids: expected shape ({B}, {T}), received {tuple(position_ids)}")
-    if attention_mask is not None:
+    if positions is not None and not any(_fits(positions, (rows, T)) for rows in (1, B)):
+        raise InputError(f"position_ids: expected shape ({B}, {T}), received {positions}")
+    if mask is not None:
         slots = T if filled is None or T is None else filled(T)
-        if not any(_fits(attention_mask, (B, width)) for width in (T, slots)):
+        if not any(_fits(mask, (B, width)) for width in (T, slots)):
             raise InputError(
                 f"attention_mask: expected shape ({B}, {T})"
                 + (f" or ({B}, {slots})" if slots != T else "")
-                + f", received {tuple(attention_mask)}"
+                + f", received {mask}"
             )
+    window, V = config.max_position_embeddings, config.vocab_size
+    check_range("input_ids", inputs["input_ids"], 0, V - 1, f"vocab_size={V}")
+    why = f"max_position_embeddings={window}"
+    check_range("position_ids", inputs["position_ids"], -1, window - 1, why)
+    why = "1 for tokens and 0 for padding"
+    check_range("attention_mask", inputs["attention_mask"], 0, 1, why)
     return B, T
 
 
 def _fits(shape: Shape, expected: Shape) -> bool:
     return all(a is None or b is None or a == b for a, b in zip(shape, expected, strict=True))
-
-
-def input_ranges(config: OPTConfig) -> dict[str, tuple[int, int, str]]:
-    """Lowest and highest value of the inputs that are integers, and why it is the highest."""
-    window = config.max_position_embeddings
-    return {
-        "input_ids": (0, config.vocab_size - 1, f"vocab_size={config.vocab_size}"),
-        "position_ids": (-1, window - 1, f"max_position_embeddings={window}"),
-        "attention_mask": (0, 1, "1 for tokens and 0 for padding"),
-    }
 
 
 def check_range(name: str, least: int, most: int, low: int, high: int, why: str) -> None:
@@ -162,8 +152,7 @@ def check_is_cache(cache: Any, expected: type) -> None:
 
 
 def check_prefix(
-    rows: int,
-    used: int,
+    cache: Any,
     seen: NDArray[np.bool_] | None,
     ids: NDArray[Any],
     mask: NDArray[np.bool_] | None,
@@ -171,13 +160,12 @@ def check_prefix(
     """Refuses a cache that cannot hold the beginning of some prompts.
 
     Args:
-        rows: Rows it has.
-        used: Tokens in it.
-        seen: bool (rows, any), False where one of these is padding; None: nowhere.
+        cache: A backend's cache, its length known.
+        seen: Its mask; None: it holds no padding.
         ids: (B, T) the whole prompts.
         mask: bool (B, T), False at padding; None: nowhere.
     """
-    B, T = ids.shape
+    rows, used, (B, T) = cache.keys[0].shape[0], int(cache.length), ids.shape
     if rows not in (1, B):
         raise InputError(f"past_key_values holds {rows} rows, the input has {B}")
     if used >= T:

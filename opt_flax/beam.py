@@ -12,15 +12,21 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from opt_core.errors import GenerationError
+from opt_core.generation import filters
+from opt_core.generation.request import (
+    ProgramSettings,
+    Request,
+    allocate_tokens,
+    check_beams,
+    check_logits,
+)
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import TracedSettings
+from opt_flax.compilation import Prompts, program_inputs, program_settings
 from opt_flax.prefill import prefill_prompts
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
-    from opt_flax.generation import Request
     from opt_flax.modeling import FlaxOPTForCausalLM
 
 NEG_INF = -1.0e9
@@ -51,7 +57,7 @@ class Beams(NamedTuple):
         return self.pick(index), index
 
 
-def search(model: "FlaxOPTForCausalLM", request: "Request") -> Array:
+def search(model: "FlaxOPTForCausalLM", request: Request) -> Array:
     """Finds likely continuations by keeping the W best of them at every step.
 
     Args:
@@ -64,21 +70,16 @@ def search(model: "FlaxOPTForCausalLM", request: "Request") -> Array:
     Raises:
         GenerationError: Stop strings were asked for.
     """
-    settings = request.settings
-    if settings.stops:
-        raise GenerationError("stop_strings with num_beams > 1 is not supported; use eos_token_id")
-    (B, prompt), W = request.ids.shape, settings.num_beams
+    check_beams(request)
+    (B, prompt), slots = request.ids.shape, request.slots
     graph, state = nnx.split(model)
-    history, real = generation.allocate_tokens(request, W)
-    ids, mask = generation.bucketed(request)
-    traced = TracedSettings.of(settings)
-    limits = _Limits(traced, np.int32(prompt), request.new_tokens, request.vocabulary)
-    search, best = _first(
-        graph, state, ids, mask, history, real, limits, request.past, request.block
-    )
-    generation.check_logits(best)
-    finished = _loop(graph, state, search, limits).finished
-    count = settings.num_return_sequences
+    settings = program_settings(request)
+    history, mask = allocate_tokens(request, slots, request.settings.num_beams)
+    prompts = program_inputs(request, slots)
+    search, best = _start(graph, state, prompts, history, mask, settings, request.chunk)
+    check_logits(np.asarray(best))
+    finished = _loop(graph, state, search, settings).finished
+    count = request.settings.num_return_sequences
     ids, lengths = (np.asarray(x)[:, :count] for x in (finished.ids, finished.lengths))
     return jnp.asarray(ids[:, :, : prompt + lengths.max()].reshape(B * count, -1))
 
@@ -150,45 +151,45 @@ def can_improve(
     return (best > jnp.where(finished.lengths > 0, worst, NEG_INF)).any(1, keepdims=True)
 
 
-class _Limits(NamedTuple):
-    """What a program takes as arguments besides the model and the beams."""
-
-    settings: Any
-    prompt: Any
-    limit: int
-    vocabulary: int
+def run(
+    graph: Any, state: Any, prompts: Prompts, history_RS: Array, mask_RS: Array,
+    settings: ProgramSettings,
+) -> tuple[Array, Array]:  # fmt: skip
+    """All of a search as one program: its best rows, and the highest scores at its start."""
+    search, best = _start(graph, state, prompts, history_RS, mask_RS, settings)
+    found = _loop(graph, state, search, settings).finished.ids
+    return found[:, : settings.num_return_sequences].reshape(-1, found.shape[2]), best
 
 
 class _Search(NamedTuple):
     """The state of a search; `parents` (B, W) are the beams that were continued."""
 
     cache: KVCache
-    real: Array
+    mask: Array
     running: Beams
     finished: Beams
     is_open: Array
     parents: Array
     made: int | Array
+    prompt: Array
     keep_going: Array
 
 
-@partial(jax.jit, static_argnames=("graph", "block"))
-def _first(
+@partial(jax.jit, static_argnames=("graph", "chunk"))
+def _start(
     graph: Any,
     state: Any,
-    ids_BT: Array,
-    mask_BT: Array | None,
+    prompts: Prompts,
     history_RS: Array,
-    real_RS: Array,
-    limits: _Limits,
-    past: KVCache | None = None,
-    block: int | None = None,
+    mask_RS: Array,
+    settings: ProgramSettings,
+    chunk: int | None = None,
 ) -> tuple[_Search, Array]:
     """The beams with their first token, and the highest score of each row."""
     model = nnx.merge(graph, state)
-    (B, _), (R, S) = ids_BT.shape, history_RS.shape
+    B, (R, S) = len(prompts.ids), history_RS.shape
     W = R // B
-    logits, cache = prefill_prompts(model, ids_BT, mask_BT, real_RS, limits.prompt, past, block)
+    logits, cache = prefill_prompts(model, prompts, chunk, S, W)
     empty = Beams(
         history_RS.reshape(B, W, S), jnp.full((B, W), NEG_INF), jnp.zeros((B, W), jnp.int32)
     )
@@ -196,46 +197,49 @@ def _first(
     running = empty._replace(scores=empty.scores.at[:, 0].set(0))
     open_all = jnp.ones((B, 1), bool)
     parents = jnp.zeros((B, W), jnp.int32)
-    search = _Search(cache, real_RS, running, empty, open_all, parents, 0, jnp.array(True))
-    search, scores = _continue(search, logits, limits)
+    search = _Search(
+        cache, mask_RS, running, empty, open_all, parents, 0, prompts.length, jnp.array(True)
+    )
+    search, scores = _choose(search, logits, settings)
     return search, replicate(scores.max(-1), model.mesh)
 
 
-def _continue(search: _Search, logits: Array, limits: _Limits) -> tuple[_Search, Array]:
+def _choose(search: _Search, logits: Array, settings: ProgramSettings) -> tuple[_Search, Array]:
     """Gives every beam its next token; returns the constrained scores too."""
-    settings, made, (B, W, S) = limits.settings, search.made, search.running.ids.shape
-    end = limits.prompt + made
-    real = search.real & (jnp.arange(S) < end)
-    scores = jax.nn.log_softmax(generation.mask_vocabulary(logits, limits.vocabulary), -1)
+    made, (B, W, S) = search.made, search.running.ids.shape
+    end, limit = search.prompt + made, settings.new_tokens
+    mask = search.mask & (jnp.arange(S) < end)
+    scores = jax.nn.log_softmax(generation.mask_vocabulary(logits, settings.vocabulary), -1)
     history = search.running.ids.reshape(B * W, S)
-    scores = sampling.process_logits(scores, history, real, end, made, settings)
+    scores = filters.process_logits(sampling, scores, history, mask, end, made, settings)
     grown, parents = extend_beams(search.running, scores, end, made, settings)
     last = lax.dynamic_index_in_dim(grown.ids, end, 2, keepdims=False)
-    ends = jnp.isin(last, jnp.array(settings.eos_ids, jnp.int32)) | (made + 1 == limits.limit)
+    ends = jnp.isin(last, jnp.array(settings.eos_ids, jnp.int32)) | (made + 1 == limit)
     finished = finish_beams(search.finished, grown, ends, made, search.is_open, settings)
     running, index = grown._replace(scores=grown.scores + ends * NEG_INF).best(W)
-    is_open = search.is_open & can_improve(running, finished, made + 1, limits.limit, settings)
+    is_open = search.is_open & can_improve(running, finished, made + 1, limit, settings)
     keep_going = ~ends.all() & is_open.any()
     if settings.early_stopping is True:
         keep_going &= ~(finished.lengths > 0).all()
     parents = jnp.take_along_axis(parents, index, 1)
-    search = _Search(
-        search.cache, search.real, running, finished, is_open, parents, made + 1, keep_going
-    )
+    search = search._replace(
+        running=running, finished=finished, is_open=is_open, parents=parents, made=made + 1,
+        keep_going=keep_going,
+    )  # fmt: skip
     return search, scores
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="search")
-def _loop(graph: Any, state: Any, search: _Search, limits: _Limits) -> _Search:
+def _loop(graph: Any, state: Any, search: _Search, settings: ProgramSettings) -> _Search:
     """Tokens until no beam can become one of the best."""
     model = nnx.merge(graph, state)
 
     def advance(search: _Search) -> _Search:
-        slot = limits.prompt + search.made - 1
+        slot = search.prompt + search.made - 1
         last = lax.dynamic_index_in_dim(search.running.ids, slot, 2, keepdims=False)
         cache = search.cache.regroup(search.parents, model.mesh)
         logits, cache = generation.decode_step(model, last.reshape(-1), cache)
-        return _continue(search._replace(cache=cache), logits, limits)[0]
+        return _choose(search._replace(cache=cache), logits, settings)[0]
 
     search = lax.while_loop(lambda search: search.keep_going, advance, search)
     finished = Beams(*(replicate(values, model.mesh) for values in search.finished))

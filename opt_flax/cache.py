@@ -9,8 +9,8 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.sharding import Mesh
 
+from opt_core import inputs as rules
 from opt_core.config import OPTConfig
-from opt_core.errors import InputError
 from opt_core.params import POSITION_OFFSET
 from opt_flax.sharding import constrain_rows
 
@@ -45,6 +45,11 @@ class KVCache:
     def is_empty(self) -> bool:
         """Whether it is known to hold nothing yet."""
         return isinstance(self.length, int) and self.length == 0
+
+    @property
+    def known_length(self) -> int | None:
+        """Slots filled, where that can be read now."""
+        return None if isinstance(self.length, Tracer) else int(self.length)
 
     def write(self, layer: int, key_BHTK: Array, value_BHTK: Array) -> tuple[Array, Array]:
         """Stores one layer's new keys and values behind the present ones.
@@ -93,7 +98,7 @@ class KVCache:
     def advance(
         self,
         count: int,
-        mask_BT: Array | None,
+        mask_BS: Array | None,
         keys: tuple[Array, ...],
         values: tuple[Array, ...],
     ) -> "KVCache":
@@ -101,16 +106,15 @@ class KVCache:
 
         Args:
             count: New tokens T.
-            mask_BT: bool, False where a new token is padding; None if none is.
+            mask_BS: bool, False at padding, for the visible slots; None: as this cache knows it,
+                no new token is padding.
             keys: The buffers that `write` returned.
             values: The buffers that `write` returned.
         """
-        mask_BS = self.mask
-        if mask_BS is None and mask_BT is not None:
-            mask_BS = jnp.ones((mask_BT.shape[0], self.max_length), bool)
-        if mask_BS is not None and mask_BT is not None:
-            mask_BS = lax.dynamic_update_slice(mask_BS, mask_BT, (0, self.length))
-        return KVCache(keys, values, self.length + count, mask_BS)
+        if mask_BS is not None:
+            free = ((0, 0), (0, self.max_length - self.visible(count)))
+            mask_BS = jnp.pad(mask_BS, free, constant_values=True)
+        return KVCache(keys, values, self.length + count, self.mask if mask_BS is None else mask_BS)
 
     def crop(self, length: int) -> "KVCache":
         """Goes back to the first `length` slots: what is behind them is overwritten.
@@ -118,8 +122,7 @@ class KVCache:
         Raises:
             InputError: There are not so many.
         """
-        if not isinstance(self.length, Tracer) and not 0 <= length <= int(self.length):
-            raise InputError(f"crop: expected a length in 0..{self.length}, received {length}")
+        rules.check_crop(length, self.known_length)
         mask = self.mask
         if mask is not None:
             mask = mask | (jnp.arange(self.max_length) >= length)
@@ -132,7 +135,11 @@ class KVCache:
             rows: Rows B of it; a cache of one row is repeated.
             max_length: Slots S of it, enough for what there is.
             mesh: Devices to spread the buffers over; None: one device.
+
+        Raises:
+            InputError: The rows or the slots do not fit.
         """
+        rules.check_resize(self.keys[0].shape[0], self.known_length, rows, max_length)
         count = min(max_length, self.max_length)
 
         def copy(old: Array, value: float, slots: int, heads: int | None = None) -> Array:
@@ -200,10 +207,7 @@ def init_cache(
         dtype: Type of the keys and values: the model's.
         mesh: Devices to spread the buffers over, by rows and heads; None: one device.
     """
-    if batch_size < 1 or max_length < 1:
-        raise InputError(
-            f"a cache needs at least 1 row and 1 slot, received {batch_size} x {max_length}"
-        )
+    rules.check_cache_size(batch_size, max_length)
     shape = (batch_size, config.num_attention_heads, max_length, config.head_dim)
     buffers = [
         constrain_rows(jnp.zeros(shape, dtype), mesh, heads=1)

@@ -5,64 +5,59 @@ a few lengths only, and all that is a number is an argument: another prompt, see
 finds the program made already.
 """
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 
-from opt_core.generation.config import GenerationConfig
+from opt_core.generation.request import ProgramSettings, Request, bucket, pad_right, split_settings
+from opt_flax.cache import KVCache
 
-_BUCKETS = (32, 64, 128, 256)
-
-_TRACED = {
-    "temperature": None, "top_p": 1, "min_p": None, "typical_p": 1, "repetition_penalty": 1,
-    "min_length": 0, "min_new_tokens": None, "length_penalty": None,
-}  # fmt: skip
-
-
-def bucket(length: int) -> int:
-    """The length that something so long is padded to: 32, 64, 128, 256, 512, 768, ..."""
-    step = _BUCKETS[-1]
-    return next((b for b in _BUCKETS if b >= length), -(-length // step) * step)
+# In a program the numbers are traced; the rest tells it from others.
+jax.tree_util.register_pytree_node(
+    ProgramSettings,
+    lambda settings: ((settings.numbers,), settings.structure),
+    lambda structure, numbers: ProgramSettings(structure, *numbers),
+)
 
 
-@jax.tree_util.register_pytree_node_class
-class TracedSettings:
-    """A `GenerationConfig` whose numbers may be traced: those in use."""
+class Prompts(NamedTuple):
+    """The prompts of a request as a program takes them.
 
-    def __init__(self, fixed: GenerationConfig, numbers: dict[str, Any]):
-        self.fixed, self.numbers = fixed, numbers
+    Attributes:
+        ids: (B, T), filled up on the right to the length of a bucket. What lies there is hidden by
+            causality; new tokens take its slots.
+        mask: bool, False at padding: (B, T), or (B, S) where a program reads a chunk at a time;
+            None if nothing is padded.
+        length: Tokens T there really are.
+        past: A cache that holds the beginning of the prompts, or None.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        numbers = self.__dict__["numbers"]
-        return numbers[name] if name in numbers else getattr(self.__dict__["fixed"], name)
+    ids: Any
+    mask: Any
+    length: Any
+    past: KVCache | None
 
-    def tree_flatten(self) -> tuple[tuple[dict[str, Any]], GenerationConfig]:
-        """The numbers are data, all else belongs to the program."""
-        return (self.numbers,), self.fixed
 
-    @classmethod
-    def tree_unflatten(cls, fixed: GenerationConfig, numbers: Any) -> "TracedSettings":
-        """The inverse of `tree_flatten`."""
-        return cls(fixed, *numbers)
+def program_inputs(request: Request, slots: int) -> Prompts:
+    """The prompts of a request, for a program with so many slots."""
+    T, mask = request.ids.shape[1], request.mask
+    if mask is not None:
+        mask = pad_right(mask, bucket(T) if request.chunk is None else slots, True)
+    ids = pad_right(request.ids, bucket(T), request.pad)
+    return Prompts(ids, mask, np.int32(T), request.past)
 
-    @classmethod
-    def of(cls, settings: GenerationConfig) -> "TracedSettings":
-        """Takes the numbers out of settings."""
-        numbers = {
-            name: getattr(settings, name)
-            for name, off in _TRACED.items()
-            if getattr(settings, name) not in (None, off)
-        }
-        defaults = {f.name: f.default for f in dataclasses.fields(settings)}
-        # What does not reach the program must not tell two programs apart.
-        rest = (
-            *("max_length", "max_new_tokens", "stop_strings", "pad_token_id", "bos_token_id"),
-            *("prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens"),
-            "prefill_chunk_size",
-        )
-        fixed = {name: defaults[name] for name in (*numbers, *rest)}
-        kinds = {"min_length": np.int32, "min_new_tokens": np.int32}
-        values = {name: kinds.get(name, np.float32)(value) for name, value in numbers.items()}
-        return cls(dataclasses.replace(settings, **fixed), values)
+
+def program_settings(request: Request, key: Array | None = None) -> ProgramSettings:
+    """What a program of generation knows and is given.
+
+    Args:
+        request: What to generate.
+        key: Source of random numbers; None: the request's seed.
+    """
+    structure, numbers = split_settings(request.settings)
+    if key is None:
+        key = jax.random.fold_in(jax.random.key(request.seed % 2**31), request.seed // 2**31)
+    numbers |= {"vocabulary": request.vocabulary, "pad": request.pad}
+    return ProgramSettings(structure, numbers | {"new_tokens": request.new_tokens, "key": key})

@@ -151,9 +151,8 @@ class FlaxOPTDecoder(nnx.Module):
             hidden = self.project_out(hidden)
         filled = cache.filled(count) if cache else count
         if cache is not None:
-            new = None if mask_BS is None else jax.lax.dynamic_slice_in_dim(mask_BS, past, count, 1)
             assert buffers is not None
-            cache = cache.advance(count, new, *buffers)
+            cache = cache.advance(count, mask_BS, *buffers)
         return FlaxOPTOutput(
             last_hidden_state=hidden,
             hidden_states=(*states, hidden) if output_hidden_states else None,

@@ -15,10 +15,11 @@ from jax import Array, export
 from opt_core.checkpoints.safetensors_format import PendingTensor, write_safetensors
 from opt_core.errors import CheckpointError, ConfigError, GenerationError
 from opt_core.generation.config import GenerationConfig
+from opt_core.generation.request import Request, check_export
 from opt_core.quantization import check_not_quantized
 from opt_core.text.tokenizer import OPTTokenizer
 from opt_flax import beam, generation
-from opt_flax.compilation import TracedSettings
+from opt_flax.compilation import Prompts, program_settings
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
@@ -70,23 +71,17 @@ def export_stablehlo(
         raise ConfigError("export: expected a model on one device, received one on a mesh")
     if model.get_decoder().implementation == "flash_attention_2":
         raise ConfigError('export: expected attn_implementation="sdpa", received flash_attention_2')
-    settings = generation.model_settings(model, generation_config).replace(**overrides)
-    if settings.max_new_tokens is None:
-        raise GenerationError("max_new_tokens: an export needs it, received None")
-    if settings.stops:
-        raise GenerationError("stop_strings cannot be exported; use eos_token_id")
     if type(max_prompt) is not int or max_prompt < 2:
         raise GenerationError(f"max_prompt: expected an integer above 1, received {max_prompt!r}")
-    settings.check(model.config, max_prompt, max_prompt, tokenizer is not None)
+    request = check_export(
+        model.config, model.generation_config, max_prompt, generation_config, tokenizer, **overrides
+    )
     weights, rebuild = _take_apart(model)
     window = model.config.max_position_embeddings
     programs = {
         "forward": _lower(_forward(rebuild), weights, window, False),
         "generate": _lower(
-            _generate(model, rebuild, settings, max_prompt, tokenizer),
-            weights,
-            max_prompt,
-            settings.do_sample,
+            _generate(model, rebuild, request), weights, max_prompt, request.settings.do_sample
         ),
     }
     folder = Path(folder)
@@ -145,44 +140,31 @@ def _forward(rebuild: Callable[[Weights], "FlaxOPTForCausalLM"]) -> Program:
 def _generate(
     model: "FlaxOPTForCausalLM",
     rebuild: Callable[[Weights], "FlaxOPTForCausalLM"],
-    settings: GenerationConfig,
-    max_prompt: int,
-    tokenizer: OPTTokenizer | None,
+    request: Request,
 ) -> Program:
-    new_tokens = settings.max_new_tokens
-    assert new_tokens is not None
-    vocabulary, pad = model.config.vocab_size, generation._filler(model, settings)
-    if tokenizer is not None:
-        vocabulary = min(vocabulary, tokenizer.vocab_size)
-    traced, count = TracedSettings.of(settings), settings.num_return_sequences
+    settings, max_prompt, new_tokens = request.settings, request.ids.shape[1], request.new_tokens
+    count = settings.num_return_sequences
     rows = settings.num_beams if settings.is_beam_search else count
+    run = beam.run if settings.is_beam_search else generation.run
 
     def generate(
         weights: Weights, input_ids: Array, attention_mask: Array, seed: Array | int = 0
     ) -> dict[str, Array]:
         graph, state = nnx.split(rebuild(weights))
-        B, T = input_ids.shape
-        mask = attention_mask.astype(bool)
+        T, mask = input_ids.shape[1], attention_mask.astype(bool)
         ids, real = (
             jnp.pad(values, ((0, 0), (0, max_prompt - T)), constant_values=fill)
-            for values, fill in ((input_ids, pad), (mask, True))
+            for values, fill in ((input_ids, request.pad), (mask, True))
         )
         free = ((0, 0), (0, new_tokens))
-        history = jnp.repeat(jnp.pad(ids, free, constant_values=pad), rows, 0)
+        history = jnp.repeat(jnp.pad(ids, free, constant_values=request.pad), rows, 0)
         known = jnp.repeat(jnp.pad(real, free, constant_values=True), rows, 0)
-        inputs = (graph, state, ids, real, history, known, jnp.asarray(T, jnp.int32))
-        if settings.is_beam_search:
-            limits = beam._Limits(traced, inputs[-1], new_tokens, vocabulary)
-            search, best = beam._first(*inputs[:-1], limits)
-            found = beam._loop(graph, state, search, limits).finished.ids
-            found = found[:, :count].reshape(B * count, -1)
-        else:
-            key = jax.random.fold_in(jax.random.key(seed), 0)
-            numbers = generation._Numbers(traced, key, vocabulary, pad)
-            begun, best = generation._first(*inputs, numbers)
-            found = generation._loop(graph, state, begun, numbers, new_tokens).history
+        prompts = Prompts(ids, real, jnp.asarray(T, jnp.int32), None)
+        key = jax.random.fold_in(jax.random.key(seed), 0)
+        numbers = program_settings(request, key)
+        found, best = run(graph, state, prompts, history, known, numbers)
         fits = (input_ids >= 0) & (input_ids < model.config.vocab_size)
-        fits = fits.all(1) & mask[:, -1] & jnp.isfinite(best).reshape(B, rows).all(1)
+        fits = fits.all(1) & mask[:, -1] & jnp.isfinite(best).reshape(-1, rows).all(1)
         found = found[:, : T + new_tokens]
         return {"sequences": jnp.where(jnp.repeat(fits, count)[:, None], found, REFUSED)}
 

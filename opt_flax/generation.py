@@ -6,7 +6,6 @@ seed or the numbers of the settings.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,16 +15,12 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh
-from numpy.typing import NDArray
 
-from opt_core.errors import GenerationError
-from opt_core.generation.config import GenerationConfig
-from opt_core.text.detokenizer import StopStringTracker
-from opt_core.text.tokenizer import OPTTokenizer
+from opt_core.generation import filters
+from opt_core.generation.request import ProgramSettings, Request, allocate_tokens, check_logits
 from opt_flax import sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import TracedSettings, bucket
-from opt_flax.inputs import check_inputs, check_prefix
+from opt_flax.compilation import Prompts, program_inputs, program_settings
 from opt_flax.prefill import prefill_prompts
 from opt_flax.sharding import replicate
 
@@ -33,48 +28,12 @@ if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
 
 
-@dataclass(frozen=True)
-class Request:
-    """A checked request for generation.
-
-    Attributes:
-        ids: (B, T) prompts, int32.
-        mask: bool (B, T), False at padding; None if nothing is padded.
-        settings: What to generate.
-        new_tokens: Most tokens to add.
-        vocabulary: Ids below this one may be generated.
-        pad: Id that fills a finished row.
-        past: A cache that holds the beginning of the prompts, or None.
-    """
-
-    ids: NDArray[Any]
-    mask: NDArray[Any] | None
-    settings: GenerationConfig
-    new_tokens: int
-    vocabulary: int
-    pad: int
-    past: KVCache | None = None
-
-    @property
-    def slots(self) -> int:
-        """Slots S of the history and the cache."""
-        return bucket(self.ids.shape[1] + self.new_tokens)
-
-    @property
-    def block(self) -> int | None:
-        """Tokens of the prompts to read at a time; None: all, with nothing before them."""
-        T, chunk = self.ids.shape[1], self.settings.prefill_chunk_size
-        if self.past is None:
-            return None if chunk is None or chunk >= T else chunk
-        return min(chunk or T, bucket(T - int(self.past.length)))
-
-
 class _Rows(NamedTuple):
     """The rows being generated.
 
     Attributes:
         history: (R, S) prompts, then what was generated, then `pad`.
-        real: bool (R, S), False at the prompts' padding.
+        mask: bool (R, S), False at the prompts' padding.
         ended: bool (R,).
         token: (R,) the newest tokens.
         cache: Keys and values of all tokens but the newest.
@@ -83,76 +42,12 @@ class _Rows(NamedTuple):
     """
 
     history: Array
-    real: Array
+    mask: Array
     ended: Array
     token: Array
     cache: KVCache
     made: int | Array
     prompt: Array
-
-
-def prepare(
-    model: "FlaxOPTForCausalLM",
-    input_ids: Any,
-    attention_mask: Any,
-    generation_config: GenerationConfig | None,
-    seed: int,
-    tokenizer: OPTTokenizer | None,
-    past_key_values: KVCache | None = None,
-    **overrides: Any,
-) -> Request:
-    """Checks prompts and settings against the model, before anything is computed.
-
-    Raises:
-        GenerationError: Padding on the right, a row without tokens, or a setting that cannot
-            be honoured.
-        InputError: Ids outside the vocabulary, or shapes that do not fit.
-    """
-    if type(seed) is not int or not 0 <= seed < 2**63:
-        raise GenerationError(f"seed: expected an integer in 0..2**63 - 1, received {seed!r}")
-    config = model.config
-    settings = model_settings(model, generation_config).replace(**overrides)
-    checked = check_inputs(config, model.dtype, input_ids, attention_mask, None, None, None)
-    ids, mask = (None if x is None else np.asarray(x) for x in checked[:2])
-    assert ids is not None
-    pads = _padding_ids(model, settings)
-    texts = {config.bos_token_id, config.eos_token_id, *settings.eos_ids}
-    if mask is None and pads and pads[0] not in texts:
-        # As transformers: an id that is nothing but padding is padding. Not so a BOS or EOS.
-        mask = ids != pads[0]
-    mask = None if mask is None or mask.all() else mask
-    longest = ids.shape[1]
-    if mask is not None:
-        longest = int(mask.sum(1).max())
-        for row in (~mask[:, -1]).nonzero()[0][:1].tolist():
-            raise GenerationError(
-                f"prompt {row} ends in padding; "
-                "pad on the left: tokenizer(..., padding_side='left')"
-            )
-    settings.check(config, ids.shape[1], longest, tokenizer is not None)
-    vocabulary = config.vocab_size
-    if tokenizer is not None:
-        # OPT's embedding has rows that no token has, never trained (transformers #18268).
-        vocabulary = min(vocabulary, tokenizer.vocab_size)
-    if past_key_values is not None:
-        check_prefix(config, model.dtype, past_key_values, ids, mask)
-    new_tokens, pad = settings.new_tokens(ids.shape[1]), _filler(model, settings)
-    return Request(ids, mask, settings, new_tokens, vocabulary, pad, past_key_values)
-
-
-def model_settings(
-    model: "FlaxOPTForCausalLM", config: GenerationConfig | None
-) -> GenerationConfig:
-    """The caller's settings, special ids they leave open taken from the model's; or the model's."""
-    if config is None:
-        return model.generation_config
-    if not isinstance(config, GenerationConfig):
-        raise GenerationError(
-            f"generation_config: expected a GenerationConfig, received {type(config).__name__}"
-        )
-    ids = ("eos_token_id", "pad_token_id", "bos_token_id")
-    open_ids = {n: getattr(model.generation_config, n) for n in ids if getattr(config, n) is None}
-    return config.replace(**open_ids)
 
 
 def decode_step(model: "FlaxOPTForCausalLM", ids_B: Array, cache: KVCache) -> tuple[Array, KVCache]:
@@ -169,26 +64,20 @@ def decode_step(model: "FlaxOPTForCausalLM", ids_B: Array, cache: KVCache) -> tu
     return model.compute_logits(out.last_hidden_state[:, 0]), out.past_key_values
 
 
-def stream(
-    model: "FlaxOPTForCausalLM", request: Request, seed: int, tokenizer: OPTTokenizer | None
-) -> Iterator[Array]:
+def stream(model: "FlaxOPTForCausalLM", request: Request) -> Iterator[Array]:
     """Chooses, yields and decodes until every row has ended.
 
     Args:
         model: The language model.
-        request: What to generate, checked; not by beam search, which is certain of no token
-            before the end.
-        seed: Seed of sampling, 0 to 2**63 - 1.
-        tokenizer: For stop strings.
+        request: What to generate; not by beam search, which is certain of no token before the
+            end.
 
     Yields:
         (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
     """
-    graph, state, rows, numbers = _begin(model, request, seed)
-    stops = request.settings.stops if tokenizer is not None else ()
-    count = len(rows.ended) if stops else 0
-    trackers = [StopStringTracker(tokenizer, stops) for _ in range(count) if tokenizer]
-    can_end = bool(request.settings.eos_ids or stops)
+    graph, state, rows, settings = _begin(model, request)
+    trackers = request.stop_trackers(len(rows.ended))
+    can_end = bool(request.settings.eos_ids or trackers)
     for made in range(1, request.new_tokens + 1):
         if trackers:
             hits = [t.push(i) for t, i in zip(trackers, rows.token.tolist(), strict=True)]
@@ -196,55 +85,15 @@ def stream(
         yield rows.token
         if made == request.new_tokens or (can_end and bool(rows.ended.all())):
             return
-        rows = _step(graph, state, rows._replace(token=rows.token.copy()), numbers)
+        rows = _step(graph, state, rows._replace(token=rows.token.copy()), settings)
 
 
-def allocate_tokens(request: Request, copies: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The prompts, each so many times, with room behind them, and where tokens are real."""
-    ids, mask = request.ids, request.mask
-    mask = np.ones(ids.shape, bool) if mask is None else mask
-    free = ((0, 0), (0, request.slots - ids.shape[1]))
-    return (
-        np.pad(ids, free, constant_values=request.pad).repeat(copies, 0),
-        np.pad(mask, free, constant_values=True).repeat(copies, 0),
-    )
-
-
-def bucketed(request: Request) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """The prompts and their mask, filled up on the right to the length of a bucket.
-
-    What lies on the right is hidden by causality; new tokens take its slots.
-    """
-    T, mask = request.ids.shape[1], request.mask
-    free = ((0, 0), (0, bucket(T) - T))
-    if mask is not None:
-        slots = bucket(T) if request.block is None else request.slots
-        mask = np.pad(mask, ((0, 0), (0, slots - T)), constant_values=True)
-    return np.pad(request.ids, free, constant_values=request.pad), mask
-
-
-def check_logits(best_B: Array) -> None:
-    """Refuses rows in which no token can come: all are banned, or the model gave NaN.
-
-    Args:
-        best_B: The highest logit of each row.
-    """
-    best = np.asarray(best_B)
-    for row in (~np.isfinite(best)).nonzero()[0][:1].tolist():
-        reason = "the logits are NaN" if np.isnan(best[row]) else "every token is banned"
-        raise GenerationError(f"row {row}: no token can be generated: {reason}")
-
-
-def generate(
-    model: "FlaxOPTForCausalLM", request: Request, seed: int, tokenizer: OPTTokenizer | None
-) -> Array:
+def generate(model: "FlaxOPTForCausalLM", request: Request) -> Array:
     """The prompts and all that `stream` yields after them."""
-    if request.settings.stops and tokenizer is not None:  # texts are watched on the host
-        new = [np.asarray(token) for token in stream(model, request, seed, tokenizer)]
-        prompts = request.ids.repeat(request.settings.num_return_sequences, 0)
-        return jnp.asarray(np.concatenate([prompts, np.stack(new, 1)], 1))
-    graph, state, rows, numbers = _begin(model, request, seed)
-    rows = _loop(graph, state, rows, numbers, request.new_tokens)
+    if request.settings.stops:  # texts are watched on the host
+        return jnp.asarray(request.join(stream(model, request)))
+    graph, state, rows, settings = _begin(model, request)
+    rows = _loop(graph, state, rows, settings)
     length = request.ids.shape[1] + int(rows.made)
     return jnp.asarray(np.asarray(rows.history)[:, :length])
 
@@ -255,101 +104,87 @@ def mask_vocabulary(logits_BV: Array, vocabulary: int | Array) -> Array:
     return jnp.where(known, logits_BV.astype(jnp.float32), sampling.BANNED)
 
 
-def _padding_ids(model: "FlaxOPTForCausalLM", settings: GenerationConfig) -> list[int]:
-    """Ids that mean padding, the settings' first."""
-    return [i for i in (settings.pad_token_id, model.config.pad_token_id) if i is not None]
-
-
-def _filler(model: "FlaxOPTForCausalLM", settings: GenerationConfig) -> int:
-    """Id that fills a finished row."""
-    return [*_padding_ids(model, settings), *settings.eos_ids, 0][0]
-
-
-class _Numbers(NamedTuple):
-    """What a program takes as arguments besides the model and the rows."""
-
-    settings: TracedSettings
-    key: Array
-    vocabulary: int
-    pad: int
+def run(
+    graph: Any, state: Any, prompts: Prompts, history_RS: Array, mask_RS: Array,
+    settings: ProgramSettings,
+) -> tuple[Array, Array]:  # fmt: skip
+    """All of a generation as one program: the rows (R, S), and the highest logits at its start."""
+    rows, best = _start(graph, state, prompts, history_RS, mask_RS, settings)
+    return _loop(graph, state, rows, settings).history, best
 
 
 def _begin(
-    model: "FlaxOPTForCausalLM", request: Request, seed: int
-) -> tuple[Any, Any, _Rows, _Numbers]:
+    model: "FlaxOPTForCausalLM", request: Request
+) -> tuple[Any, Any, _Rows, ProgramSettings]:
     """Reads the prompts and chooses the first token; the model comes back in its two parts."""
     graph, state = nnx.split(model)
-    settings, (_, T) = request.settings, request.ids.shape
-    key = jax.random.fold_in(jax.random.key(seed % 2**31), seed // 2**31)
-    numbers = _Numbers(TracedSettings.of(settings), key, request.vocabulary, request.pad)
-    history, real = allocate_tokens(request, settings.num_return_sequences)
-    ids, mask = bucketed(request)
-    rows, best = _first(
-        graph, state, ids, mask, history, real, np.int32(T), numbers, request.past, request.block
-    )
-    check_logits(best)
-    return graph, state, rows, numbers
+    settings = program_settings(request)
+    history, mask = allocate_tokens(request, request.slots, request.settings.num_return_sequences)
+    prompts = program_inputs(request, request.slots)
+    rows, best = _start(graph, state, prompts, history, mask, settings, request.chunk)
+    check_logits(np.asarray(best))
+    return graph, state, rows, settings
 
 
-@partial(jax.jit, static_argnames=("graph", "block"))
-def _first(
+@partial(jax.jit, static_argnames=("graph", "chunk"))
+def _start(
     graph: Any,
     state: Any,
-    ids_BT: Array,
-    mask_BT: Array | None,
+    prompts: Prompts,
     history_RS: Array,
-    real_RS: Array,
-    length: Array,
-    numbers: _Numbers,
-    past: KVCache | None = None,
-    block: int | None = None,
+    mask_RS: Array,
+    settings: ProgramSettings,
+    chunk: int | None = None,
 ) -> tuple[_Rows, Array]:
     """The rows with their first token, and the highest logit of each."""
-    model, R = nnx.merge(graph, state), history_RS.shape[0]
-    logits, cache = prefill_prompts(model, ids_BT, mask_BT, real_RS, length, past, block)
-    rows = _Rows(history_RS, real_RS, jnp.zeros(R, bool), jnp.zeros(R, jnp.int32), cache, 0, length)
-    rows, scores = _choose(rows, logits, numbers, model.mesh)
+    model, (R, S) = nnx.merge(graph, state), history_RS.shape
+    logits, cache = prefill_prompts(model, prompts, chunk, S, R // len(prompts.ids))
+    none, length = jnp.zeros(R, jnp.int32), prompts.length
+    rows = _Rows(history_RS, mask_RS, jnp.zeros(R, bool), none, cache, 0, length)
+    rows, scores = _choose(rows, logits, settings, model.mesh)
     return rows, replicate(scores.max(-1), model.mesh)
 
 
 def _choose(
-    rows: _Rows, logits: Array, numbers: _Numbers, mesh: Mesh | None
+    rows: _Rows, logits: Array, settings: ProgramSettings, mesh: Mesh | None
 ) -> tuple[_Rows, Array]:
     """Gives every row its next token; returns the constrained logits too."""
-    settings, end = numbers.settings, rows.prompt + rows.made
-    real = rows.real & (jnp.arange(rows.real.shape[1]) < end)
-    scores = mask_vocabulary(logits, numbers.vocabulary)
-    scores = sampling.process_logits(scores, rows.history, real, end, rows.made, settings)
-    token = sampling.select_tokens(scores, settings, jax.random.fold_in(numbers.key, rows.made))
-    token = replicate(jnp.where(rows.ended, numbers.pad, token), mesh)
+    end = rows.prompt + rows.made
+    mask = rows.mask & (jnp.arange(rows.mask.shape[1]) < end)
+    scores = mask_vocabulary(logits, settings.vocabulary)
+    scores = filters.process_logits(sampling, scores, rows.history, mask, end, rows.made, settings)
+    token = filters.select_tokens(
+        sampling, scores, settings, jax.random.fold_in(settings.key, rows.made)
+    )
+    token = replicate(jnp.where(rows.ended, settings.pad, token), mesh)
     ended = rows.ended | jnp.isin(token, jnp.array(settings.eos_ids, jnp.int32))
     history = lax.dynamic_update_slice(rows.history, token[:, None], (0, end))
     rows = rows._replace(history=history, ended=ended, token=token, made=rows.made + 1)
     return rows, scores
 
 
-def _advance(model: Any, rows: _Rows, numbers: _Numbers) -> _Rows:
+def _advance(model: Any, rows: _Rows, settings: ProgramSettings) -> _Rows:
     """Reads the newest token of every row and chooses the next."""
     logits, cache = decode_step(model, rows.token, rows.cache)
-    return _choose(rows._replace(cache=cache), logits, numbers, model.mesh)[0]
+    return _choose(rows._replace(cache=cache), logits, settings, model.mesh)[0]
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="rows")
-def _step(graph: Any, state: Any, rows: _Rows, numbers: _Numbers) -> _Rows:
+def _step(graph: Any, state: Any, rows: _Rows, settings: ProgramSettings) -> _Rows:
     """One more token per row."""
-    return _advance(nnx.merge(graph, state), rows, numbers)
+    return _advance(nnx.merge(graph, state), rows, settings)
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="rows")
-def _loop(graph: Any, state: Any, rows: _Rows, numbers: _Numbers, limit: int) -> _Rows:
-    """Tokens until there are `limit` of them or every row has ended."""
+def _loop(graph: Any, state: Any, rows: _Rows, settings: ProgramSettings) -> _Rows:
+    """Tokens until there are enough of them or every row has ended."""
     model = nnx.merge(graph, state)
 
     def keep_going(rows: _Rows) -> Array:
-        return (rows.made < limit) & ~rows.ended.all()
+        return (rows.made < settings.new_tokens) & ~rows.ended.all()
 
     def advance(rows: _Rows) -> _Rows:
-        rows = _advance(model, rows._replace(cache=rows.cache.unsqueezed()), numbers)
+        rows = _advance(model, rows._replace(cache=rows.cache.unsqueezed()), settings)
         return rows._replace(cache=rows.cache.squeezed())
 
     rows = lax.while_loop(keep_going, advance, rows._replace(cache=rows.cache.squeezed()))

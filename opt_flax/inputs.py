@@ -1,15 +1,20 @@
 """Model inputs: made into tensors and checked before anything is computed."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
+from opt_core import inputs as rules
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
+from opt_core.generation.request import Ids, Mask
 from opt_flax.cache import KVCache
+
+if TYPE_CHECKING:
+    from opt_flax.modeling import FlaxOPTForCausalLM
 
 
 def check_inputs(
@@ -38,49 +43,35 @@ def check_inputs(
     Raises:
         InputError: What does not fit, expected and received.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise InputError("expected either input_ids or inputs_embeds, received both or neither")
     ids = as_integers("input_ids", input_ids)
-    if ids is not None:
-        check_range("input_ids", ids, 0, config.vocab_size - 1, f"vocab_size={config.vocab_size}")
-        B, T = ids.shape
-    else:
-        inputs_embeds = as_tensor("inputs_embeds", inputs_embeds).astype(dtype)
-        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.embed_dim:
-            raise InputError(
-                f"inputs_embeds: expected shape (B, T, {config.embed_dim}), "
-                f"received {tuple(inputs_embeds.shape)}"
-            )
-        B, T = inputs_embeds.shape[:2]
-    if B == 0 or T == 0:
-        raise InputError(
-            f"the input is empty: expected rows with tokens, received shape ({B}, {T})"
-        )
-    positions = as_integers("position_ids", position_ids)
-    if positions is not None:
-        if positions.shape[1] != T or positions.shape[0] not in (1, B):
-            raise InputError(
-                f"position_ids: expected shape ({B}, {T}), received {tuple(positions.shape)}"
-            )
-        window = config.max_position_embeddings
-        check_range("position_ids", positions, -1, window - 1, f"max_position_embeddings={window}")
     mask = as_integers("attention_mask", attention_mask)
-    if mask is not None:
-        slots = T if cache is None else cache.filled(T)
-        if tuple(mask.shape) not in ((B, T), (B, slots)):
-            raise InputError(
-                f"attention_mask: expected shape ({B}, {T})"
-                + (f" or ({B}, {slots})" if slots != T else "")
-                + f", received {tuple(mask.shape)}"
-            )
-        check_range("attention_mask", mask, 0, 1, "1 for tokens and 0 for padding")
-        mask = mask.astype(bool)
+    positions = as_integers("position_ids", position_ids)
+    embeds = None
+    if inputs_embeds is not None:
+        embeds = as_tensor("inputs_embeds", inputs_embeds).astype(dtype)
+    given = {
+        "input_ids": ids, "attention_mask": mask, "position_ids": positions,
+        "inputs_embeds": embeds,
+    }  # fmt: skip
+    B, T = rules.check_inputs(config, given, cache and cache.filled, check_range)
     if cache is not None:
         check_cache(config, dtype, cache, B, T)
-    return ids, mask, positions, inputs_embeds
+    return ids, None if mask is None else mask.astype(bool), positions, embeds
 
 
-def check_cache(config: OPTConfig, dtype: jnp.dtype, cache: KVCache, rows: int, count: int) -> None:
+def check_prompts(
+    model: "FlaxOPTForCausalLM", input_ids: Any, attention_mask: Any
+) -> tuple[Ids, Mask | None]:
+    """Checks prompts, (B, T); the ids and their mask, or None, in NumPy."""
+    ids, mask, _, _ = check_inputs(
+        model.config, model.dtype, input_ids, attention_mask, None, None, None
+    )
+    return np.asarray(ids), None if mask is None else np.asarray(mask)
+
+
+def check_cache(
+    config: OPTConfig, dtype: jnp.dtype, cache: KVCache, rows: int | None, count: int | None
+) -> None:
     """Refuses a cache that another model made, or that is too small.
 
     Args:
@@ -90,56 +81,25 @@ def check_cache(config: OPTConfig, dtype: jnp.dtype, cache: KVCache, rows: int, 
         rows: Rows B of the input.
         count: New tokens T.
     """
-    keys = cache.keys[0]
-    made = (len(cache.keys), keys.shape[1], keys.shape[3], keys.dtype.name)
-    expected = (
-        config.num_hidden_layers, config.num_attention_heads, config.head_dim, jnp.dtype(dtype).name
-    )  # fmt: skip
-    if made != expected:
-        raise InputError(
-            "past_key_values is of another model: expected (layers, heads, head size, dtype) "
-            f"{expected}, received {made}"
-        )
-    if keys.shape[0] != rows:
-        raise InputError(f"past_key_values holds {keys.shape[0]} rows, the input has {rows}")
-    taken = int(cache.length) if is_known(cache.length) else 0
-    if taken + count > cache.max_length:
-        raise InputError(
-            f"past_key_values has {cache.max_length} slots; "
-            f"{taken} are taken and {count} more are needed"
-        )
+    expected, kind = jnp.dtype(dtype).name, cache.keys[0].dtype.name
+    rules.check_cache(config, expected, cache.keys, kind, cache.known_length, rows, count)
 
 
 def check_prefix(
-    config: OPTConfig, dtype: jnp.dtype, cache: Any, ids_BT: Any, mask_BT: Any
+    model: "FlaxOPTForCausalLM", cache: Any, ids_BT: Ids, mask_BT: Mask | None
 ) -> None:
     """Refuses a cache that cannot hold the beginning of some prompts.
 
     Args:
-        config: The model's configuration.
-        dtype: Type of its weights.
+        model: The language model.
         cache: What the caller passed as `past_key_values`.
         ids_BT: The whole prompts.
         mask_BT: bool, False at padding; None if nothing is padded.
     """
-    if not isinstance(cache, KVCache):
-        raise InputError(
-            f"past_key_values: expected a cache of this model, received {type(cache).__name__}"
-        )
-    rows, used, (B, T) = cache.keys[0].shape[0], int(cache.length), ids_BT.shape
-    check_cache(config, dtype, cache, rows, 0)
-    if rows not in (1, B):
-        raise InputError(f"past_key_values holds {rows} rows, the input has {B}")
-    if used >= T:
-        raise InputError(
-            f"past_key_values holds {used} tokens: expected input_ids that begin with them and go "
-            f"on, received {T} tokens"
-        )
-    before = np.ones((1, used), bool)
-    seen = before if cache.mask is None else np.asarray(cache.mask)[:, :used]
-    given = before if mask_BT is None else mask_BT[:, :used]
-    if (seen != given).any():
-        raise InputError("attention_mask and past_key_values disagree about where padding is")
+    rules.check_is_cache(cache, KVCache)
+    check_cache(model.config, model.dtype, cache, cache.keys[0].shape[0], 0)
+    seen = cache.mask
+    rules.check_prefix(cache, None if seen is None else np.asarray(seen), ids_BT, mask_BT)
 
 
 def full_mask(mask_BT: Array | None, count: int, cache: KVCache | None) -> Array | None:
@@ -174,12 +134,9 @@ def check_window(config: OPTConfig, mask_BS: Array | None, length: int) -> None:
         mask_BS: bool, False at padding; None if there is none.
         length: Tokens S in all, padding included.
     """
-    window = config.max_position_embeddings
-    if length <= window or (mask_BS is not None and not is_known(mask_BS)):
-        return
-    longest = length if mask_BS is None else int(np.asarray(mask_BS)[:, :length].sum(1).max())
-    if longest > window:
-        raise InputError(f"a sequence of {longest} tokens exceeds max_position_embeddings={window}")
+    if length > config.max_position_embeddings and (mask_BS is None or is_known(mask_BS)):
+        longest = length if mask_BS is None else int(np.asarray(mask_BS)[:, :length].sum(1).max())
+        rules.check_window(config, longest)
 
 
 def as_integers(name: str, values: Any) -> Array | None:
@@ -187,11 +144,8 @@ def as_integers(name: str, values: Any) -> Array | None:
     if values is None:
         return None
     array = values if isinstance(values, Array) else as_tensor(name, values)
-    if not (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool) or array.ndim != 2:
-        raise InputError(
-            f"{name}: expected integers of shape (B, T), "
-            f"received {array.dtype} of shape {tuple(array.shape)}"
-        )
+    is_integer = jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool
+    rules.check_kind(name, is_integer, array.dtype, array.shape)
     return array.astype(jnp.int32)
 
 
@@ -207,20 +161,14 @@ def as_tensor(name: str, values: Any) -> Array:
     except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{name}: expected numbers in a regular shape: {reason}") from None
+        raise rules.not_regular(name, error) from None
 
 
 def check_range(name: str, values: Any, low: int, high: int, why: str) -> None:
     """Refuses values outside low..high, where they can be looked at."""
-    if not is_known(values) or values.size == 0:
-        return
-    values = np.asarray(values)
-    least, most = int(values.min()), int(values.max())
-    if least < low or most > high:
-        raise InputError(
-            f"{name}: expected values in {low}..{high} ({why}), received {least}..{most}"
-        )
+    if values is not None and is_known(values) and values.size:
+        array = np.asarray(values)
+        rules.check_range(name, int(array.min()), int(array.max()), low, high, why)
 
 
 def is_known(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """The models: what all share, the decoder alone, and the language model."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from os import PathLike
 from typing import Any, Self
 
@@ -11,11 +11,9 @@ from jax import Array
 from jax.sharding import Mesh, Sharding
 
 from opt_core.config import OPTConfig
-from opt_core.errors import GenerationError
-from opt_core.generation.config import GenerationConfig
+from opt_core.generation.mixin import Engine, GenerationMixin
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
-from opt_core.text.tokenizer import OPTTokenizer
 from opt_flax import (
     attention,
     beam,
@@ -202,8 +200,10 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
         )  # fmt: skip
 
 
-class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
+class FlaxOPTForCausalLM(CausalLMMixin, GenerationMixin, FlaxOPTPreTrainedModel):
     """The language model: the next token's logits."""
+
+    engine = Engine(inputs, generation, beam, speculative)
 
     def _make_layers(self) -> None:
         super()._make_layers()
@@ -252,74 +252,3 @@ class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
         if self.lm_head is not None:
             return self.lm_head(hidden)
         return self.get_decoder().embed_tokens.attend(hidden)
-
-    def generate(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        generation_config: GenerationConfig | None = None,
-        seed: int = 0,
-        tokenizer: OPTTokenizer | None = None,
-        past_key_values: KVCache | None = None,
-        assistant_model: "FlaxOPTForCausalLM | None" = None,
-        **overrides: Any,
-    ) -> Array:
-        """Continues prompts: greedily, by sampling or by beam search.
-
-        Args:
-            input_ids: (B, T) prompts, padded on the left.
-            attention_mask: (B, T): 1 for tokens, 0 for padding.
-            generation_config: Settings; by default the checkpoint's.
-            seed: Seed of sampling.
-            tokenizer: Needed for `stop_strings`; where given, ids it does not know are
-                never generated.
-            past_key_values: A cache that holds the beginning of the prompts, which is not
-                computed again then; one of a single row serves all rows. It is copied, so that
-                it serves any number of calls.
-            assistant_model: A smaller model of the same vocabulary: it guesses
-                `num_assistant_tokens` at a time, this one checks them in one pass. Neither it nor
-                `prompt_lookup_num_tokens` changes a greedy text or a distribution.
-            **overrides: Fields of `GenerationConfig`, such as `max_new_tokens=20`.
-
-        Returns:
-            (B * num_return_sequences, T + new) ids: the prompt, then what was generated, then
-            `pad_token_id` to the end of the longest row.
-
-        Raises:
-            GenerationError: A setting or prompt that cannot be honoured.
-        """
-        request = generation.prepare(
-            self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
-            **overrides,
-        )  # fmt: skip
-        if speculative.is_requested(request.settings, assistant_model):
-            return speculative.generate(self, request, seed, tokenizer, assistant_model)
-        if request.settings.is_beam_search:
-            return beam.search(self, request)
-        return generation.generate(self, request, seed, tokenizer)
-
-    def stream(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        generation_config: GenerationConfig | None = None,
-        seed: int = 0,
-        tokenizer: OPTTokenizer | None = None,
-        past_key_values: KVCache | None = None,
-        assistant_model: "FlaxOPTForCausalLM | None" = None,
-        **overrides: Any,
-    ) -> Iterator[Array]:
-        """Yields the tokens of `generate`, whose arguments these are, as they are made.
-
-        Yields:
-            (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
-        """
-        request = generation.prepare(
-            self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
-            **overrides,
-        )  # fmt: skip
-        if speculative.is_requested(request.settings, assistant_model):
-            return speculative.stream(self, request, seed, tokenizer, assistant_model)
-        if request.settings.is_beam_search:
-            raise GenerationError("beam search cannot stream: no token is certain before its end")
-        return generation.stream(self, request, seed, tokenizer)

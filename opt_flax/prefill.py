@@ -6,104 +6,94 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax import Array, lax
 
-from opt_flax.cache import KVCache, init_cache
+from opt_flax.cache import KVCache
+from opt_flax.compilation import Prompts
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
 
 
 def prefill_prompts(
-    model: "FlaxOPTForCausalLM",
-    ids_BT: Array,
-    mask_BT: Array | None,
-    real_RS: Array,
-    length: int | Array,
-    past: KVCache | None,
-    block: int | None,
+    model: "FlaxOPTForCausalLM", prompts: Prompts, chunk: int | None, slots: int, copies: int
 ) -> tuple[Array, KVCache]:
     """Reads the prompts of a request, without what its cache has of them already.
 
     Args:
         model: The language model.
-        ids_BT: Prompts, as for `prefill`.
-        mask_BT: As for `prefill`.
-        real_RS: Of the shape that the cache shall have; each prompt has R / B rows.
-        length: As for `prefill`.
-        past: A cache that holds the beginning of the prompts; None: there is none.
-        block: As for `prefill`.
+        prompts: Inputs of a program.
+        chunk: Tokens to read at a time; None: all at once, with nothing before them.
+        slots: Slots S of the cache.
+        copies: Rows that each prompt gets; there are R of them in all.
 
     Returns:
         Logits (R, V) after the last token, and the cache that holds the prompts.
     """
-    (B, _), (R, S) = ids_BT.shape, real_RS.shape
-    if past is None:
-        cache = init_cache(model.config, B, S, model.dtype, model.mesh)
-    else:
-        cache = past.resize(B, S, model.mesh)
-    logits, cache = prefill(model, ids_BT, mask_BT, cache, length, block)
-    if R > B:
-        copies = jnp.zeros((B, R // B), jnp.int32)
-        logits, cache = jnp.repeat(logits, R // B, 0), cache.regroup(copies, model.mesh)
+    B, past = len(prompts.ids), prompts.past
+    cache = model.init_cache(B, slots) if past is None else past.resize(B, slots, model.mesh)
+    logits, cache = prefill(model, prompts.ids, prompts.mask, cache, chunk, prompts.length)
+    if copies > 1:
+        rows = jnp.zeros((B, copies), jnp.int32)
+        logits, cache = jnp.repeat(logits, copies, 0), cache.regroup(rows, model.mesh)
     return logits, cache
 
 
 def prefill(
     model: "FlaxOPTForCausalLM",
     ids_BT: Array,
-    mask_BT: Array | None,
+    mask_BS: Array | None,
     cache: KVCache,
+    chunk: int | None = None,
     length: int | Array | None = None,
-    block: int | None = None,
 ) -> tuple[Array, KVCache]:
     """Reads the prompts.
 
     Args:
         model: The language model.
         ids_BT: Prompts; what lies behind `length` is only there to fill a bucket.
-        mask_BT: bool, False at padding, over all slots where there is a `block`; None if nothing
+        mask_BS: bool, False at padding, over all slots where there is a `chunk`; None if nothing
             is padded.
-        cache: An empty cache; where there is a `block`, it may hold the beginning of the prompts.
+        cache: An empty cache; where there is a `chunk`, it may hold the beginning of the prompts.
+        chunk: Tokens to read at a time; None: all at once.
         length: Slots of the prompts; None: T.
-        block: Tokens to read at a time; None: all at once.
 
     Returns:
         Logits (B, V) after the last token, and the cache that holds the prompts.
     """
     length = ids_BT.shape[1] if length is None else length
-    if block is not None:
-        return _prefill_blocks(model, ids_BT, mask_BT, cache, length, block)
+    if chunk is not None:
+        return _prefill_chunks(model, ids_BT, mask_BS, cache, chunk, length)
     decoder = model.get_decoder()
-    out = decoder(decoder.embed_tokens(ids_BT), None, mask_BT, cache, deterministic=True)
+    out = decoder(decoder.embed_tokens(ids_BT), None, mask_BS, cache, deterministic=True)
     assert out.last_hidden_state is not None
     assert out.past_key_values is not None
     last = lax.dynamic_index_in_dim(out.last_hidden_state, length - 1, 1, keepdims=False)
     return model.compute_logits(last), replace(out.past_key_values, length=length)
 
 
-def _prefill_blocks(
+def _prefill_chunks(
     model: "FlaxOPTForCausalLM",
     ids_BT: Array,
     mask_BS: Array | None,
     cache: KVCache,
+    chunk: int,
     length: int | Array,
-    block: int,
 ) -> tuple[Array, KVCache]:
     decoder, past = model.get_decoder(), cache.length
 
     def read(i: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
-        # The last block ends where the prompts do: some of it may be read a second time.
-        start = jnp.maximum(jnp.minimum(past + i * block, length - block), 0)
-        ids = lax.dynamic_slice_in_dim(ids_BT, start, block, 1)
+        # The last chunk ends where the prompts do: some of it may be read a second time.
+        start = jnp.maximum(jnp.minimum(past + i * chunk, length - chunk), 0)
+        ids = lax.dynamic_slice_in_dim(ids_BT, start, chunk, 1)
         cache = replace(carry[1], length=start)
         out = decoder(decoder.embed_tokens(ids), None, mask_BS, cache, deterministic=True)
         assert out.last_hidden_state is not None
         assert out.past_key_values is not None
-        last = jnp.minimum(length - start, block) - 1
+        last = jnp.minimum(length - start, chunk) - 1
         hidden = lax.dynamic_index_in_dim(out.last_hidden_state, last, 1, keepdims=False)
         return hidden, replace(out.past_key_values, length=jnp.asarray(length, jnp.int32))
 
     nothing = jnp.zeros((ids_BT.shape[0], model.config.embed_dim), model.dtype)
     cache = replace(cache, length=jnp.asarray(past, jnp.int32), mask=mask_BS)
-    count = (length - past + block - 1) // block
+    count = (length - past + chunk - 1) // chunk
     hidden, cache = lax.fori_loop(0, count, read, (nothing, cache))
     return model.compute_logits(hidden), cache

@@ -14,7 +14,8 @@ from flax import nnx
 from jax import Array, lax
 from numpy.typing import NDArray
 
-from opt_flax.compilation import bucket
+from opt_core.evaluation.scoring import LOGITS, bucket_room, mask_scores
+from opt_core.generation.request import pad_right
 from opt_flax.inputs import check_inputs, check_window
 from opt_flax.losses import upcast
 from opt_flax.sharding import replicate, shard_batch
@@ -22,9 +23,6 @@ from opt_flax.sharding import replicate, shard_batch
 if TYPE_CHECKING:
     from opt_flax.heads import FlaxOPTForQuestionAnswering, FlaxOPTForSequenceClassification
     from opt_flax.modeling import FlaxOPTForCausalLM, FlaxOPTPreTrainedModel
-
-LOGITS = 1 << 24
-"""Logits held at a time, whatever the length of the rows: 64 MiB in float32."""
 
 
 def token_scores(
@@ -50,11 +48,7 @@ def token_scores(
     scores, likeliest = (
         np.array(x)[:, : length - 1] for x in _token_scores(graph, state, ids, mask, LOGITS)
     )
-    if attention_mask is not None:
-        mask = np.asarray(attention_mask).astype(bool)
-        kept = mask[:, 1:] & mask[:, :-1]
-        scores, likeliest = np.where(kept, scores, np.float32(0)), likeliest | ~kept
-    return scores, likeliest
+    return mask_scores(scores, likeliest, attention_mask)
 
 
 def token_log_likelihoods(
@@ -93,12 +87,10 @@ def _inputs(
     assert ids is not None
     T = ids.shape[1]
     check_window(config, checked[1], T)
-    room = bucket(T) - T
-    if bucket(T) > config.max_position_embeddings or config.pad_token_id is None:
-        room = 0  # a filled-up row must not need more positions, nor look longer to the classifier
-    ids = np.pad(ids, ((0, 0), (0, room)), constant_values=config.pad_token_id or 0)
+    width = T + bucket_room(config, T)
+    ids = pad_right(ids, width, config.pad_token_id or 0)
     if mask is not None:
-        mask = shard_batch(np.pad(mask, ((0, 0), (0, room)), constant_values=True), model.mesh)
+        mask = shard_batch(pad_right(mask, width, True), model.mesh)
     return shard_batch(ids, model.mesh), mask, T
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
+from opt_core.generation import filters
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.request import Request, check_beams, check_logits
 from opt_tf import generation, sampling
@@ -227,7 +228,7 @@ def _choose(
     is_real = tf.repeat(inputs["mask"], W, 0) & (tf.range(S) < end)
     scores = tf.nn.log_softmax(generation.mask_vocabulary(logits, settings.vocabulary), -1)
     history = tf.reshape(state.running.ids, (-1, S))
-    scores = sampling.process_logits(scores, history, is_real, end, made, settings)
+    scores = filters.process_logits(sampling, scores, history, is_real, end, made, settings)
     grown, parents = extend_beams(state.running, scores, end, made, settings)
     token = tf.gather(grown.ids, end, axis=2)
     ends = tf.repeat(tf.fill((B, 1), made + 1 == limit), sizes(token)[1], 1)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
+from opt_core.generation import filters
 from opt_core.generation.request import Request, check_logits
 from opt_tf import sampling
 from opt_tf.cache import KVCache
@@ -174,13 +175,13 @@ def _constrained(
     end = inputs["prompt"] + made
     is_real = mask & (tf.range(sizes(mask)[1]) < end)
     logits = mask_vocabulary(logits, settings.vocabulary)
-    return sampling.process_logits(logits, state.history, is_real, end, made, settings)
+    return filters.process_logits(sampling, logits, state.history, is_real, end, made, settings)
 
 
 def _write(logits: tf.Tensor, settings: Any, inputs: dict[str, Any], state: _State) -> _State:
     """Chooses a token for each row that has not ended, and writes it down."""
     seed = tf.stack([inputs["seed"], tf.cast(state.made, tf.int64)])
-    token = sampling.select_tokens(logits, settings, seed)
+    token = filters.select_tokens(sampling, logits, settings, seed)
     token = tf.where(state.ended, settings.pad, token)
     ended = state.ended
     if settings.eos_ids:

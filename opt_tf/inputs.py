@@ -42,18 +42,17 @@ def check_inputs(
     Raises:
         InputError: What does not fit, expected and received.
     """
-    rules.check_choice(input_ids, inputs_embeds)
     ids = as_integers("input_ids", input_ids)
     mask = as_integers("attention_mask", attention_mask)
     positions = as_integers("position_ids", position_ids)
     embeds: Any = None
     if inputs_embeds is not None:
         embeds = tf.cast(as_tensor("inputs_embeds", inputs_embeds), dtype)
-    shapes = (None if x is None else tuple(x.shape) for x in (ids, mask, positions, embeds))
-    B, T = rules.check_shapes(config, *shapes, None if cache is None else cache.filled)
-    integers = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
-    for name, limits in rules.input_ranges(config).items():
-        check_range(name, integers[name], *limits)
+    given = {
+        "input_ids": ids, "attention_mask": mask, "position_ids": positions,
+        "inputs_embeds": embeds,
+    }  # fmt: skip
+    B, T = rules.check_inputs(config, given, cache and cache.filled, check_range)
     if cache is not None:
         check_cache(config, dtype, cache, B, T)
     ids, positions = (None if x is None else tf.cast(x, tf.int32) for x in (ids, positions))
@@ -97,10 +96,9 @@ def check_prefix(model: "TFOPTForCausalLM", cache: Any, ids_BT: Ids, mask_BT: Ma
         mask_BT: bool, False at padding; None if nothing is padded.
     """
     rules.check_is_cache(cache, KVCache)
-    rows, seen = cache.keys[0].shape[0], cache.mask
-    check_cache(model.config, model.compute_dtype, cache, rows, 0)
-    seen = None if seen is None else seen.numpy()
-    rules.check_prefix(rows, int(cache.length), seen, ids_BT, mask_BT)
+    check_cache(model.config, model.compute_dtype, cache, cache.keys[0].shape[0], 0)
+    seen = cache.mask
+    rules.check_prefix(cache, None if seen is None else seen.numpy(), ids_BT, mask_BT)
 
 
 def full_mask(mask_BT: tf.Tensor | None, count: int, cache: KVCache | None) -> tf.Tensor | None:

@@ -60,9 +60,10 @@ def prefill(
     Returns:
         Logits (B, V) after the last token, and the cache that holds the prompts.
     """
-    if chunk is not None:
-        return _prefill_chunks(model, ids_BT, mask_BS, cache, chunk, length)
     decoder, T = model.get_decoder(), sizes(ids_BT)[1]
+    if chunk is not None:
+        end = T if length is None else length
+        return _prefill_chunks(model, ids_BT, mask_BS, cache, chunk, end)
     seen = mask_BS
     if mask_BS is not None and length is not None:
         seen = mask_BS[:, :T] & (tf.range(T) < length)
@@ -80,10 +81,9 @@ def _prefill_chunks(
     mask_BS: tf.Tensor | None,
     cache: KVCache,
     chunk: int,
-    length: tf.Tensor | None,
+    length: Any,
 ) -> tuple[tf.Tensor, KVCache]:
     decoder, past = model.get_decoder(), tf.convert_to_tensor(cache.length)
-    length = sizes(ids_BT)[1] if length is None else length
 
     def read(i: tf.Tensor, hidden: tf.Tensor, keys: Any, values: Any) -> Any:
         # The last chunk ends where the prompts do: some of it may be read a second time.

@@ -1,9 +1,9 @@
 """Choosing the next token: filters of logits and draws, all pure functions.
 
-The order of the filters and their meanings are those of `transformers`. What a row has so far is
-given as ids (B, S) with a bool mask (B, S) that is False at padding and at slots not filled yet, so
-that neither ever changes a result. In a compiled program the numbers among the settings are
-tensors: other values need no other program.
+Their meanings are those of `transformers`; `opt_core.generation.filters` says their order. What a
+row has so far is given as ids (B, S) with a bool mask (B, S) that is False at padding and at slots
+not filled yet, so that neither ever changes a result. In a compiled program the numbers are
+tensors.
 """
 
 from collections.abc import Sequence
@@ -12,49 +12,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from opt_core.generation.config import GenerationConfig
 from opt_tf.linear import sizes
 
 BANNED = float("-inf")
-
-
-def process_logits(
-    logits_BV: tf.Tensor,
-    ids_BS: tf.Tensor,
-    mask_BS: tf.Tensor,
-    end: int | tf.Tensor,
-    made: int | tf.Tensor,
-    settings: GenerationConfig,
-) -> tf.Tensor:
-    """Applies what holds for greedy search, sampling and beams alike.
-
-    Args:
-        logits_BV: float32 logits, or log-probabilities in beam search.
-        ids_BS: Prompt and generated tokens.
-        mask_BS: bool, False at padding and from `end` on.
-        end: Slots filled.
-        made: How many of the tokens were generated; a number for the first of them.
-        settings: What to apply.
-    """
-    if _is_on(settings.repetition_penalty, 1):
-        logits_BV = repetition_penalty(logits_BV, ids_BS, mask_BS, settings.repetition_penalty)
-    if settings.no_repeat_ngram_size:
-        logits_BV = no_repeat_ngram(logits_BV, ids_BS, mask_BS, end, settings.no_repeat_ngram_size)
-    for word in settings.bad_words_ids or ():
-        if word not in {(i,) for i in settings.eos_ids}:
-            logits_BV = ban_word(logits_BV, ids_BS, mask_BS, end, word)
-    if _is_on(settings.min_length, 0) or _is_on(settings.min_new_tokens, None, 0):
-        lengths_B = tf.reduce_sum(tf.cast(mask_BS, tf.int32), 1)
-        fewest = 0 if settings.min_new_tokens is None else settings.min_new_tokens
-        is_short_B = (lengths_B < settings.min_length) | (made < fewest)
-        logits_BV = tf.where(
-            is_short_B[:, None], ban_tokens(logits_BV, settings.eos_ids), logits_BV
-        )
-    if settings.suppress_tokens:
-        logits_BV = ban_tokens(logits_BV, settings.suppress_tokens)
-    if settings.begin_suppress_tokens and isinstance(made, int) and made == 0:
-        logits_BV = ban_tokens(logits_BV, settings.begin_suppress_tokens)
-    return logits_BV
 
 
 def repetition_penalty(
@@ -97,33 +57,23 @@ def ban_word(
     return tf.where(matches[:, None] & is_last_V, BANNED, logits_BV)
 
 
+def ban_end(
+    logits_BV: tf.Tensor,
+    mask_BS: tf.Tensor,
+    least: int | tf.Tensor,
+    is_early: bool | tf.Tensor,
+    eos_ids: Sequence[int],
+) -> tf.Tensor:
+    """Bans the ends of rows that have fewer than `least` tokens, or for which it is too early."""
+    is_short_B = (tf.reduce_sum(tf.cast(mask_BS, tf.int32), 1) < least) | is_early
+    return tf.where(is_short_B[:, None], ban_tokens(logits_BV, eos_ids), logits_BV)
+
+
 def ban_tokens(logits_BV: tf.Tensor, ids: Sequence[int]) -> tf.Tensor:
     """Bans tokens in every row."""
     is_banned_V = np.zeros(sizes(logits_BV)[1], bool)
     is_banned_V[list(ids)] = True
     return tf.where(is_banned_V, BANNED, logits_BV)
-
-
-def candidates(logits_BV: tf.Tensor, settings: GenerationConfig) -> tuple[tf.Tensor, tf.Tensor]:
-    """The tokens to draw among.
-
-    Args:
-        logits_BV: float32 logits.
-        settings: temperature, top_k, top_p, min_p and typical_p, applied in this order.
-
-    Returns:
-        Their logits, likeliest first and -inf for what the filters left out, and their ids,
-        (B, C) each.
-    """
-    V = sizes(logits_BV)[-1]
-    logits_BC, ids_BC = top_k(logits_BV / settings.temperature, min(settings.top_k or V, V))
-    if _is_on(settings.top_p, 1):
-        logits_BC = top_p(logits_BC, settings.top_p)
-    if settings.min_p is not None:
-        logits_BC = min_p(logits_BC, settings.min_p)
-    if _is_on(settings.typical_p, 1):
-        logits_BC = typical_p(logits_BC, settings.typical_p)
-    return logits_BC, ids_BC
 
 
 def top_k(logits_BV: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
@@ -176,15 +126,9 @@ def draw_tokens(logits_BC: tf.Tensor, ids_BC: tf.Tensor, seed: tf.Tensor) -> tf.
     return tf.gather(ids_BC, choice, batch_dims=1)
 
 
-def select_tokens(logits_BV: tf.Tensor, settings: GenerationConfig, seed: tf.Tensor) -> tf.Tensor:
-    """The next token of each row, (B,): the likeliest, or drawn where `do_sample` is set."""
-    if not settings.do_sample:
-        return tf.argmax(logits_BV, -1, output_type=tf.int32)
-    return draw_tokens(*candidates(logits_BV, settings), seed)
-
-
-def _is_on(value: Any, *neutral: Any) -> bool:
-    return tf.is_tensor(value) or value not in neutral
+def likeliest_tokens(logits_BV: tf.Tensor) -> tf.Tensor:
+    """The likeliest token of each row, (B,) ids."""
+    return tf.argmax(logits_BV, -1, output_type=tf.int32)
 
 
 def _marked(logits_BV: tf.Tensor, ids_BS: tf.Tensor, mask_BS: tf.Tensor) -> tf.Tensor:

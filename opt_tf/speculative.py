@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from opt_core.generation import filters
 from opt_core.generation.request import Ids, Request, check_logits
 from opt_core.generation.speculation import Counts, Reader, Rows, speculate
 from opt_tf import generation, sampling
@@ -94,7 +95,7 @@ def accept_draft(
 
 def probabilities(logits_BV: tf.Tensor, settings: Any) -> tf.Tensor:
     """What sampling draws the next token by, (B, V)."""
-    logits_BC, ids_BC = sampling.candidates(logits_BV, settings)
+    logits_BC, ids_BC = filters.candidates(sampling, logits_BV, settings)
     B, C = sizes(ids_BC)
     places = tf.stack([tf.repeat(tf.range(B)[:, None], C, 1), ids_BC], -1)
     return tf.scatter_nd(places, tf.nn.softmax(logits_BC, -1), tf.shape(logits_BV))
@@ -171,7 +172,7 @@ def _open(
     logits, cache = prefill_prompts(model, inputs, settings.chunk, slots, copies)
     scores = _constrained(logits[:, None], settings, history, is_first=True)[:, 0]
     seed = tf.stack([inputs["seed"], tf.constant(0, tf.int64)])
-    token = sampling.select_tokens(scores, settings, seed)
+    token = filters.select_tokens(sampling, scores, settings, seed)
     return token, tf.reduce_max(scores, -1), cache.keys, cache.values
 
 
@@ -260,7 +261,8 @@ def _constrained(
     ids, mask = (tf.reshape(x, (R * T, W)) for x in history[:2])
     made = 0 if is_first else tf.reshape(history.made, (R * T,))
     scores = generation.mask_vocabulary(tf.reshape(logits_RTV, (R * T, V)), settings.vocabulary)
-    return tf.reshape(sampling.process_logits(scores, ids, mask, W, made, settings), (R, T, V))
+    scores = filters.process_logits(sampling, scores, ids, mask, W, made, settings)
+    return tf.reshape(scores, (R, T, V))
 
 
 def _leading(is_right_RG: tf.Tensor) -> tf.Tensor:
@@ -279,7 +281,7 @@ def _other(seed: tf.Tensor, number: Any) -> tf.Tensor:
     return seed + tf.stack([tf.constant(0, tf.int64), (tf.cast(number, tf.int64) + 1) * 2**40])
 
 
-def _reorder(buffer: tf.Tensor, order_RS: tf.Tensor) -> tf.Tensor:
+def _reorder(buffer: tf.Tensor, order_RS: Ids) -> tf.Tensor:
     """A cache's buffer (R, H, S, K) with its slots in another order."""
     turned = tf.transpose(buffer, (0, 2, 1, 3))
     return tf.transpose(tf.gather(turned, order_RS, batch_dims=1), (0, 2, 1, 3))

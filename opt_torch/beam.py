@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opt_core.generation import filters
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.request import Request, allocate_tokens, check_beams, check_logits
 from opt_torch import generation, sampling
@@ -86,7 +87,9 @@ def search(model: "OPTForCausalLM", request: Request) -> Tensor:
         for made in range(new):
             end, history = prompt + made, running.ids.flatten(0, 1)
             scores = F.log_softmax(generation.mask_vocabulary(logits, request.vocabulary), -1)
-            scores = sampling.process_logits(scores, history, mask, end, made, settings)
+            scores = filters.process_logits(
+                sampling, scores, history[:, :end], mask[:, :end], end, made, settings
+            )
             if made == 0:
                 check_logits(scores.amax(-1).cpu().numpy())
             grown, parents = extend_beams(running, scores, end, made, settings)

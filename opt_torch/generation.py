@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from opt_core.generation import filters
 from opt_core.generation.request import Request, allocate_tokens, check_logits
 from opt_torch import sampling
 from opt_torch.cache import KVCache
@@ -60,11 +61,13 @@ def stream(model: "OPTForCausalLM", request: Request) -> Iterator[Tensor]:
         for made in range(new):
             end = prompt + made
             logits = mask_vocabulary(logits, request.vocabulary)
-            logits = sampling.process_logits(logits, history, mask, end, made, settings)
+            logits = filters.process_logits(
+                sampling, logits, history[:, :end], mask[:, :end], end, made, settings
+            )
             if made == 0:
                 check_logits(logits.amax(-1).cpu().numpy())
             token = torch.where(
-                ended, request.pad, sampling.select_tokens(logits, settings, generator)
+                ended, request.pad, filters.select_tokens(sampling, logits, settings, generator)
             )
             history[:, end] = token
             ended = ended | torch.isin(token, eos)

@@ -42,18 +42,17 @@ def check_inputs(
     Raises:
         InputError: What does not fit, expected and received.
     """
-    rules.check_choice(input_ids, inputs_embeds)
     ids = as_integers("input_ids", input_ids, device)
     mask = as_integers("attention_mask", attention_mask, device)
     positions = as_integers("position_ids", position_ids, device)
     embeds = None
     if inputs_embeds is not None:
         embeds = as_tensor("inputs_embeds", inputs_embeds, device).to(dtype)
-    shapes = (None if x is None else x.shape for x in (ids, mask, positions, embeds))
-    B, T = rules.check_shapes(config, *shapes, None if cache is None else cache.filled)
-    integers = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
-    for name, limits in rules.input_ranges(config).items():
-        check_range(name, integers[name], *limits)
+    given = {
+        "input_ids": ids, "attention_mask": mask, "position_ids": positions,
+        "inputs_embeds": embeds,
+    }  # fmt: skip
+    B, T = rules.check_inputs(config, given, cache and cache.filled, check_range)
     if cache is not None:
         check_cache(config, dtype, cache, B, T)
     return ids, None if mask is None else mask.bool(), positions, embeds
@@ -98,10 +97,9 @@ def check_prefix(model: "OPTForCausalLM", cache: Any, ids_BT: Ids, mask_BT: Mask
         mask_BT: bool, False at padding; None if nothing is padded.
     """
     rules.check_is_cache(cache, KVCache)
-    rows, seen = cache.keys[0].shape[0], cache.mask
-    check_cache(model.config, model.dtype, cache, rows, 0)
-    seen = None if seen is None else seen.cpu().numpy()
-    rules.check_prefix(rows, cache.length, seen, ids_BT, mask_BT)
+    check_cache(model.config, model.dtype, cache, cache.keys[0].shape[0], 0)
+    seen = cache.mask
+    rules.check_prefix(cache, None if seen is None else seen.cpu().numpy(), ids_BT, mask_BT)
 
 
 def full_mask(mask_BT: Tensor | None, count: int, cache: KVCache | None) -> Tensor | None:

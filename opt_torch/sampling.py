@@ -1,8 +1,8 @@
 """Choosing the next token: filters of logits and draws, all pure functions.
 
-The order of the filters and their meanings are those of `transformers`. What a row has so far is
-given as ids (B, S) with a bool mask (B, S) that is False at padding; slots from `end` on are free.
-Neither padding nor free slots ever change a result.
+Their meanings are those of `transformers`; `opt_core.generation.filters` says their order. What a
+row has so far is given as ids (B, S) with a bool mask (B, S) that is False at padding, `end` of the
+slots in use.
 """
 
 from collections.abc import Sequence
@@ -11,49 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt_core.generation.config import GenerationConfig
-
 BANNED = float("-inf")
-
-
-def process_logits(
-    logits_BV: Tensor,
-    ids_BS: Tensor,
-    mask_BS: Tensor,
-    end: int,
-    made: int | Tensor,
-    settings: GenerationConfig,
-) -> Tensor:
-    """Applies what holds for greedy search, sampling and beams alike.
-
-    Args:
-        logits_BV: float32 logits, or log-probabilities in beam search.
-        ids_BS: Prompt and generated tokens.
-        mask_BS: bool, False at padding.
-        end: Slots in use.
-        made: How many of the tokens were generated; of each row, where they differ.
-        settings: What to apply.
-    """
-    ids_BS, mask_BS = ids_BS[:, :end], mask_BS[:, :end]
-    if settings.repetition_penalty != 1:
-        logits_BV = repetition_penalty(logits_BV, ids_BS, mask_BS, settings.repetition_penalty)
-    if settings.no_repeat_ngram_size:
-        logits_BV = no_repeat_ngram(logits_BV, ids_BS, mask_BS, end, settings.no_repeat_ngram_size)
-    for word in settings.bad_words_ids or ():
-        if word not in {(i,) for i in settings.eos_ids}:
-            logits_BV = ban_word(logits_BV, ids_BS, mask_BS, end, word)
-    if settings.min_length or settings.min_new_tokens:
-        is_short_B = (mask_BS.sum(1) < settings.min_length) | (
-            made < (settings.min_new_tokens or 0)
-        )
-        logits_BV = torch.where(
-            is_short_B[:, None], ban_tokens(logits_BV, settings.eos_ids), logits_BV
-        )
-    if settings.suppress_tokens:
-        logits_BV = ban_tokens(logits_BV, settings.suppress_tokens)
-    if settings.begin_suppress_tokens and made == 0:
-        logits_BV = ban_tokens(logits_BV, settings.begin_suppress_tokens)
-    return logits_BV
 
 
 def repetition_penalty(
@@ -98,33 +56,23 @@ def ban_word(
     return logits_BV
 
 
+def ban_end(
+    logits_BV: Tensor,
+    mask_BS: Tensor,
+    least: int,
+    is_early: bool | Tensor,
+    eos_ids: Sequence[int],
+) -> Tensor:
+    """Bans the ends of rows that have fewer than `least` tokens, or for which it is too early."""
+    is_short_B = (mask_BS.sum(1) < least) | is_early
+    return torch.where(is_short_B[:, None], ban_tokens(logits_BV, eos_ids), logits_BV)
+
+
 def ban_tokens(logits_BV: Tensor, ids: Sequence[int]) -> Tensor:
     """Bans tokens in every row."""
     logits_BV = logits_BV.clone()
     logits_BV[:, list(ids)] = BANNED
     return logits_BV
-
-
-def candidates(logits_BV: Tensor, settings: GenerationConfig) -> tuple[Tensor, Tensor]:
-    """The tokens to draw among.
-
-    Args:
-        logits_BV: float32 logits.
-        settings: temperature, top_k, top_p, min_p and typical_p, applied in this order.
-
-    Returns:
-        Their logits, likeliest first and -inf for what the filters left out, and their ids,
-        (B, C) each.
-    """
-    V = logits_BV.shape[-1]
-    logits_BC, ids_BC = top_k(logits_BV / settings.temperature, min(settings.top_k or V, V))
-    if settings.top_p < 1:
-        logits_BC = top_p(logits_BC, settings.top_p)
-    if settings.min_p is not None:
-        logits_BC = min_p(logits_BC, settings.min_p)
-    if settings.typical_p < 1:
-        logits_BC = typical_p(logits_BC, settings.typical_p)
-    return logits_BC, ids_BC
 
 
 def top_k(logits_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -167,10 +115,6 @@ def draw_tokens(logits_BC: Tensor, ids_BC: Tensor, generator: torch.Generator) -
     return ids_BC.gather(-1, choice)[:, 0]
 
 
-def select_tokens(
-    logits_BV: Tensor, settings: GenerationConfig, generator: torch.Generator
-) -> Tensor:
-    """The next token of each row, (B,): the likeliest, or drawn where `do_sample` is set."""
-    if not settings.do_sample:
-        return logits_BV.argmax(-1)
-    return draw_tokens(*candidates(logits_BV, settings), generator)
+def likeliest_tokens(logits_BV: Tensor) -> Tensor:
+    """The likeliest token of each row, (B,) ids."""
+    return logits_BV.argmax(-1)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opt_core.generation import filters
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.request import Ids, Request, check_logits
 from opt_core.generation.speculation import Counts, Reader, Rows, speculate
@@ -101,7 +102,7 @@ def accept_draft(
 
 def probabilities(logits_BV: Tensor, settings: GenerationConfig) -> Tensor:
     """What sampling draws the next token by, (B, V)."""
-    logits_BC, ids_BC = sampling.candidates(logits_BV, settings)
+    logits_BC, ids_BC = filters.candidates(sampling, logits_BV, settings)
     return torch.zeros_like(logits_BV).scatter_(1, ids_BC, F.softmax(logits_BC, -1))
 
 
@@ -126,7 +127,8 @@ class _Reader(Reader):
     def first_tokens(self) -> Ids:
         scores = self._constrained(self.logits[:, None], self.rows.no_draft)[:, 0]
         check_logits(scores.amax(-1).cpu().numpy())
-        return _array(sampling.select_tokens(scores, self.request.settings, self.generator))
+        settings = self.request.settings
+        return _array(filters.select_tokens(sampling, scores, settings, self.generator))
 
     def propose(self, count: int, step: int) -> tuple[Ids, Tensor | None]:
         rows, draft, drawn = self.rows, self.rows.no_draft, []
@@ -183,17 +185,16 @@ class _Reader(Reader):
 
     def _constrained(self, logits_RTV: Tensor, draft_RG: Ids) -> Tensor:
         """Constrained logits (R, T, V) of the tokens after the last T of a row and its draft."""
-        (R, T, V), device, settings = logits_RTV.shape, logits_RTV.device, self.request.settings
+        (R, T, V), device = logits_RTV.shape, logits_RTV.device
         ids, mask, made = (
             torch.as_tensor(x[:, -T:].reshape(R * T, *x.shape[2:]), device=device)
             for x in self.histories(draft_RG)
         )
         is_first = not self.rows.made.any()
-        if not is_first:
-            settings = settings.replace(begin_suppress_tokens=None)
         scores = generation.mask_vocabulary(logits_RTV.flatten(0, 1), self.request.vocabulary)
-        scores = sampling.process_logits(
-            scores, ids.long(), mask, ids.shape[1], 0 if is_first else made, settings
+        made = 0 if is_first else made
+        scores = filters.process_logits(
+            sampling, scores, ids.long(), mask, ids.shape[1], made, self.request.settings
         )
         return scores.view(R, T, V)
 

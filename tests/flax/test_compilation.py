@@ -22,7 +22,7 @@ def compiled():
     return {
         f"{module.__name__}.{name}": getattr(module, name)._cache_size()
         for module in (generation, beam)
-        for name in ("_first", "_step", "_loop")
+        for name in ("_start", "_step", "_loop")
         if hasattr(module, name)
     }
 
@@ -62,13 +62,13 @@ def test_drafts_need_no_other_program(folder):
         model.generate(ids, assistant_model=model, num_assistant_tokens=2, **settings)
 
     def counts():
-        names = ("_open", "_check", "_guess")
+        names = ("_open", "_check", "_propose")
         return {name: getattr(speculative, name)._cache_size() for name in names}
 
     before = counts()
     run([[2, 5, 6, 5, 6]], 1, 0.5)
     # The prompts of model and draft; the blocks of lookup, found or not, and of the draft.
-    most = {"_open": 2, "_check": 3, "_guess": 1}
+    most = {"_open": 2, "_check": 3, "_propose": 1}
     run([[2, 50, 51, 52, 53, 54]], 2, 5.0)
     after = counts()
     assert {name: after[name] - before[name] for name in after} == most

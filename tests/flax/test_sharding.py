@@ -21,6 +21,8 @@ from jax.sharding import AxisType, PartitionSpec  # noqa: E402
 
 import opt_flax  # noqa: E402
 from opt_core.errors import ConfigError  # noqa: E402
+from opt_core.generation.mixin import make_request  # noqa: E402
+from opt_core.generation.request import allocate_tokens  # noqa: E402
 from opt_core.params import param_specs  # noqa: E402
 from opt_core.training.config import TrainConfig  # noqa: E402
 from opt_flax import (  # noqa: E402
@@ -216,9 +218,9 @@ def collectives(compiled):
 
 
 def decode_program(model):
-    request = generation.prepare(model, IDS, MASK, None, 0, None, **SETTINGS["greedy"])
-    graph, state, rows, numbers = generation._begin(model, request, 0)
-    return generation._step.lower(graph, state, rows, numbers).compile(), rows.cache
+    request = make_request(model, IDS, MASK, **SETTINGS["greedy"])
+    graph, state, rows, settings = generation._begin(model, request)
+    return generation._step.lower(graph, state, rows, settings).compile(), rows.cache
 
 
 def test_tensor_parallel_decoding_sends_activations_only(load):
@@ -244,18 +246,16 @@ def test_data_parallel_decoding_sends_tokens_only(load):
 def test_beams_stay_with_their_prompts_devices(load, name):
     """Choosing beams anew moves no cache between devices."""
     model = load(name)
-    request = generation.prepare(model, IDS, MASK, None, 0, None, **SETTINGS["beams"])
+    request = make_request(model, IDS, MASK, **SETTINGS["beams"])
     graph, state = nnx.split(model)
-    history, real = generation.allocate_tokens(request, 3)
-    limits = beam._Limits(
-        compilation.TracedSettings.of(request.settings), np.int32(9), 10, request.vocabulary
-    )
-    ids, mask = generation.bucketed(request)
-    search, _ = beam._first(graph, state, ids, mask, history, real, limits)
+    history, mask = allocate_tokens(request, request.slots, 3)
+    settings = compilation.program_settings(request)
+    prompts = compilation.program_inputs(request, request.slots)
+    search, _ = beam._start(graph, state, prompts, history, mask, settings)
     share = parts(search.cache.keys[0])
     rows, heads = SHARES[name][3][:2]
     assert share == (3 * rows, heads, 32, 8)
-    text = beam._loop.lower(graph, state, search, limits).compile()
+    text = beam._loop.lower(graph, state, search, settings).compile()
     assert not [shape for _, shape in collectives(text) if shape[1:] in (share[1:], (4, 32, 8))]
 
 

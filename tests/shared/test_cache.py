@@ -109,3 +109,13 @@ def test_a_cache_of_another_model(backend, folder):
     cache = backend.load(folder(deeper)).init_cache(1, 8)
     with pytest.raises(InputError, match="past_key_values is of another model: expected"):
         backend.load(folder("pre_ln"))([[2, 5]], past_key_values=cache)
+
+
+def test_a_cache_is_not_resized_to_less_than_it_holds(backend, folder):
+    model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIGS["pre_ln"], 2, 4)
+    cache = model(ids, past_key_values=model.init_cache(2, 6)).past_key_values
+    assert cache.resize(2, 4).max_length == 4
+    with pytest.raises(InputError, match=r"holds 2 rows of 4 tokens, .* there are 3 slots"):
+        cache.resize(2, 3)
+    with pytest.raises(InputError, match="holds 2 rows of 4 tokens, the input has 3 rows"):
+        cache.resize(3, 6)

@@ -17,9 +17,7 @@ def loop_of_flax(model, ids) -> Any:
     from opt_flax import generation
 
     request = make_request(model, ids, **SETTINGS)
-    graph, state, rows, numbers = generation._begin(model, request, 0)
-    limit = np.int32(request.new_tokens)
-    return generation._loop.lower(graph, state, rows, numbers, limit).compile().as_text()
+    return generation._loop.lower(*generation._begin(model, request)).compile().as_text()
 
 
 def loop_of_tf(model, ids) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from opt_core.generation.config import GenerationConfig
+from opt_core.generation.filters import candidates
 from tests.support import oracle, oracle_generation
 from tests.support.configs import CONFIGS
 from tests.support.oracle_generation import Settings
@@ -37,7 +38,7 @@ def test_filtered_distributions_equal_the_oracle(backend, name):
     logits = rng.normal(0, [[0.5], [2.0], [6.0]], (3, 99)).astype(np.float32)
     settings = {"top_k": 0, **WARPERS[name]}
     sampling = importlib.import_module(f"opt_{backend.name}.sampling")
-    values, ids = sampling.candidates(backend.array(logits), GenerationConfig(**settings))
+    values, ids = candidates(sampling, backend.array(logits), GenerationConfig(**settings))
     values, ids = backend.numpy(values).astype(np.float64), backend.numpy(ids)
     for row in range(3):
         ours = np.zeros(99)
@@ -51,7 +52,7 @@ def test_a_top_k_beyond_the_vocabulary_keeps_everything(backend):
     sampling = importlib.import_module(f"opt_{backend.name}.sampling")
     logits = backend.array(np.zeros((1, 9), np.float32))
     for k in (9, 1000, 0, None):
-        values, _ = sampling.candidates(logits, GenerationConfig(top_k=k))
+        values, _ = candidates(sampling, logits, GenerationConfig(top_k=k))
         assert np.isfinite(backend.numpy(values)).sum() == 9
 
 

@@ -1,10 +1,11 @@
-"""Guesses and what becomes of them: the part of speculative decoding that needs no framework."""
+"""Drafts and what becomes of them: the part of speculative decoding that needs no framework."""
 
 import numpy as np
 import pytest
 
 from opt_core.generation.config import GenerationConfig
-from opt_core.generation.speculation import Rows, Slots, look_up
+from opt_core.generation.request import Request
+from opt_core.generation.speculation import Rows, Slots, prompt_lookup
 
 
 @pytest.mark.parametrize(
@@ -21,14 +22,14 @@ from opt_core.generation.speculation import Rows, Slots, look_up
         ([5, 6, 5, 6], 1, 9, [5]),  # no room for nine
     ],
 )
-def test_guesses_follow_the_last_place(text, count, longest, expected):
-    assert look_up(text, count, longest) == expected
+def test_drafts_follow_the_last_place(text, count, longest, expected):
+    assert prompt_lookup(text, count, longest) == expected
 
 
 def rows_of(ids, mask=None, new_tokens=6, **settings):
     ids = np.array(ids, np.int32)
     mask = np.ones(ids.shape, bool) if mask is None else np.array(mask, bool)
-    return Rows(ids, mask, GenerationConfig(**settings), new_tokens, None, 1)
+    return Rows(Request(ids, mask, GenerationConfig(**settings), new_tokens, 99, 1))
 
 
 def test_rows_take_what_counts_until_they_end():
@@ -53,11 +54,11 @@ def test_columns_wait_for_the_slowest_open_row():
     assert list(rows.columns()) == []
 
 
-def test_rows_guess_no_more_than_they_can_use():
+def test_rows_draft_no_more_than_they_can_use():
     rows = rows_of([[5, 6, 5, 6], [7, 8, 9, 3]], new_tokens=3)
-    guesses, counts = rows.look_up(4, 2)
+    draft, counts = rows.prompt_lookup(4, 2)
     assert counts.tolist() == [2, 0]
-    assert guesses[0, :2].tolist() == [5, 6]
+    assert draft[0, :2].tolist() == [5, 6]
 
 
 def test_histories_end_where_their_token_is_chosen():
