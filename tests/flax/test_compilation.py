@@ -9,7 +9,7 @@ pytest.importorskip("jax")
 
 
 from opt_core.training.config import TrainConfig
-from opt_flax import beam, compilation, generation, speculative, training
+from opt_flax import beam, generation, speculative, training
 from tests.support.configs import CONFIGS
 from tests.support.flax_models import model_of
 from tests.support.reference import make_mask, make_prompts
@@ -75,13 +75,6 @@ def test_drafts_need_no_other_program(folder):
     run([[2, 7, 8, 9, 7, 8, 9, 7]], 2**40, 1.5)
     run([[2, 5, 6, 5]], 4, 0.1)
     assert counts() == after
-
-
-@pytest.mark.parametrize(
-    ("length", "slots"), [(1, 32), (32, 32), (33, 64), (256, 256), (257, 512), (2048, 2048)]
-)
-def test_buckets(length, slots):
-    assert compilation.bucket(length) == slots
 
 
 def test_a_training_step_updates_in_place(folder):
