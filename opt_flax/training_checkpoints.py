@@ -147,7 +147,7 @@ class TrainingCheckpoints:
 
 
 def _about(model: "FlaxOPTPreTrainedModel", optimizer: nnx.Optimizer[Any]) -> dict[str, Any]:
-    """What a model and its optimizer must agree in with a checkpoint."""
+    """The facts in which a model and its optimizer must agree with a checkpoint."""
     names = [name for name in _variables(model, optimizer) if name.startswith("optimizer.")]
     return identity(model.config, model.head) | {
         "class": type(model).__name__,

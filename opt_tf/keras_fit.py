@@ -1,4 +1,4 @@
-"""What Keras' fit, evaluate and predict make of a model's output."""
+"""A model's output in Keras' fit, evaluate and predict."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -6,6 +6,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -175,15 +176,18 @@ def parameters(function: ast.FunctionDef) -> list[str]:
     return [name for name in names if name not in ("self", "cls")]
 
 
-def shared_signatures() -> Iterator[tuple[str, list[list[str]]]]:
+@cache
+def shared_signatures() -> list[tuple[str, list[list[str]]]]:
     """Every function and method that all backends have in the same file, with its parameters."""
+    shared: list[tuple[str, list[list[str]]]] = []
     for path in python_files("opt_torch"):
         files = [ROOT / backend / path.relative_to(ROOT / "opt_torch") for backend in PRESENT]
         if all(file.is_file() for file in files):
             each = [signatures(f, BACKENDS[b]) for f, b in zip(files, PRESENT, strict=True)]
             for name in each[0]:
                 if all(name in found for found in each):
-                    yield name, [found[name] for found in each]
+                    shared.append((name, [found[name] for found in each]))
+    return shared
 
 
 def differing(listed: dict[str, str], extra: dict[str, str]) -> dict[str, list[list[str]]]:

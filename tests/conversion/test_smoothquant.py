@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conversion import smooth
 from conversion.calibration import activation_scales
 from conversion.readers import open_any_checkpoint
-from conversion.smoothquant import calibration_rows, smooth
+from conversion.smoothquant import calibration_rows
 from opt_cli.main import main
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, ConfigError, DataError
