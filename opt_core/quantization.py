@@ -28,7 +28,7 @@ from opt_core.errors import CheckpointError, ConfigError
 from opt_core.params import ParamSpec
 
 SCHEMES = ("int8", "int4")
-"""What `from_pretrained(quantize=...)` takes besides None."""
+"""Values of `from_pretrained(quantize=...)` besides None."""
 
 GROUP = 64
 """Inputs that share a scale and a zero point in "int4"."""
