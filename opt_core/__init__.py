@@ -2,9 +2,11 @@
 
 Shapes are written as letters, in names (`q_BHTK`) and docstrings alike:
 
-    B batch      T new tokens       S cache slots  D hidden_size  H heads   K head size
-    F ffn_dim    P embedding width  V vocabulary   W beams        N layers
-    R rows       C candidates     G drafts       X any number
+    B batch          T new tokens     S cache slots        N layers
+    D hidden_size    H heads          K head size          F ffn_dim
+    P embedding      V vocabulary     I, O a linear layer's inputs and outputs
+    W beams          R rows: batch times the sequences, beams or drafts of each prompt
+    G draft tokens   C candidates     X any number
 """
 
 from opt_core.config import OPTConfig

@@ -4,6 +4,7 @@ These are mixins: a backend's base class inherits `PreTrainedMixin` and its fram
 class, and names in `_backend` the modules that do the framework's part.
 """
 
+from collections.abc import Callable
 from os import PathLike
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -22,7 +23,7 @@ class Backend(NamedTuple):
         attention: Its `IMPLEMENTATIONS`.
         checkpoint: Its `save_pretrained`.
         inputs: Its `full_mask` and `check_window`.
-        losses: Its `causal_lm`, `classification` and `question_answering`.
+        losses: Its `causal_lm`, `last_token`, `classification` and `question_answering`.
     """
 
     attention: Any
@@ -32,7 +33,7 @@ class Backend(NamedTuple):
 
 
 class PreTrainedMixin(Generic[Decoder]):
-    """What the model and its heads share: settings, counting, saving and the way to the decoder."""
+    """The part of all models that is no framework's: settings, counting, saving, decoding."""
 
     _backend: ClassVar[Backend]
     head: ClassVar[Head]
@@ -119,6 +120,47 @@ class PreTrainedMixin(Generic[Decoder]):
         return count, count + (cache.length if cache else 0)
 
 
+class DecoderMixin:
+    """What stands before and behind the layers of a decoder."""
+
+    project_in: Any
+    project_out: Any
+    embed_positions: Any
+    final_layer_norm: Any
+
+    def _enter(self, embeds: Any, rows: Any) -> Any:
+        """The layers' input (B, T, D) of embeddings (B, T, P) and rows of the position table."""
+        hidden = embeds if self.project_in is None else self.project_in(embeds)
+        return hidden + self.embed_positions(rows)
+
+    def _leave(self, hidden: Any) -> Any:
+        """The output (B, T, P) of the last layer's states (B, T, D)."""
+        if self.final_layer_norm is not None:
+            hidden = self.final_layer_norm(hidden)
+        return hidden if self.project_out is None else self.project_out(hidden)
+
+
+class DecoderLayerMixin:
+    """Where a layer's norms stand: before its two parts, or, in opt-350m, behind them."""
+
+    norm_first: bool
+
+    def _residual(self, hidden: Any, norm: Any, part: Callable[[Any], tuple[Any, ...]]) -> Any:
+        """One part of a layer with its norm and residual connection.
+
+        Args:
+            hidden: States (B, T, D).
+            norm: The part's norm.
+            part: Gives the change of the states, and whatever else there is.
+
+        Returns:
+            The new states, and whatever else there is.
+        """
+        change, *rest = part(norm(hidden) if self.norm_first else hidden)
+        hidden = hidden + change
+        return hidden if self.norm_first else norm(hidden), *rest
+
+
 class CausalLMMixin:
     """The language model's head."""
 
@@ -147,12 +189,18 @@ class SequenceClassificationMixin:
     config: OPTConfig
     score: Any
 
-    def _finish(self, out: Any, hidden_BP: Any, labels: Any) -> Any:
-        """Adds the scores of a state for each row, and the loss where labels are given."""
-        out.logits = self.score(hidden_BP)
+    def _finish(self, out: Any, input_ids: Any, labels: Any) -> Any:
+        """Adds the scores of each row's last token, and the loss where labels are given."""
+        losses, hidden_BTP = self._backend.losses, out.last_hidden_state
+        last_B = losses.last_token(input_ids, hidden_BTP, self.config.pad_token_id)
+        out.logits = self.score(self._pick(hidden_BTP, last_B))
         if labels is not None:
-            out.loss = self._backend.losses.classification(out.logits, labels, self.config)
+            out.loss = losses.classification(out.logits, labels, self.config)
         return out
+
+    def _pick(self, hidden_BTP: Any, index_B: Any) -> Any:
+        """One state of each row, (B, P)."""
+        raise NotImplementedError
 
 
 class QuestionAnsweringMixin:

@@ -1,4 +1,4 @@
-"""What a model returns, said once: each backend registers its own subclass as a pytree."""
+"""The output of a model, said once: each backend registers its own subclass as a pytree."""
 
 from dataclasses import dataclass
 from typing import Generic, TypeVar

@@ -28,7 +28,7 @@ from opt_core.errors import CheckpointError, ConfigError
 from opt_core.params import ParamSpec
 
 SCHEMES = ("int8", "int4")
-"""The schemes that `from_pretrained(quantize=...)` takes besides None."""
+"""Schemes that `from_pretrained(quantize=...)` takes besides None."""
 
 GROUP = 64
 """Inputs that share a scale and a zero point in "int4"."""
@@ -39,14 +39,14 @@ _BLOCK = 1 << 22  # weights at a time, so that temporaries stay small
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """The numbers of one weight [out, in].
+    """The numbers of one weight (O, I).
 
     Attributes:
         scheme: "int8" or "int4".
-        values: int8 [out, in]; or uint8 [out, G * 32], two inputs a byte, the earlier one in the
-            low bits, the last of the G groups filled up with its zero point.
-        scales: float32 [out], or [out, G].
-        zeros: uint8 [out, G]; None for "int8", whose zero point is 0.
+        values: int8 (O, I); or uint8 (O, groups * 32), two inputs a byte, the earlier one in the
+            low bits, the last of the groups filled up with its zero point.
+        scales: float32 (O,), or (O, groups).
+        zeros: uint8 (O, groups); None for "int8", whose zero point is 0.
         width: Inputs there are.
     """
 
@@ -75,7 +75,7 @@ class QuantizedTensor:
         return self.values.nbytes + self.scales.nbytes + zeros
 
     def dequantize(self) -> NDArray[np.float32]:
-        """The weight they stand for, float32 [out, in]."""
+        """The weight they stand for, float32 (O, I)."""
         if self.zeros is None:
             return self.values * self.scales[:, None]
         steps = unpack(self.values).reshape(*self.scales.shape, GROUP).astype(np.int8)
@@ -128,7 +128,7 @@ def quantize_array(name: str, array: NDArray[Any], scheme: str) -> QuantizedTens
 
     Args:
         name: Its name, for messages.
-        array: [out, in] in any floating-point type; it may be a view of a file.
+        array: (O, I) in any floating-point type; it may be a view of a file.
         scheme: "int8" or "int4".
 
     Raises:

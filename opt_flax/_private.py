@@ -10,7 +10,7 @@ from opt_core.errors import ConfigError
 def load_splash_attention() -> tuple[Any, Any]:
     """Pallas' kernel for attention on a TPU and its masks, seen in JAX 0.10.
 
-    It is loaded where it is first needed: `import opt_flax` takes a third of a second less.
+    It is loaded where it is first needed: `import opt_flax` loads 47 modules less.
 
     Raises:
         ConfigError: This JAX has none; every other implementation of attention works.

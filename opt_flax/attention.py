@@ -231,7 +231,7 @@ def check_flash(platform: str, dtype: jnp.dtype, dropout: float = 0.0) -> None:
 
 
 def platform_of(mesh: Mesh | None) -> str:
-    """What the devices are: "cpu", "gpu" or "tpu"; None: JAX's default ones."""
+    """The kind of the devices: "cpu", "gpu" or "tpu"; None: JAX's default ones."""
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 

@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opt_core.config import OPTConfig
+from opt_core.modeling import DecoderLayerMixin, DecoderMixin
 from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
 from opt_flax.attention import FlaxOPTAttention, make_bias
@@ -33,7 +34,7 @@ class FlaxOPTOutput(ModelOutput[Array, KVCache]):
     """The output of a model: see `ModelOutput` for its fields."""
 
 
-class FlaxOPTDecoderLayer(nnx.Module):
+class FlaxOPTDecoderLayer(DecoderLayerMixin, nnx.Module):
     """One block: attention and feed-forward, each with a norm and a residual connection."""
 
     def __init__(self, config: OPTConfig, implementation: str, mesh: Mesh | None = None):
@@ -59,26 +60,23 @@ class FlaxOPTDecoderLayer(nnx.Module):
     ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
         """Returns the new states (B, T, D), the attention weights if asked for, and the buffers."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        residual = hidden
-        if self.norm_first:
-            hidden = self.self_attn_layer_norm(hidden)
-        hidden, weights, buffers = self.self_attn(
-            hidden, bias, mask_BS, cache, layer, keys[0], output_attentions
-        )
-        hidden = residual + apply_dropout(hidden, self.dropout, keys[1])
-        if not self.norm_first:
-            hidden = self.self_attn_layer_norm(hidden)
-        residual = hidden
-        if self.norm_first:
-            hidden = self.final_layer_norm(hidden)
-        hidden = self.fc2(ACTIVATIONS[self.activation](self.fc1(hidden)))
-        hidden = residual + apply_dropout(hidden, self.dropout, keys[2])
-        if not self.norm_first:
-            hidden = self.final_layer_norm(hidden)
+
+        def attend(hidden: Array) -> tuple[Any, ...]:
+            hidden, *rest = self.self_attn(
+                hidden, bias, mask_BS, cache, layer, keys[0], output_attentions
+            )
+            return apply_dropout(hidden, self.dropout, keys[1]), *rest
+
+        def feed_forward(hidden: Array) -> tuple[Array]:
+            hidden = self.fc2(ACTIVATIONS[self.activation](self.fc1(hidden)))
+            return (apply_dropout(hidden, self.dropout, keys[2]),)
+
+        hidden, weights, buffers = self._residual(hidden, self.self_attn_layer_norm, attend)
+        (hidden,) = self._residual(hidden, self.final_layer_norm, feed_forward)
         return hidden, weights, buffers
 
 
-class FlaxOPTDecoder(nnx.Module):
+class FlaxOPTDecoder(DecoderMixin, nnx.Module):
     """Embeddings, the layers, the last norm and the projections around them.
 
     With `scan_layers`, `layers` is one layer whose parameters have a leading axis of N, run by
@@ -136,8 +134,7 @@ class FlaxOPTDecoder(nnx.Module):
             rows = position_rows(mask_BS, past, count)
         else:
             rows = position_ids + POSITION_OFFSET
-        hidden = embeds if self.project_in is None else self.project_in(embeds)
-        hidden = hidden + self.embed_positions(rows)
+        hidden = self._enter(embeds, rows)
         hidden = _spread(hidden, self.mesh)
         bias = make_bias(mask_BS, count, past, slots, hidden.dtype)
         keys = self._dropout_keys(deterministic, rngs)
@@ -145,10 +142,7 @@ class FlaxOPTDecoder(nnx.Module):
         hidden, states, attentions, buffers = run(
             hidden, bias, mask_BS, cache, keys, output_attentions
         )
-        if self.final_layer_norm is not None:
-            hidden = self.final_layer_norm(hidden)
-        if self.project_out is not None:
-            hidden = self.project_out(hidden)
+        hidden = self._leave(hidden)
         filled = cache.filled(count) if cache else count
         if cache is not None:
             assert buffers is not None

@@ -4,9 +4,9 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from opt_core.modeling import QuestionAnsweringMixin, SequenceClassificationMixin
-from opt_flax import losses
 from opt_flax.cache import KVCache
 from opt_flax.decoder import FlaxOPTOutput
 from opt_flax.linear import Linear
@@ -53,10 +53,10 @@ class FlaxOPTForSequenceClassification(SequenceClassificationMixin, FlaxOPTPreTr
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
             deterministic=deterministic, rngs=rngs,
         )  # fmt: skip
-        assert out.last_hidden_state is not None
-        last = losses.last_token(input_ids, out.last_hidden_state, self.config.pad_token_id)
-        rows = jnp.arange(len(last))
-        return self._finish(out, out.last_hidden_state[rows, last], labels)
+        return self._finish(out, input_ids, labels)
+
+    def _pick(self, hidden_BTP: Array, index_B: Array) -> Array:
+        return hidden_BTP[jnp.arange(len(index_B)), index_B]
 
 
 class FlaxOPTForQuestionAnswering(QuestionAnsweringMixin, FlaxOPTPreTrainedModel):

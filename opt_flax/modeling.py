@@ -30,7 +30,7 @@ from opt_flax.linear import Linear
 
 
 class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
-    """What the model and its heads share: making, loading, saving and counting."""
+    """The base of the model and of its heads: making, loading and caches."""
 
     _backend = Backend(attention, checkpoint, inputs, losses)
 

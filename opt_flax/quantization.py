@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class QuantizedWeight(nnx.Module):
-    """The numbers of a weight [out, in], as in `QuantizedTensor`."""
+    """The numbers of a weight (O, I), as in `QuantizedTensor`."""
 
     def __init__(self, tensor: QuantizedTensor, dtype: jnp.dtype):
         self.width, self.dtype = tensor.width, dtype

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from opt_core.config import OPTConfig
+from opt_core.modeling import DecoderLayerMixin, DecoderMixin
 from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
 from opt_tf._private import register_pytree
@@ -43,7 +44,7 @@ class TFOPTOutput(ModelOutput[tf.Tensor, KVCache]):
 register_pytree(TFOPTOutput)
 
 
-class TFOPTDecoderLayer(keras.layers.Layer):
+class TFOPTDecoderLayer(DecoderLayerMixin, keras.layers.Layer):
     """One block: attention and feed-forward, each with a norm and a residual connection."""
 
     def __init__(self, config: OPTConfig, implementation: str, **options: Any):
@@ -78,31 +79,24 @@ class TFOPTDecoderLayer(keras.layers.Layer):
     ) -> tuple[tf.Tensor, tf.Tensor | None, tuple[tf.Tensor, tf.Tensor] | None]:
         """Returns the new states (B, T, D), the attention weights if asked for, and the buffers."""
         seeds = (None,) * 3 if seed is None else tuple(_split(seed, 3))
-        residual = hidden
-        if self.norm_first:
-            hidden = self.self_attn_layer_norm(hidden)
-        hidden, weights, buffers = self.self_attn(
-            hidden,
-            bias_B1TS=bias,
-            cache=cache,
-            layer=layer,
-            seed=seeds[0],
-            output_attentions=output_attentions,
-        )
-        hidden = residual + apply_dropout(hidden, self.dropout, seeds[1])
-        if not self.norm_first:
-            hidden = self.self_attn_layer_norm(hidden)
-        residual = hidden
-        if self.norm_first:
-            hidden = self.final_layer_norm(hidden)
-        hidden = self.fc2(self.activation(self.fc1(hidden)))
-        hidden = residual + apply_dropout(hidden, self.dropout, seeds[2])
-        if not self.norm_first:
-            hidden = self.final_layer_norm(hidden)
+
+        def attend(hidden: tf.Tensor) -> tuple[Any, ...]:
+            hidden, *rest = self.self_attn(
+                hidden, bias_B1TS=bias, cache=cache, layer=layer, seed=seeds[0],
+                output_attentions=output_attentions,
+            )  # fmt: skip
+            return apply_dropout(hidden, self.dropout, seeds[1]), *rest
+
+        def feed_forward(hidden: tf.Tensor) -> tuple[tf.Tensor]:
+            hidden = self.fc2(self.activation(self.fc1(hidden)))
+            return (apply_dropout(hidden, self.dropout, seeds[2]),)
+
+        hidden, weights, buffers = self._residual(hidden, self.self_attn_layer_norm, attend)
+        (hidden,) = self._residual(hidden, self.final_layer_norm, feed_forward)
         return hidden, weights, buffers
 
 
-class TFOPTDecoder(keras.layers.Layer):
+class TFOPTDecoder(DecoderMixin, keras.layers.Layer):
     """Embeddings, the layers, the last norm and the projections around them."""
 
     def __init__(self, config: OPTConfig, implementation: str, **options: Any):
@@ -169,8 +163,7 @@ class TFOPTDecoder(keras.layers.Layer):
             rows = position_rows(mask_BS, past, count)
         else:
             rows = position_ids + POSITION_OFFSET
-        hidden = embeds if self.project_in is None else self.project_in(embeds)
-        hidden = hidden + self.embed_positions(rows)
+        hidden = self._enter(embeds, rows)
         bias = make_bias(mask_BS, count, past, slots, hidden.dtype)
         seeds = self._seeds() if training else [None] * len(self.blocks)
         states, attentions, buffers = [], [], []
@@ -194,10 +187,7 @@ class TFOPTDecoder(keras.layers.Layer):
             hidden = new
             attentions.append(weights)
             buffers.append(written)
-        if self.final_layer_norm is not None:
-            hidden = self.final_layer_norm(hidden)
-        if self.project_out is not None:
-            hidden = self.project_out(hidden)
+        hidden = self._leave(hidden)
         return TFOPTOutput(
             last_hidden_state=hidden,
             hidden_states=(*states, hidden) if output_hidden_states else None,

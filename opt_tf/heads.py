@@ -54,9 +54,10 @@ class TFOPTForSequenceClassification(SequenceClassificationMixin, TFOPTPreTraine
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
             training=training,
         )  # fmt: skip
-        assert out.last_hidden_state is not None
-        last = losses.last_token(input_ids, out.last_hidden_state, self.config.pad_token_id)
-        return self._finish(out, tf.gather(out.last_hidden_state, last, batch_dims=1), labels)
+        return self._finish(out, input_ids, labels)
+
+    def _pick(self, hidden_BTP: tf.Tensor, index_B: tf.Tensor) -> tf.Tensor:
+        return tf.gather(hidden_BTP, index_B, batch_dims=1)
 
     def _loss(self, x: Any, y: Any, output: TFOPTOutput) -> tf.Tensor:
         if y is None:

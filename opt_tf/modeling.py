@@ -36,7 +36,7 @@ class _Untracked(UserDict[Any, Any]):
 
 
 class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
-    """What the model and its heads share: making, loading, saving and counting."""
+    """The base of the model and of its heads: making, loading and caches."""
 
     _backend = Backend(attention, checkpoint, inputs, losses)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class QuantizedWeight(keras.layers.Layer):
-    """The numbers of a weight [out, in], as in `QuantizedTensor`."""
+    """The numbers of a weight (O, I), as in `QuantizedTensor`."""
 
     def __init__(self, tensor: QuantizedTensor, **options: Any):
         """Makes no variables yet.

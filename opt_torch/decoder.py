@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from opt_core.config import OPTConfig
+from opt_core.modeling import DecoderLayerMixin, DecoderMixin
 from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
 from opt_torch.attention import OPTAttention, make_bias
@@ -29,7 +31,7 @@ class OPTOutput(ModelOutput[Tensor, KVCache]):
     """The output of a model: see `ModelOutput` for its fields."""
 
 
-class OPTDecoderLayer(nn.Module):
+class OPTDecoderLayer(DecoderLayerMixin, nn.Module):
     """One block: attention and feed-forward, each with a norm and a residual connection."""
 
     def __init__(self, config: OPTConfig, implementation: str):
@@ -54,24 +56,21 @@ class OPTDecoderLayer(nn.Module):
         output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the new hidden states (B, T, D) and, if asked for, the attention weights."""
-        residual = hidden
-        if self.norm_first:
-            hidden = self.self_attn_layer_norm(hidden)
-        hidden, weights = self.self_attn(hidden, bias, mask_BS, cache, layer, output_attentions)
-        hidden = residual + F.dropout(hidden, self.dropout, self.training)
-        if not self.norm_first:
-            hidden = self.self_attn_layer_norm(hidden)
-        residual = hidden
-        if self.norm_first:
-            hidden = self.final_layer_norm(hidden)
-        hidden = self.fc2(self.activation(self.fc1(hidden)))
-        hidden = residual + F.dropout(hidden, self.dropout, self.training)
-        if not self.norm_first:
-            hidden = self.final_layer_norm(hidden)
+
+        def attend(hidden: Tensor) -> tuple[Any, ...]:
+            hidden, weights = self.self_attn(hidden, bias, mask_BS, cache, layer, output_attentions)
+            return F.dropout(hidden, self.dropout, self.training), weights
+
+        def feed_forward(hidden: Tensor) -> tuple[Tensor]:
+            hidden = self.fc2(self.activation(self.fc1(hidden)))
+            return (F.dropout(hidden, self.dropout, self.training),)
+
+        hidden, weights = self._residual(hidden, self.self_attn_layer_norm, attend)
+        (hidden,) = self._residual(hidden, self.final_layer_norm, feed_forward)
         return hidden, weights
 
 
-class OPTDecoder(nn.Module):
+class OPTDecoder(DecoderMixin, nn.Module):
     """Embeddings, the layers, the last norm and the projections around them."""
 
     def __init__(self, config: OPTConfig, implementation: str):
@@ -113,8 +112,7 @@ class OPTDecoder(nn.Module):
             rows = position_rows(mask_BS, past, count, embeds.device)
         else:
             rows = position_ids + POSITION_OFFSET
-        hidden = embeds if self.project_in is None else self.project_in(embeds)
-        hidden = hidden + self.embed_positions(rows)
+        hidden = self._enter(embeds, rows)
         bias = None
         if self.implementation != "flash_attention_2" or output_attentions:
             bias = make_bias(mask_BS, count, past, past + count, hidden.dtype, hidden.device)
@@ -130,10 +128,7 @@ class OPTDecoder(nn.Module):
             else:
                 hidden, weights = layer(hidden, bias, mask_BS, cache, i, output_attentions)
             attentions.append(weights)
-        if self.final_layer_norm is not None:
-            hidden = self.final_layer_norm(hidden)
-        if self.project_out is not None:
-            hidden = self.project_out(hidden)
+        hidden = self._leave(hidden)
         return OPTOutput(
             last_hidden_state=hidden,
             hidden_states=(*states, hidden) if output_hidden_states else None,

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from opt_core.modeling import QuestionAnsweringMixin, SequenceClassificationMixin
-from opt_torch import losses
 from opt_torch.cache import KVCache
 from opt_torch.decoder import OPTOutput
 from opt_torch.linear import Linear
@@ -46,10 +45,10 @@ class OPTForSequenceClassification(SequenceClassificationMixin, OPTPreTrainedMod
             input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
-        assert out.last_hidden_state is not None
-        last = losses.last_token(input_ids, out.last_hidden_state, self.config.pad_token_id)
-        rows = torch.arange(len(last), device=last.device)
-        return self._finish(out, out.last_hidden_state[rows, last], labels)
+        return self._finish(out, input_ids, labels)
+
+    def _pick(self, hidden_BTP: Tensor, index_B: Tensor) -> Tensor:
+        return hidden_BTP[torch.arange(len(index_B), device=index_B.device), index_B]
 
 
 class OPTForQuestionAnswering(QuestionAnsweringMixin, OPTPreTrainedModel):

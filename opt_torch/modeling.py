@@ -26,7 +26,7 @@ from opt_torch.linear import Linear
 
 
 class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
-    """What the model and its heads share: making, loading, saving and counting."""
+    """The base of the model and of its heads: making, loading and caches."""
 
     _backend = Backend(attention, checkpoint, inputs, losses)
 

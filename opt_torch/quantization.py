@@ -55,7 +55,7 @@ class _Packed(NamedTuple):
 
 
 class QuantizedWeight(nn.Module):
-    """The numbers of a weight [out, in], as in `QuantizedTensor`."""
+    """The numbers of a weight (O, I), as in `QuantizedTensor`."""
 
     packed: _Packed | None = None
     """An "int8" weight in FBGEMM's order, from the first product in integers on."""
@@ -77,7 +77,7 @@ class QuantizedWeight(nn.Module):
         """Rows of the weight, in float32.
 
         Args:
-            rows: Which, by their numbers (N,) or as a slice.
+            rows: Which, by their numbers (any,) or as a slice.
         """
         values, scales = self._values(), self.scales
         if isinstance(rows, Tensor):

@@ -12,6 +12,8 @@ from opt_core.errors import ConfigError, InputError
 from opt_core.modeling import (
     Backend,
     CausalLMMixin,
+    DecoderLayerMixin,
+    DecoderMixin,
     PreTrainedMixin,
     QuestionAnsweringMixin,
     SequenceClassificationMixin,
@@ -121,6 +123,43 @@ def test_the_language_models_head():
     assert out.loss == (out.logits, "labels")
     with pytest.raises(InputError, match="logits_to_keep: expected at least 0, received -1"):
         model._finish(ModelOutput(), None, -1)
+
+
+class Classifier(SequenceClassificationMixin, Model):
+    score = staticmethod(lambda states: ("score", states))
+
+    def _pick(self, hidden_BTP: Any, index_B: Any) -> Any:
+        return hidden_BTP, index_B
+
+
+def test_the_classifier_scores_the_last_token(monkeypatch):
+    losses = SimpleNamespace(last_token=lambda *values: values, classification=lambda *v: v)
+    monkeypatch.setattr(Classifier, "_backend", Model._backend._replace(losses=losses))
+    model = Classifier(TINY)
+    out = model._finish(ModelOutput(last_hidden_state="states"), "ids", None)
+    assert out.logits == ("score", ("states", ("ids", "states", TINY.pad_token_id)))
+    assert out.loss is None
+    assert model._finish(out, "ids", "labels").loss == (out.logits, "labels", TINY)
+
+
+@pytest.mark.parametrize(
+    ("norm_first", "expected"), [(True, 3 + 5 * 30), (False, (3 + 5 * 3) * 10)]
+)
+def test_norms_stand_before_a_part_or_behind_the_sum(norm_first, expected):
+    layer = DecoderLayerMixin()
+    layer.norm_first = norm_first
+    found = layer._residual(3, lambda x: x * 10, lambda x: (x * 5, "rest"))
+    assert found == (expected, "rest")
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_projections_and_the_last_norm_are_there_or_not(has):
+    decoder = DecoderMixin()
+    decoder.project_in = decoder.final_layer_norm = (lambda x: x + 1) if has else None
+    decoder.project_out = (lambda x: x * 10) if has else None
+    decoder.embed_positions = lambda rows: rows * 100
+    assert decoder._enter(5, 2) == 205 + has
+    assert decoder._leave(5) == (60 if has else 5)
 
 
 def test_both_positions_of_an_answer_belong_together():
