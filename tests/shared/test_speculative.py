@@ -33,10 +33,10 @@ def passes(monkeypatch) -> list[list[int]]:
     return taken
 
 
-def same(backend, model, ids, guesses, **settings):
-    """Generates with and without guesses, and expects the same ids."""
+def same(backend, model, ids, drafts, **settings):
+    """Generates with and without drafts, and expects the same ids."""
     plain = backend.generate(model, ids, **settings)
-    ours = backend.generate(model, ids, **settings, **guesses)
+    ours = backend.generate(model, ids, **settings, **drafts)
     np.testing.assert_array_equal(ours, plain)
     return plain
 
@@ -49,13 +49,13 @@ FILTERS = {
 
 
 def test_greedy_texts_stay_the_same(backend, folder, passes):
-    """Rows of different lengths, guesses of every quality, everything that filters tokens."""
+    """Rows of different lengths, drafts of every quality, everything that filters tokens."""
     model, ids = backend.load(folder("pre_ln")), make_prompts(PRE_LN, 3, 9)
     settings = {"attention_mask": make_mask("left", [9, 4, 1]), **FILTERS}
     near = backend.load(folder("pre_ln"), dtype="bfloat16")
     same(backend, model, ids, {"assistant_model": near, "num_assistant_tokens": 3}, **settings)
     gained = np.array(passes[1:])
-    assert gained.max() == 4, "no guess was right: this test proves nothing"
+    assert gained.max() == 4, "no draft was right: this test proves nothing"
     assert (gained.max(1) > gained.min(1)).any(), "rows went the same way"
     same(backend, model, ids, {"prompt_lookup_num_tokens": 3}, **settings)
 
@@ -72,8 +72,8 @@ def test_repeated_text_takes_few_passes(backend, folder, passes):
 
 def test_a_draft_that_is_the_model_is_always_right(backend, folder, passes):
     model, ids = backend.load(folder("pre_ln")), make_prompts(PRE_LN, 1, 1)
-    guesses = {"assistant_model": model, "num_assistant_tokens": 4}
-    same(backend, model, ids, guesses, **PLAIN)
+    drafts = {"assistant_model": model, "num_assistant_tokens": 4}
+    same(backend, model, ids, drafts, **PLAIN)
     assert passes == [[1], [5], [5], [5], [5], [3]]
 
 
@@ -82,10 +82,10 @@ def test_gaps_can_be_closed_at_any_time(backend, folder, monkeypatch):
     monkeypatch.setattr(Slots, "has_room", lambda self, count: False)
     monkeypatch.setattr(Slots, "pack", lambda self: packed.append(1) or pack(self))
     model, ids = backend.load(folder("pre_ln")), make_prompts(PRE_LN, 3, 9)
-    guesses = {"assistant_model": backend.load(folder("pre_ln"), dtype="bfloat16")}
-    guesses["num_assistant_tokens"] = 3
+    drafts = {"assistant_model": backend.load(folder("pre_ln"), dtype="bfloat16")}
+    drafts["num_assistant_tokens"] = 3
     same(
-        backend, model, ids, guesses, **{**PLAIN, "eos_token_id": [15, 32, 49, 59]},
+        backend, model, ids, drafts, **{**PLAIN, "eos_token_id": [15, 32, 49, 59]},
         attention_mask=make_mask("left", [9, 4, 1]),
     )  # fmt: skip
     assert len(packed) > 4
@@ -113,11 +113,11 @@ def test_stop_strings_end_rows_inside_a_run(backend, texts):
         "tokenizer": tokenizer,
     }  # fmt: skip
     width = prompts.input_ids.shape[1]
-    guesses = {"assistant_model": model, "num_assistant_tokens": 7}
+    drafts = {"assistant_model": model, "num_assistant_tokens": 7}
     free = backend.generate(model, prompts.input_ids, **settings)
     stop = tokenizer.decode(free[0, width + 4 : width + 6])
     settings["stop_strings"] = [stop, "never written"]
-    same(backend, model, prompts.input_ids, guesses, **settings)
+    same(backend, model, prompts.input_ids, drafts, **settings)
 
 
 V, DRAWS = 7, 40_000
@@ -131,10 +131,10 @@ def test_accepted_tokens_follow_the_models_distribution(backend, settings, is_dr
     rng, settings = np.random.default_rng(0), GenerationConfig(do_sample=True, top_k=0, **settings)
     scores = rng.normal(0, 1.5, (3, V)).astype(np.float32)
     q = rng.dirichlet(np.ones(V), 2)
-    guesses = np.stack([rng.choice(V, DRAWS, p=p) for p in q], 1)
+    drafts = np.stack([rng.choice(V, DRAWS, p=p) for p in q], 1)
     tokens, counts = speculative.accept_draft(
         backend.array(np.broadcast_to(scores, (DRAWS, 3, V)).copy()),
-        backend.array(guesses if is_drafted else guesses[:1].repeat(DRAWS, 0)),
+        backend.array(drafts if is_drafted else drafts[:1].repeat(DRAWS, 0)),
         backend.array(np.full(DRAWS, 2)),
         backend.array(np.broadcast_to(q.astype(np.float32), (DRAWS, 2, V)).copy())
         if is_drafted
@@ -161,15 +161,15 @@ def check_frequencies(counts, p):
     assert (np.abs(counts - total * p) < CHANCE * deviation + 1).all(), (counts, total * p)
 
 
-@pytest.mark.parametrize("guesses", ["lookup", "assistant"])
-def test_sampled_texts_follow_the_models_distribution(backend, folder, guesses):
+@pytest.mark.parametrize("drafts", ["lookup", "assistant"])
+def test_sampled_texts_follow_the_models_distribution(backend, folder, drafts):
     """The third token, all ways to get there summed: it often comes in one run with the second."""
     words = [4, 5, 6, 7]
     others = [i for i in range(99) if i not in words]
     settings = {"top_k": 0, "temperature": 2.0, "suppress_tokens": others}
     model, ids = backend.load(folder("pre_ln")), np.array([[2, 4, 5, 6, 7, 4]])
     given = {"prompt_lookup_num_tokens": 2}
-    if guesses == "assistant":
+    if drafts == "assistant":
         given = {"assistant_model": backend.load(folder("pre_ln", seed=1))}
         given["num_assistant_tokens"] = 2
     out = backend.generate(

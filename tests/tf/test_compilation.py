@@ -46,10 +46,10 @@ COUNT = """
     report()
     model.generate(make_prompts(model.config, 3, 5), **settings, temperature=2.0)
     report()
-    guesses = {"prompt_lookup_num_tokens": 3, "eos_token_id": None, "max_new_tokens": 20}
+    drafts = {"prompt_lookup_num_tokens": 3, "eos_token_id": None, "max_new_tokens": 20}
     for lengths in ((5, 9), (12, 7)):
         for length in lengths:
-            model.generate(make_prompts(model.config, 2, length, seed=length), **guesses)
+            model.generate(make_prompts(model.config, 2, length, seed=length), **drafts)
         report()
 """
 
@@ -57,7 +57,7 @@ COUNT = """
 def test_another_prompt_or_setting_compiles_nothing(tmp_path):
     """XLA writes down each program it compiles: first tokens, other tokens; per kind and shape."""
     result = python(COUNT, "tensorflow", str(tmp_path), XLA_FLAGS=f"--xla_dump_to={tmp_path}")
-    # With guesses there are three: the prompt, a pass that checks some, and one without any.
+    # With drafts there are three: the prompt, a pass that checks some, and one without any.
     assert result.stdout.split() == ["2", "3", "5", "7", "10", "10"], result.stderr
 
 
