@@ -225,10 +225,10 @@ def _choose(
     """Grows the beams by one token, and the largest score there was for each row."""
     B, W, S = sizes(state.running.ids)
     limit, end = inputs["new_tokens"], inputs["prompt"] + made
-    is_real = tf.repeat(inputs["mask"], W, 0) & (tf.range(S) < end)
+    mask = tf.repeat(inputs["mask"], W, 0) & (tf.range(S) < end)
     scores = tf.nn.log_softmax(generation.mask_vocabulary(logits, settings.vocabulary), -1)
     history = tf.reshape(state.running.ids, (-1, S))
-    scores = filters.process_logits(sampling, scores, history, is_real, end, made, settings)
+    scores = filters.process_logits(sampling, scores, history, mask, end, made, settings)
     grown, parents = extend_beams(state.running, scores, end, made, settings)
     token = tf.gather(grown.ids, end, axis=2)
     ends = tf.repeat(tf.fill((B, 1), made + 1 == limit), sizes(token)[1], 1)

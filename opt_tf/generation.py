@@ -173,9 +173,9 @@ def _constrained(
     made: int | tf.Tensor,
 ) -> tf.Tensor:  # fmt: skip
     end = inputs["prompt"] + made
-    is_real = mask & (tf.range(sizes(mask)[1]) < end)
+    mask = mask & (tf.range(sizes(mask)[1]) < end)
     logits = mask_vocabulary(logits, settings.vocabulary)
-    return filters.process_logits(sampling, logits, state.history, is_real, end, made, settings)
+    return filters.process_logits(sampling, logits, state.history, mask, end, made, settings)
 
 
 def _write(logits: tf.Tensor, settings: Any, inputs: dict[str, Any], state: _State) -> _State:

@@ -55,7 +55,7 @@ def test_greedy_texts_stay_the_same(backend, folder, passes):
     near = backend.load(folder("pre_ln"), dtype="bfloat16")
     same(backend, model, ids, {"assistant_model": near, "num_assistant_tokens": 3}, **settings)
     gained = np.array(passes[1:])
-    assert gained.max() == 4, "no guess was right: this test proves nothing"
+    assert gained.max() == 4, "no draft was right: this test proves nothing"
     assert (gained.max(1) > gained.min(1)).any(), "rows went the same way"
     same(backend, model, ids, {"prompt_lookup_num_tokens": 3}, **settings)
 
