@@ -4,7 +4,7 @@ Shapes are written as letters, in names (`q_BHTK`) and docstrings alike:
 
     B batch          T new tokens     S cache slots        N layers
     D hidden_size    H heads          K head size          F ffn_dim
-    P embedding      V vocabulary     I, O a linear layer's inputs and outputs
+    P embedding      V vocabulary     I inputs of a linear layer, O outputs
     W beams          R rows: batch times the sequences, beams or drafts of each prompt
     G draft tokens   C candidates     X any number
 """

@@ -4,7 +4,7 @@ A backend makes tensors and reads from them what can be read; what it cannot kno
 program is None here, and fits.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,10 @@ def not_regular(name: str, error: Exception) -> InputError:
 
 def check_inputs(
     config: OPTConfig,
-    inputs: Mapping[str, Any],
+    input_ids: Any,
+    attention_mask: Any,
+    position_ids: Any,
+    inputs_embeds: Any,
     filled: Callable[[int], int] | None,
     check_range: Callable[[str, Any, int, int, str], None],
 ) -> tuple[int | None, int | None]:
@@ -40,9 +43,10 @@ def check_inputs(
 
     Args:
         config: The model's configuration.
-        inputs: Tensors or None, by name: `input_ids` (B, T), or `inputs_embeds` (B, T, P);
-            `attention_mask` (B, T), or over the slots that are filled then; `position_ids` (B, T)
-            or (1, T).
+        input_ids: Tensor (B, T), or None.
+        attention_mask: Tensor (B, T), or over the slots that are filled then; or None.
+        position_ids: Tensor (B, T) or (1, T), or None.
+        inputs_embeds: Tensor (B, T, P) in place of `input_ids`, or None.
         filled: The slots of a cache that are filled after so many more tokens; None: no cache.
         check_range: Called with a name, its tensor or None, and the lowest and highest value it
             may have and why: refuses others where values can be looked at.
@@ -53,9 +57,8 @@ def check_inputs(
     Raises:
         InputError: The first that does not fit, expected and received.
     """
-    shapes = {name: None if x is None else tuple(x.shape) for name, x in inputs.items()}
-    ids, embeds = shapes["input_ids"], shapes["inputs_embeds"]
-    mask, positions = shapes["attention_mask"], shapes["position_ids"]
+    given = input_ids, attention_mask, position_ids, inputs_embeds
+    ids, mask, positions, embeds = (None if x is None else tuple(x.shape) for x in given)
     whole = embeds if ids is None else ids
     if whole is None or (ids is not None and embeds is not None):
         raise InputError("expected either input_ids or inputs_embeds, received both or neither")
@@ -79,11 +82,11 @@ def check_inputs(
                 + f", received {mask}"
             )
     window, V = config.max_position_embeddings, config.vocab_size
-    check_range("input_ids", inputs["input_ids"], 0, V - 1, f"vocab_size={V}")
+    check_range("input_ids", input_ids, 0, V - 1, f"vocab_size={V}")
     why = f"max_position_embeddings={window}"
-    check_range("position_ids", inputs["position_ids"], -1, window - 1, why)
+    check_range("position_ids", position_ids, -1, window - 1, why)
     why = "1 for tokens and 0 for padding"
-    check_range("attention_mask", inputs["attention_mask"], 0, 1, why)
+    check_range("attention_mask", attention_mask, 0, 1, why)
     return B, T
 
 

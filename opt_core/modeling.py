@@ -1,7 +1,7 @@
 """The neutral half of the models: what every backend's classes do alike.
 
 These are mixins: a backend's base class inherits `PreTrainedMixin` and its framework's module
-class, and names in `_backend` the modules that do the framework's part.
+class, and names in `backend` the modules that do the framework's part.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,10 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError
 from opt_core.generation.config import GenerationConfig
+from opt_core.generation.mixin import GenerationMixin
 from opt_core.params import Head, count_parameters
+from opt_core.quantization import check_not_quantized
+from opt_core.training.labels import question_answering
 
 Decoder = TypeVar("Decoder")
 
@@ -22,20 +25,28 @@ class Backend(NamedTuple):
     Attributes:
         attention: Its `IMPLEMENTATIONS`.
         checkpoint: Its `save_pretrained`.
-        inputs: Its `full_mask` and `check_window`.
-        losses: Its `causal_lm`, `last_token`, `classification` and `question_answering`.
+        inputs: Its `full_mask` and `check_window`; `check_prompts(model, input_ids,
+            attention_mask)`, which returns ids (B, T) and their bool mask, or None, in NumPy;
+            `check_prefix(model, cache, ids, mask)`.
+        losses: Its `causal_lm`, `last_token`, `classification` and `span_position`.
+        generation: Its `generate(model, request)` and `stream(model, request)`, token by token.
+        beam: Its `search(model, request)`.
+        speculative: Its `generate(model, request)` and `stream(model, request)`, by drafts.
     """
 
     attention: Any
     checkpoint: Any
     inputs: Any
     losses: Any
+    generation: Any
+    beam: Any
+    speculative: Any
 
 
 class PreTrainedMixin(Generic[Decoder]):
     """The part of all models that is no framework's: settings, counting, saving, decoding."""
 
-    _backend: ClassVar[Backend]
+    backend: ClassVar[Backend]
     head: ClassVar[Head]
     config: OPTConfig
     generation_config: GenerationConfig
@@ -46,7 +57,7 @@ class PreTrainedMixin(Generic[Decoder]):
         Raises:
             ConfigError: No such attention implementation.
         """
-        known = self._backend.attention.IMPLEMENTATIONS
+        known = self.backend.attention.IMPLEMENTATIONS
         if attn_implementation not in known:
             raise ConfigError(
                 f"attn_implementation: expected one of {', '.join(known)}, "
@@ -85,22 +96,27 @@ class PreTrainedMixin(Generic[Decoder]):
             folder: Made if missing; other files in it stay.
             max_shard_size: Larger models are split into files of at most this size.
         """
-        self._backend.checkpoint.save_pretrained(self, folder, max_shard_size)
+        check_not_quantized(self, "save_pretrained")
+        self.backend.checkpoint.save_pretrained(self, folder, max_shard_size)
 
     def _decode(
         self,
-        input_ids: Any,
-        attention_mask: Any,
-        position_ids: Any,
-        inputs_embeds: Any,
-        past_key_values: Any,
+        given: tuple[Any, ...],
+        output_hidden_states: bool,
+        output_attentions: bool,
         **options: Any,
     ) -> Any:
-        """Checks the inputs, embeds them and runs the decoder with its `options`."""
-        cache, inputs = past_key_values, self._backend.inputs
-        ids, mask, positions, embeds = self._check_inputs(
-            input_ids, attention_mask, position_ids, inputs_embeds, cache
-        )
+        """Checks the inputs, embeds them and runs the decoder.
+
+        Args:
+            given: `input_ids`, `attention_mask`, `position_ids`, `inputs_embeds` and
+                `past_key_values`, as the model was given them.
+            output_hidden_states: Return the states between the layers too.
+            output_attentions: Return the attention weights too.
+            **options: More arguments of the framework's decoder.
+        """
+        cache, inputs = given[-1], self.backend.inputs
+        ids, mask, positions, embeds = self._check_inputs(*given)
         decoder: Any = self.get_decoder()
         if embeds is None:
             embeds = decoder.embed_tokens(ids)
@@ -108,7 +124,19 @@ class PreTrainedMixin(Generic[Decoder]):
         mask = inputs.full_mask(mask, count, cache)
         if positions is None:
             inputs.check_window(self.config, mask, length)
-        return decoder(embeds, position_ids=positions, mask_BS=mask, cache=cache, **options)
+        return decoder(
+            embeds, position_ids=positions, mask_BS=mask, cache=cache,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            **options,
+        )  # fmt: skip
+
+    def _make_layers(self) -> None:
+        """Makes the decoder, and the head that sits on it."""
+        raise NotImplementedError
+
+    def _make_head(self, name: str, size: int, bias: bool) -> Any:
+        """The backend's linear layer from the decoder's output (P) to so many scores."""
+        raise NotImplementedError
 
     def _check_inputs(self, *inputs: Any) -> tuple[Any, Any, Any, Any]:
         """The backend's `check_inputs` for this model."""
@@ -161,11 +189,11 @@ class DecoderLayerMixin:
         return hidden if self.norm_first else norm(hidden), *rest
 
 
-class CausalLMMixin:
+class CausalLMMixin(GenerationMixin):
     """The language model's head."""
 
     head: ClassVar[Head] = "causal_lm"
-    _backend: ClassVar[Backend]
+    backend: ClassVar[Backend]
 
     def compute_logits(self, hidden: Any) -> Any:
         """The language-model head: (..., P) states to (..., V) logits."""
@@ -177,7 +205,7 @@ class CausalLMMixin:
             raise InputError(f"logits_to_keep: expected at least 0, received {logits_to_keep}")
         out.logits = self.compute_logits(out.last_hidden_state[:, -logits_to_keep:])
         if labels is not None:
-            out.loss = self._backend.losses.causal_lm(out.logits, labels)
+            out.loss = self.backend.losses.causal_lm(out.logits, labels)
         return out
 
 
@@ -185,13 +213,18 @@ class SequenceClassificationMixin:
     """The head of classifiers and regressors."""
 
     head: ClassVar[Head] = "sequence_classification"
-    _backend: ClassVar[Backend]
+    backend: ClassVar[Backend]
     config: OPTConfig
     score: Any
 
+    def _make_layers(self) -> None:
+        base: Any = super()
+        base._make_layers()
+        self.score = base._make_head("score", self.config.num_labels, bias=False)
+
     def _finish(self, out: Any, input_ids: Any, labels: Any) -> Any:
         """Adds the scores of each row's last token, and the loss where labels are given."""
-        losses, hidden_BTP = self._backend.losses, out.last_hidden_state
+        losses, hidden_BTP = self.backend.losses, out.last_hidden_state
         last_B = losses.last_token(input_ids, hidden_BTP, self.config.pad_token_id)
         out.logits = self.score(self._pick(hidden_BTP, last_B))
         if labels is not None:
@@ -207,8 +240,13 @@ class QuestionAnsweringMixin:
     """The head of extractive question answering."""
 
     head: ClassVar[Head] = "question_answering"
-    _backend: ClassVar[Backend]
+    backend: ClassVar[Backend]
     qa_outputs: Any
+
+    def _make_layers(self) -> None:
+        base: Any = super()
+        base._make_layers()
+        self.qa_outputs = base._make_head("qa_outputs", 2, bias=True)
 
     def _finish(self, out: Any, start_positions: Any, end_positions: Any) -> Any:
         """Adds the logits of start and end, and the loss where both positions are given."""
@@ -217,7 +255,11 @@ class QuestionAnsweringMixin:
         logits_BT2 = self.qa_outputs(out.last_hidden_state)
         out.start_logits, out.end_logits = logits_BT2[..., 0], logits_BT2[..., 1]
         if start_positions is not None:
-            out.loss = self._backend.losses.question_answering(
-                out.start_logits, out.end_logits, start_positions, end_positions
+            out.loss = question_answering(
+                self.backend.losses,
+                out.start_logits,
+                out.end_logits,
+                start_positions,
+                end_positions,
             )
         return out

@@ -20,7 +20,7 @@ from opt_core.dialects import NNX, follow
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
-from opt_core.quantization import check_not_quantized, quantize_array, scheme_of
+from opt_core.quantization import quantize_array, scheme_of
 from opt_core.training.lora import check_merged
 from opt_flax import attention, quantization, sharding
 
@@ -90,7 +90,6 @@ def save_pretrained(
 
     The first process writes; the others take part in gathering, and wait until all is there.
     """
-    check_not_quantized(model, "save_pretrained")
     check_merged((module for _, module in nnx.iter_graph(model)), str(folder))
     left = param_specs(model.config, model.head)
 

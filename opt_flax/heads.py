@@ -9,16 +9,11 @@ from jax import Array
 from opt_core.modeling import QuestionAnsweringMixin, SequenceClassificationMixin
 from opt_flax.cache import KVCache
 from opt_flax.decoder import FlaxOPTOutput
-from opt_flax.linear import Linear
 from opt_flax.modeling import FlaxOPTPreTrainedModel
 
 
 class FlaxOPTForSequenceClassification(SequenceClassificationMixin, FlaxOPTPreTrainedModel):
     """A classifier or regressor over whole texts."""
-
-    def _make_layers(self) -> None:
-        super()._make_layers()
-        self.score = Linear(self.config.embed_dim, self.config.num_labels, bias=False)
 
     def __call__(
         self,
@@ -48,11 +43,10 @@ class FlaxOPTForSequenceClassification(SequenceClassificationMixin, FlaxOPTPreTr
             deterministic: See there.
             rngs: See there.
         """
+        given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
         out = self._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-            deterministic=deterministic, rngs=rngs,
-        )  # fmt: skip
+            given, output_hidden_states, output_attentions, deterministic=deterministic, rngs=rngs
+        )
         return self._finish(out, input_ids, labels)
 
     def _pick(self, hidden_BTP: Array, index_B: Array) -> Array:
@@ -61,10 +55,6 @@ class FlaxOPTForSequenceClassification(SequenceClassificationMixin, FlaxOPTPreTr
 
 class FlaxOPTForQuestionAnswering(QuestionAnsweringMixin, FlaxOPTPreTrainedModel):
     """Extractive question answering: where the answer starts and ends."""
-
-    def _make_layers(self) -> None:
-        super()._make_layers()
-        self.qa_outputs = Linear(self.config.embed_dim, 2)
 
     def __call__(
         self,
@@ -95,9 +85,8 @@ class FlaxOPTForQuestionAnswering(QuestionAnsweringMixin, FlaxOPTPreTrainedModel
             deterministic: See there.
             rngs: See there.
         """
+        given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
         out = self._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-            deterministic=deterministic, rngs=rngs,
-        )  # fmt: skip
+            given, output_hidden_states, output_attentions, deterministic=deterministic, rngs=rngs
+        )
         return self._finish(out, start_positions, end_positions)

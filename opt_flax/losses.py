@@ -156,32 +156,21 @@ def classification(
     return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
 
 
-def question_answering(
-    start_BT: Array,
-    end_BT: Array,
-    start_positions: Any,
-    end_positions: Any,
-    label_smoothing: float = 0.0,
+def span_position(
+    name: str, logits_BT: Array, positions: Any, label_smoothing: float = 0.0
 ) -> Array:
-    """Mean of the cross entropies of start and end; a position beyond the sequence is left out.
+    """Cross entropy of where an answer starts, or ends; a place beyond the sequence is left out.
 
     Args:
-        start_BT: Start logits.
-        end_BT: End logits.
-        start_positions: (B,).
-        end_positions: (B,).
+        name: "start_positions" or "end_positions", for messages.
+        logits_BT: A score for each place.
+        positions: (B,).
         label_smoothing: Share of the likelihood that is asked of every place.
     """
-    B, length = start_BT.shape
-    total = jnp.zeros(())
-    for name, logits, positions in (
-        ("start_positions", start_BT, start_positions), ("end_positions", end_BT, end_positions),
-    ):  # fmt: skip
-        places = as_tensor(name, positions)
-        rules.check_integers(name, places.dtype, places.shape, (B,), (B, 1))
-        targets = places.reshape(B).astype(jnp.int32).clip(0, length)
-        total = total + _cross_entropy(logits, targets, length, label_smoothing)
-    return total / 2
+    (B, length), places = logits_BT.shape, as_tensor(name, positions)
+    rules.check_integers(name, places.dtype, places.shape, (B,), (B, 1))
+    targets = places.reshape(B).astype(jnp.int32).clip(0, length)
+    return _cross_entropy(logits_BT, targets, length, label_smoothing)
 
 
 def last_token(input_ids: Any, hidden_BTP: Array, pad_token_id: int | None) -> Array:

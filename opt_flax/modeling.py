@@ -11,7 +11,6 @@ from jax import Array
 from jax.sharding import Mesh, Sharding
 
 from opt_core.config import OPTConfig
-from opt_core.generation.mixin import Engine, GenerationMixin
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
 from opt_flax import (
@@ -32,7 +31,9 @@ from opt_flax.linear import Linear
 class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
-    _backend = Backend(attention, checkpoint, inputs, losses)
+    backend = Backend(
+        attention, checkpoint, inputs, losses, generation, beam, speculative
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -86,6 +87,9 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
         check_not_quantized(self, "train")
         super().train(**attributes)
 
+    def _make_head(self, name: str, size: int, bias: bool) -> Linear:
+        return Linear(self.config.embed_dim, size, bias=bias)
+
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` rows of at most `max_length` tokens."""
         return init_cache(self.config, batch_size, max_length, self.dtype, self.mesh)
@@ -136,16 +140,11 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
             **hub,
         )
 
-    def _decode(
-        self, input_ids: Any, attention_mask: Any, position_ids: Any, inputs_embeds: Any,
-        past_key_values: Any, **options: Any,
-    ) -> FlaxOPTOutput:  # fmt: skip
-        cache = past_key_values
+    def _decode(self, given: tuple[Any, ...], *flags: Any, **options: Any) -> FlaxOPTOutput:
+        *tensors, cache = given
         if cache is not None and inputs.is_known(cache.length):
             cache = dataclasses.replace(cache, length=int(cache.length))
-        return super()._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, cache, **options
-        )
+        return super()._decode((*tensors, cache), *flags, **options)
 
     def _check_inputs(self, *values: Any) -> Any:
         return inputs.check_inputs(self.config, self.dtype, *values)
@@ -193,17 +192,14 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
         Raises:
             InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
         """
+        given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
         return self._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-            deterministic=deterministic, rngs=rngs,
-        )  # fmt: skip
+            given, output_hidden_states, output_attentions, deterministic=deterministic, rngs=rngs
+        )
 
 
-class FlaxOPTForCausalLM(CausalLMMixin, GenerationMixin, FlaxOPTPreTrainedModel):
+class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
     """The language model: the next token's logits."""
-
-    engine = Engine(inputs, generation, beam, speculative)
 
     def _make_layers(self) -> None:
         super()._make_layers()
@@ -240,11 +236,10 @@ class FlaxOPTForCausalLM(CausalLMMixin, GenerationMixin, FlaxOPTPreTrainedModel)
             deterministic: See there.
             rngs: See there.
         """
+        given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
         out = self._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-            deterministic=deterministic, rngs=rngs,
-        )  # fmt: skip
+            given, output_hidden_states, output_attentions, deterministic=deterministic, rngs=rngs
+        )
         return self._finish(out, labels, logits_to_keep)
 
     def compute_logits(self, hidden: Array) -> Array:

@@ -13,7 +13,6 @@ from flax import nnx
 from jax import Array
 
 from opt_core.params import param_specs
-from opt_core.quantization import check_not_quantized, is_quantized
 from opt_core.training import microbatches, steps
 from opt_core.training.config import TrainConfig
 from opt_core.training.labels import class_count
@@ -33,7 +32,6 @@ def make_optimizer(model: "FlaxOPTPreTrainedModel", config: TrainConfig) -> nnx.
     gradient. Weight decay applies to the parameters that `ParamSpec.decays`. The optimizer's
     `update(model, gradients, learning_rate=...)` clips the gradients first.
     """
-    check_not_quantized(model, "make_optimizer")
     specs = steps.prepare_model(model, config, lora)
     decayed = {parameter_path(model, spec)[0] for spec in specs if spec.decays}
 
@@ -178,7 +176,7 @@ def _head(model: Any) -> Array | None:
 
     It cannot where the weight is quantised, nor on a mesh: chunks of rows would not stay spread.
     """
-    if model.mesh is not None or is_quantized(model):
+    if model.mesh is not None:
         return None
     if model.lm_head is not None:
         return model.lm_head.weight[...]

@@ -14,7 +14,7 @@ from opt_core.config import DTYPES, OPTConfig
 from opt_core.dialects import KERAS
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
-from opt_core.quantization import check_not_quantized, quantize_array, scheme_of
+from opt_core.quantization import quantize_array, scheme_of
 from opt_core.training.lora import check_merged
 from opt_tf import _private, quantization
 
@@ -60,7 +60,6 @@ def save_pretrained(
     model: "TFOPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
 ) -> None:
     """Writes a canonical folder; see `TFOPTPreTrainedModel.save_pretrained`."""
-    check_not_quantized(model, "save_pretrained")
     check_merged(_private.sublayers(model), str(folder))
     pretrained.save_pretrained(
         model, folder, lambda spec: get_parameter(model, spec), model.variable_dtype, max_shard_size

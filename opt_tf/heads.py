@@ -7,21 +7,16 @@ import tensorflow as tf
 
 from opt_core.errors import InputError
 from opt_core.modeling import QuestionAnsweringMixin, SequenceClassificationMixin
+from opt_core.training.labels import question_answering
 from opt_tf import losses
 from opt_tf.cache import KVCache
 from opt_tf.decoder import TFOPTOutput
-from opt_tf.linear import Linear
 from opt_tf.modeling import TFOPTPreTrainedModel
 
 
 @keras.saving.register_keras_serializable("opt_tf")
 class TFOPTForSequenceClassification(SequenceClassificationMixin, TFOPTPreTrainedModel):
     """A classifier or regressor over whole texts."""
-
-    def _make_layers(self) -> None:
-        super()._make_layers()
-        P, count = self.config.embed_dim, self.config.num_labels
-        self.score = Linear(P, count, False, name="score", dtype=self.dtype_policy)
 
     def call(
         self,
@@ -49,11 +44,8 @@ class TFOPTForSequenceClassification(SequenceClassificationMixin, TFOPTPreTraine
             output_attentions: Return `attentions`.
             training: See there.
         """
-        out = self._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-            training=training,
-        )  # fmt: skip
+        given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
+        out = self._decode(given, output_hidden_states, output_attentions, training=training)
         return self._finish(out, input_ids, labels)
 
     def _pick(self, hidden_BTP: tf.Tensor, index_B: tf.Tensor) -> tf.Tensor:
@@ -69,11 +61,6 @@ class TFOPTForSequenceClassification(SequenceClassificationMixin, TFOPTPreTraine
 @keras.saving.register_keras_serializable("opt_tf")
 class TFOPTForQuestionAnswering(QuestionAnsweringMixin, TFOPTPreTrainedModel):
     """Extractive question answering: where the answer starts and ends."""
-
-    def _make_layers(self) -> None:
-        super()._make_layers()
-        P = self.config.embed_dim
-        self.qa_outputs = Linear(P, 2, True, name="qa_outputs", dtype=self.dtype_policy)
 
     def call(
         self,
@@ -102,11 +89,8 @@ class TFOPTForQuestionAnswering(QuestionAnsweringMixin, TFOPTPreTrainedModel):
             output_attentions: Return `attentions`.
             training: See there.
         """
-        out = self._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-            training=training,
-        )  # fmt: skip
+        given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
+        out = self._decode(given, output_hidden_states, output_attentions, training=training)
         return self._finish(out, start_positions, end_positions)
 
     def _predictions(self, output: TFOPTOutput) -> Any:
@@ -119,4 +103,4 @@ class TFOPTForQuestionAnswering(QuestionAnsweringMixin, TFOPTPreTrainedModel):
             )
         assert output.start_logits is not None
         assert output.end_logits is not None
-        return losses.question_answering(output.start_logits, output.end_logits, *y)
+        return question_answering(losses, output.start_logits, output.end_logits, *y)

@@ -1,6 +1,6 @@
 """Model inputs: made into tensors and checked before anything is computed."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -11,9 +11,6 @@ from opt_core.errors import InputError
 from opt_core.generation.request import Ids, Mask
 from opt_tf.cache import KVCache
 from opt_tf.linear import sizes
-
-if TYPE_CHECKING:
-    from opt_tf.modeling import TFOPTForCausalLM
 
 
 def check_inputs(
@@ -48,20 +45,15 @@ def check_inputs(
     embeds: Any = None
     if inputs_embeds is not None:
         embeds = tf.cast(as_tensor("inputs_embeds", inputs_embeds), dtype)
-    given = {
-        "input_ids": ids, "attention_mask": mask, "position_ids": positions,
-        "inputs_embeds": embeds,
-    }  # fmt: skip
-    B, T = rules.check_inputs(config, given, cache and cache.filled, check_range)
+    given = ids, mask, positions, embeds
+    B, T = rules.check_inputs(config, *given, cache and cache.filled, check_range)
     if cache is not None:
         check_cache(config, dtype, cache, B, T)
     ids, positions = (None if x is None else tf.cast(x, tf.int32) for x in (ids, positions))
     return ids, None if mask is None else tf.cast(mask, tf.bool), positions, embeds
 
 
-def check_prompts(
-    model: "TFOPTForCausalLM", input_ids: Any, attention_mask: Any
-) -> tuple[Ids, Mask | None]:
+def check_prompts(model: Any, input_ids: Any, attention_mask: Any) -> tuple[Ids, Mask | None]:
     """Checks prompts, (B, T); the ids and their mask, or None, in NumPy."""
     ids, mask, _, _ = check_inputs(
         model.config, model.compute_dtype, input_ids, attention_mask, None, None, None
@@ -86,7 +78,7 @@ def check_cache(
     rules.check_cache(config, dtype, cache.keys, kind, cache.known_length, rows, count)
 
 
-def check_prefix(model: "TFOPTForCausalLM", cache: Any, ids_BT: Ids, mask_BT: Mask | None) -> None:
+def check_prefix(model: Any, cache: Any, ids_BT: Ids, mask_BT: Mask | None) -> None:
     """Refuses a cache that cannot hold the beginning of some prompts.
 
     Args:

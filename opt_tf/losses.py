@@ -141,32 +141,21 @@ def classification(
     return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(labels, logits))
 
 
-def question_answering(
-    start_BT: tf.Tensor,
-    end_BT: tf.Tensor,
-    start_positions: Any,
-    end_positions: Any,
-    label_smoothing: float = 0.0,
+def span_position(
+    name: str, logits_BT: tf.Tensor, positions: Any, label_smoothing: float = 0.0
 ) -> tf.Tensor:
-    """Mean of the cross entropies of start and end; a position beyond the sequence is left out.
+    """Cross entropy of where an answer starts, or ends; a place beyond the sequence is left out.
 
     Args:
-        start_BT: Start logits.
-        end_BT: End logits.
-        start_positions: (B,).
-        end_positions: (B,).
+        name: "start_positions" or "end_positions", for messages.
+        logits_BT: A score for each place.
+        positions: (B,).
         label_smoothing: Share of the likelihood that is asked of every place.
     """
-    B, length = start_BT.shape[0], sizes(start_BT)[1]
-    total = []
-    for name, logits, positions in (
-        ("start_positions", start_BT, start_positions), ("end_positions", end_BT, end_positions),
-    ):  # fmt: skip
-        places = as_tensor(name, positions)
-        rules.check_integers(name, places.dtype.name, tuple(places.shape), (B,), (B, 1))
-        targets = tf.clip_by_value(tf.cast(tf.reshape(places, (-1,)), tf.int32), 0, length)
-        total.append(_cross_entropy(logits, targets, length, label_smoothing))
-    return (total[0] + total[1]) / 2
+    B, length, places = logits_BT.shape[0], sizes(logits_BT)[1], as_tensor(name, positions)
+    rules.check_integers(name, places.dtype.name, tuple(places.shape), (B,), (B, 1))
+    targets = tf.clip_by_value(tf.cast(tf.reshape(places, (-1,)), tf.int32), 0, length)
+    return _cross_entropy(logits_BT, targets, length, label_smoothing)
 
 
 def last_token(input_ids: Any, hidden_BTP: tf.Tensor, pad_token_id: int | None) -> tf.Tensor:

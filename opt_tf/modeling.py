@@ -11,7 +11,6 @@ import tensorflow as tf
 
 from opt_core.config import OPTConfig
 from opt_core.generation.config import GenerationConfig
-from opt_core.generation.mixin import Engine, GenerationMixin
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized, check_scheme
 from opt_tf import (
@@ -38,7 +37,9 @@ class _Untracked(UserDict[Any, Any]):
 class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
     """The base of the model and of its heads: making, loading and caches."""
 
-    _backend = Backend(attention, checkpoint, inputs, losses)
+    backend = Backend(
+        attention, checkpoint, inputs, losses, generation, beam, speculative
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -98,6 +99,9 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
         """Where the weights are, as TensorFlow names devices; `dtype` is Keras' own."""
         weight: Any = self.get_decoder().embed_positions.embeddings
         return weight.value.device
+
+    def _make_head(self, name: str, size: int, bias: bool) -> Linear:
+        return Linear(self.config.embed_dim, size, bias, name=name, dtype=self.dtype_policy)
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` rows of at most `max_length` tokens."""
@@ -203,21 +207,16 @@ class TFOPTModel(TFOPTPreTrainedModel):
         Raises:
             InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
         """
-        return self._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-            training=training,
-        )  # fmt: skip
+        given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
+        return self._decode(given, output_hidden_states, output_attentions, training=training)
 
     def _predictions(self, output: TFOPTOutput) -> Any:
         return output.last_hidden_state
 
 
 @keras.saving.register_keras_serializable("opt_tf")
-class TFOPTForCausalLM(CausalLMMixin, GenerationMixin, TFOPTPreTrainedModel):
+class TFOPTForCausalLM(CausalLMMixin, TFOPTPreTrainedModel):
     """The language model: the next token's logits."""
-
-    engine = Engine(inputs, generation, beam, speculative)
 
     def _make_layers(self) -> None:
         super()._make_layers()
@@ -255,11 +254,8 @@ class TFOPTForCausalLM(CausalLMMixin, GenerationMixin, TFOPTPreTrainedModel):
             logits_to_keep: Compute logits for this many last tokens only; 0 for all.
             training: See there.
         """
-        out = self._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-            training=training,
-        )  # fmt: skip
+        given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
+        out = self._decode(given, output_hidden_states, output_attentions, training=training)
         return self._finish(out, labels, logits_to_keep)
 
     def compute_logits(self, hidden: tf.Tensor) -> tf.Tensor:

@@ -8,7 +8,6 @@ import numpy as np
 import tensorflow as tf
 
 from opt_core.params import param_specs
-from opt_core.quantization import check_not_quantized, is_quantized
 from opt_core.training import microbatches, steps
 from opt_core.training.config import TrainConfig
 from opt_core.training.labels import class_count
@@ -62,7 +61,6 @@ def make_optimizer(model: "TFOPTPreTrainedModel", config: TrainConfig) -> keras.
     gradient. Weight decay applies to the parameters that `ParamSpec.decays`. The optimizer clips
     gradients to `max_grad_norm` itself, and can be given to Keras' `compile` too.
     """
-    check_not_quantized(model, "make_optimizer")
     trained = steps.prepare_model(model, config, lora)
     for spec in param_specs(model.config, model.head):
         locate(model, spec).trainable = False
@@ -207,8 +205,6 @@ def _loss(model: "TFOPTPreTrainedModel", inputs: dict[str, tf.Tensor]) -> tf.Ten
 
 def _head(model: Any) -> tf.Tensor | None:
     """Weight of the language-model head (V, P), where `losses.chunked_causal_lm` can use it."""
-    if is_quantized(model):
-        return None
     if model.lm_head is not None:
         return tf.convert_to_tensor(model.lm_head.weight)
     return tf.convert_to_tensor(model.get_decoder().embed_tokens.embeddings)

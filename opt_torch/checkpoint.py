@@ -16,7 +16,7 @@ from opt_core.dialects import TORCH
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
-from opt_core.quantization import check_not_quantized, quantize_array, scheme_of
+from opt_core.quantization import quantize_array, scheme_of
 from opt_core.training.lora import check_merged
 from opt_torch import attention, quantization
 from opt_torch.quantization import QuantizedLinear, QuantizedWeight
@@ -80,7 +80,6 @@ def save_pretrained(
     model: "OPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
 ) -> None:
     """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`."""
-    check_not_quantized(model, "save_pretrained")
     check_merged(model.modules(), str(folder))
     config = model.config
     if model.head == "causal_lm" and config.tie_word_embeddings and not is_tied(model):

@@ -6,16 +6,11 @@ from torch import Tensor
 from opt_core.modeling import QuestionAnsweringMixin, SequenceClassificationMixin
 from opt_torch.cache import KVCache
 from opt_torch.decoder import OPTOutput
-from opt_torch.linear import Linear
 from opt_torch.modeling import OPTPreTrainedModel
 
 
 class OPTForSequenceClassification(SequenceClassificationMixin, OPTPreTrainedModel):
     """A classifier or regressor over whole texts."""
-
-    def _make_layers(self) -> None:
-        super()._make_layers()
-        self.score = Linear(self.config.embed_dim, self.config.num_labels, bias=False)
 
     def forward(
         self,
@@ -41,10 +36,8 @@ class OPTForSequenceClassification(SequenceClassificationMixin, OPTPreTrainedMod
             output_hidden_states: Return `hidden_states`.
             output_attentions: Return `attentions`.
         """
-        out = self._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-        )  # fmt: skip
+        given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
+        out = self._decode(given, output_hidden_states, output_attentions)
         return self._finish(out, input_ids, labels)
 
     def _pick(self, hidden_BTP: Tensor, index_B: Tensor) -> Tensor:
@@ -53,10 +46,6 @@ class OPTForSequenceClassification(SequenceClassificationMixin, OPTPreTrainedMod
 
 class OPTForQuestionAnswering(QuestionAnsweringMixin, OPTPreTrainedModel):
     """Extractive question answering: where the answer starts and ends."""
-
-    def _make_layers(self) -> None:
-        super()._make_layers()
-        self.qa_outputs = Linear(self.config.embed_dim, 2)
 
     def forward(
         self,
@@ -83,8 +72,6 @@ class OPTForQuestionAnswering(QuestionAnsweringMixin, OPTPreTrainedModel):
             output_hidden_states: Return `hidden_states`.
             output_attentions: Return `attentions`.
         """
-        out = self._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-        )  # fmt: skip
+        given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
+        out = self._decode(given, output_hidden_states, output_attentions)
         return self._finish(out, start_positions, end_positions)

@@ -1,6 +1,6 @@
 """Model inputs: made into tensors and checked before anything is computed."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,9 +9,6 @@ from opt_core import inputs as rules
 from opt_core.config import OPTConfig
 from opt_core.generation.request import Ids, Mask
 from opt_torch.cache import KVCache
-
-if TYPE_CHECKING:
-    from opt_torch.modeling import OPTForCausalLM
 
 
 def check_inputs(
@@ -48,19 +45,14 @@ def check_inputs(
     embeds = None
     if inputs_embeds is not None:
         embeds = as_tensor("inputs_embeds", inputs_embeds, device).to(dtype)
-    given = {
-        "input_ids": ids, "attention_mask": mask, "position_ids": positions,
-        "inputs_embeds": embeds,
-    }  # fmt: skip
-    B, T = rules.check_inputs(config, given, cache and cache.filled, check_range)
+    given = ids, mask, positions, embeds
+    B, T = rules.check_inputs(config, *given, cache and cache.filled, check_range)
     if cache is not None:
         check_cache(config, dtype, cache, B, T)
     return ids, None if mask is None else mask.bool(), positions, embeds
 
 
-def check_prompts(
-    model: "OPTForCausalLM", input_ids: Any, attention_mask: Any
-) -> tuple[Ids, Mask | None]:
+def check_prompts(model: Any, input_ids: Any, attention_mask: Any) -> tuple[Ids, Mask | None]:
     """Checks prompts, (B, T); the ids and their mask, or None, in NumPy."""
     ids, mask, _, _ = check_inputs(
         model.config, model.device, model.dtype, input_ids, attention_mask, None, None, None
@@ -87,7 +79,7 @@ def check_cache(
     cache.check_intact(count or 0)
 
 
-def check_prefix(model: "OPTForCausalLM", cache: Any, ids_BT: Ids, mask_BT: Mask | None) -> None:
+def check_prefix(model: Any, cache: Any, ids_BT: Ids, mask_BT: Mask | None) -> None:
     """Refuses a cache that cannot hold the beginning of some prompts.
 
     Args:

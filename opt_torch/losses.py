@@ -154,34 +154,23 @@ def classification(
     return F.binary_cross_entropy_with_logits(logits, labels)
 
 
-def question_answering(
-    start_BT: Tensor,
-    end_BT: Tensor,
-    start_positions: Any,
-    end_positions: Any,
-    label_smoothing: float = 0.0,
+def span_position(
+    name: str, logits_BT: Tensor, positions: Any, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Mean of the cross entropies of start and end; a position beyond the sequence is left out.
+    """Cross entropy of where an answer starts, or ends; a place beyond the sequence is left out.
 
     Args:
-        start_BT: Start logits.
-        end_BT: End logits.
-        start_positions: (B,).
-        end_positions: (B,).
+        name: "start_positions" or "end_positions", for messages.
+        logits_BT: A score for each place.
+        positions: (B,).
         label_smoothing: Share of the likelihood that is asked of every place.
     """
-    B, length = start_BT.shape
-    total = torch.zeros((), device=start_BT.device)
-    for name, logits, positions in (
-        ("start_positions", start_BT, start_positions), ("end_positions", end_BT, end_positions),
-    ):  # fmt: skip
-        places = as_tensor(name, positions, logits.device)
-        rules.check_integers(name, places.dtype, places.shape, (B,), (B, 1))
-        targets = places.reshape(B).long().clamp(0, length)
-        total = total + F.cross_entropy(
-            upcast(logits), targets, ignore_index=length, label_smoothing=label_smoothing
-        )
-    return total / 2
+    (B, length), places = logits_BT.shape, as_tensor(name, positions, logits_BT.device)
+    rules.check_integers(name, places.dtype, places.shape, (B,), (B, 1))
+    targets = places.reshape(B).long().clamp(0, length)
+    return F.cross_entropy(
+        upcast(logits_BT), targets, ignore_index=length, label_smoothing=label_smoothing
+    )
 
 
 def last_token(input_ids: Any, hidden_BTP: Tensor, pad_token_id: int | None) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from opt_core.config import OPTConfig
-from opt_core.generation.mixin import Engine, GenerationMixin
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
 from opt_torch import (
@@ -28,7 +27,9 @@ from opt_torch.linear import Linear
 class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
-    _backend = Backend(attention, checkpoint, inputs, losses)
+    backend = Backend(
+        attention, checkpoint, inputs, losses, generation, beam, speculative
+    )  # fmt: skip
 
     def __init__(self, config: OPTConfig, seed: int | None = 0, attn_implementation: str = "sdpa"):
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
@@ -67,6 +68,9 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
         if mode:
             check_not_quantized(self, "train")
         return super().train(mode)
+
+    def _make_head(self, name: str, size: int, bias: bool) -> Linear:
+        return Linear(self.config.embed_dim, size, bias=bias)
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` rows of at most `max_length` tokens."""
@@ -143,16 +147,12 @@ class OPTModel(OPTPreTrainedModel):
         Raises:
             InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
         """
-        return self._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-        )  # fmt: skip
+        given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
+        return self._decode(given, output_hidden_states, output_attentions)
 
 
-class OPTForCausalLM(CausalLMMixin, GenerationMixin, OPTPreTrainedModel):
+class OPTForCausalLM(CausalLMMixin, OPTPreTrainedModel):
     """The language model: the next token's logits."""
-
-    engine = Engine(inputs, generation, beam, speculative)
 
     def _make_layers(self) -> None:
         super()._make_layers()
@@ -183,10 +183,8 @@ class OPTForCausalLM(CausalLMMixin, GenerationMixin, OPTPreTrainedModel):
             output_attentions: Return `attentions`.
             logits_to_keep: Compute logits for this many last tokens only; 0 for all.
         """
-        out = self._decode(
-            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-        )  # fmt: skip
+        given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
+        out = self._decode(given, output_hidden_states, output_attentions)
         return self._finish(out, labels, logits_to_keep)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from opt_core.quantization import check_not_quantized, is_quantized
 from opt_core.training import microbatches, steps
 from opt_core.training.config import TrainConfig
 from opt_torch import lora, losses
@@ -24,7 +23,6 @@ def make_optimizer(model: "OPTPreTrainedModel", config: TrainConfig) -> AdamW:
     Adapters are put on it where the configuration asks for them; what is not trained gets no
     gradient. Weight decay applies to the parameters that `ParamSpec.decays`.
     """
-    check_not_quantized(model, "make_optimizer")
     trained = steps.prepare_model(model, config, lora)
     model.requires_grad_(False)
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
@@ -139,4 +137,4 @@ def fit(
 
 def _head(model: Any) -> Tensor | None:
     """Weight of the language-model head (V, P), where `losses.chunked_causal_lm` can use it."""
-    return None if is_quantized(model) else model.lm_head.weight
+    return model.lm_head.weight

@@ -1,7 +1,7 @@
 """`generate` and `stream`, the same methods for the language model of every backend."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from opt_core.config import OPTConfig
@@ -12,28 +12,11 @@ from opt_core.generation.speculation import check_assistant
 from opt_core.text.tokenizer import OPTTokenizer
 
 
-@dataclass(frozen=True)
-class Engine:
-    """How a backend generates: its modules, each of which has the functions named here.
-
-    Attributes:
-        inputs: `check_prompts(model, input_ids, attention_mask)`, which returns ids (B, T) and
-            their bool mask, or None, in NumPy; `check_prefix(model, cache, ids, mask)`.
-        generation: `generate(model, request)` and `stream(model, request)`, token by token.
-        beam: `search(model, request)`.
-        speculative: `generate(model, request)` and `stream(model, request)`, by drafts.
-    """
-
-    inputs: Any
-    generation: Any
-    beam: Any
-    speculative: Any
-
-
 class GenerationMixin:
     """Gives a language model `generate` and `stream`."""
 
-    engine: ClassVar[Engine]
+    backend: ClassVar[Any]
+    """The backend's modules, an `opt_core.modeling.Backend`."""
     config: OPTConfig
     generation_config: GenerationConfig
 
@@ -77,8 +60,8 @@ class GenerationMixin:
             assistant_model, **overrides,
         )  # fmt: skip
         if request.settings.is_beam_search:
-            return self.engine.beam.search(self, request)
-        return self._engine_for(request).generate(self, request)
+            return self.backend.beam.search(self, request)
+        return self._module_for(request).generate(self, request)
 
     def stream(
         self,
@@ -102,12 +85,12 @@ class GenerationMixin:
         )  # fmt: skip
         if request.settings.is_beam_search:
             raise GenerationError("beam search cannot stream: no token is certain before its end")
-        return self._engine_for(request).stream(self, request)
+        return self._module_for(request).stream(self, request)
 
-    def _engine_for(self, request: Request) -> Any:
+    def _module_for(self, request: Request) -> Any:
         """The module that generates a request without beams."""
         has_draft = request.assistant is not None or request.settings.prompt_lookup_num_tokens
-        return self.engine.speculative if has_draft else self.engine.generation
+        return self.backend.speculative if has_draft else self.backend.generation
 
 
 def make_request(
@@ -128,16 +111,16 @@ def make_request(
             honoured, or an assistant that cannot draft for the model.
         InputError: Ids outside the vocabulary, shapes or a cache that do not fit.
     """
-    engine, config, assistant = model.engine, model.config, assistant_model
-    ids, mask = engine.inputs.check_prompts(model, input_ids, attention_mask)
+    config, assistant, inputs = model.config, assistant_model, model.backend.inputs
+    ids, mask = inputs.check_prompts(model, input_ids, attention_mask)
     request = check_request(
         config, model.generation_config, ids, mask, generation_config, seed, tokenizer, **overrides
     )
     if past_key_values is not None:
-        engine.inputs.check_prefix(model, past_key_values, ids, request.mask)
+        inputs.check_prefix(model, past_key_values, ids, request.mask)
     if assistant is not None:
         # Nothing but a language model of the same backend will do.
-        if not isinstance(assistant, GenerationMixin) or assistant.engine is not engine:
+        if not isinstance(assistant, GenerationMixin) or assistant.backend is not model.backend:
             name, kind = type(model).__name__, type(assistant).__name__
             raise GenerationError(f"assistant_model: expected an {name}, received {kind}")
         check_assistant(request.settings, config, assistant.config)

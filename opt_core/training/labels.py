@@ -71,6 +71,29 @@ def check_values(shape: Shape, expected: Shape) -> None:
         raise InputError(f"labels: expected {tuple(expected)} values, received {tuple(shape)}")
 
 
+def question_answering(
+    losses: Any,
+    start_BT: Any,
+    end_BT: Any,
+    start_positions: Any,
+    end_positions: Any,
+    label_smoothing: float = 0.0,
+) -> Any:
+    """Mean of the cross entropies of start and end; a position beyond the sequence is left out.
+
+    Args:
+        losses: The backend's module, with `span_position`.
+        start_BT: Start logits.
+        end_BT: End logits.
+        start_positions: (B,).
+        end_positions: (B,).
+        label_smoothing: Share of the likelihood that is asked of every place.
+    """
+    start = losses.span_position("start_positions", start_BT, start_positions, label_smoothing)
+    end = losses.span_position("end_positions", end_BT, end_positions, label_smoothing)
+    return (start + end) / 2
+
+
 def check_padding(pad_token_id: int | None, rows: int | None) -> None:
     """Refuses several texts where nothing says where each one ends.
 

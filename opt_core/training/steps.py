@@ -5,7 +5,9 @@ from typing import Any
 
 from opt_core.errors import InputError
 from opt_core.params import ParamSpec
+from opt_core.quantization import check_not_quantized, is_quantized
 from opt_core.training.config import TrainConfig
+from opt_core.training.labels import question_answering
 from opt_core.training.microbatches import Batch, count_labels
 
 
@@ -20,6 +22,7 @@ def prepare_model(model: Any, config: TrainConfig, lora: Any) -> list[ParamSpec]
     Returns:
         The parameters that are trained.
     """
+    check_not_quantized(model, "make_optimizer")
     if config.lora_rank and not lora.adapters(model):
         lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     if config.gradient_checkpointing:
@@ -48,7 +51,7 @@ def batch_loss(
     """
     inputs = batch | options
     if model.head == "causal_lm":
-        labels, head = inputs.pop("labels"), get_head(model)
+        labels, head = inputs.pop("labels"), None if is_quantized(model) else get_head(model)
         if head is None:
             return losses.causal_lm(model(**inputs).logits, labels, label_smoothing)
         hidden = model.model(**inputs).last_hidden_state
@@ -59,7 +62,7 @@ def batch_loss(
         return losses.classification(logits, labels, model.config, label_smoothing)
     start, end = inputs.pop("start_positions"), inputs.pop("end_positions")
     out = model(**inputs)
-    return losses.question_answering(out.start_logits, out.end_logits, start, end, label_smoothing)
+    return question_answering(losses, out.start_logits, out.end_logits, start, end, label_smoothing)
 
 
 def mean_loss(

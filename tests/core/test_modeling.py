@@ -48,11 +48,14 @@ class Inputs:
 
 class Model(PreTrainedMixin[Decoder]):
     head = "none"
-    _backend = Backend(
+    backend = Backend(
         SimpleNamespace(IMPLEMENTATIONS=("eager", "sdpa")),
         SimpleNamespace(save_pretrained=lambda *values: values),
         Inputs,
         SimpleNamespace(causal_lm=lambda logits, labels: (logits, labels)),
+        generation=None,
+        beam=None,
+        speculative=None,
     )
 
     def __init__(self, config: OPTConfig, attn_implementation: str = "sdpa"):
@@ -85,20 +88,24 @@ def test_models_are_copied_and_pickled_as_their_framework_does_it(duplicate):
     model = Model(TINY)
     for other in (duplicate(model), pickle.loads(pickle.dumps(model))):
         assert other.config == model.config
-        assert other._backend is model._backend  # of the class: no module is ever pickled
-        assert "_backend" not in vars(other)
+        assert other.backend is model.backend  # of the class: no module is ever pickled
+        assert "backend" not in vars(other)
 
 
 def test_decoding_checks_the_window_unless_positions_are_given():
     model, ids = Model(TINY), [5, 6, 7]
     Inputs.windows.clear()
-    out = model._decode(ids, "mask", None, None, SimpleNamespace(length=4), flag=True)
+    given = ids, "mask", None, None, SimpleNamespace(length=4)
+    out = model._decode(given, True, False, flag=True)
     embeds, options = out.last_hidden_state
     assert embeds.ids == ids
     assert options["mask_BS"] == ("mask", 3)
     assert options["flag"]
+    assert options["output_hidden_states"]
+    assert not options["output_attentions"]
     assert Inputs.windows == [(("mask", 3), 7)]
-    model._decode(None, None, "positions", SimpleNamespace(shape=(1, 2, 4)), None)
+    given = None, None, "positions", SimpleNamespace(shape=(1, 2, 4)), None
+    model._decode(given, False, False)
     assert len(Inputs.windows) == 1
 
 
@@ -134,7 +141,7 @@ class Classifier(SequenceClassificationMixin, Model):
 
 def test_the_classifier_scores_the_last_token(monkeypatch):
     losses = SimpleNamespace(last_token=lambda *values: values, classification=lambda *v: v)
-    monkeypatch.setattr(Classifier, "_backend", Model._backend._replace(losses=losses))
+    monkeypatch.setattr(Classifier, "backend", Model.backend._replace(losses=losses))
     model = Classifier(TINY)
     out = model._finish(ModelOutput(last_hidden_state="states"), "ids", None)
     assert out.logits == ("score", ("states", ("ids", "states", TINY.pad_token_id)))
