@@ -156,7 +156,7 @@ def make_model(config: OPTConfig, mesh: Mesh, scan_layers: bool) -> FlaxOPTForCa
     return model
 
 
-def outline(tree: Any, mesh: Mesh, shardings: Any = None) -> Any:
+def abstract_arguments(tree: Any, mesh: Mesh, shardings: Any = None) -> Any:
     """Shapes, types and places of what a program takes; what has no place yet is on every chip."""
 
     def one(value: Any, sharding: Any) -> Any:
@@ -176,7 +176,7 @@ def lower_generation(config: OPTConfig, mesh: Mesh) -> Iterator[tuple[str, Any]]
     """
     model = make_model(config, mesh, scan_layers=False)
     graph, state = nnx.split(model)
-    state = outline(state, mesh)
+    state = abstract_arguments(state, mesh)
     new = GenerationConfig(max_new_tokens=2, eos_token_id=2)
     request = Request(np.zeros((ROWS, LENGTH - 2), np.int32), None, new, 2, config.vocab_size, 1)
     settings = program_settings(request, jax.eval_shape(lambda: jax.random.key(0)))
@@ -187,7 +187,7 @@ def lower_generation(config: OPTConfig, mesh: Mesh) -> Iterator[tuple[str, Any]]
     compiled = start.compile()
     yield "prefill", compiled
     rows, places = start.out_info[0], compiled.output_shardings[0]
-    rows = outline(rows, mesh, places)
+    rows = abstract_arguments(rows, mesh, places)
     yield "decode step", generation._step.lower(graph, state, rows, settings).compile()
     yield "decode loop", generation._loop.lower(graph, state, rows, settings).compile()
 
@@ -209,7 +209,7 @@ def lower_training(config: OPTConfig, mesh: Mesh, rows: int) -> Iterator[tuple[s
             return leaf
         return leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
 
-    state = outline(nnx.map_state(place, state), mesh)
+    state = abstract_arguments(nnx.map_state(place, state), mesh)
     where = NamedSharding(mesh, PartitionSpec(sharding.rows_axes(rows, mesh)))
     ids = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32, sharding=where)
     inputs = {"input_ids": ids, "labels": ids}

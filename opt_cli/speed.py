@@ -35,8 +35,8 @@ SHAPES = {
 
 GENERATING = ("decode", "batch", "lookup")
 
-GUESSES = 10
-"""Tokens that prompt lookup guesses at a time."""
+DRAFT_TOKENS = 10
+"""Tokens that prompt lookup drafts at a time."""
 
 PERIOD = 8
 """After so many tokens a text for prompt lookup repeats itself."""
@@ -49,7 +49,7 @@ class Work:
     Attributes:
         load_s: Seconds that loading took, imports left out.
         prefill: Computes all logits of the prompt.
-        generate: Adds so many tokens to the prompt, guessing so many at a time by prompt lookup
+        generate: Adds so many tokens to the prompt, drafting so many at a time by prompt lookup
             (None: none), and returns all ids.
         train: Takes one optimizer step.
     """
@@ -210,7 +210,7 @@ def measure(
         "dtype": dtype, "quantize": quantize, "load_s": round(work.load_s, 2),
     }  # fmt: skip
     if task != "load":
-        lookup = GUESSES if task == "lookup" else None
+        lookup = DRAFT_TOKENS if task == "lookup" else None
         generates = task in GENERATING
         call = (lambda: work.generate(new, lookup)) if generates else getattr(work, task)
         tokens = ids.shape[0] * new if generates else ids.size

@@ -59,7 +59,7 @@ class Dialect:
 
 
 def follow(node: Any, path: Iterable[str | int]) -> Any:
-    """What lies at a path of attributes and indices, these as numbers or digits."""
+    """The object at a path of attributes and indices, these as numbers or digits."""
     for part in path:
         node = node[int(part)] if str(part).isdigit() else getattr(node, str(part))
     return node

@@ -149,7 +149,7 @@ class PreTrainedMixin(Generic[Decoder]):
 
 
 class DecoderMixin:
-    """What stands before and behind the layers of a decoder."""
+    """The parts of a decoder before and behind its layers."""
 
     project_in: Any
     project_out: Any

@@ -58,7 +58,7 @@ class QuantizedTensor:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], scheme: str) -> "QuantizedTensor":
-        """Room for the numbers of a weight of this shape, to be filled in."""
+        """The numbers of a weight of this shape, allocated and still to be filled in."""
         rows, width = shape
         groups = -(-width // GROUP)
         if scheme == "int8":

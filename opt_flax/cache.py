@@ -75,7 +75,7 @@ class KVCache:
         return self._each(lambda buffer: buffer[0]) if is_single else self
 
     def unsqueezed(self) -> "KVCache":
-        """What `squeezed` was made of."""
+        """The cache that `squeezed` was made of."""
         is_squeezed = self.keys[0].ndim == 3
         return self._each(lambda buffer: buffer[None]) if is_squeezed else self
 

@@ -219,7 +219,7 @@ def _fill(
     stacked = len(shape) > len(group[0].shape)
 
     def part(index: tuple[slice, ...]) -> NDArray[Any]:
-        """What one device holds, rows beyond the vocabulary being zeros."""
+        """The part that one device holds, rows beyond the vocabulary being zeros."""
         layers, places = (index[0], index[1:]) if stacked else (slice(1), index)
         pieces = []
         for spec, array in zip(group[layers], arrays[layers], strict=True):
@@ -258,5 +258,5 @@ def _place(
 
 
 def _assign(model: "FlaxOPTPreTrainedModel", group: Sequence[ParamSpec], values: Any) -> None:
-    """Makes an array, or the outline of one, the value of a variable."""
+    """Makes an array, or one's shape and type alone, the value of a variable."""
     locate(model, group[0]).set_value(values)

@@ -1,4 +1,4 @@
-"""What the compiled programs of generation are made for, and what they take as arguments.
+"""Compiled programs of generation: what they are made for, and what they take as arguments.
 
 A program belongs to a model's structure and to those settings that decide its own. Shapes come from
 a few lengths only, and all that is a number is an argument: another prompt, seed or temperature
@@ -40,17 +40,8 @@ class Prompts(NamedTuple):
     past: KVCache | None
 
 
-def program_inputs(request: Request, slots: int) -> Prompts:
-    """The prompts of a request, for a program with so many slots."""
-    T, mask = request.ids.shape[1], request.mask
-    if mask is not None:
-        mask = pad_right(mask, bucket(T) if request.chunk is None else slots, True)
-    ids = pad_right(request.ids, bucket(T), request.pad)
-    return Prompts(ids, mask, np.int32(T), request.past)
-
-
 def program_settings(request: Request, key: Array | None = None) -> ProgramSettings:
-    """What a program of generation knows and is given.
+    """The settings that a program of generation is made for, and the numbers it is given.
 
     Args:
         request: What to generate.
@@ -61,3 +52,12 @@ def program_settings(request: Request, key: Array | None = None) -> ProgramSetti
         key = jax.random.fold_in(jax.random.key(request.seed % 2**31), request.seed // 2**31)
     numbers |= {"vocabulary": request.vocabulary, "pad": request.pad}
     return ProgramSettings(structure, numbers | {"new_tokens": request.new_tokens, "key": key})
+
+
+def program_inputs(request: Request, slots: int) -> Prompts:
+    """The prompts of a request, for a program with so many slots."""
+    T, mask = request.ids.shape[1], request.mask
+    if mask is not None:
+        mask = pad_right(mask, bucket(T) if request.chunk is None else slots, True)
+    ids = pad_right(request.ids, bucket(T), request.pad)
+    return Prompts(ids, mask, np.int32(T), request.past)

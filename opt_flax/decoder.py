@@ -35,7 +35,7 @@ class FlaxOPTOutput(ModelOutput[Array, KVCache]):
 
 
 class FlaxOPTDecoderLayer(DecoderLayerMixin, nnx.Module):
-    """One block: attention and feed-forward, each with a norm and a residual connection."""
+    """One layer: attention and feed-forward, each with a norm and a residual connection."""
 
     def __init__(self, config: OPTConfig, implementation: str, mesh: Mesh | None = None):
         D, bias = config.hidden_size, config.enable_bias

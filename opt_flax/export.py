@@ -28,7 +28,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 """Where an exported program runs, wherever it was made."""
 
 REFUSED = -1
-"""What `generate` fills a row with that it cannot continue: a program raises no errors."""
+"""The id that fills a row `generate` cannot continue: a program raises no errors."""
 
 Weights = dict[str, Array]
 Program = Callable[..., dict[str, Array]]

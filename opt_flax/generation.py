@@ -75,7 +75,7 @@ def stream(model: "FlaxOPTForCausalLM", request: Request) -> Iterator[Array]:
     Yields:
         (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
     """
-    graph, state, rows, settings = _begin(model, request)
+    graph, state, rows, settings = _run_start(model, request)
     trackers = request.stop_trackers(len(rows.ended))
     can_end = bool(request.settings.eos_ids or trackers)
     for made in range(1, request.new_tokens + 1):
@@ -92,7 +92,7 @@ def generate(model: "FlaxOPTForCausalLM", request: Request) -> Array:
     """The prompts and all that `stream` yields after them."""
     if request.settings.stops:  # texts are watched on the host
         return jnp.asarray(request.join(stream(model, request)))
-    graph, state, rows, settings = _begin(model, request)
+    graph, state, rows, settings = _run_start(model, request)
     rows = _loop(graph, state, rows, settings)
     length = request.ids.shape[1] + int(rows.made)
     return jnp.asarray(np.asarray(rows.history)[:, :length])
@@ -113,7 +113,7 @@ def run(
     return _loop(graph, state, rows, settings).history, best
 
 
-def _begin(
+def _run_start(
     model: "FlaxOPTForCausalLM", request: Request
 ) -> tuple[Any, Any, _Rows, ProgramSettings]:
     """Reads the prompts and chooses the first token; the model comes back in its two parts."""

@@ -98,14 +98,14 @@ def accept_draft(
 
 
 def probabilities(logits_BV: Array, settings: Any) -> Array:
-    """What sampling draws the next token by, (B, V)."""
+    """Probabilities (B, V) that sampling draws the next token by."""
     logits_BC, ids_BC = filters.candidates(sampling, logits_BV, settings)
     rows = jnp.arange(len(logits_BV))[:, None]
     return jnp.zeros_like(logits_BV).at[rows, ids_BC].set(jax.nn.softmax(logits_BC, -1))
 
 
 class _History(NamedTuple):
-    """What filters look at (`Rows.histories`): (R, X, W) ids, their mask, and (R, X) counts."""
+    """Texts that filters read (`Rows.histories`): (R, X, W) ids, their mask, and (R, X) counts."""
 
     ids: Any
     mask: Any
@@ -190,7 +190,7 @@ def _check(
     ids_RT: Array, counts_R: Array, probs_RGV: Array | None, history: _History,
     settings: ProgramSettings,
 ) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:  # fmt: skip
-    """What `accept_draft` says of the draft behind a row's newest token, and the new buffers."""
+    """The answer of `accept_draft` for the draft behind each newest token, and the new buffers."""
     model = nnx.merge(graph, state)
     cache = KVCache(keys, values, place.length, place.mask)
     logits, cache = _read(model, ids_RT, place.positions, cache)

@@ -148,7 +148,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Trained:
-    """What is trained where not everything is, as NNX's filters say it."""
+    """The trained parameters where not all are trained, as a filter of NNX."""
 
     paths: frozenset[tuple[str | int, ...]]
 

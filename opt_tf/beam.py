@@ -47,7 +47,7 @@ class Beams(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What goes from one token to the next.
+    """The state that goes from one token to the next.
 
     Attributes:
         made: Tokens generated so far, scalar.

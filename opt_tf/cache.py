@@ -74,7 +74,7 @@ class KVCache:
         return self._each(lambda buffer: tf.squeeze(buffer, 0)) if is_single else self
 
     def unsqueezed(self) -> "KVCache":
-        """What `squeezed` was made of."""
+        """The cache that `squeezed` was made of."""
         is_squeezed = len(self.keys[0].shape) == 3
         return self._each(lambda buffer: tf.expand_dims(buffer, 0)) if is_squeezed else self
 

@@ -69,23 +69,24 @@ def generation_program(
 def program_settings(
     settings: GenerationConfig, vocabulary: int, pad: int, chunk: int | None, **numbers: Any
 ) -> ProgramSettings:
-    """What a program of generation knows: some settings, numbers in place of theirs, and more."""
+    """The settings of a program of generation, numbers in place of theirs, and more."""
     return ProgramSettings(
         settings, {"vocabulary": vocabulary, "pad": pad, "chunk": chunk} | numbers
     )
 
 
 def program_inputs(request: Request, slots: int) -> dict[str, Any]:
-    """What every program of generation gets, as tensors.
+    """The inputs of every program of generation, as tensors.
 
     Args:
         request: What to generate.
         slots: Slots S of a row.
 
     Returns:
-        `history` (B, S), the prompts with room behind them, and `mask`, False at padding; `ids`
-        (B, T), the prompts padded on the right; `seed`; the lengths `prompt` and `new_tokens`;
-        `past`, the parts of a cache, if there is one; and `numbers`, those of the settings.
+        `history` (B, S), the prompts with free slots behind them, and `mask`, False at padding;
+        `ids` (B, T), the prompts padded on the right; `seed`; the lengths `prompt` and
+        `new_tokens`; `past`, the parts of a cache, if there is one; and `numbers`, those of the
+        settings.
     """
     history, mask = allocate_tokens(request, slots)
     prompt, past = request.ids.shape[1], request.past

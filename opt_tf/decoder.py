@@ -45,7 +45,7 @@ register_pytree(TFOPTOutput)
 
 
 class TFOPTDecoderLayer(DecoderLayerMixin, keras.layers.Layer):
-    """One block: attention and feed-forward, each with a norm and a residual connection."""
+    """One layer: attention and feed-forward, each with a norm and a residual connection."""
 
     def __init__(self, config: OPTConfig, implementation: str, **options: Any):
         super().__init__(**options)

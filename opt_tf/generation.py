@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _State(NamedTuple):
-    """What goes from one token to the next.
+    """The state that goes from one token to the next.
 
     Attributes:
         made: Tokens generated so far, scalar.
@@ -66,7 +66,7 @@ def stream(model: "TFOPTForCausalLM", request: Request) -> Iterator[tf.Tensor]:
     Yields:
         (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
     """
-    inputs, state = _begin(model, request)
+    inputs, state = _run_start(model, request)
     trackers = request.stop_trackers(sizes(state.token)[0])
     can_end = bool(request.settings.eos_ids or trackers)
     for made in range(1, request.new_tokens + 1):
@@ -84,7 +84,7 @@ def generate(model: "TFOPTForCausalLM", request: Request) -> tf.Tensor:
     """The prompts and all that `stream` yields after them."""
     if request.settings.stops:  # texts are watched on the host
         return tf.constant(request.join(stream(model, request)))
-    inputs, state = _begin(model, request)
+    inputs, state = _run_start(model, request)
     if request.new_tokens > 1:
         state = generation_program(model, request, _loop)(inputs, state)
     return state.history[:, : request.ids.shape[1] + int(state.made)]
@@ -105,7 +105,7 @@ def run(
     return state.history[:, : inputs["prompt"] + state.made], best
 
 
-def _begin(model: "TFOPTForCausalLM", request: Request) -> tuple[dict[str, Any], _State]:
+def _run_start(model: "TFOPTForCausalLM", request: Request) -> tuple[dict[str, Any], _State]:
     """Reads the prompts and chooses the first token; the inputs of the programs that follow."""
     inputs = program_inputs(request, request.slots)
     state, best = generation_program(model, request, _start)(inputs)

@@ -1,4 +1,4 @@
-"""Reading prompts: all at once, in pieces, or behind what a cache holds of them already."""
+"""Reading prompts: all at once, in chunks, or behind what a cache holds of them already."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any

@@ -94,7 +94,7 @@ def accept_draft(
 
 
 def probabilities(logits_BV: tf.Tensor, settings: Any) -> tf.Tensor:
-    """What sampling draws the next token by, (B, V)."""
+    """Probabilities (B, V) that sampling draws the next token by."""
     logits_BC, ids_BC = filters.candidates(sampling, logits_BV, settings)
     B, C = sizes(ids_BC)
     places = tf.stack([tf.repeat(tf.range(B)[:, None], C, 1), ids_BC], -1)
@@ -102,7 +102,7 @@ def probabilities(logits_BV: tf.Tensor, settings: Any) -> tf.Tensor:
 
 
 class _History(NamedTuple):
-    """What filters look at (`Rows.histories`): (R, X, W) ids, their mask, and (R, X) counts."""
+    """Texts that filters read (`Rows.histories`): (R, X, W) ids, their mask, and (R, X) counts."""
 
     ids: Any
     mask: Any
@@ -186,7 +186,7 @@ def _check(
     counts_R: tf.Tensor,
     probs_RGV: tf.Tensor | None,
 ) -> tuple[Any, ...]:
-    """What `accept_draft` says of the draft behind a row's newest token, and the new buffers."""
+    """The answer of `accept_draft` for the draft behind each newest token, and the new buffers."""
     ids, cache = inputs["ids"], KVCache(keys, values, inputs["length"], inputs["mask"])
     logits, cache = _read(model, ids, inputs["positions"], cache)
     scores = _constrained(logits, settings, history)

@@ -29,7 +29,7 @@ int8_linear: Any = getattr(
 )
 """FBGEMM's products in integers, which PyTorch's quantised modules call.
 
-Without one of these four int8 weights are widened to be multiplied, which is slower.
+Without one of these four int8 weights are upcast to be multiplied, which is slower.
 """
 _HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 

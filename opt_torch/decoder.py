@@ -32,7 +32,7 @@ class OPTOutput(ModelOutput[Tensor, KVCache]):
 
 
 class OPTDecoderLayer(DecoderLayerMixin, nn.Module):
-    """One block: attention and feed-forward, each with a norm and a residual connection."""
+    """One layer: attention and feed-forward, each with a norm and a residual connection."""
 
     def __init__(self, config: OPTConfig, implementation: str):
         super().__init__()

@@ -35,7 +35,7 @@ _COLUMNS = 4096
 """Columns of a result that are computed at once, for several rows: they stay in the cache."""
 
 BLOCK = 2**19
-"""Numbers of a bfloat16 weight that are widened at once."""
+"""Numbers of a bfloat16 weight that are upcast at once."""
 
 
 class Linear(nn.Linear):
@@ -101,7 +101,7 @@ def upcast_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A bfloat16 product on a CPU that has no instructions for it, computed in float32.
 
     A single row goes to PyTorch's own kernel, which reads the weights at memory's rate. For more it
-    takes a hundred times as long as a float32 product, hence the weight is widened, a block that
+    takes a hundred times as long as a float32 product, hence the weight is upcast, a block that
     stays in the cache at a time.
     """
     if input.shape[:-1].numel() == 1:

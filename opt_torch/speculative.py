@@ -101,7 +101,7 @@ def accept_draft(
 
 
 def probabilities(logits_BV: Tensor, settings: GenerationConfig) -> Tensor:
-    """What sampling draws the next token by, (B, V)."""
+    """Probabilities (B, V) that sampling draws the next token by."""
     logits_BC, ids_BC = filters.candidates(sampling, logits_BV, settings)
     return torch.zeros_like(logits_BV).scatter_(1, ids_BC, F.softmax(logits_BC, -1))
 

@@ -26,7 +26,7 @@ from opt_core.quantization import check_scheme
 
 
 class Model(Protocol):
-    """What is asked of a backend's model here."""
+    """The part of a backend's model that is needed here."""
 
     head: ClassVar[Head]
     config: OPTConfig

@@ -84,7 +84,7 @@ class Request:
         return np.ones(self.ids.shape, bool) if self.mask is None else self.mask
 
     def stop_trackers(self, rows: int) -> list[StopStringTracker]:
-        """What watches each row for the stop strings; none where there are no such strings."""
+        """A tracker of the stop strings for each row; none where there are no such strings."""
         tokenizer, stops = self.tokenizer, self.settings.stops
         if tokenizer is None or not stops:
             return []
@@ -207,7 +207,7 @@ def pad_right(values_BT: NDArray[Any], width: int, fill: Any) -> NDArray[Any]:
 
 
 def allocate_tokens(request: Request, slots: int, copies: int = 1) -> tuple[Ids, Mask]:
-    """The prompts with room for new tokens behind them, and where tokens are no padding.
+    """The prompts with slots for new tokens behind them, and where tokens are no padding.
 
     Args:
         request: What to generate.
@@ -243,7 +243,7 @@ def check_logits(best_B: NDArray[Any]) -> None:
 
 
 def split_settings(settings: GenerationConfig) -> tuple[GenerationConfig, dict[str, Any]]:
-    """What a compiled program is made for, and what it is given each time.
+    """The settings a compiled program is made for, and the numbers it is given each time.
 
     Returns:
         The settings that decide a program's structure, the others at their defaults; and the

@@ -1,4 +1,4 @@
-"""What a loss asks of its labels, whatever framework they come in."""
+"""Requirements of a loss on its labels, whatever framework they come in."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Shape = Sequence[int | None]
 """A shape; None where a size is known only when a program is run."""
 
 OR_IGNORED = f"or {IGNORE_INDEX} to leave one out"
-"""What else a label may be, for the message about one out of range."""
+"""The other value a label may have, for the message about one out of range."""
 
 
 def class_count(config: OPTConfig, head: Head) -> int:
@@ -22,7 +22,7 @@ def class_count(config: OPTConfig, head: Head) -> int:
 
 
 def resolve_problem_type(config: OPTConfig, dtype: Any) -> str:
-    """What a sequence classifier is trained for.
+    """The kind of problem that a sequence classifier is trained for.
 
     Args:
         config: Its `problem_type`; where None: one label is a regression, integer labels are

@@ -293,7 +293,7 @@ def _adapter(about: Mapping[str, Any], path: Path) -> Adapter:
 
 
 def _trained(config: OPTConfig, head: Head, adapter: Adapter) -> list[ParamSpec]:
-    """What is trained where adapters are, and belongs into their folder."""
+    """Parameters that are trained where adapters are, and belong into their folder."""
     return [*adapter_specs(config, adapter.rank, adapter.targets), *_new_head(config, head)]
 
 

@@ -1,4 +1,4 @@
-"""What steps, evaluations and trainings are in every backend, given its own functions."""
+"""Steps, evaluations and trainings as in every backend, given its own functions."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

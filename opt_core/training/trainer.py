@@ -62,7 +62,7 @@ class BaseTrainer:
     def model_options(
         cls, config: TrainConfig, from_scratch: bool, device: str | None
     ) -> dict[str, Any]:
-        """What else a model of the framework is loaded or made with, which is nothing here.
+        """Further options that the framework loads or makes a model with: none here.
 
         Args:
             config: How to train.

@@ -300,7 +300,7 @@ def test_load_backend_returns_the_class_asked_for():
     assert backends.load_backend("torch", "OPTModel") is opt_torch.OPTModel
 
 
-def test_to_numpy_keeps_integers_and_widens_half_precision():
+def test_to_numpy_keeps_integers_and_upcasts_half_precision():
     import torch
 
     half = torch.tensor([0.1, 3.0], dtype=torch.bfloat16, requires_grad=True)

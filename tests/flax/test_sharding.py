@@ -219,7 +219,7 @@ def collectives(compiled):
 
 def decode_program(model):
     request = make_request(model, IDS, MASK, **SETTINGS["greedy"])
-    graph, state, rows, settings = generation._begin(model, request)
+    graph, state, rows, settings = generation._run_start(model, request)
     return generation._step.lower(graph, state, rows, settings).compile(), rows.cache
 
 

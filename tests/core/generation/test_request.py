@@ -68,7 +68,7 @@ def test_special_ids_come_from_the_model_where_they_are_open():
         merge_settings(DEFAULTS, {})  # type: ignore[arg-type]
 
 
-def test_rows_get_room_behind_them():
+def test_rows_get_free_slots_behind_them():
     request = checked([[1, 5], [6, 7]], max_new_tokens=1)
     ids, mask = allocate_tokens(request, 4, copies=2)
     assert ids.tolist() == [[1, 5, 1, 1]] * 2 + [[6, 7, 1, 1]] * 2

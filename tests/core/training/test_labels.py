@@ -1,4 +1,4 @@
-"""What is asked of labels, shapes that are known only in part among them."""
+"""Requirements on labels, with shapes that are known only in part among them."""
 
 import numpy as np
 import pytest
