@@ -77,10 +77,10 @@ def generate(
     ] = None,
     num_return_sequences: Annotated[int | None, _option("Texts per prompt.", "N")] = None,
     prompt_lookup: Annotated[
-        int | None, _option("Guess N tokens at a time from the text so far; same text.", "N")
+        int | None, _option("Draft N tokens at a time from the text so far; same text.", "N")
     ] = None,
     assistant: Annotated[
-        str | None, _option("A smaller model that guesses tokens; same text.", "MODEL")
+        str | None, _option("A smaller model that drafts tokens; same text.", "MODEL")
     ] = None,
     do_sample: Annotated[
         bool | None,

@@ -216,7 +216,7 @@ def measure(
         tokens = ids.shape[0] * new if generates else ids.size
         seconds = [timed(call) for _ in range(reps + 1)]
         if lookup and not np.array_equal(work.generate(new, None), call()):
-            raise RuntimeError("guessing changed the text")
+            raise RuntimeError("drafts changed the text")
         result["first_s"] = round(seconds[0], 2)
         result["tok_s"] = round(tokens / statistics.median(seconds[1:]), 1)
         result["best"] = round(tokens / min(seconds[1:]), 1)

@@ -59,7 +59,7 @@ def check_assistant(settings: GenerationConfig, config: OPTConfig, assistant: OP
     """
     name = "assistant_model"
     if settings.prompt_lookup_num_tokens is not None:
-        raise GenerationError(f"{name} and prompt_lookup_num_tokens both guess; choose one")
+        raise GenerationError(f"{name} and prompt_lookup_num_tokens both draft; choose one")
     if settings.is_beam_search:
         raise GenerationError(f"num_beams > 1 with {name} is not supported")
     if assistant.vocab_size != config.vocab_size:

@@ -131,7 +131,7 @@ def test_drafting_changes_no_text(stream: str, opt_lm: Run, tiny: Path):
         assert out == expected + "\n"
     options = (f"--assistant={tiny}", "--prompt-lookup=3")
     code, _, err = opt_lm("generate", "Now is", "-m", tiny, *options)
-    assert (code, "both guess; choose one" in err) == (2, True)
+    assert (code, "both draft; choose one" in err) == (2, True)
 
 
 def test_generate_json_tells_all(opt_lm: Run, tiny: Path):

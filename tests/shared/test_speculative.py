@@ -214,7 +214,7 @@ def test_assistants_that_cannot_help(backend, folder):
         ("opt-125m", {}, "assistant_model: expected an .*OPTForCausalLM, received str"),
         (backend.load(folder("pre_ln"), "none"), {}, "expected an .*OPTForCausalLM, received"),
         (model, {"num_beams": 2}, "num_beams > 1 with assistant_model is not supported"),
-        (model, {"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens both guess; choose one"),
+        (model, {"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens both draft; choose one"),
     ):
         for kind in ("generate", "stream"):
             with pytest.raises(GenerationError, match=message) as error:
