@@ -187,7 +187,7 @@ def _start(
 ) -> tuple[_Search, Array]:
     """The beams with their first token, and the highest score of each row."""
     model = nnx.merge(graph, state)
-    B, (R, S) = len(prompts.ids), history_RS.shape
+    B, (R, S) = prompts.ids.shape[0], history_RS.shape
     W = R // B
     logits, cache = prefill_prompts(model, prompts, chunk, S, W)
     empty = Beams(

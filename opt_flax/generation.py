@@ -138,7 +138,7 @@ def _start(
 ) -> tuple[_Rows, Array]:
     """The rows with their first token, and the highest logit of each."""
     model, (R, S) = nnx.merge(graph, state), history_RS.shape
-    logits, cache = prefill_prompts(model, prompts, chunk, S, R // len(prompts.ids))
+    logits, cache = prefill_prompts(model, prompts, chunk, S, R // prompts.ids.shape[0])
     none, length = jnp.zeros(R, jnp.int32), prompts.length
     rows = _Rows(history_RS, mask_RS, jnp.zeros(R, bool), none, cache, 0, length)
     rows, scores = _choose(rows, logits, settings, model.mesh)

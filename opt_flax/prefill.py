@@ -28,7 +28,7 @@ def prefill_prompts(
     Returns:
         Logits (R, V) after the last token, and the cache that holds the prompts.
     """
-    B, past = len(prompts.ids), prompts.past
+    B, past = prompts.ids.shape[0], prompts.past
     cache = model.init_cache(B, slots) if past is None else past.resize(B, slots, model.mesh)
     logits, cache = prefill(model, prompts.ids, prompts.mask, cache, chunk, prompts.length)
     if copies > 1:
