@@ -20,6 +20,14 @@ class CheckpointError(OPTError, ValueError):
     """A weight file or folder that is missing, damaged, or does not fit its configuration."""
 
 
+class MissingFileError(CheckpointError, ConfigError, OSError):
+    """A file, folder or repository that is not there, or cannot be had."""
+
+
+class MismatchError(CheckpointError, RuntimeError):
+    """Weights that do not fit their configuration."""
+
+
 class TokenizerError(OPTError, ValueError):
     """Tokenizer files that are missing or damaged, or ids that no token has."""
 
@@ -30,6 +38,10 @@ class GenerationError(OPTError, ValueError):
 
 class InputError(OPTError, ValueError):
     """Model inputs of wrong shape or range: ids outside the vocabulary, masks of another size."""
+
+
+class ArgumentError(OPTError, TypeError):
+    """An argument of a name that nothing here has, or of a kind that cannot be meant."""
 
 
 class DataError(OPTError, ValueError):

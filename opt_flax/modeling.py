@@ -14,6 +14,7 @@ from opt_core.config import OPTConfig
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
 from opt_flax import (
+    _private,
     attention,
     beam,
     checkpoint,
@@ -27,6 +28,8 @@ from opt_flax.cache import KVCache, init_cache
 from opt_flax.decoder import FlaxOPTDecoder, FlaxOPTOutput
 from opt_flax.linear import Linear
 
+_private.register_config()
+
 
 class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
     """The base of the model and of its heads: making, loading and caches."""
@@ -39,7 +42,7 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
         self,
         config: OPTConfig,
         seed: int | None = 0,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         scan_layers: bool = False,
         mesh: Mesh | None = None,
     ):
@@ -97,15 +100,15 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | PathLike[str],
-        dtype: str = "float32",
+        path_or_hub_id: str | PathLike[str] | None = None,
+        dtype: Any = "float32",
         mesh: Mesh | None = None,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         progress: Callable[[int, int], None] | None = None,
-        config: OPTConfig | None = None,
+        config: Any = None,
         scan_layers: bool = False,
         quantize: str | None = None,
-        **hub: Any,
+        **arguments: Any,
     ) -> Self:
         """Loads a checkpoint, from safetensors or from PyTorch's `.bin`.
 
@@ -117,11 +120,13 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
                 part of the file, no host holds the whole. None: JAX's default device.
             attn_implementation: "sdpa", "eager" or "flash_attention_2".
             progress: Called with (bytes loaded, bytes in all) after each tensor.
-            config: Replaces the checkpoint's config.json, for example to set `num_labels`.
+            config: Replaces the checkpoint's config.json: a configuration, or where one is.
             scan_layers: As in the constructor.
             quantize: "int8" or "int4": keep the weights so (`opt_core.quantization`), only to run,
                 on one device.
-            **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+            **arguments: `revision`, `token`, `local_files_only` and so on, as in
+                `opt_core.hub.resolve`; fields of the configuration, such as `num_labels`; and
+                what else `transformers` takes (`opt_core.compatibility.loading`).
 
         Raises:
             CheckpointError: Files are missing or damaged, or do not fit the configuration.
@@ -137,7 +142,7 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
             config,
             scan_layers,
             quantize,
-            **hub,
+            **arguments,
         )
 
     def _decode(self, given: tuple[Any, ...], *flags: Any, **options: Any) -> FlaxOPTOutput:
