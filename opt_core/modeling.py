@@ -8,6 +8,7 @@ from collections.abc import Callable
 from os import PathLike
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+from opt_core.compatibility.live_config import check_shapes, shapes_of
 from opt_core.compatibility.saving import read_saving
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError
@@ -75,7 +76,7 @@ class PreTrainedMixin(Generic[Decoder]):
             config = config.copy()  # the caller's stays as it is
             config.attn_implementation = name
         self.config, self.attn_implementation = config, name
-        self._made_of = config.structure, config.num_labels
+        self._made_of = shapes_of(config)
         self.generation_config = GenerationConfig.from_model(config)
 
     def check_config(self) -> None:
@@ -84,14 +85,7 @@ class PreTrainedMixin(Generic[Decoder]):
         Raises:
             ConfigError: A field was changed that decides their shapes.
         """
-        structure, labels = self._made_of
-        if self.config.structure != structure:
-            self.config.explain_change(structure)
-        if self.head == "sequence_classification" and self.config.num_labels != labels:
-            raise ConfigError(
-                f"num_labels={self.config.num_labels} was set on a model of {labels}; make a new "
-                "one: from_pretrained(..., num_labels=..., ignore_mismatched_sizes=True)"
-            )
+        check_shapes(self.config, self._made_of, self.head)
 
     def get_decoder(self) -> Decoder:
         """The decoder, wherever the class keeps it."""

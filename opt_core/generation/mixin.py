@@ -111,6 +111,8 @@ def make_request(
             honoured, or an assistant that cannot draft for the model.
         InputError: Ids outside the vocabulary, shapes or a cache that do not fit.
     """
+    owner: Any = model
+    owner.check_config()
     config, assistant, inputs = model.config, assistant_model, model.backend.inputs
     ids, mask = inputs.check_prompts(model, input_ids, attention_mask)
     request = check_request(
