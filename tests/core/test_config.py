@@ -230,8 +230,9 @@ def test_labels_follow_one_another():
 
 def test_what_transformers_configurations_have():
     config = OPTConfig(
-        hidden_size=16, embed_dim=16, num_attention_heads=2, return_dict=False, output_attentions=True,
-        finetuning_task="x", name_or_path="here", my_own=3, attn_implementation="eager",
+        hidden_size=16, embed_dim=16, num_attention_heads=2, return_dict=False,
+        output_attentions=True, finetuning_task="x", name_or_path="here", my_own=3,
+        attn_implementation="eager",
     )  # fmt: skip
     assert (config.word_embed_proj_dim, config.my_own, config.finetuning_task) == (16, 3, "x")
     assert (config.use_return_dict, config.output_attentions) == (False, True)
