@@ -108,7 +108,7 @@ class OPTConfig(ConfigMethods):
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
     num_labels: int = 2
-    id2label: dict[int, str] | None = None
+    id2label: Any = None
     problem_type: str | None = None
     dtype: str | None = None
     output_attentions: bool = False
