@@ -14,7 +14,7 @@ from opt_core.generation.request import Request, check_export, merge_settings
 from opt_core.quantization import check_not_quantized
 from opt_core.text.tokenizer import OPTTokenizer
 from opt_tf import beam, generation
-from opt_tf.compilation import program_settings
+from opt_tf.compilation import program_rules
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -109,7 +109,7 @@ def _forward(model: "TFOPTForCausalLM") -> Any:
 
 def _generate(model: "TFOPTForCausalLM", request: Request) -> Any:
     settings, max_prompt, new_tokens = request.settings, request.ids.shape[1], request.new_tokens
-    fixed = program_settings(settings, request.vocabulary, request.pad, None)
+    rules = program_rules(request)
 
     def generate(
         input_ids: tf.Tensor, attention_mask: tf.Tensor, seed: tf.Tensor | int = 0
@@ -127,11 +127,10 @@ def _generate(model: "TFOPTForCausalLM", request: Request) -> Any:
             "history": tf.reshape(history, (-1, max_prompt + new_tokens)),
             "mask": tf.reshape(mask, (-1, max_prompt + new_tokens)),
             "prompt": prompt,
-            "new_tokens": tf.constant(new_tokens),
             "seed": tf.cast(seed, tf.int64),
         }
         run = beam.run if settings.is_beam_search else generation.run
-        sequences, best = run(model, fixed, inputs)
+        sequences, best = run(model, rules, inputs)
         tf.debugging.assert_all_finite(best, "no token can be generated")
         return {"sequences": sequences}
 

@@ -1,11 +1,10 @@
 """Requests for generation: prompts and settings, checked before anything is computed.
 
-Compiled backends make few programs: lengths are rounded up to a bucket, and a program is told apart
-by the structure of its settings alone, their numbers are arguments (`split_settings`).
+Compiled backends make few programs: lengths are rounded up to a bucket.
 """
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
-from opt_core.generation.config import GenerationConfig
+from opt_core.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig
 from opt_core.text.detokenizer import StopStringTracker
 from opt_core.text.tokenizer import OPTTokenizer
 
@@ -22,20 +21,6 @@ Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
 _BUCKETS = (32, 64, 128, 256)
-_NUMBERS: Mapping[str, tuple[type[np.generic], Any]] = {
-    "temperature": (np.float32, None), "top_p": (np.float32, 1), "min_p": (np.float32, None),
-    "typical_p": (np.float32, 1), "repetition_penalty": (np.float32, 1),
-    "min_length": (np.int32, 0), "min_new_tokens": (np.int32, None),
-    "length_penalty": (np.float32, None),
-}  # fmt: skip
-"""Settings that are given to a program, their type, and the value at which they are not in use."""
-_NO_PART = (
-    *("max_length", "max_new_tokens", "stop_strings", "pad_token_id", "bos_token_id"),
-    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens"),
-    "prefill_chunk_size",
-)
-"""Settings that do not reach a program: they must not tell two of them apart."""
-_DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in dataclasses.fields(GenerationConfig)}
 
 
 @dataclass(frozen=True)
@@ -47,6 +32,7 @@ class Request:
         mask: bool (B, T), False at padding; None if nothing is padded.
         settings: What to generate.
         new_tokens: Most tokens to add.
+        vocab_size: Ids V of the model.
         vocabulary: Ids below this one may be generated.
         pad: Id that fills a finished row.
         seed: Seed of sampling, 0 to 2**63 - 1.
@@ -59,6 +45,7 @@ class Request:
     mask: Mask | None
     settings: GenerationConfig
     new_tokens: int
+    vocab_size: int
     vocabulary: int
     pad: int
     seed: int = 0
@@ -139,13 +126,22 @@ def check_request(
                 f"prompt {row} ends in padding; "
                 "pad on the left: tokenizer(..., padding_side='left')"
             )
+    if settings.max_new_tokens is None and settings.max_length is None:
+        room = max(config.max_position_embeddings - longest + 1, 1)
+        settings = settings.replace(max_new_tokens=min(DEFAULT_NEW_TOKENS, room))
+        warnings.warn(
+            f"no length was asked for: {settings.max_new_tokens} new tokens at most; "
+            "pass max_new_tokens for another number",
+            stacklevel=4,
+        )
     settings.check(config, T, longest, tokenizer is not None)
     vocabulary, pad = config.vocab_size, [*pads, *settings.eos_ids, 0][0]
     if tokenizer is not None:
         # OPT's embedding has rows that no token has, never trained (transformers #18268).
         vocabulary = min(vocabulary, tokenizer.vocab_size)
     new = settings.new_tokens(T)
-    return Request(input_ids, mask, settings, new, vocabulary, pad, seed, tokenizer)
+    size = config.vocab_size
+    return Request(input_ids, mask, settings, new, size, vocabulary, pad, seed, tokenizer)
 
 
 def check_export(
@@ -192,7 +188,7 @@ def merge_settings(
 
 def _padding_ids(config: OPTConfig, settings: GenerationConfig) -> list[int]:
     """Ids that mean padding, the settings' first."""
-    return [i for i in (settings.pad_token_id, config.pad_token_id) if i is not None]
+    return [i for i in (settings.pad_token_id, config.pad_token_id) if i is not None and i >= 0]
 
 
 def bucket(length: int) -> int:
@@ -240,36 +236,3 @@ def check_logits(best_B: NDArray[Any]) -> None:
     for row in np.flatnonzero(~np.isfinite(best_B))[:1].tolist():
         reason = "the logits are NaN" if np.isnan(best_B[row]) else "every token is banned"
         raise GenerationError(f"row {row}: no token can be generated: {reason}")
-
-
-def split_settings(settings: GenerationConfig) -> tuple[GenerationConfig, dict[str, Any]]:
-    """The settings a compiled program is made for, and the numbers it is given each time.
-
-    Returns:
-        The settings that decide a program's structure, the others at their defaults; and the
-        numbers in use, NumPy scalars by name.
-    """
-    numbers = {
-        name: kind(getattr(settings, name))
-        for name, (kind, off) in _NUMBERS.items()
-        if getattr(settings, name) not in (None, off)
-    }
-    changes = {name: _DEFAULTS[name] for name in (*numbers, *_NO_PART)}
-    return dataclasses.replace(settings, **changes), numbers
-
-
-class ProgramSettings:
-    """A `GenerationConfig` as a program sees it, with values of its own in place of some.
-
-    Args:
-        structure: What the program is made for.
-        numbers: By name, what it is given each time, tensors of the framework; and what else it
-            knows.
-    """
-
-    def __init__(self, structure: GenerationConfig, numbers: Mapping[str, Any]) -> None:
-        self.structure, self.numbers = structure, numbers
-
-    def __getattr__(self, name: str) -> Any:
-        numbers = self.__dict__["numbers"]
-        return numbers[name] if name in numbers else getattr(self.__dict__["structure"], name)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from opt_core.errors import GenerationError
-from opt_core.generation.config import GenerationConfig
 from opt_core.generation.speculation import Rows, Slots
 from tests.support import oracle, oracle_generation
 from tests.support.configs import CONFIGS
 from tests.support.oracle_generation import Settings
 from tests.support.reference import make_mask, make_prompts
+from tests.support.rules import backend_rules
 
 PAD = 1
 PRE_LN = CONFIGS["pre_ln"]
@@ -128,7 +128,8 @@ V, DRAWS = 7, 40_000
 def test_accepted_tokens_follow_the_models_distribution(backend, settings, is_drafted):
     """Of many rows alike: the first tokens, and the second ones given the first."""
     speculative = importlib.import_module(f"opt_{backend.name}.speculative")
-    rng, settings = np.random.default_rng(0), GenerationConfig(do_sample=True, top_k=0, **settings)
+    rng = np.random.default_rng(0)
+    rules = backend_rules(backend, V, do_sample=True, top_k=0, **settings)
     scores = rng.normal(0, 1.5, (3, V)).astype(np.float32)
     q = rng.dirichlet(np.ones(V), 2)
     drafts = np.stack([rng.choice(V, DRAWS, p=p) for p in q], 1)
@@ -139,11 +140,11 @@ def test_accepted_tokens_follow_the_models_distribution(backend, settings, is_dr
         backend.array(np.broadcast_to(q.astype(np.float32), (DRAWS, 2, V)).copy())
         if is_drafted
         else None,
-        settings,
+        rules,
         backend.random(3),
     )
     tokens, counts = backend.numpy(tokens), backend.numpy(counts)
-    warped = Settings(temperature=settings.temperature, top_p=settings.top_p)
+    warped = Settings(**settings)
     for place in range(3):
         reached = tokens[counts > place, place]
         p = oracle_generation.filtered_distribution(scores[place], [0], warped)
