@@ -32,6 +32,8 @@ class Backend(NamedTuple):
         generation: Its `generate(model, request)` and `stream(model, request)`, token by token.
         beam: Its `search(model, request)`.
         speculative: Its `generate(model, request)` and `stream(model, request)`, by drafts.
+        sampling: The filters that `opt_core.generation.filters` applies.
+        steps: What `opt_core.generation.observed` asks for.
     """
 
     attention: Any
@@ -41,6 +43,8 @@ class Backend(NamedTuple):
     generation: Any
     beam: Any
     speculative: Any
+    sampling: Any
+    steps: Any
 
 
 class PreTrainedMixin(Generic[Decoder]):

@@ -50,10 +50,15 @@ def program_rules(request: Request, key: Array | None = None) -> Rules:
     """
     structure, numbers = make_rules(request, is_compiled=True)
     if key is None:
-        key = jax.random.fold_in(jax.random.key(request.seed % 2**31), request.seed // 2**31)
+        key = make_key(request.seed)
     # On the device once, not at every call.
     arrays = {name: jax.numpy.asarray(value) for name, value in numbers.items()}
     return Rules(structure, arrays | {"key": key})
+
+
+def make_key(seed: int) -> Array:
+    """The source of random numbers of a seed, 0 to 2**63 - 1."""
+    return jax.random.fold_in(jax.random.key(seed % 2**31), seed // 2**31)
 
 
 def program_inputs(request: Request, slots: int) -> Prompts:

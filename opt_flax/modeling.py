@@ -20,8 +20,10 @@ from opt_flax import (
     generation,
     inputs,
     losses,
+    sampling,
     sharding,
     speculative,
+    steps,
 )  # fmt: skip
 from opt_flax.cache import KVCache, init_cache
 from opt_flax.decoder import FlaxOPTDecoder, FlaxOPTOutput
@@ -32,7 +34,7 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, steps
     )  # fmt: skip
 
     def __init__(

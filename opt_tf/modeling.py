@@ -22,7 +22,9 @@ from opt_tf import (
     inputs,
     losses,
     quantization,
+    sampling,
     speculative,
+    steps,
 )
 from opt_tf.cache import KVCache, init_cache
 from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
@@ -38,7 +40,7 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, steps
     )  # fmt: skip
 
     def __init__(

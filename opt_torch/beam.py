@@ -17,6 +17,7 @@ from opt_torch import generation, sampling
 from opt_torch.fast_decode import make_step
 from opt_torch.linear import packed
 from opt_torch.prefill import prefill_prompts
+from opt_torch.steps import request_rules
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -69,7 +70,7 @@ def search(model: "OPTForCausalLM", request: Request) -> Tensor:
     history, mask = (
         torch.as_tensor(x, device=device) for x in allocate_tokens(request, prompt + new, W)
     )
-    rules = sampling.rules_on(device, request)
+    rules = request_rules(model, request)
     empty = Beams(
         history.long().view(B, W, -1),
         torch.full((B, W), NEG_INF, device=device),

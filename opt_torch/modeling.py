@@ -17,7 +17,9 @@ from opt_torch import (
     generation,
     inputs,
     losses,
+    sampling,
     speculative,
+    steps,
 )
 from opt_torch.cache import KVCache, init_cache
 from opt_torch.decoder import OPTDecoder, OPTOutput
@@ -28,7 +30,7 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, steps
     )  # fmt: skip
 
     def __init__(self, config: OPTConfig, seed: int | None = 0, attn_implementation: str = "sdpa"):

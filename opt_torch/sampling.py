@@ -9,18 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt_core.generation.request import Request
-from opt_core.generation.rules import BANNED, TOP_H_TOKENS, Rules, make_rules
-
-
-def rules_on(device: torch.device, request: Request) -> Rules:
-    """The rules of a request, their arrays on a device and their numbers Python's own."""
-    structure, numbers = make_rules(request, is_compiled=False)
-    on_device = {
-        name: torch.as_tensor(value, device=device) if value.ndim else value.item()
-        for name, value in numbers.items()
-    }
-    return Rules(structure, on_device)
+from opt_core.generation.rules import BANNED, TOP_H_TOKENS
 
 
 def add_bias(logits_BV: Tensor, bias_V: Tensor) -> Tensor:

@@ -98,9 +98,7 @@ def _check_beams(config: "GenerationConfig") -> None:
     if beams % groups:
         raise GenerationError(f"num_beam_groups={groups} does not divide num_beams={beams}")
     if groups > 1 and config.do_sample:
-        raise GenerationError(
-            "num_beam_groups > 1 with do_sample=True is not supported"
-        )
+        raise GenerationError("num_beam_groups > 1 with do_sample=True is not supported")
     if config.penalty_alpha and (config.is_beam_search or config.do_sample or not config.top_k):
         raise GenerationError(
             "penalty_alpha is contrastive search: it needs top_k > 1, num_beams=1, do_sample=False"

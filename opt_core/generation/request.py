@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
 from opt_core.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig
+from opt_core.generation.hooks import Hooks
 from opt_core.text.detokenizer import StopStringTracker
 from opt_core.text.tokenizer import OPTTokenizer
 
@@ -39,6 +40,10 @@ class Request:
         tokenizer: For stop strings.
         past: A backend's cache that holds the beginning of the prompts, or None.
         assistant: A backend's smaller model that drafts tokens, or None.
+        hooks: Functions of the caller that run between the steps.
+        embeds: (B, T, P) embeddings of the prompts in place of those of `ids`, or None.
+        is_bare: Whether there are embeddings alone: `ids` are padding then.
+        guide: The prompts to go away from, or None.
     """
 
     ids: Ids
@@ -52,6 +57,27 @@ class Request:
     tokenizer: OPTTokenizer | None = None
     past: Any = None
     assistant: Any = None
+    hooks: Hooks = Hooks()
+    embeds: Any = None
+    is_bare: bool = False
+    guide: "Request | None" = None
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether Python has to run between the steps."""
+        settings = self.settings
+        outputs = (
+            settings.output_scores or settings.output_logits or settings.output_attentions
+            or settings.output_hidden_states
+        )  # fmt: skip
+        has_hard_beams = settings.is_beam_search and (
+            settings.do_sample or settings.num_beam_groups > 1 or settings.stops
+            or settings.max_time is not None
+        )  # fmt: skip
+        return bool(
+            (outputs and settings.return_dict_in_generate) or has_hard_beams
+            or not self.hooks.is_empty or self.embeds is not None or self.guide is not None
+        )  # fmt: skip
 
     @property
     def slots(self) -> int:
