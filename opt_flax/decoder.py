@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.tree_util import DictKey
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey
 
 from opt_core.config import OPTConfig
 from opt_core.modeling import DecoderLayerMixin, DecoderMixin

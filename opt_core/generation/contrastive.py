@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from opt_core.generation.hooks import Deadline
-from opt_core.generation.request import Request, check_logits
 from opt_core.generation.observed import Steps
+from opt_core.generation.request import Request, check_logits
 
 
 def generate(model: Any, request: Request) -> Any:

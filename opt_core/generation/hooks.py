@@ -109,3 +109,6 @@ def _call(function: Any, ids_RL: Any, scores_RV: Any) -> Any:
     needed = [p for p in taken if p.kind in kinds and p.default is inspect.Parameter.empty]
     rest = (ids_RL.shape[1],) if len(needed) > 2 else ()
     return function(ids_RL, scores_RV, *rest)
+
+
+NO_HOOKS = Hooks()

@@ -143,9 +143,7 @@ class GenerationMixin:
         """Generates token by token: a streamer is given them, and time may run out."""
         settings, to_array = request.settings, self.backend.steps.to_array
         if settings.is_beam_search or settings.penalty_alpha:
-            raise GenerationError(
-                "streamer: in beam search no token is certain before its end"
-            )
+            raise GenerationError("streamer: in beam search no token is certain before its end")
         deadline, columns = Deadline(settings.max_time), list[Any]()
         if streamer is not None:
             streamer.put(_on_host(request.ids))
@@ -250,7 +248,7 @@ def _begin_text(model: GenerationMixin, overrides: Mapping[str, Any]) -> Any:
 
 def _check_embeds(model: Any, embeds: Any, attention_mask: Any) -> tuple[Any, Any, Any]:
     """Ids of padding in place of embeddings, their mask, and the embeddings."""
-    _, mask, _, embeds = model._check_inputs(None, attention_mask, None, embeds, None)
+    _, mask, _, embeds, _ = model._check_inputs(None, attention_mask, None, embeds, None)
     mask = None if mask is None else model.backend.steps.to_array(mask)
     shape = model.backend.steps.to_array(embeds).shape[:2]
     pad = model.config.pad_token_id or 0

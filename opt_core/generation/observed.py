@@ -76,8 +76,9 @@ class Steps:
         if self.made == 0:
             mask = None if request.mask is None else request.mask.repeat(self.copies, 0)
             ids = None if request.embeds is not None else self.history[:, : self.prompt]
+            copies = self.copies if ids is None else 1  # the history has its copies
             found = observe(
-                self.model, ids, request.embeds, self.copies, mask, None, request.slots, *flags
+                self.model, ids, request.embeds, copies, mask, None, request.slots, *flags
             )
         else:
             ids = self.history[:, self.end - 1 : self.end]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
 from opt_core.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig
-from opt_core.generation.hooks import Hooks
+from opt_core.generation.hooks import NO_HOOKS, Hooks
 from opt_core.text.detokenizer import StopStringTracker
 from opt_core.text.tokenizer import OPTTokenizer
 
@@ -57,7 +57,7 @@ class Request:
     tokenizer: OPTTokenizer | None = None
     past: Any = None
     assistant: Any = None
-    hooks: Hooks = Hooks()
+    hooks: Hooks = NO_HOOKS
     embeds: Any = None
     is_bare: bool = False
     guide: "Request | None" = None

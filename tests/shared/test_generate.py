@@ -168,7 +168,10 @@ BAD_SETTINGS = {
     "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens: expected an integer >= 1"),
     "max_length too short": ({"max_length": 5}, "max_length=5 leaves no room.*5 tokens"),
     "too long": ({"max_new_tokens": 600}, "5 tokens and 600 new.*max_position_embeddings=512"),
-    "temperature": ({"temperature": 0.0, "do_sample": True}, "temperature: .* > 0 .* do_sample=False"),
+    "temperature": (
+        {"temperature": 0.0, "do_sample": True},
+        "temperature: .* > 0 .* do_sample=False",
+    ),
     "temperature type": ({"temperature": "hot"}, "temperature"),
     "top_k": ({"top_k": -1}, "top_k: expected an integer >= 0"),
     "top_p": ({"top_p": 1.5}, "top_p"),
