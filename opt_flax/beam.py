@@ -13,11 +13,11 @@ from flax import nnx
 from jax import Array, lax
 
 from opt_core.generation import filters
-from opt_core.generation.request import Request, allocate_tokens, check_beams, check_logits
+from opt_core.generation.request import Request, allocate_tokens, check_logits
 from opt_core.generation.rules import Rules
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts, program_inputs, program_rules
+from opt_flax.compilation import Prompts, program_inputs
 from opt_flax.prefill import prefill_prompts
 from opt_flax.sharding import replicate
 
@@ -63,12 +63,11 @@ def search(model: "FlaxOPTForCausalLM", request: Request) -> Array:
         (B * num_return_sequences, T + new) ids, each prompt's best first.
 
     Raises:
-        GenerationError: Stop strings were asked for.
+        GenerationError: No token can come in a row.
     """
-    check_beams(request)
     (B, prompt), slots = request.ids.shape, request.slots
     graph, state = nnx.split(model)
-    rules = program_rules(request)
+    rules = sampling.request_rules(model, request)
     history, mask = allocate_tokens(request, slots, request.settings.num_beams)
     prompts = program_inputs(request, slots)
     search, best = _start(graph, state, prompts, history, mask, rules, request.chunk)

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import Array
 
 from opt_core.generation.request import Request, bucket, pad_right
-from opt_core.generation.rules import Rules, make_rules
+from opt_core.generation.rules import Rules
 from opt_flax.cache import KVCache
 
 # In a program the numbers are traced; the rest tells it from others.
@@ -39,26 +38,6 @@ class Prompts(NamedTuple):
     mask: Any
     length: Any
     past: KVCache | None
-
-
-def program_rules(request: Request, key: Array | None = None) -> Rules:
-    """The rules that a program of generation is made for, and the numbers it is given.
-
-    Args:
-        request: What to generate.
-        key: Source of random numbers; None: the request's seed.
-    """
-    structure, numbers = make_rules(request, is_compiled=True)
-    if key is None:
-        key = make_key(request.seed)
-    # On the device once, not at every call.
-    arrays = {name: jax.numpy.asarray(value) for name, value in numbers.items()}
-    return Rules(structure, arrays | {"key": key})
-
-
-def make_key(seed: int) -> Array:
-    """The source of random numbers of a seed, 0 to 2**63 - 1."""
-    return jax.random.fold_in(jax.random.key(seed % 2**31), seed // 2**31)
 
 
 def program_inputs(request: Request, slots: int) -> Prompts:

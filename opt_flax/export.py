@@ -18,8 +18,8 @@ from opt_core.generation.config import GenerationConfig
 from opt_core.generation.request import Request, check_export
 from opt_core.quantization import check_not_quantized
 from opt_core.text.tokenizer import OPTTokenizer
-from opt_flax import beam, generation
-from opt_flax.compilation import Prompts, program_rules
+from opt_flax import beam, generation, sampling
+from opt_flax.compilation import Prompts
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
@@ -161,7 +161,7 @@ def _generate(
         known = jnp.repeat(jnp.pad(real, free, constant_values=True), rows, 0)
         prompts = Prompts(ids, real, jnp.asarray(T, jnp.int32), None)
         key = jax.random.fold_in(jax.random.key(seed), 0)
-        rules = program_rules(request, key)
+        rules = sampling.request_rules(model, request, key)
         found, best = run(graph, state, prompts, history, known, rules)
         fits = (input_ids >= 0) & (input_ids < model.config.vocab_size)
         fits = fits.all(1) & mask[:, -1] & jnp.isfinite(best).reshape(-1, rows).all(1)

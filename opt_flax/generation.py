@@ -21,7 +21,7 @@ from opt_core.generation.request import Request, allocate_tokens, check_logits
 from opt_core.generation.rules import BANNED, Rules
 from opt_flax import sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts, program_inputs, program_rules
+from opt_flax.compilation import Prompts, program_inputs
 from opt_flax.prefill import prefill_prompts
 from opt_flax.sharding import replicate
 
@@ -117,7 +117,7 @@ def run(
 def _run_start(model: "FlaxOPTForCausalLM", request: Request) -> tuple[Any, Any, _Rows, Rules]:
     """Reads the prompts and chooses the first token; the model comes back in its two parts."""
     graph, state = nnx.split(model)
-    rules = program_rules(request)
+    rules = sampling.request_rules(model, request)
     history, mask = allocate_tokens(request, request.slots, request.settings.num_return_sequences)
     prompts = program_inputs(request, request.slots)
     rows, best = _start(graph, state, prompts, history, mask, rules, request.chunk)

@@ -20,10 +20,10 @@ from opt_flax import (
     generation,
     inputs,
     losses,
+    prefill,
     sampling,
     sharding,
     speculative,
-    steps,
 )  # fmt: skip
 from opt_flax.cache import KVCache, init_cache
 from opt_flax.compatibility import FlaxCallOptions, split_mode
@@ -35,7 +35,7 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, steps
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
 
     def __init__(

@@ -5,11 +5,51 @@ row has so far is given as a buffer of ids (B, S) with a bool mask (B, S) that i
 and from `end` on, so that neither padding nor free slots change a result.
 """
 
+import secrets
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from opt_core.generation.rules import BANNED, TOP_H_TOKENS
+from opt_core.generation.request import Request
+from opt_core.generation.rules import BANNED, TOP_H_TOKENS, Rules, make_rules
+
+if TYPE_CHECKING:
+    from opt_flax.modeling import FlaxOPTForCausalLM
+
+
+def request_rules(model: "FlaxOPTForCausalLM", request: Request, key: Array | None = None) -> Rules:
+    """The rules that a program of generation is made for, and the numbers it is given.
+
+    Args:
+        model: The language model.
+        request: What to generate.
+        key: Source of random numbers; None: the request's seed.
+    """
+    structure, numbers = make_rules(request, is_compiled=True)
+    if key is None:
+        key = make_key(request.seed)
+    # On the device once, not at every call.
+    arrays = {name: jax.numpy.asarray(value) for name, value in numbers.items()}
+    return Rules(structure, arrays | {"key": key})
+
+
+def make_key(seed: int) -> Array:
+    """The source of random numbers of a seed, 0 to 2**63 - 1."""
+    return jax.random.fold_in(jax.random.key(seed % 2**31), seed // 2**31)
+
+
+def random_source(model: "FlaxOPTForCausalLM", seed: int) -> Callable[[int], Array]:
+    """What draws the token of each number."""
+    key = make_key(seed)
+    return lambda made: jax.random.fold_in(key, made)
+
+
+def draw_seed() -> int:
+    """A fresh seed: JAX has no generator of its own that could decide it."""
+    return secrets.randbits(63)
 
 
 def add_bias(logits_BV: Array, bias_V: Array) -> Array:
@@ -18,32 +58,9 @@ def add_bias(logits_BV: Array, bias_V: Array) -> Array:
     return logits_BV + jnp.pad(bias_V, (0, missing), constant_values=BANNED)
 
 
-def add_word_bias(
-    logits_BV: Array,
-    ids_BS: Array,
-    mask_BS: Array,
-    end: int | Array,
-    words_NL: Array,
-    bias_N: Array,
-) -> Array:
-    """Adds to the logit of a word's last id wherever the row ends in the others.
-
-    Args:
-        logits_BV: Of the next token.
-        ids_BS: Prompt and generated tokens.
-        mask_BS: False at padding and from `end` on.
-        end: Slots in use.
-        words_NL: Sequences of ids, -1 before the first.
-        bias_N: What is added.
-    """
-    L = words_NL.shape[1]
-    matches_BN = jnp.ones((ids_BS.shape[0], words_NL.shape[0]), bool)
-    for back in range(1, L):
-        last_B, is_real_B = _last(ids_BS, mask_BS, end, back)
-        wanted_N = words_NL[:, L - 1 - back]
-        is_equal_BN = (last_B[:, None] == wanted_N) & is_real_B[:, None]
-        matches_BN &= is_equal_BN | (wanted_N < 0)
-    return logits_BV.at[:, words_NL[:, -1]].add(jnp.where(matches_BN, bias_N, 0))
+def add_biases(logits_BV: Array, ids_N: Array, is_meant_BN: Array, bias_N: Array) -> Array:
+    """Adds to the logits of some ids in the rows that are meant; ids may come more than once."""
+    return logits_BV.at[:, ids_N].add(jnp.where(is_meant_BN, bias_N, 0))
 
 
 def repetition_penalty(
@@ -55,30 +72,9 @@ def repetition_penalty(
     return jnp.where(seen_BV, penalised, logits_BV)
 
 
-def no_repeat_ngram(
-    logits_BV: Array,
-    ids_BS: Array,
-    mask_BS: Array,
-    end: int | Array,
-    size: int | Array,
-    longest: int,
-) -> Array:
-    """Bans every token that would complete an n-gram the row already has.
-
-    Args:
-        logits_BV: Of the next token.
-        ids_BS: Prompt and generated tokens.
-        mask_BS: False at padding and from `end` on.
-        end: Slots in use.
-        size: Tokens of the n-gram; 0 bans nothing.
-        longest: At least `size`.
-    """
-    repeats_BS = mask_BS & (size > 0)
-    for back in range(1, longest):
-        last_B, is_real_B = _last(ids_BS, mask_BS, end, back)
-        is_equal_BS = (_shift(ids_BS, back) == last_B[:, None]) & _shift(mask_BS, back)
-        repeats_BS &= (is_equal_BS & is_real_B[:, None]) | (back >= size)
-    return jnp.where(_mark(logits_BV, ids_BS, repeats_BS), BANNED, logits_BV)
+def ban_marked(logits_BV: Array, ids_BS: Array, marks_BS: Array) -> Array:
+    """Bans the ids that are marked."""
+    return jnp.where(_mark(logits_BV, ids_BS, marks_BS), BANNED, logits_BV)
 
 
 def ban_end(
@@ -115,6 +111,21 @@ def favour_end(logits_BV: Array, power: int | Array, factor: float | Array, ends
 def normalize(logits_BV: Array) -> Array:
     """Their log-probabilities."""
     return jax.nn.log_softmax(logits_BV, -1)
+
+
+def token_before(ids_BS: Array, mask_BS: Array, end: int | Array, back: int) -> tuple[Array, Array]:
+    """The tokens so many slots before `end`, and whether they are there and real, (B,)."""
+    place = jnp.maximum(end - back, 0)
+    ids_B, is_real_B = (
+        lax.dynamic_index_in_dim(x, place, 1, keepdims=False) for x in (ids_BS, mask_BS)
+    )
+    return ids_B, is_real_B & (end >= back)
+
+
+def shift(values_BS: Array, count: int) -> Array:
+    """Each slot's value so many slots before it; 0 or False where there is none."""
+    S = values_BS.shape[1]
+    return jnp.pad(values_BS, ((0, 0), (count, 0)))[:, :S]
 
 
 def sort_logits(logits_BV: Array, count: int) -> tuple[Array, Array]:
@@ -188,21 +199,6 @@ def _mark(logits_BV: Array, ids_BS: Array, marks_BS: Array) -> Array:
     """A bool (B, V) that is True at the ids that are marked."""
     rows = jnp.arange(ids_BS.shape[0])[:, None]
     return jnp.zeros(logits_BV.shape, bool).at[rows, ids_BS].max(marks_BS)
-
-
-def _last(ids_BS: Array, mask_BS: Array, end: int | Array, back: int) -> tuple[Array, Array]:
-    """The tokens so many slots before `end`, and whether they are there and real, (B,)."""
-    place = jnp.maximum(end - back, 0)
-    ids_B, is_real_B = (
-        lax.dynamic_index_in_dim(x, place, 1, keepdims=False) for x in (ids_BS, mask_BS)
-    )
-    return ids_B, is_real_B & (end >= back)
-
-
-def _shift(values_BS: Array, count: int) -> Array:
-    """Each slot's value so many slots before it; 0 or False where there is none."""
-    S = values_BS.shape[1]
-    return jnp.pad(values_BS, ((0, 0), (count, 0)))[:, :S]
 
 
 def _widen(marks_V: Array, logits_BV: Array) -> Array:

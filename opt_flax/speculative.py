@@ -21,7 +21,7 @@ from opt_core.generation.rules import Rules
 from opt_core.generation.speculation import Counts, Reader, Rows, speculate
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts, program_inputs, program_rules
+from opt_flax.compilation import Prompts, program_inputs
 from opt_flax.prefill import prefill_prompts
 from opt_flax.sharding import replicate
 
@@ -128,7 +128,7 @@ class _Reader(Reader):
         super().__init__(model, request, rows, slots)
         self.graph, self.state = nnx.split(model)
         self.is_bare = len(rows.texts) == 1 and self.slots.is_plain  # and stays so
-        rules = program_rules(request)
+        rules = sampling.request_rules(model, request)
         self.key = rules.key
         self.token, self.best, self.keys, self.values = _open(
             self.graph, self.state, program_inputs(request, slots), self._history(rows.no_draft),
@@ -160,7 +160,7 @@ class _Reader(Reader):
         self.keys, self.values = _reorder(self.keys, self.values, order)
 
     def _rules(self, step: int) -> Rules:
-        return program_rules(self.request, jax.random.fold_in(self.key, step))
+        return sampling.request_rules(self.model, self.request, jax.random.fold_in(self.key, step))
 
     def _history(self, draft: Ids) -> _History:
         return _History(*self.histories(draft))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tensorflow as tf
 
 from opt_core.generation import filters
-from opt_core.generation.request import Request, check_beams, check_logits
+from opt_core.generation.request import Request, check_logits
 from opt_core.generation.rules import Rules
 from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
@@ -79,9 +79,8 @@ def search(model: "TFOPTForCausalLM", request: Request) -> tf.Tensor:
         (B * num_return_sequences, T + new) ids, each prompt's best first.
 
     Raises:
-        GenerationError: Stop strings were asked for.
+        GenerationError: No token can come in a row.
     """
-    check_beams(request)
     inputs = program_inputs(request, request.slots)
     state, best = generation_program(model, request, _start)(inputs)
     check_logits(best.numpy())

@@ -59,13 +59,6 @@ def generation_program(
     return compiled(model, _run, program, structure, request.chunk)
 
 
-def program_rules(request: Request) -> Rules:
-    """The rules of a request as tensors, and how many prompt tokens are read at a time."""
-    structure, numbers = make_rules(request, is_compiled=True)
-    tensors = {name: tf.constant(value) for name, value in numbers.items()}
-    return Rules(structure, tensors | {"chunk": request.chunk})
-
-
 def program_inputs(request: Request, slots: int) -> dict[str, Any]:
     """The inputs of every program of generation, as tensors.
 

@@ -13,8 +13,7 @@ from opt_core.generation.config import GenerationConfig
 from opt_core.generation.request import Request, check_export, merge_settings
 from opt_core.quantization import check_not_quantized
 from opt_core.text.tokenizer import OPTTokenizer
-from opt_tf import beam, generation
-from opt_tf.compilation import program_rules
+from opt_tf import beam, generation, sampling
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -109,7 +108,7 @@ def _forward(model: "TFOPTForCausalLM") -> Any:
 
 def _generate(model: "TFOPTForCausalLM", request: Request) -> Any:
     settings, max_prompt, new_tokens = request.settings, request.ids.shape[1], request.new_tokens
-    rules = program_rules(request)
+    rules = sampling.request_rules(model, request)
 
     def generate(
         input_ids: tf.Tensor, attention_mask: tf.Tensor, seed: tf.Tensor | int = 0

@@ -21,10 +21,10 @@ from opt_tf import (
     generation,
     inputs,
     losses,
+    prefill,
     quantization,
     sampling,
     speculative,
-    steps,
 )
 from opt_tf.cache import KVCache, init_cache
 from opt_tf.compatibility import name_inputs
@@ -41,7 +41,7 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, steps
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
 
     def __init__(

@@ -5,12 +5,34 @@ row has so far is given as ids (B, S) with a bool mask (B, S) that is False at p
 not filled yet, so that neither ever changes a result.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from opt_core.generation.rules import BANNED, TOP_H_TOKENS
+from opt_core.generation.request import Request
+from opt_core.generation.rules import BANNED, TOP_H_TOKENS, Rules, make_rules
 from opt_tf.linear import sizes
+
+if TYPE_CHECKING:
+    from opt_tf.modeling import TFOPTForCausalLM
+
+
+def request_rules(model: "TFOPTForCausalLM", request: Request) -> Rules:
+    """The rules of a request as tensors, and how many prompt tokens are read at a time."""
+    structure, numbers = make_rules(request, is_compiled=True)
+    tensors = {name: tf.constant(value) for name, value in numbers.items()}
+    return Rules(structure, tensors | {"chunk": request.chunk})
+
+
+def random_source(model: "TFOPTForCausalLM", seed: int) -> Callable[[int], tf.Tensor]:
+    """What draws the token of each number."""
+    return lambda made: tf.constant([seed, made], tf.int64)
+
+
+def draw_seed() -> int:
+    """A seed out of TensorFlow's own generator, so that `tf.random.set_seed` decides it."""
+    return int(tf.random.uniform((), 0, 2**63 - 1, tf.int64))
 
 
 def add_bias(logits_BV: tf.Tensor, bias_V: tf.Tensor) -> tf.Tensor:
@@ -18,33 +40,12 @@ def add_bias(logits_BV: tf.Tensor, bias_V: tf.Tensor) -> tf.Tensor:
     return logits_BV + bias_V
 
 
-def add_word_bias(
-    logits_BV: tf.Tensor,
-    ids_BS: tf.Tensor,
-    mask_BS: tf.Tensor,
-    end: int | tf.Tensor,
-    words_NL: tf.Tensor,
-    bias_N: tf.Tensor,
+def add_biases(
+    logits_BV: tf.Tensor, ids_N: tf.Tensor, is_meant_BN: tf.Tensor, bias_N: tf.Tensor
 ) -> tf.Tensor:
-    """Adds to the logit of a word's last id wherever the row ends in the others.
-
-    Args:
-        logits_BV: Of the next token.
-        ids_BS: Prompt and generated tokens.
-        mask_BS: False at padding and from `end` on.
-        end: Slots in use.
-        words_NL: Sequences of ids, -1 before the first.
-        bias_N: What is added.
-    """
-    (B, V), L = sizes(logits_BV), sizes(words_NL)[1]
-    matches_BN = tf.fill((B, sizes(words_NL)[0]), True)
-    for back in range(1, L):
-        last_B, is_real_B = _last(ids_BS, mask_BS, end, back)
-        wanted_N = words_NL[:, L - 1 - back]
-        is_equal_BN = (last_B[:, None] == wanted_N) & is_real_B[:, None]
-        matches_BN &= is_equal_BN | (wanted_N < 0)
-    bias_BN = tf.where(matches_BN, bias_N, 0.0)
-    bias_VB = tf.math.unsorted_segment_sum(tf.transpose(bias_BN), words_NL[:, -1], V)
+    """Adds to the logits of some ids in the rows that are meant; ids may come more than once."""
+    bias_NB = tf.transpose(tf.where(is_meant_BN, bias_N, 0.0))
+    bias_VB = tf.math.unsorted_segment_sum(bias_NB, ids_N, sizes(logits_BV)[1])
     return logits_BV + tf.transpose(bias_VB)
 
 
@@ -57,30 +58,9 @@ def repetition_penalty(
     return tf.where(seen_BV, penalised, logits_BV)
 
 
-def no_repeat_ngram(
-    logits_BV: tf.Tensor,
-    ids_BS: tf.Tensor,
-    mask_BS: tf.Tensor,
-    end: int | tf.Tensor,
-    size: int | tf.Tensor,
-    longest: int,
-) -> tf.Tensor:
-    """Bans every token that would complete an n-gram the row already has.
-
-    Args:
-        logits_BV: Of the next token.
-        ids_BS: Prompt and generated tokens.
-        mask_BS: False at padding and from `end` on.
-        end: Slots in use.
-        size: Tokens of the n-gram; 0 bans nothing.
-        longest: At least `size`.
-    """
-    repeats_BS = mask_BS & (size > 0)
-    for back in range(1, longest):
-        last_B, is_real_B = _last(ids_BS, mask_BS, end, back)
-        is_equal_BS = (_shift(ids_BS, back) == last_B[:, None]) & _shift(mask_BS, back)
-        repeats_BS &= (is_equal_BS & is_real_B[:, None]) | (back >= size)
-    return tf.where(_mark(logits_BV, ids_BS, repeats_BS), BANNED, logits_BV)
+def ban_marked(logits_BV: tf.Tensor, ids_BS: tf.Tensor, marks_BS: tf.Tensor) -> tf.Tensor:
+    """Bans the ids that are marked."""
+    return tf.where(_mark(logits_BV, ids_BS, marks_BS), BANNED, logits_BV)
 
 
 def ban_end(
@@ -120,6 +100,21 @@ def favour_end(
 def normalize(logits_BV: tf.Tensor) -> tf.Tensor:
     """Their log-probabilities."""
     return tf.nn.log_softmax(logits_BV, -1)
+
+
+def token_before(
+    ids_BS: tf.Tensor, mask_BS: tf.Tensor, end: int | tf.Tensor, back: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The tokens so many slots before `end`, and whether they are there and real, (B,)."""
+    place = tf.maximum(end - back, 0)
+    is_real_B = tf.gather(mask_BS, place, axis=1)
+    return tf.gather(ids_BS, place, axis=1), is_real_B & (end >= back)
+
+
+def shift(values_BS: tf.Tensor, count: int) -> tf.Tensor:
+    """Each slot's value so many slots before it; 0 or False where there is none."""
+    S = sizes(values_BS)[1]
+    return tf.pad(values_BS, [[0, 0], [count, 0]])[:, :S]
 
 
 def sort_logits(logits_BV: tf.Tensor, count: int) -> tuple[tf.Tensor, tf.Tensor]:
@@ -204,21 +199,6 @@ def _mark(logits_BV: tf.Tensor, ids_BS: tf.Tensor, marks_BS: tf.Tensor) -> tf.Te
     rows = tf.repeat(tf.range(sizes(ids_BS)[0])[:, None], sizes(ids_BS)[1], 1)
     places = tf.stack([rows, ids_BS], -1)
     return tf.scatter_nd(places, tf.cast(marks_BS, tf.int32), tf.shape(logits_BV)) > 0
-
-
-def _last(
-    ids_BS: tf.Tensor, mask_BS: tf.Tensor, end: int | tf.Tensor, back: int
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """The tokens so many slots before `end`, and whether they are there and real, (B,)."""
-    place = tf.maximum(end - back, 0)
-    is_real_B = tf.gather(mask_BS, place, axis=1)
-    return tf.gather(ids_BS, place, axis=1), is_real_B & (end >= back)
-
-
-def _shift(values_BS: tf.Tensor, count: int) -> tf.Tensor:
-    """Each slot's value so many slots before it; 0 or False where there is none."""
-    S = sizes(values_BS)[1]
-    return tf.pad(values_BS, [[0, 0], [count, 0]])[:, :S]
 
 
 def _keep(logits_BC: tf.Tensor, is_kept_BC: tf.Tensor, fewest: int) -> tf.Tensor:

@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opt_core.generation import filters
-from opt_core.generation.request import Request, allocate_tokens, check_beams, check_logits
+from opt_core.generation.request import Request, allocate_tokens, check_logits
 from opt_core.generation.rules import Rules
 from opt_torch import generation, sampling
 from opt_torch.fast_decode import make_step
 from opt_torch.linear import packed
 from opt_torch.prefill import prefill_prompts
-from opt_torch.steps import request_rules
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -62,15 +61,14 @@ def search(model: "OPTForCausalLM", request: Request) -> Tensor:
         (B * num_return_sequences, T + new) ids, each prompt's best first.
 
     Raises:
-        GenerationError: Stop strings were asked for.
+        GenerationError: No token can come in a row.
     """
-    check_beams(request)
     settings, device = request.settings, model.device
     (B, prompt), W, new = request.ids.shape, settings.num_beams, request.new_tokens
     history, mask = (
         torch.as_tensor(x, device=device) for x in allocate_tokens(request, prompt + new, W)
     )
-    rules = request_rules(model, request)
+    rules = sampling.request_rules(model, request)
     empty = Beams(
         history.long().view(B, W, -1),
         torch.full((B, W), NEG_INF, device=device),

@@ -17,7 +17,6 @@ from opt_torch.cache import KVCache
 from opt_torch.fast_decode import make_step
 from opt_torch.linear import packed
 from opt_torch.prefill import prefill, prefill_prompts
-from opt_torch.steps import request_rules
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -52,7 +51,7 @@ def stream(model: "OPTForCausalLM", request: Request) -> Iterator[Tensor]:
     )
     history = history.long()
     ended = torch.zeros(len(history), dtype=torch.bool, device=device)
-    rules = request_rules(model, request)
+    rules = sampling.request_rules(model, request)
     trackers = request.stop_trackers(len(history))
     with packed(model, new):
         logits, cache = prefill_prompts(

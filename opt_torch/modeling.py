@@ -18,9 +18,9 @@ from opt_torch import (
     generation,
     inputs,
     losses,
+    prefill,
     sampling,
     speculative,
-    steps,
 )
 from opt_torch.cache import KVCache, init_cache
 from opt_torch.compatibility import adopt_cache
@@ -32,7 +32,7 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, steps
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
 
     def __init__(self, config: OPTConfig, seed: int | None = 0, attn_implementation: str = "sdpa"):

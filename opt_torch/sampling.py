@@ -5,11 +5,39 @@ row has so far is given as ids (B, S) with a bool mask (B, S) that is False at p
 slots in use.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt_core.generation.rules import BANNED, TOP_H_TOKENS
+from opt_core.generation.request import Request
+from opt_core.generation.rules import BANNED, TOP_H_TOKENS, Rules, make_rules
+
+if TYPE_CHECKING:
+    from opt_torch.modeling import OPTForCausalLM
+
+
+def request_rules(model: "OPTForCausalLM", request: Request) -> Rules:
+    """The rules of a request, their arrays on the model's device, their numbers Python's own."""
+    structure, numbers = make_rules(request, is_compiled=False)
+    on_device = {
+        name: torch.as_tensor(value, device=model.device) if value.ndim else value.item()
+        for name, value in numbers.items()
+    }
+    return Rules(structure, on_device)
+
+
+def random_source(model: "OPTForCausalLM", seed: int) -> Callable[[int], torch.Generator]:
+    """What draws the token of each number."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    return lambda made: generator
+
+
+def draw_seed() -> int:
+    """A seed out of PyTorch's own generator, so that `torch.manual_seed` decides it."""
+    return int(torch.randint(2**63 - 1, ()))
 
 
 def add_bias(logits_BV: Tensor, bias_V: Tensor) -> Tensor:
@@ -17,33 +45,9 @@ def add_bias(logits_BV: Tensor, bias_V: Tensor) -> Tensor:
     return logits_BV + bias_V
 
 
-def add_word_bias(
-    logits_BV: Tensor,
-    ids_BS: Tensor,
-    mask_BS: Tensor,
-    end: int,
-    words_NL: Tensor,
-    bias_N: Tensor,
-) -> Tensor:
-    """Adds to the logit of a word's last id wherever the row ends in the others.
-
-    Args:
-        logits_BV: Of the next token.
-        ids_BS: Prompt and generated tokens.
-        mask_BS: False at padding and from `end` on.
-        end: Slots in use.
-        words_NL: Sequences of ids, -1 before the first.
-        bias_N: What is added.
-    """
-    L = words_NL.shape[1]
-    matches_BN = mask_BS.new_ones(len(ids_BS), len(words_NL))
-    for back in range(1, L):
-        last_B, is_real_B = _last(ids_BS, mask_BS, end, back)
-        wanted_N = words_NL[:, L - 1 - back]
-        is_equal_BN = (last_B[:, None] == wanted_N) & is_real_B[:, None]
-        matches_BN &= is_equal_BN | (wanted_N < 0)
-    bias_BN = torch.where(matches_BN, bias_N, 0)
-    return logits_BV.index_add(1, words_NL[:, -1], bias_BN)
+def add_biases(logits_BV: Tensor, ids_N: Tensor, is_meant_BN: Tensor, bias_N: Tensor) -> Tensor:
+    """Adds to the logits of some ids in the rows that are meant; ids may come more than once."""
+    return logits_BV.index_add(1, ids_N, torch.where(is_meant_BN, bias_N, 0))
 
 
 def repetition_penalty(
@@ -55,25 +59,9 @@ def repetition_penalty(
     return torch.where(seen_BV, penalised, logits_BV)
 
 
-def no_repeat_ngram(
-    logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, end: int, size: int, longest: int
-) -> Tensor:
-    """Bans every token that would complete an n-gram the row already has.
-
-    Args:
-        logits_BV: Of the next token.
-        ids_BS: Prompt and generated tokens.
-        mask_BS: False at padding and from `end` on.
-        end: Slots in use.
-        size: Tokens of the n-gram; 0 bans nothing.
-        longest: At least `size`.
-    """
-    repeats_BS = mask_BS & (size > 0)
-    for back in range(1, longest):
-        last_B, is_real_B = _last(ids_BS, mask_BS, end, back)
-        is_equal_BS = (_shift(ids_BS, back) == last_B[:, None]) & _shift(mask_BS, back)
-        repeats_BS &= (is_equal_BS & is_real_B[:, None]) | (back >= size)
-    return logits_BV.masked_fill(_mark(logits_BV, ids_BS, repeats_BS), BANNED)
+def ban_marked(logits_BV: Tensor, ids_BS: Tensor, marks_BS: Tensor) -> Tensor:
+    """Bans the ids that are marked."""
+    return logits_BV.masked_fill(_mark(logits_BV, ids_BS, marks_BS), BANNED)
 
 
 def ban_end(
@@ -109,6 +97,18 @@ def favour_end(
 def normalize(logits_BV: Tensor) -> Tensor:
     """Their log-probabilities."""
     return F.log_softmax(logits_BV, -1)
+
+
+def token_before(ids_BS: Tensor, mask_BS: Tensor, end: int, back: int) -> tuple[Tensor, Tensor]:
+    """The tokens so many slots before `end`, and whether they are there and real, (B,)."""
+    place = max(end - back, 0)
+    return ids_BS[:, place], mask_BS[:, place] & (end >= back)
+
+
+def shift(values_BS: Tensor, count: int) -> Tensor:
+    """Each slot's value so many slots before it; 0 or False where there is none."""
+    S = values_BS.shape[1]
+    return F.pad(values_BS, (count, 0))[:, :S]
 
 
 def sort_logits(logits_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -184,18 +184,6 @@ def _mark(logits_BV: Tensor, ids_BS: Tensor, marks_BS: Tensor) -> Tensor:
     """A bool (B, V) that is True at the ids that are marked."""
     marked_BV = torch.zeros_like(logits_BV, dtype=torch.int32)
     return marked_BV.scatter_add_(1, ids_BS, marks_BS.to(torch.int32)) > 0
-
-
-def _last(ids_BS: Tensor, mask_BS: Tensor, end: int, back: int) -> tuple[Tensor, Tensor]:
-    """The tokens so many slots before `end`, and whether they are there and real, (B,)."""
-    place = max(end - back, 0)
-    return ids_BS[:, place], mask_BS[:, place] & (end >= back)
-
-
-def _shift(values_BS: Tensor, count: int) -> Tensor:
-    """Each slot's value so many slots before it; 0 or False where there is none."""
-    S = values_BS.shape[1]
-    return F.pad(values_BS, (count, 0))[:, :S]
 
 
 def _keep(logits_BC: Tensor, is_kept_BC: Tensor, fewest: int) -> Tensor:

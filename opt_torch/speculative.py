@@ -22,7 +22,6 @@ from opt_torch import generation, sampling
 from opt_torch.cache import KVCache
 from opt_torch.linear import packed
 from opt_torch.prefill import prefill_prompts
-from opt_torch.steps import request_rules
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -120,7 +119,7 @@ class _Reader(Reader):
     ):
         super().__init__(model, request, rows, slots)
         self.generator, settings = generator, request.settings
-        self.rules = request_rules(model, request)
+        self.rules = sampling.request_rules(model, request)
         self.logits, cache = prefill_prompts(
             model, request, settings.prefill_chunk_size, slots, settings.num_return_sequences
         )

@@ -35,15 +35,14 @@ def process_logits(
     if bias is not None:
         logits_BV = sampling.add_bias(logits_BV, bias)
     if rules.words is not None:
-        logits_BV = sampling.add_word_bias(
-            logits_BV, ids_BS, mask_BS, end, rules.words, rules.word_bias
-        )
+        matches_BN = _match_words(sampling, ids_BS, mask_BS, end, rules.words)
+        logits_BV = sampling.add_biases(logits_BV, rules.words[:, -1], matches_BN, rules.word_bias)
     if rules.repetition_penalty is not None:
         penalty = rules.repetition_penalty
         logits_BV = sampling.repetition_penalty(logits_BV, ids_BS, mask_BS, penalty)
     if rules.no_repeat_ngram_size is not None:
-        size, longest = rules.no_repeat_ngram_size, rules.longest_ngram
-        logits_BV = sampling.no_repeat_ngram(logits_BV, ids_BS, mask_BS, end, size, longest)
+        marks_BS = _mark_repeats(sampling, ids_BS, mask_BS, end, rules)
+        logits_BV = sampling.ban_marked(logits_BV, ids_BS, marks_BS)
     if rules.min_length is not None:
         is_early = made < rules.min_new_tokens
         logits_BV = sampling.ban_end(logits_BV, mask_BS, rules.min_length, is_early, rules.ends)
@@ -91,3 +90,26 @@ def select_tokens(sampling: Any, logits_BV: Any, rules: Any, source: Any) -> Any
     if not rules.do_sample:
         return sampling.likeliest_tokens(logits_BV)
     return sampling.draw_tokens(*candidates(sampling, logits_BV, rules), source)
+
+
+def _match_words(sampling: Any, ids_BS: Any, mask_BS: Any, end: Any, words_NL: Any) -> Any:
+    """Bool (B, N): where the rows end in all ids of a word but its last."""
+    L, matches_BN = words_NL.shape[1], True
+    for back in range(1, L):
+        last_B, is_real_B = sampling.token_before(ids_BS, mask_BS, end, back)
+        wanted_N = words_NL[:, L - 1 - back]
+        is_equal_BN = (last_B[:, None] == wanted_N) & is_real_B[:, None]
+        matches_BN &= is_equal_BN | (wanted_N < 0)
+    return matches_BN
+
+
+def _mark_repeats(sampling: Any, ids_BS: Any, mask_BS: Any, end: Any, rules: Any) -> Any:
+    """Bool (B, S): the tokens that would complete an n-gram the row already has."""
+    size = rules.no_repeat_ngram_size
+    marks_BS = mask_BS & (size > 0)
+    for back in range(1, rules.longest_ngram):
+        last_B, is_real_B = sampling.token_before(ids_BS, mask_BS, end, back)
+        is_equal_BS = sampling.shift(ids_BS, back) == last_B[:, None]
+        is_equal_BS &= sampling.shift(mask_BS, back) & is_real_B[:, None]
+        marks_BS &= is_equal_BS | (back >= size)
+    return marks_BS

@@ -125,12 +125,12 @@ class GenerationMixin:
         normalize_logits: bool = False,
     ) -> Any:
         """The score of each generated token, (R, new): see `opt_core.generation.scores`."""
-        array = self.backend.steps.to_array
+        array = self.backend.inputs.to_array
         found = transition_scores(
             array(sequences), [array(x) for x in scores],
             None if beam_indices is None else array(beam_indices), normalize_logits,
         )  # fmt: skip
-        return self.backend.steps.to_tensor(self, found)
+        return self.backend.inputs.to_tensor(self, found)
 
     def _module_for(self, request: Request) -> Any:
         """The module that generates a request without beams."""
@@ -141,7 +141,7 @@ class GenerationMixin:
 
     def _stream_to(self, streamer: Any, request: Request) -> Any:
         """Generates token by token: a streamer is given them, and time may run out."""
-        settings, to_array = request.settings, self.backend.steps.to_array
+        settings, to_array = request.settings, self.backend.inputs.to_array
         if settings.is_beam_search or settings.penalty_alpha:
             raise GenerationError("streamer: in beam search no token is certain before its end")
         deadline, columns = Deadline(settings.max_time), list[Any]()
@@ -156,7 +156,7 @@ class GenerationMixin:
         if streamer is not None:
             streamer.end()
         start = request.ids.shape[1] if request.is_bare else 0
-        return self.backend.steps.to_tensor(self, request.join(columns)[:, start:])
+        return self.backend.inputs.to_tensor(self, request.join(columns)[:, start:])
 
 
 def _on_host(ids: Any) -> Any:
@@ -249,8 +249,8 @@ def _begin_text(model: GenerationMixin, overrides: Mapping[str, Any]) -> Any:
 def _check_embeds(model: Any, embeds: Any, attention_mask: Any) -> tuple[Any, Any, Any]:
     """Ids of padding in place of embeddings, their mask, and the embeddings."""
     _, mask, _, embeds, _ = model._check_inputs(None, attention_mask, None, embeds, None)
-    mask = None if mask is None else model.backend.steps.to_array(mask)
-    shape = model.backend.steps.to_array(embeds).shape[:2]
+    mask = None if mask is None else model.backend.inputs.to_array(mask)
+    shape = model.backend.inputs.to_array(embeds).shape[:2]
     pad = model.config.pad_token_id or 0
     return np.full(shape, pad, np.int32), np.ones(shape, bool) if mask is None else mask, embeds
 
@@ -262,7 +262,7 @@ def _seed(model: GenerationMixin, seed: Any, do_sample: bool) -> int:
         GenerationError: It is none.
     """
     if seed is None:
-        return model.backend.steps.draw_seed() if do_sample else 0
+        return model.backend.sampling.draw_seed() if do_sample else 0
     values = np.asarray(seed) if isinstance(seed, tuple | list) or hasattr(seed, "shape") else None
     if values is not None and values.shape == (2,) and values.dtype.kind in "iu":
         high, low = (int(x) % 2**31 for x in values)

@@ -38,7 +38,7 @@ class Steps:
     def __init__(self, model: Any, request: Request, copies: int) -> None:
         self.model, self.request, self.copies = model, request, copies
         self.backend, self.settings = model.backend, request.settings
-        self.rules: Rules = self.backend.steps.request_rules(model, request)
+        self.rules: Rules = self.backend.sampling.request_rules(model, request)
         self.history, self.mask = allocate_tokens(request, request.slots, copies)
         self.prompt, self.made = request.ids.shape[1], 0
         if request.embeds is not None and request.is_bare:
@@ -51,7 +51,7 @@ class Steps:
 
     def tensor(self, values: Any) -> Any:
         """NumPy's values as the framework's."""
-        return self.backend.steps.to_tensor(self.model, values)
+        return self.backend.inputs.to_tensor(self.model, values)
 
     @property
     def end(self) -> int:
@@ -71,7 +71,7 @@ class Steps:
             keeps_states: Leave the hidden states (R, T, P) of what was read in `states`.
         """
         settings, request = self.settings, self.request
-        observe = self.backend.steps.observe
+        observe = self.backend.prefill.observe
         flags = settings.output_attentions, settings.output_hidden_states or keeps_states
         if self.made == 0:
             mask = None if request.mask is None else request.mask.repeat(self.copies, 0)
@@ -103,7 +103,7 @@ class Steps:
         (R, K), backend = ids_RK.shape, self.backend
         rows = self.tensor(np.arange(R, dtype=np.int32).repeat(K))
         cache, ids = self._cache.select(rows), ids_RK.reshape(-1, 1)
-        found = backend.steps.observe(self.model, ids, None, 1, None, cache, 0, False, True)
+        found = backend.prefill.observe(self.model, ids, None, 1, None, cache, 0, False, True)
         logits = backend.generation.mask_vocabulary(found[0], self.rules.vocabulary)
         states = self.array(found[3][-1])[:, -1]
         return found[1], self.array(logits).reshape(R, K, -1), states.reshape(R, K, -1)
@@ -153,7 +153,7 @@ class Steps:
 
     def array(self, values: Any) -> NDArray[Any]:
         """The framework's values as NumPy's."""
-        return self.backend.steps.to_array(values)
+        return self.backend.inputs.to_array(values)
 
     def add(self, tokens_R: Ids) -> None:
         """Writes the next tokens down."""
@@ -199,7 +199,7 @@ def stream(model: Any, request: Request) -> Iterator[Any]:
 def _rows(steps: Steps) -> Iterator[Ids]:
     """Greedy search and sampling: the tokens (R,) of each step."""
     request, settings, sampling = steps.request, steps.settings, steps.backend.sampling
-    source: Callable[[int], Any] = steps.backend.steps.random_source(steps.model, request.seed)
+    source: Callable[[int], Any] = steps.backend.sampling.random_source(steps.model, request.seed)
     trackers = request.stop_trackers(len(steps.history))
     ended, deadline = np.zeros(len(steps.history), bool), Deadline(settings.max_time)
     while steps.made < request.new_tokens and not ended.all():

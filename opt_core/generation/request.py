@@ -243,16 +243,6 @@ def allocate_tokens(request: Request, slots: int, copies: int = 1) -> tuple[Ids,
     return ids.repeat(copies, 0), pad_right(request.full_mask(), slots, True).repeat(copies, 0)
 
 
-def check_beams(request: Request) -> None:
-    """Refuses what beam search cannot do.
-
-    Raises:
-        GenerationError: Stop strings were asked for.
-    """
-    if request.settings.stops:
-        raise GenerationError("stop_strings with num_beams > 1 is not supported; use eos_token_id")
-
-
 def check_logits(best_B: NDArray[Any]) -> None:
     """Refuses rows in which no token can come: all are banned, or the model gave NaN.
 

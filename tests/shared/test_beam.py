@@ -127,9 +127,3 @@ def test_without_an_end_all_beams_are_full(backend, folder):
     assert out.shape == (6, 11)
     assert len({tuple(row) for row in out[:3].tolist()}) == 3
     np.testing.assert_array_equal(out[:, :4], ids.repeat(3, 0))
-
-
-def test_beams_have_no_stop_strings(backend, texts):
-    path, tokenizer = texts
-    with pytest.raises(GenerationError, match="stop_strings with num_beams > 1 is not supported"):
-        backend.load(path).generate([[2, 5]], num_beams=2, stop_strings="x", tokenizer=tokenizer)

@@ -90,7 +90,7 @@ def test_attentions_and_hidden_states_of_each_step(backend, model, theirs):
 
 
 def test_functions_of_the_caller(backend, model, theirs):
-    """A processor, a criterion and a prefix function: they see, and change, what transformers' do."""
+    """A processor, a criterion and a prefix function do what they do in transformers."""
     seen = []
 
     def ban_7(ids, scores):
@@ -163,8 +163,8 @@ def test_guidance(backend, model, theirs):
             model, WHOLE, guidance_scale=1.7, **{**COMMON, "eos_token_id": None}, **extra
         )
         other = theirs.generate(
-            **tensors({"input_ids": WHOLE, "attention_mask": np.ones_like(WHOLE)}), guidance_scale=1.7,
-            **{**COMMON, "eos_token_id": None}, do_sample=False, **tensors(extra),
+            **tensors({"input_ids": WHOLE, "attention_mask": np.ones_like(WHOLE)}),
+            guidance_scale=1.7, **{**COMMON, "eos_token_id": None}, do_sample=False, **tensors(extra),
         )  # fmt: skip
         np.testing.assert_array_equal(ours, other.numpy())
 

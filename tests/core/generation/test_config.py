@@ -66,7 +66,7 @@ def test_features_that_are_switched_off_are_accepted(tmp_path):
     ids=str,
 )
 def test_files_that_ask_for_more_are_refused_at_use(tmp_path, values, message):
-    """They stop no weights from loading; `generate` says what cannot be honoured, and what to do."""
+    """They stop no weights from loading; `generate` says what cannot be honoured."""
     write(tmp_path, bos_token_id=2, **values)
     settings = GenerationConfig.from_pretrained(tmp_path)
     assert settings.bos_token_id == 2
