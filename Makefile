@@ -32,7 +32,7 @@ core-test: $(CORE_VENV)/.installed-test-core ## Run the core's tests where no fr
 	  sys.exit(f'$(CORE_VENV) must hold no framework, found: {found}' if found else 0)" $(FRAMEWORKS)
 	$(TEST_ENV) $(CORE_VENV)/bin/python $(PYTEST) tests/core $(ARGS)
 
-lint: $(VENV)/.installed-test $(VENV)/.installed-plots $(VENV)/.installed-lint ## Check style, spelling and types
+lint: $(VENV)/.installed-test $(VENV)/.installed-lint ## Check style, spelling and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/codespell
