@@ -131,7 +131,7 @@ def test_fit_is_a_loop_with_a_tape_is_torch(folder):
         optimizer.apply_gradients(zip(gradients, taped.trainable_variables, strict=True))
         losses["tape"].append(float(loss))
     losses["ours"] = make_backend("tf").fit(ours, iter(batches), config)
-    from opt_torch.checkpoint import get_parameter as parameter_of
+    parameter_of = pytest.importorskip("opt_torch.checkpoint").get_parameter
 
     torch = make_backend("torch")
     theirs = torch.load(folder(QUIET))
