@@ -33,7 +33,8 @@ class Backend(NamedTuple):
         attention: Its `IMPLEMENTATIONS`.
         checkpoint: Its `save_pretrained`.
         inputs: Its `to_tensor`, `to_array`, `full_mask` and `check_window`;
-            `check_prompts(model, input_ids, attention_mask)`, which returns ids (B, T) and their bool mask, or None, in NumPy;
+            `check_prompts(model, input_ids, attention_mask)`, which returns ids (B, T) and their
+            bool mask, or None, in NumPy;
             `check_prefix(model, cache, ids, mask)`.
         losses: Its `causal_lm`, `last_token`, `classification` and `span_position`.
         generation: Its `generate(model, request)` and `stream(model, request)`, token by token.

@@ -5,7 +5,7 @@ Programs depend on the number of rows and on lengths rounded up to a bucket, not
 seed or the numbers of the settings.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,6 +112,44 @@ def run(
     """All of a generation as one program: the rows (R, S), and the highest logits at its start."""
     rows, best = _start(graph, state, prompts, history_RS, mask_RS, rules)
     return _loop(graph, state, rows, rules).history, best
+
+
+def trace(
+    model: "FlaxOPTForCausalLM",
+    request: Request,
+    run: Callable[..., tuple[Array, Array]],
+    ids_BT: Array,
+    mask_BT: Array | None,
+    seed: int | Array | None,
+) -> tuple[Array, Array]:
+    """A generation as a part of the program that is being traced.
+
+    Args:
+        model: The language model.
+        request: What to generate; its prompts are of the greatest length there may be.
+        run: This module's `run`, or that of `beam`.
+        ids_BT: The prompts.
+        mask_BT: bool, False at padding; None: nothing is padded.
+        seed: Of sampling, or a key; None: the request's.
+
+    Returns:
+        Rows (R, S), and the largest logits at the start.
+    """
+    graph, state = nnx.split(model)
+    settings, T, longest = request.settings, ids_BT.shape[1], request.ids.shape[1]
+    copies = settings.num_beams if settings.is_beam_search else settings.num_return_sequences
+    mask_BT = jnp.ones(ids_BT.shape, bool) if mask_BT is None else mask_BT
+    ids, real = (
+        jnp.pad(values, ((0, 0), (0, longest - T)), constant_values=fill)
+        for values, fill in ((ids_BT, request.pad), (mask_BT, True))
+    )
+    free = ((0, 0), (0, request.new_tokens))
+    history = jnp.repeat(jnp.pad(ids, free, constant_values=request.pad), copies, 0)
+    known = jnp.repeat(jnp.pad(real, free, constant_values=True), copies, 0)
+    prompts = Prompts(ids, real, jnp.asarray(T, jnp.int32), None)
+    key = None if seed is None else sampling.as_key(seed)
+    rules = sampling.request_rules(model, request, key)
+    return run(graph, state, prompts, history, known, rules)
 
 
 def _run_start(model: "FlaxOPTForCausalLM", request: Request) -> tuple[Any, Any, _Rows, Rules]:

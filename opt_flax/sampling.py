@@ -36,6 +36,14 @@ def request_rules(model: "FlaxOPTForCausalLM", request: Request, key: Array | No
     return Rules(structure, arrays | {"key": key})
 
 
+def as_key(source: int | Array) -> Array:
+    """The key of a seed, or of a key of either kind."""
+    if isinstance(source, int):
+        return make_key(source)
+    is_key = jnp.issubdtype(source.dtype, jax.dtypes.prng_key)
+    return source if is_key else jax.random.wrap_key_data(source)
+
+
 def make_key(seed: int) -> Array:
     """The source of random numbers of a seed, 0 to 2**63 - 1."""
     return jax.random.fold_in(jax.random.key(seed % 2**31), seed // 2**31)
@@ -47,9 +55,12 @@ def random_source(model: "FlaxOPTForCausalLM", seed: int) -> Callable[[int], Arr
     return lambda made: jax.random.fold_in(key, made)
 
 
-def draw_seed() -> int:
-    """A fresh seed: JAX has no generator of its own that could decide it."""
-    return secrets.randbits(63)
+def draw_seed(source: Array | None = None) -> int:
+    """A seed out of a key; None: a fresh one, for JAX has no generator that could decide it."""
+    if source is None:
+        return secrets.randbits(63)
+    high, low = (int(x) for x in jax.random.bits(as_key(source), (2,)))
+    return high % 2**31 * 2**32 + low
 
 
 def add_bias(logits_BV: Array, bias_V: Array) -> Array:

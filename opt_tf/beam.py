@@ -85,7 +85,8 @@ def search(model: "TFOPTForCausalLM", request: Request) -> tf.Tensor:
     state, best = generation_program(model, request, _start)(inputs)
     check_logits(best.numpy())
     finished = generation_program(model, request, _loop)(inputs, state)
-    return _result(finished, request.settings, inputs)
+    found, made = _result(finished, request.settings)
+    return found[:, : inputs["prompt"] + made]
 
 
 def extend_beams(
@@ -168,17 +169,17 @@ def _power(length: int | tf.Tensor, rules: Rules) -> tf.Tensor:
 
 def run(
     model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any]
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """All of a search as one program: the ids, and the largest scores at its start."""
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """All of a search: its best rows (R, S), the most tokens made, the largest scores at first."""
     state, best = _start(model, rules, inputs)
-    return _result(_loop(model, rules, inputs, state), rules, inputs), best
+    return *_result(_loop(model, rules, inputs, state), rules), best
 
 
-def _result(finished: Beams, rules: Rules, inputs: dict[str, Any]) -> tf.Tensor:
-    """Each prompt's best rows, cut to the longest of them."""
-    count = rules.num_return_sequences
-    end = inputs["prompt"] + tf.reduce_max(finished.lengths[:, :count])
-    return tf.reshape(finished.ids[:, :count, :end], (-1, end))
+def _result(finished: Beams, rules: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """Each prompt's best rows, and the tokens of the longest."""
+    count, S = rules.num_return_sequences, sizes(finished.ids)[2]
+    made = tf.reduce_max(finished.lengths[:, :count])
+    return tf.reshape(finished.ids[:, :count], (-1, S)), made
 
 
 def _start(

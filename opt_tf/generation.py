@@ -99,11 +99,47 @@ def mask_vocabulary(logits_BV: tf.Tensor, vocabulary: int | tf.Tensor) -> tf.Ten
 
 def run(
     model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any]
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """All of a generation as one program: the ids, and the largest logits at its start."""
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """All of a generation: the rows (R, S), tokens made, and the largest logits at its start."""
     state, best = _start(model, rules, inputs)
     state = _loop(model, rules, inputs, state)
-    return state.history[:, : inputs["prompt"] + state.made], best
+    return state.history, state.made, best
+
+
+def trace(
+    model: "TFOPTForCausalLM",
+    request: Request,
+    run: Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
+    ids_BT: tf.Tensor,
+    mask_BT: tf.Tensor | None,
+    seed: tf.Tensor | int | None,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """A generation as a part of the program that is being traced.
+
+    Args:
+        model: The language model.
+        request: What to generate; its prompts are of the greatest length there may be.
+        run: This module's `run`, or that of `beam`.
+        ids_BT: The prompts.
+        mask_BT: bool, False at padding; None: nothing is padded.
+        seed: Of sampling; None: the request's.
+
+    Returns:
+        Rows (R, S), how many tokens were made, and the largest logits at the start.
+    """
+    prompt, slots = tf.shape(ids_BT)[1], request.ids.shape[1] + request.new_tokens
+    # Slots of a number that is known, so that the loop's shapes are.
+    behind = [[0, 0], [0, slots - prompt]]
+    mask_BT = tf.ones_like(ids_BT, tf.bool) if mask_BT is None else mask_BT
+    history = tf.pad(ids_BT, behind, constant_values=request.pad)
+    inputs = {
+        "ids": ids_BT,
+        "history": tf.reshape(history, (-1, slots)),
+        "mask": tf.reshape(tf.pad(mask_BT, behind, constant_values=True), (-1, slots)),
+        "prompt": prompt,
+        "seed": tf.cast(request.seed if seed is None else seed, tf.int64),
+    }
+    return run(model, sampling.request_rules(model, request), inputs)
 
 
 def _run_start(model: "TFOPTForCausalLM", request: Request) -> tuple[dict[str, Any], _State]:

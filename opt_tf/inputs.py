@@ -35,7 +35,8 @@ def check_inputs(
         cache: What came before, or None.
 
     Returns:
-        The four inputs as tensors or None, integers as int32 the mask as bool, and the cache with room for them.
+        The four inputs as tensors or None, integers as int32 the mask as bool, and the cache with
+        room for them.
 
     Raises:
         InputError: What does not fit, expected and received.

@@ -30,9 +30,10 @@ def random_source(model: "TFOPTForCausalLM", seed: int) -> Callable[[int], tf.Te
     return lambda made: tf.constant([seed, made], tf.int64)
 
 
-def draw_seed() -> int:
-    """A seed out of TensorFlow's own generator, so that `tf.random.set_seed` decides it."""
-    return int(tf.random.uniform((), 0, 2**63 - 1, tf.int64))
+def draw_seed(source: tf.random.Generator | None = None) -> int:
+    """A seed out of a generator; None: TensorFlow's own, as `tf.random.set_seed` decides it."""
+    uniform = tf.random.uniform if source is None else source.uniform
+    return int(uniform((), 0, 2**63 - 1, tf.int64))
 
 
 def add_bias(logits_BV: tf.Tensor, bias_V: tf.Tensor) -> tf.Tensor:

@@ -35,9 +35,9 @@ def random_source(model: "OPTForCausalLM", seed: int) -> Callable[[int], torch.G
     return lambda made: generator
 
 
-def draw_seed() -> int:
-    """A seed out of PyTorch's own generator, so that `torch.manual_seed` decides it."""
-    return int(torch.randint(2**63 - 1, ()))
+def draw_seed(source: torch.Generator | None = None) -> int:
+    """A seed out of a generator; None: PyTorch's own, so that `torch.manual_seed` decides it."""
+    return int(torch.randint(2**63 - 1, (), generator=source))
 
 
 def add_bias(logits_BV: Tensor, bias_V: Tensor) -> Tensor:

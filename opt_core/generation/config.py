@@ -173,12 +173,12 @@ class GenerationConfig:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end a row, none, one or several; negative ones mean that nothing does."""
-        return tuple(i for i in _as_ids(self.eos_token_id) if i >= 0)
+        return tuple(i for i in as_ids(self.eos_token_id) if i >= 0)
 
     @property
     def forced_eos_ids(self) -> tuple[int, ...]:
         """The ids one of which is the last of the most new tokens, none, one or several."""
-        return _as_ids(self.forced_eos_token_id)
+        return as_ids(self.forced_eos_token_id)
 
     @property
     def biases(self) -> dict[tuple[int, ...], float]:
@@ -339,8 +339,8 @@ class GenerationConfig:
         named = {
             "eos_token_id": self.eos_ids,
             "forced_eos_token_id": self.forced_eos_ids,
-            "forced_bos_token_id": _as_ids(self.forced_bos_token_id),
-            "pad_token_id": tuple(i for i in _as_ids(self.pad_token_id) if i >= 0),
+            "forced_bos_token_id": as_ids(self.forced_bos_token_id),
+            "pad_token_id": tuple(i for i in as_ids(self.pad_token_id) if i >= 0),
             "suppress_tokens": self.suppress_tokens or (),
             "begin_suppress_tokens": self.begin_suppress_tokens or (),
             "bad_words_ids": tuple(i for word in self.bad_words_ids or () for i in word),
@@ -358,8 +358,11 @@ _FIELDS: Mapping[str, Any] = {f.name: f for f in dataclasses.fields(GenerationCo
 _Setting = tuple[Any, ...] | str | float | None
 
 
-def _as_ids(ids: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
+def as_ids(ids: int | Iterable[int] | None) -> tuple[int, ...]:
+    """None, one or several ids as several."""
+    if isinstance(ids, int):
+        return (ids,)
+    return () if ids is None else tuple(ids)
 
 
 def _refusal(name: str, value: Any) -> str:

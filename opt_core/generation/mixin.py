@@ -12,7 +12,7 @@ from opt_core.generation import contrastive, host_beams, observed
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.hooks import Deadline, Hooks
 from opt_core.generation.outputs import GenerateOutput
-from opt_core.generation.request import Request, check_request
+from opt_core.generation.request import Request, check_request, merge_settings, padding_id
 from opt_core.generation.scores import transition_scores
 from opt_core.generation.speculation import check_assistant
 from opt_core.text.tokenizer import OPTTokenizer
@@ -33,7 +33,7 @@ class GenerationMixin:
         input_ids: Any = None,
         attention_mask: Any = None,
         generation_config: GenerationConfig | None = None,
-        seed: int | tuple[int, int] | None = None,
+        seed: Any = None,
         tokenizer: OPTTokenizer | None = None,
         past_key_values: Any = None,
         assistant_model: Any = None,
@@ -46,8 +46,9 @@ class GenerationMixin:
             input_ids: (B, T) prompts, padded on the left; None: a row that begins a text.
             attention_mask: (B, T): 1 for tokens, 0 for padding.
             generation_config: Settings; by default the checkpoint's.
-            seed: Seed of sampling; None: another one at each call, by the framework's own generator
-                where it has one (`torch.manual_seed`, `tf.random.set_seed`).
+            seed: Seed of sampling, or a source of the framework to take it from (a generator, a
+                key); None: another one at each call, by the framework's own generator where it has
+                one (`torch.manual_seed`, `tf.random.set_seed`).
             tokenizer: Needed for `stop_strings`; where given, ids it does not know are
                 never generated.
             past_key_values: A cache that holds the beginning of the prompts, which is not
@@ -73,6 +74,10 @@ class GenerationMixin:
         Raises:
             GenerationError: A setting or prompt that cannot be honoured.
         """
+        if not self.backend.inputs.is_known(input_ids):
+            return self._trace(
+                input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
+            )
         request = make_request(
             self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
             assistant_model, **overrides,
@@ -98,7 +103,7 @@ class GenerationMixin:
         input_ids: Any = None,
         attention_mask: Any = None,
         generation_config: GenerationConfig | None = None,
-        seed: int | tuple[int, int] | None = None,
+        seed: Any = None,
         tokenizer: OPTTokenizer | None = None,
         past_key_values: Any = None,
         assistant_model: Any = None,
@@ -131,6 +136,42 @@ class GenerationMixin:
             None if beam_indices is None else array(beam_indices), normalize_logits,
         )  # fmt: skip
         return self.backend.inputs.to_tensor(self, found)
+
+    def _trace(
+        self,
+        ids_BT: Any,
+        mask_BT: Any,
+        generation_config: GenerationConfig | None,
+        seed: Any,
+        tokenizer: OPTTokenizer | None,
+        **overrides: Any,
+    ) -> Any:
+        """Generates inside a program that is being traced (`jax.jit`, `tf.function`).
+
+        What depends on values cannot be checked then, and rows keep their full width.
+        """
+        seed = overrides.pop("prng_key", None) if seed is None else seed
+        settings = merge_settings(self.generation_config, generation_config, **overrides)
+        window, T = self.config.max_position_embeddings, ids_BT.shape[1]
+        longest = window + 1 - settings.new_tokens(1) if T is None else T
+        template = np.full((1, longest), self.config.vocab_size - 1, np.int32)
+        defaults, known = self.generation_config, tokenizer
+        request = check_request(
+            self.config, defaults, template, None, generation_config, 0, known, **overrides
+        )
+        if request.is_observed or settings.penalty_alpha or settings.stops:
+            raise GenerationError(
+                "inside jax.jit or tf.function nothing can run in Python between the steps; "
+                "call generate outside for outputs, functions, stop strings and contrastive search"
+            )
+        backend, padding = self.backend, padding_id(self.config, settings)
+        if mask_BT is None and padding is not None:
+            mask_BT = ids_BT != padding
+        run = (backend.beam if settings.is_beam_search else backend.generation).run
+        mask = None if mask_BT is None else mask_BT != 0
+        found = backend.generation.trace(self, request, run, ids_BT, mask, seed)[0]
+        found = found if T is None else found[:, : T + request.new_tokens]
+        return GenerateOutput(sequences=found) if settings.return_dict_in_generate else found
 
     def _module_for(self, request: Request) -> Any:
         """The module that generates a request without beams."""
@@ -169,7 +210,7 @@ def make_request(
     input_ids: Any,
     attention_mask: Any = None,
     generation_config: GenerationConfig | None = None,
-    seed: int | tuple[int, int] | None = None,
+    seed: Any = None,
     tokenizer: OPTTokenizer | None = None,
     past_key_values: Any = None,
     assistant_model: Any = None,
@@ -185,6 +226,7 @@ def make_request(
     config, assistant, inputs = model.config, assistant_model, model.backend.inputs
     hooks = Hooks(**{name: overrides.pop(name, None) for name in _HOOKS})
     embeds = overrides.pop("inputs_embeds", None)
+    seed = overrides.pop("prng_key", None) if seed is None else seed
     negative = overrides.pop("negative_prompt_ids", None)
     negative_mask = overrides.pop("negative_prompt_attention_mask", None)
     input_ids = _only(input_ids, overrides.pop("inputs", None))
@@ -263,10 +305,11 @@ def _seed(model: GenerationMixin, seed: Any, do_sample: bool) -> int:
     """
     if seed is None:
         return model.backend.sampling.draw_seed() if do_sample else 0
-    values = np.asarray(seed) if isinstance(seed, tuple | list) or hasattr(seed, "shape") else None
-    if values is not None and values.shape == (2,) and values.dtype.kind in "iu":
-        high, low = (int(x) % 2**31 for x in values)
+    if isinstance(seed, tuple | list) and [type(x) for x in cast(list[Any], seed)] == [int, int]:
+        high, low = (int(x) % 2**31 for x in cast(list[Any], seed))
         return high * 2**31 + low
+    if hasattr(seed, "dtype") or type(seed).__name__ == "Generator":
+        return model.backend.sampling.draw_seed(seed)
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise GenerationError(f"seed: expected an integer in 0..2**63 - 1, received {seed!r}")
     return seed

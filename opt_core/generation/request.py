@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
-from opt_core.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig
+from opt_core.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig, as_ids
 from opt_core.generation.hooks import NO_HOOKS, Hooks
 from opt_core.text.detokenizer import StopStringTracker
 from opt_core.text.tokenizer import OPTTokenizer
@@ -140,10 +140,9 @@ def check_request(
     settings = merge_settings(defaults, generation_config, **overrides)
     longest = T = input_ids.shape[1]
     pads, mask = _padding_ids(config, settings), attention_mask
-    texts = {config.bos_token_id, config.eos_token_id, *settings.eos_ids}
-    if mask is None and pads and pads[0] not in texts:
-        # As transformers: an id that is nothing but padding is padding. Not so a BOS or EOS.
-        mask = input_ids != pads[0]
+    only_padding = padding_id(config, settings)
+    if mask is None and only_padding is not None:
+        mask = input_ids != only_padding
     mask = None if mask is None or mask.all() else mask
     if mask is not None:
         longest = int(mask.sum(1).max())
@@ -210,6 +209,13 @@ def merge_settings(
     ids = ("eos_token_id", "pad_token_id", "bos_token_id")
     open_ids = {name: getattr(defaults, name) for name in ids if getattr(given, name) is None}
     return given.replace(**open_ids).replace(**overrides)
+
+
+def padding_id(config: OPTConfig, settings: GenerationConfig) -> int | None:
+    """The id that is padding wherever it comes, as in `transformers`: not so a BOS or EOS."""
+    pads = _padding_ids(config, settings)
+    texts = {config.bos_token_id, *settings.eos_ids, *as_ids(config.eos_token_id)}
+    return pads[0] if pads and pads[0] not in texts else None
 
 
 def _padding_ids(config: OPTConfig, settings: GenerationConfig) -> list[int]:

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 
-from opt_core.errors import GenerationError
 from tests.support import oracle, oracle_generation
 from tests.support.configs import CONFIGS
 from tests.support.oracle_generation import Settings

@@ -164,7 +164,8 @@ def test_guidance(backend, model, theirs):
         )
         other = theirs.generate(
             **tensors({"input_ids": WHOLE, "attention_mask": np.ones_like(WHOLE)}),
-            guidance_scale=1.7, **{**COMMON, "eos_token_id": None}, do_sample=False, **tensors(extra),
+            guidance_scale=1.7, do_sample=False, **{**COMMON, "eos_token_id": None},
+            **tensors(extra),
         )  # fmt: skip
         np.testing.assert_array_equal(ours, other.numpy())
 
