@@ -108,7 +108,7 @@ class OPTConfig(ConfigMethods):
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
     num_labels: int = 2
-    id2label: Any = None
+    id2label: dict[int, str] = dataclasses.field(default_factory=dict[int, str])
     problem_type: str | None = None
     dtype: str | None = None
     output_attentions: bool = False
@@ -389,6 +389,7 @@ class Snapshot:
 
 
 _FIELDS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(OPTConfig)}
+_FIELDS["id2label"] = None  # follows num_labels
 _HINTS = {name: hint for name, hint in get_type_hints(OPTConfig).items() if name in _FIELDS}
 _NOT_SAVED = {
     *(*_FIELDS, "structure", "label2id", "_snapshot"),
