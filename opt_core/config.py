@@ -23,7 +23,7 @@ from opt_core.compatibility.config_methods import ConfigMethods
 from opt_core.compatibility.loading import read_arguments, sort_arguments
 from opt_core.compatibility.notices import notice
 from opt_core.config_checks import check_ranges, check_types
-from opt_core.config_values import NORMAL, default_labels, labels_by_index
+from opt_core.config_values import NORMAL, Snapshot, default_labels, labels_by_index
 from opt_core.errors import ConfigError, MissingFileError
 from opt_core.json_files import read_json
 from opt_core.presets import PRESETS
@@ -174,7 +174,7 @@ class OPTConfig(ConfigMethods):
     def __hash__(self) -> int:
         return hash(tuple(getattr(self, name) for name in _FIELDS if name != "id2label"))
 
-    def snapshot(self) -> "Snapshot":
+    def snapshot(self) -> Snapshot:
         """The fields as they are now, the same object until one changes.
 
         Compiled programs are kept by it: a change makes another program, and what was made is found
@@ -182,10 +182,10 @@ class OPTConfig(ConfigMethods):
         """
         kept = vars(self).get("_snapshot")
         if kept is None:
-            kept = vars(self)["_snapshot"] = Snapshot(self.copy())
+            kept = vars(self)["_snapshot"] = Snapshot(self.copy(), hash(self))
         return kept
 
-    def become(self, snapshot: "Snapshot") -> None:
+    def become(self, snapshot: Snapshot) -> None:
         """Takes the fields of a snapshot over; what else this object was given, it keeps."""
         if snapshot.config != self:
             self.update({name: getattr(snapshot.config, name) for name in _FIELDS})
@@ -375,17 +375,6 @@ class OPTConfig(ConfigMethods):
         new.validate()
         check_synonyms(new, keys.synonyms)
         return new
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A configuration that nobody sets any more, to tell programs apart by.
-
-    Attributes:
-        config: The configuration.
-    """
-
-    config: OPTConfig
 
 
 _FIELDS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(OPTConfig)}
