@@ -74,7 +74,7 @@ class GenerationMixin:
         Raises:
             GenerationError: A setting or prompt that cannot be honoured.
         """
-        if not self.backend.inputs.is_known(input_ids):
+        if input_ids is not None and not self.backend.inputs.is_known(input_ids):
             return self._trace(
                 input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
             )
