@@ -111,7 +111,10 @@ def open_pretrained(
     check_scheme(quantize)
     path = resolve(path_or_hub_id, **hub)
     config = config or OPTConfig.from_pretrained(_home(path))
-    plan = plan_load(open_checkpoint(path), config, head)
+    checkpoint = open_checkpoint(path)
+    plan = plan_load(checkpoint, config, head)
+    for note in checkpoint.notes:
+        warnings.warn(note, stacklevel=4)  # the user's call, as in `Pretrained.stream`
     return Pretrained(path, plan, plan.entries[0][1].dtype.name if dtype == "auto" else dtype)
 
 

@@ -28,6 +28,8 @@ FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
 """The data types weights may have, by the names the configuration uses."""
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_START = 64  # bytes that tell a text, such as a server's refusal, from any weight file
+_TEXT = bytes([*range(32, 127), *b"\t\r\n"])
 _CAST_ROWS_BYTES = 1 << 24
 _LINUX_MAP_NORESERVE = 0x4000  # named in Python's mmap module since 3.13
 
@@ -68,6 +70,12 @@ class TensorFile:
         if self._map[: len(_LFS_POINTER)] == _LFS_POINTER:
             raise CheckpointError(
                 f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
+            )
+        start = self._map[:_START]
+        if start.isascii() and not start.translate(None, _TEXT):
+            line = start.decode().strip().partition("\n")[0][:60]
+            raise CheckpointError(
+                f"{path}: a text that begins with {line!r}, not weights; download it again"
             )
 
     def bytes_at(self, offset: int, length: int) -> bytes:

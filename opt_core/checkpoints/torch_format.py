@@ -1,5 +1,6 @@
 """Torch's `.bin` files (zip archives, torch 1.6 and later), read without torch, mapped in place."""
 
+import contextlib
 import struct
 import zipfile
 from pathlib import Path
@@ -7,19 +8,33 @@ from typing import cast
 
 from opt_core.checkpoints.tensors import StoredTensor, TensorFile
 from opt_core.checkpoints.torch_pickle import Storage, StorageView, parse_pickle
+from opt_core.checkpoints.wrappers import unwrap_state
 from opt_core.errors import CheckpointError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and the extra field
 _ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_MAGIC = b"\x80"
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled constant
 _MAX_PICKLE = 1 << 24  # opt-175b's would be half a megabyte
 _MAX_SMALL_ENTRY = 64
 
 
+def is_torch_file(path: Path) -> bool:
+    """Whether a file is torch's, by its first bytes, or by its name where they do not tell."""
+    start = b""
+    if path.is_file():
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            start = file.read(9)
+    if start[8:] == b"{":  # of a safetensors file, behind the length of its header
+        return False
+    return start.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)) or path.suffix == ".bin"
+
+
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     """Reads which tensors a torch file holds, and where; nothing in the file is executed.
 
-    Accepted are a dict of tensors, and a dict whose "state_dict" is one (training checkpoints).
+    Accepted are a dict of tensors, and one inside what a training checkpoint has around it, under
+    "state_dict", "model_state_dict", "model" and the like.
 
     Args:
         path: The file.
@@ -29,9 +44,7 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
             torch 1.6, or holds anything that is not a tensor.
     """
     archive = TorchArchive(TensorFile(path))
-    content = parse_pickle(archive.pickle, path)
-    if isinstance(content, dict) and "state_dict" in content:
-        content = cast(dict[object, object], content)["state_dict"]
+    content = unwrap_state(parse_pickle(archive.pickle, path))
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path}: expected a dict of tensors, received {type(content).__name__}; re-save it "

@@ -176,7 +176,10 @@ REFUSED = {
     "a number for a name": (b"}" + number(1) + PLAIN + b"s", "1: expected a tensor"),
     "a list of tensors": (b"]" + PLAIN + b"a", "expected a dict of tensors, received list"),
     "a tensor alone": (PLAIN, "expected a dict of tensors, received StorageView"),
-    "a state dict that is none": (b"}" + text("state_dict") + PLAIN + b"s", "expected a dict"),
+    "a state dict that is none": (
+        b"}" + text("state_dict") + number(3) + b"s",
+        "'state_dict': expected a tensor",
+    ),
     "a missing storage": (state_dict({"w": PLAIN.replace(text("0"), text("7"))}), "'7' is missing"),
     "a key out of the folder": (
         state_dict({"w": PLAIN.replace(text("0"), text("../data.pkl"))}),
