@@ -202,7 +202,7 @@ def read_index(path: Path) -> dict[str, set[str]]:
     shards: dict[str, set[str]] = {}
     for name, value in cast(dict[str, object], weight_map).items():
         for shard in cast(list[object], value) if isinstance(value, list) else [value]:
-            if not isinstance(shard, str) or not _is_plain_name(shard):
+            if not isinstance(shard, str) or not is_plain_name(shard):
                 raise CheckpointError(
                     f"{path}: {name!r}: expected the name of a file beside the index, "
                     f"received {shard!r}"
@@ -214,7 +214,8 @@ def read_index(path: Path) -> dict[str, set[str]]:
     return shards
 
 
-def _is_plain_name(name: str) -> bool:
+def is_plain_name(name: str) -> bool:
+    """Whether a name in a file means a file beside it, and no other place."""
     # A link under a plain name is fine: the hub's cache is made of links.
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0") and name.isprintable()
 

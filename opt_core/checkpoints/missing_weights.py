@@ -18,7 +18,9 @@ _SHOWN = 8
 def no_weights(folder: Path, names: Collection[str]) -> CheckpointError:
     """The error for a folder that holds none of the weight files of these names."""
     if shard := next((p.name for pattern in _SHARDS for p in folder.glob(pattern)), None):
-        return CheckpointError(f"{folder}: {shard} is there, but the index of its shards is missing")
+        return CheckpointError(
+            f"{folder}: {shard} is there, but the index of its shards is missing"
+        )
     advice = "".join(f"; {hint}" for hint in _hints(folder, names))
     return CheckpointError(f"{folder}: no weights; expected one of {', '.join(names)}{advice}")
 

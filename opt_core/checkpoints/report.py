@@ -16,7 +16,9 @@ _FINAL_NORM = "model.decoder.final_layer_norm.weight"
 _TOKENS = "model.decoder.embed_tokens.weight"
 _POSITIONS = "model.decoder.embed_positions.weight"
 _LM_HEAD = "lm_head.weight"
-_ADAPTER = re.compile(r"\.(lora_[AB]|lora_(left|right)_weight|modules_to_save|lora_embedding_[AB])\b")
+_ADAPTER = re.compile(
+    r"\.(lora_[AB]|lora_(left|right)_weight|modules_to_save|lora_embedding_[AB])\b"
+)
 _QUANTIZED = re.compile(r"\.(SCB|absmax|qweight|qzeros|weight_scale|weight_format)\b")
 
 

@@ -1,6 +1,7 @@
 """Torch's `.bin` files (zip archives, torch 1.6 and later), read without torch, mapped in place."""
 
 import contextlib
+import io
 import struct
 import zipfile
 from pathlib import Path
@@ -62,10 +63,12 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
 
 
 class TorchArchive:
-    """The zip archive that `torch.save` writes.
+    """The zip archive that `torch.save` writes: a file, or a part of one.
 
     Args:
         source: The open file.
+        start: Where the archive begins in it.
+        size: Bytes of the archive; None: up to the end.
 
     Attributes:
         pickle: What describes its contents; nothing of it has been read.
@@ -74,18 +77,19 @@ class TorchArchive:
         CheckpointError: It is no such archive, or damaged, compressed, encrypted or big-endian.
     """
 
-    def __init__(self, source: TensorFile) -> None:
-        self.source = source
+    def __init__(self, source: TensorFile, start: int = 0, size: int | None = None) -> None:
+        self.source, self.start = source, start
+        self.size = source.size - start if size is None else size
         path = source.path
-        if source.bytes_at(0, len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
+        if source.bytes_at(start, len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
             raise CheckpointError(
                 f"{path}: written by torch before 1.6 (or without its zip format); re-save it with "
                 "torch.save(torch.load(path), path)"
             )
-        if source.bytes_at(0, len(_ZIP_MAGIC)) != _ZIP_MAGIC:
+        if source.bytes_at(start, len(_ZIP_MAGIC)) != _ZIP_MAGIC:
             raise CheckpointError(f"{path}: not a torch file: expected a zip archive")
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(_Part(source, start, self.size)) as archive:
                 self.entries = {info.filename: info for info in archive.infolist()}
                 if len(self.entries) != len(archive.infolist()):
                     raise CheckpointError(f"{path}: an archive entry occurs twice; it is damaged")
@@ -164,14 +168,43 @@ class TorchArchive:
                 f"{path}: storage {storage.key!r}: expected {needed} bytes, "
                 f"received {info.file_size}"
             )
-        header = self.source.bytes_at(info.header_offset, _LOCAL_HEADER.size)
+        header = self.source.bytes_at(self.start + info.header_offset, _LOCAL_HEADER.size)
         if info.header_offset < 0 or not header.startswith(_ZIP_MAGIC):
             raise CheckpointError(f"{path}: {info.filename} is not where the archive says")
         _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-        if start + info.file_size > self.source.size:
+        if start + info.file_size > self.size:
             raise CheckpointError(f"{path}: {info.filename} reaches past the end of the file")
-        return start, needed
+        return self.start + start, needed
+
+
+class _Part(io.RawIOBase):
+    """Part of an open file, as Python's zipfile wants one."""
+
+    def __init__(self, source: TensorFile, start: int, size: int) -> None:
+        self.source, self.start, self.size = source, start, size
+        self.at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        if self.at < 0:
+            raise OSError("a place before the start")
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.size - self.at)
+        data = self.source.bytes_at(self.start + self.at, left if size < 0 else min(size, left))
+        self.at += len(data)
+        return data
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -5,11 +5,12 @@ Nothing here makes a wrong model right: a plan still has to find every parameter
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import NamedTuple, cast
 
-# Where trainers keep the weights in a dict of many things; the first that is a dict is taken.
-_DICTS = ("state_dict", "model_state_dict", "model", "module", "model_state", "net", "weights")
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "model_state", "net", "weights")
+"""Where trainers keep the weights in a dict of many things; the first that is a dict is taken."""
+
 _MAX_DEPTH = 8
 # Modules of one child, around a model or any of its parts: DataParallel and DeepSpeed,
 # torch.compile, FSDP, activation checkpointing, Lightning, and PEFT around a merged layer.
@@ -45,11 +46,13 @@ class Unwrapped(NamedTuple):
 def unwrap_state(content: object) -> object:
     """The dict of tensors in what a trainer saved, however many dicts are around it."""
     for _ in range(_MAX_DEPTH):
-        entries = cast(Mapping[object, object], content) if isinstance(content, dict) else {}
-        inner = next((entries[key] for key in _DICTS if isinstance(entries.get(key), dict)), None)
-        if inner is None:
+        if not isinstance(content, dict):
             break
-        content = inner
+        entries = cast(dict[object, object], content)
+        inner = [entries[key] for key in STATE_KEYS if isinstance(entries.get(key), dict)]
+        if not inner:
+            return entries
+        content = inner[0]
     return content
 
 
