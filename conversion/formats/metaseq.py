@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from conversion.formats.metaseq_pickle import InertMachine, find_settings
+from conversion.formats.metaseq_pickle import Inert, InertMachine, find_settings
 from conversion.streaming.lazy_tensors import joined
 from opt_core.checkpoints.load import Checkpoint, canonical_name, unwrapped
 from opt_core.checkpoints.tensors import LazyTensor, TensorFile
@@ -82,7 +82,8 @@ def open_metaseq(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
         raise CheckpointError(f"{path}: no tensors")
     files = tuple(file for shards in groups for file in shards)
     folder = path if path.is_dir() else path.parent
-    checkpoint = unwrapped(Checkpoint(folder, files, tensors, "metaseq"))
+    kind = "torch-bin" if any("model.decoder." in name for name in whole) else "metaseq"
+    checkpoint = unwrapped(Checkpoint(folder, files, tensors, kind))
     return checkpoint, parts[0][0].settings
 
 
@@ -132,6 +133,10 @@ def _files(path: Path) -> list[list[Path]]:
 def _read(path: Path) -> _Part:
     archive = TorchArchive(TensorFile(path))
     content = InertMachine(path).parse(archive.pickle)
+    if isinstance(content, Inert):
+        raise CheckpointError(
+            f"{path}: a pickled {content.kind}, not its weights: save its state_dict() instead"
+        )
     values = cast(dict[object, object], content) if isinstance(content, dict) else {}
     model = unwrap_state(values)
     state = cast(dict[object, object], model) if isinstance(model, dict) else {}

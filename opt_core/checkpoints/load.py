@@ -8,7 +8,6 @@ tensors move, one at a time.
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -139,8 +138,8 @@ def open_checkpoint(path: Path, prefix: str = "") -> Checkpoint:
             "other formats"
         )
     kind = "torch-bin" if is_torch_file(path.parent / next(iter(shards))) else "safetensors"
-    checkpoint = read_files(path.parent, shards, kind, read_native, partial(_rename, prefix))
-    return unwrapped(checkpoint)
+    checkpoint = read_files(path.parent, shards, kind, read_native)
+    return unwrapped(_part(checkpoint, prefix.rstrip(".") + ".") if prefix else checkpoint)
 
 
 def read_native(path: Path) -> Mapping[str, LazyTensor]:
@@ -148,8 +147,16 @@ def read_native(path: Path) -> Mapping[str, LazyTensor]:
     return read_torch_file(path) if is_torch_file(path) else read_safetensors(path)
 
 
-def _rename(prefix: str, name: str) -> str | None:
-    return canonical_name(name.removeprefix(prefix)) if name.startswith(prefix) else None
+def _part(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
+    """The tensors of one part of a model, under the names they have in it."""
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith(prefix)
+    }
+    if not tensors:
+        raise CheckpointError(f"{checkpoint.folder}: no tensor's name begins with {prefix!r}")
+    return replace(checkpoint, tensors=tensors)
 
 
 def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
