@@ -146,7 +146,7 @@ def _from_framework(name: str) -> str | None:
 
 
 def _open_training(path: Path) -> SourceCheckpoint | None:
-    """What a trainer saved in a layout of its own; None if it is no such folder."""
+    """Opens a folder in a trainer's own layout; None if it is no such folder."""
     parts = [path, *sorted(path.glob(f"{_FSDP}_*"))] if path.is_dir() else []
     if folder := next((p for p in parts if os.path.lexists(p / METADATA)), None):
         return _near_config(open_distributed(folder))

@@ -1,4 +1,4 @@
-"""What trainers put around a model: dicts around its tensors, modules around its names.
+"""Trainers put things around a model: dicts around its tensors, modules around its names.
 
 Nothing here makes a wrong model right: a plan still has to find every parameter, and no other.
 """
@@ -30,7 +30,7 @@ _OWN = re.compile(
 
 
 class Unwrapped(NamedTuple):
-    """What names stand for, without what is around them.
+    """Names in a file without what is around them.
 
     Attributes:
         names: Name -> canonical name, or None for what is no weight of the model.
@@ -94,7 +94,7 @@ def _canonical(match: re.Match[str]) -> str | None:
 
 
 def prefix_of_decoder(names: Collection[str]) -> str | None:
-    """What is in front of a decoder's names, such as "language_model."; None if nothing is."""
+    """The prefix of a decoder's names, such as "language_model."; None if there is none."""
     for name in names:
         match = _OWN.search(name)
         front = f".{name[: match.start()]}" if match and match["decoder"] else ""

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.multiprocessing.spawn import spawn
 
 from tests.support.metaseq_fixtures import fake, forget
 
@@ -85,7 +86,7 @@ def save_distributed(folder: Path, state: Mapping[str, Any]) -> Path:
     """Saves with torch itself, in this one process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no other process
-        dcp.save(dict(state), checkpoint_id=str(folder), no_dist=True)
+        save(dict(state), checkpoint_id=str(folder), no_dist=True)
     return folder
 
 
@@ -143,9 +144,9 @@ def save_fsdp(rank: int, folder: str, port: int) -> None:
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
+    save({"model": model.state_dict()}, checkpoint_id=folder)
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(save_fsdp, (sys.argv[1], int(sys.argv[2])), nprocs=2)
+    spawn(save_fsdp, (sys.argv[1], int(sys.argv[2])), nprocs=2)
