@@ -153,6 +153,11 @@ def _open_training(path: Path) -> SourceCheckpoint | None:
     whole = path / f"{_FSDP}.bin"
     if whole.is_file():
         return _near_config(open_checkpoint(whole))
+    if path.is_dir() and (part := next(path.glob(f"{_FSDP}_rank*.bin"), None)):
+        raise CheckpointError(
+            f"{part}: one process's own part of a model (LOCAL_STATE_DICT): load it where it was "
+            "saved, and save it with FULL_STATE_DICT or SHARDED_STATE_DICT"
+        )
     states = find_deepspeed(path)
     return None if states is None else _near_config(open_deepspeed(states))
 

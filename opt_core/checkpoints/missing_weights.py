@@ -9,9 +9,13 @@ from opt_core.errors import CheckpointError
 _SHARDS = ("*-of-*.safetensors", "*-of-*.bin")
 _CONVERTIBLE = (
     "tf_model*.h5*", "flax_model*.msgpack*", "*.pt", "*.pth", "*.ckpt", "*.weights.h5",
-    "pytorch_model_fsdp*", "global_step*", "*.distcp",
+    "pytorch_model_fsdp.bin", "pytorch_model_fsdp_[0-9]*", "global_step*", "*.distcp",
 )  # fmt: skip
-_MAX_FOLDERS = 1000
+_OTHERS = re.compile(
+    r"(?!adapter_|training_args|optimizer|scheduler|random_states|scaler|pytorch_model_fsdp)"
+    r"[\w.-]+\.(safetensors|bin)"
+)
+_MAX_ENTRIES = 1000
 _SHOWN = 8
 
 
@@ -26,20 +30,26 @@ def no_weights(folder: Path, names: Collection[str]) -> CheckpointError:
 
 
 def _hints(folder: Path, names: Collection[str]) -> Iterator[str]:
-    if (folder / "adapter_config.json").is_file():
-        yield "adapter_config.json says that it is an adapter: load its base model, then add it"
+    if adapter := next((path.name for path in folder.glob("adapter_*")), None):
+        yield f"{adapter} is of an adapter: load the model that it is for, then add it"
     found = sorted({path.name for pattern in _CONVERTIBLE for path in folder.glob(pattern)})
     if found:
         yield f"found {', '.join(found[:_SHOWN])}: `opt-lm convert` reads these"
+    alone = sorted(path.name for path in _some(folder) if _OTHERS.fullmatch(path.name))
+    if alone:
+        yield f"found {', '.join(alone[:_SHOWN])}: give the path of the file if it is the model"
     if inner := _folders_with_weights(folder, names):
         more = f", as in {len(inner) - 1} others" if len(inner) > 1 else ""
         yield f"weights are in {inner[-1]}{more}: give that folder"
 
 
+def _some(folder: Path) -> list[Path]:
+    return [path for path, _ in zip(folder.iterdir(), range(_MAX_ENTRIES), strict=False)]
+
+
 def _folders_with_weights(folder: Path, names: Collection[str]) -> list[str]:
     """Those in it, the last one of a training run at the end."""
-    inner = [path for path, _ in zip(folder.iterdir(), range(_MAX_FOLDERS), strict=False)]
-    found = [path.name for path in inner if any((path / name).is_file() for name in names)]
+    found = [p.name for p in _some(folder) if any((p / name).is_file() for name in names)]
 
     def by_number(name: str) -> tuple[int, str]:
         digits = re.search(r"\d{1,18}$", name)

@@ -133,6 +133,8 @@ def _trainer_hints(
         yield "adapters are there that were not merged: save it after merge_and_unload()"
     if any(map(_QUANTIZED.search, unexpected)):
         yield "another library quantised these weights: save it after dequantize()"
+    if any(tensor.dtype.kind in "iu" for name, tensor in tensors.items() if name not in unexpected):
+        yield "integers are no weights without their scales: save the model after dequantize()"
     if prefix := prefix_of_decoder(sorted(unexpected)):
         prefix = printable(prefix)
         yield f"a decoder is there under another name: `opt-lm convert --prefix {prefix}` takes it"

@@ -230,6 +230,11 @@ class PickleMachine:
 
     def _global(self, module: object, name: object) -> Global:
         full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "?"
+        if full == "torch._utils._rebuild_tensor_v3":
+            raise CheckpointError(
+                f"{self.path}: tensors of float8 or another type that no weights of OPT have; save "
+                "them as float16 or bfloat16"
+            )
         if full not in _GLOBALS:
             raise CheckpointError(
                 f"{self.path}: refused {full!r}: a weight file may hold tensors only, and nothing "

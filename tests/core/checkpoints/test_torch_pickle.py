@@ -126,6 +126,7 @@ REFUSED = {
     "bytes": (b"B\x02\0\0\0ab", "opcode BINBYTES"),
     "another rebuild": (name_of("torch._utils", "_rebuild_sparse_tensor"), "refused"),
     "a quantised storage": (storage("0", "QInt8", 24), "refused 'torch.QInt8Storage'"),
+    "float8": (name_of("torch._utils", "_rebuild_tensor_v3"), "float8 or another type"),
     "torch.load": (name_of("torch", "load"), "refused 'torch.load'"),
     "BUILD on a function": (TENSOR + b"}" + text("__code__") + number(1) + b"sb", "damaged pickle"),
     "BUILD on a tensor": (PLAIN + b"}" + text("offset") + number(1) + b"sb", "damaged pickle"),

@@ -216,10 +216,13 @@ def test_folders_that_have_their_weights_elsewhere(tmp_path):
         assert "\n" not in str(caught.value)
 
     (tmp_path / "adapter_config.json").write_text("{}")
-    refused("it is an adapter: load its base model")
+    refused(r"adapter_config\.json is of an adapter: load the model that it is for")
     for step in (500, 1000, 90):
         write(tmp_path / f"checkpoint-{step}", {"a": np.ones(1, np.float32)})
     refused("weights are in checkpoint-1000, as in 2 others: give that folder")
+    for name in ("model_1.safetensors", "optimizer.bin", "training_args.bin"):
+        (tmp_path / name).touch()
+    refused(r"found model_1\.safetensors: give the path of the file")
     (tmp_path / "global_step7").mkdir()
     refused("found global_step7: `opt-lm convert` reads these")
 
@@ -236,6 +239,9 @@ def test_weights_of_other_kinds_are_named(tmp_path):
         weights = {**random_weights(), extra: np.ones((1, 8), np.float32)}
         with pytest.raises(CheckpointError, match=message):
             plan(write(tmp_path / str(i), weights))
+    integers = {name: array.astype(np.int8) for name, array in random_weights().items()}
+    with pytest.raises(CheckpointError, match=r"36 of another type: .* without their scales"):
+        plan(write(tmp_path / "integers", integers))
     empty = {name: np.ones(0, np.float32) for name in random_weights()}
     with pytest.raises(CheckpointError, match=r"ZeRO-3 .* zero_to_fp32\.py"):
         plan(write(tmp_path / "zero", empty, "pytorch_model.bin"))
