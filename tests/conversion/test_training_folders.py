@@ -352,3 +352,15 @@ def test_a_described_pair_counts_once(tmp_path: Path):
     assert conversion.describe(write(tmp_path, renamed)).parameters == expected
     write(tmp_path, {**weights, "lm_head.weight": weights[EMBEDDING]})
     assert conversion.describe(tmp_path).parameters == expected
+
+
+def test_a_train_state_of_flax(tmp_path: Path):
+    serialization: Any = pytest.importorskip("flax.serialization")
+    weights = random_weights()
+    TINY.save_pretrained(write(tmp_path / "source", weights))
+    conversion.convert(tmp_path / "source", tmp_path / "flax", to="flax-msgpack")
+    path = tmp_path / "flax" / "flax_model.msgpack"
+    params = serialization.msgpack_restore(path.read_bytes())
+    moments = {"0": {"count": np.zeros((), np.int32), "mu": params, "nu": params}, "1": None}
+    path.write_bytes(serialization.to_bytes({"step": 3, "params": params, "opt_state": moments}))
+    assert_read(tmp_path / "flax", weights, TINY.replace(dtype="float32"))
