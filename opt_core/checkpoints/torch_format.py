@@ -1,4 +1,4 @@
-"""Torch's `.bin` files (zip archives, torch 1.6 and later), read without torch, mapped in place."""
+"""Torch's `.bin` files (zip archives since torch 1.6), read without torch, mapped in place."""
 
 import contextlib
 import io
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from opt_core.checkpoints.tensors import StoredTensor, TensorFile
+from opt_core.checkpoints.torch_legacy import LEGACY_MAGIC, LegacyFile
 from opt_core.checkpoints.torch_pickle import Storage, StorageView, parse_pickle
 from opt_core.checkpoints.wrappers import unwrap_state
 from opt_core.errors import CheckpointError
@@ -15,7 +16,6 @@ from opt_core.errors import CheckpointError
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and the extra field
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled constant
 _MAX_PICKLE = 1 << 24  # opt-175b's would be half a megabyte
 _MAX_SMALL_ENTRY = 64
 
@@ -41,11 +41,16 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
         path: The file.
 
     Raises:
-        CheckpointError: The file is missing, damaged, compressed, encrypted, big-endian, older than
-            torch 1.6, or holds anything that is not a tensor.
+        CheckpointError: The file is missing, damaged, compressed, encrypted, big-endian, or holds
+            anything that is not a tensor.
     """
-    archive = TorchArchive(TensorFile(path))
-    content = unwrap_state(parse_pickle(archive.pickle, path))
+    source = TensorFile(path)
+    if source.bytes_at(0, len(LEGACY_MAGIC)) == LEGACY_MAGIC:
+        archive = LegacyFile(source)
+        content = unwrap_state(archive.content)
+    else:
+        archive = TorchArchive(source)
+        content = unwrap_state(parse_pickle(archive.pickle, path))
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path}: expected a dict of tensors, received {type(content).__name__}; re-save it "
@@ -81,7 +86,7 @@ class TorchArchive:
         self.source, self.start = source, start
         self.size = source.size - start if size is None else size
         path = source.path
-        if source.bytes_at(start, len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
+        if source.bytes_at(start, len(LEGACY_MAGIC)) == LEGACY_MAGIC:
             raise CheckpointError(
                 f"{path}: written by torch before 1.6 (or without its zip format); re-save it with "
                 "torch.save(torch.load(path), path)"
@@ -146,9 +151,10 @@ class TorchArchive:
         """
         start, size = self._storage(view.storage)
         dtype = view.storage.dtype
-        strides = None if _is_contiguous(view.shape, view.strides) else view.strides
         begin = view.offset * dtype.itemsize
-        tensor = StoredTensor(name, view.shape, dtype, self.source, start + begin, strides)
+        tensor = StoredTensor(
+            name, view.shape, dtype, self.source, start + begin, view.uneven_strides
+        )
         if begin + tensor.extent > size:
             raise CheckpointError(
                 f"{self.source.path}: {name} reaches byte {begin + tensor.extent} of a storage "
@@ -205,12 +211,3 @@ class _Part(io.RawIOBase):
         data = self.source.bytes_at(self.start + self.at, left if size < 0 else min(size, left))
         self.at += len(data)
         return data
-
-
-def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(strides), strict=True):
-        if size != 1 and step != expected:
-            return 0 in shape
-        expected *= size
-    return True

@@ -74,8 +74,7 @@ class OPTTokenizer:
         Raises:
             TokenizerError: Its files are missing, damaged, or describe no byte-level BPE.
         """
-        optional = (*TOKENIZER_FILES, "config.json")  # for the model's own padding
-        path = resolve(path_or_hub_id, files=(), optional=optional, **hub)
+        path = resolve(path_or_hub_id, files=(), optional=TOKENIZER_FILES, **hub)
         return cls(tokenizer_files.load(path if path.is_dir() else path.parent))
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
