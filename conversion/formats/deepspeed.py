@@ -40,12 +40,15 @@ def find_deepspeed(path: Path) -> Path | None:
         if (match := re.fullmatch(r"global_step(\d{1,18})", folder.name)) and folder.is_dir()
     }
     latest = path / "latest"
-    if latest.is_file() and (steps or (path / "zero_to_fp32.py").exists()):
+    if latest.is_file():
         with latest.open("rb") as file:
             name = file.read(_MAX_LATEST).decode("ascii", "replace").strip()
-        if not is_plain_name(name) or not (path / name).is_dir():
-            raise CheckpointError(f"{latest}: expected the name of a folder, received {name!r:.60}")
-        return path / name
+        if is_plain_name(name) and next((path / name).glob(_STATES), None):
+            return path / name
+        if steps or (path / "zero_to_fp32.py").exists():
+            raise CheckpointError(
+                f"{latest}: expected the name of a folder with model states, received {name!r:.60}"
+            )
     return steps[max(steps)] if steps else None
 
 

@@ -15,6 +15,7 @@ _OTHERS = re.compile(
     r"(?!adapter_|training_args|optimizer|scheduler|random_states|scaler|pytorch_model_fsdp)"
     r"[\w.-]+\.(safetensors|bin)"
 )
+_OF_TRAINERS = ("latest", ".metadata", "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin")
 _MAX_ENTRIES = 1000
 _SHOWN = 8
 
@@ -49,7 +50,8 @@ def _some(folder: Path) -> list[Path]:
 
 def _folders_with_weights(folder: Path, names: Collection[str]) -> list[str]:
     """Those in it, the last one of a training run at the end."""
-    found = [p.name for p in _some(folder) if any((p / name).is_file() for name in names)]
+    there = (*names, *_OF_TRAINERS)
+    found = [p.name for p in _some(folder) if any((p / name).exists() for name in there)]
 
     def by_number(name: str) -> tuple[int, str]:
         digits = re.search(r"\d{1,18}$", name)

@@ -245,6 +245,8 @@ def test_deepspeeds_folders_that_have_the_whole_model(stage: int, dtype: str, tm
         found = assert_read(path, weights)
         assert found.checkpoint.format == "deepspeed"
         assert ("zero_to_fp32.py" in " ".join(found.notes)) == (dtype == "float16")
+    (tmp_path / "zero_to_fp32.py").unlink()
+    assert_read(tmp_path, weights)
     (tmp_path / "latest").unlink()
     shutil.copytree(step, tmp_path / "global_step3")
     assert open_any_checkpoint(tmp_path).checkpoint.files[0].parent == step
@@ -260,6 +262,7 @@ def test_deepspeeds_folders_that_its_script_joins(tmp_path: Path):
 
     save_deepspeed(tmp_path / "3", random_weights(), 3)
     refused(r"ZeRO-3 keeps .* `python zero_to_fp32\.py \. OUTPUT`", tmp_path / "3")
+    refused("weights are in 3: give that folder")
     save_deepspeed(tmp_path, random_weights())
     states = tmp_path / "global_step20" / "mp_rank_00_model_states.pt"
     shutil.copy(states, states.with_name("mp_rank_01_model_states.pt"))
@@ -270,7 +273,7 @@ def test_deepspeeds_folders_that_its_script_joins(tmp_path: Path):
     torch.save({"module": {"a": 3}}, states)
     refused("expected a dict of tensors under 'module'")
     (tmp_path / "latest").write_text("../elsewhere\n")
-    refused("expected the name of a folder, received '../elsewhere'")
+    refused("expected the name of a folder with model states, received '../elsewhere'")
 
 
 def test_lightnings_checkpoints_and_other_dicts_of_torch(tmp_path: Path):

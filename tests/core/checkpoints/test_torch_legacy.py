@@ -67,6 +67,7 @@ def test_every_truncation_and_what_follows_is_an_error(path):
         read_torch_file(path)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of strings that damage makes odd
 def test_every_damaged_byte_is_an_error_or_still_a_sound_file(path):
     content = save(path, {"w": torch.arange(6.0)})
     rng, refusals = np.random.default_rng(0), 0
@@ -92,10 +93,8 @@ def test_nothing_runs_and_lies_are_refused(path, monkeypatch):
     path.write_bytes(content[:start] + struct.pack("<q", 7) + content[start + 8 :])
     with pytest.raises(CheckpointError, match="not what it lists"):
         read_torch_file(path)
-    path.write_bytes(content.replace(b"little_endian\x94\x88", b"little_endian\x94\x89"))
-    path.write_bytes(
-        path.read_bytes().replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89")
-    )
+    at = content.index(b"little_endian")
+    path.write_bytes(content[:at] + content[at:].replace(b"\x88", b"\x89", 1))
     with pytest.raises(CheckpointError, match="byte order that is not read"):
         read_torch_file(path)
     save(path, {"w": torch.arange(6.0), "evil": Runs()})
