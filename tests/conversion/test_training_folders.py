@@ -16,6 +16,7 @@ import torch
 import conversion
 import opt_torch
 from conversion.readers import open_any_checkpoint
+from opt_cli.main import main
 from opt_core.checkpoints.load import plan_load
 from opt_core.errors import CheckpointError
 from tests.support.checkpoint_fixtures import (
@@ -337,7 +338,10 @@ def test_the_language_model_of_blip_2(tmp_path: Path):
     both = {**weights, "lm_head.weight": weights[EMBEDDING]}
     model.language_model.load_state_dict(tensors(both))
     model.save_pretrained(tmp_path / "theirs")
-    conversion.convert(tmp_path / "theirs", tmp_path / "ours", prefix="language_model.")
+    arguments = ["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, "--prefix", "language_model."])
+    assert not done.value.code
     found = open_any_checkpoint(tmp_path / "ours")
     plan = plan_load(found.checkpoint, found.read_config(), "causal_lm")
     assert_same(loaded(plan), weights)
