@@ -45,6 +45,7 @@ _FLAX = _Reader("flax-msgpack", read_flax, _from_flax)
 _KERAS_HUB = _Reader("keras-hub", read_keras_hub, canonical_name)
 _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")
 _FSDP = "pytorch_model_fsdp"  # accelerate's name for the whole model, or for a folder of its parts
+_PARTS = "pytorch_model*_[0-9]*"  # and "pytorch_model_0" of its first versions
 _CONFIG = "config.json"
 _LEVELS = 2  # folders above the weights that may have their config.json
 # An index comes before the single file of its format: hub repositories keep stale single files.
@@ -147,7 +148,7 @@ def _from_framework(name: str) -> str | None:
 
 def _open_training(path: Path) -> SourceCheckpoint | None:
     """Opens a folder in a trainer's own layout; None if it is no such folder."""
-    parts = [path, *sorted(path.glob(f"{_FSDP}_*"))] if path.is_dir() else []
+    parts = [path, *sorted(path.glob(_PARTS))] if path.is_dir() else []
     if folder := next((p for p in parts if os.path.lexists(p / METADATA)), None):
         return _near_config(open_distributed(folder))
     whole = path / f"{_FSDP}.bin"

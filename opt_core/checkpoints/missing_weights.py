@@ -9,7 +9,7 @@ from opt_core.errors import CheckpointError
 _SHARDS = ("*-of-*.safetensors", "*-of-*.bin")
 _CONVERTIBLE = (
     "tf_model*.h5*", "flax_model*.msgpack*", "*.pt", "*.pth", "*.ckpt", "*.weights.h5",
-    "pytorch_model_fsdp.bin", "pytorch_model_fsdp_[0-9]*", "global_step*", "*.distcp",
+    "pytorch_model_fsdp.bin", "pytorch_model*_[0-9]*", "global_step*", "*.distcp",
 )  # fmt: skip
 _OTHERS = re.compile(
     r"(?!adapter_|training_args|optimizer|scheduler|random_states|scaler|pytorch_model_fsdp)"

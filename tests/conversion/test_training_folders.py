@@ -79,7 +79,10 @@ def test_distributed_checkpoints_of_torch(cut: str, around: str, tmp_path: Path)
     state = {name: CUTS[cut](array) for name, array in weights.items()}
     state["lm_head.weight"] = state[EMBEDDING]
     PROJECTED.save_pretrained(tmp_path)
-    folder = save_distributed(tmp_path / "pytorch_model_fsdp_0", AROUND[around](state))
+    name = "pytorch_model_0" if around == "accelerate's" else "pytorch_model_fsdp_0"
+    folder = save_distributed(tmp_path / name, AROUND[around](state))
+    save_distributed(tmp_path / "optimizer_0", {"optimizer": OPTIMIZER})
+    torch.save(OPTIMIZER, tmp_path / "scheduler.pt")
     for path in (folder, tmp_path):
         found = assert_read(path, weights, PROJECTED)
         assert found.checkpoint.format == "torch-distributed"
