@@ -168,12 +168,16 @@ def _near_config(checkpoint: Checkpoint) -> SourceCheckpoint:
     folder = checkpoint.folder.absolute()
     homes = [folder, *folder.parents][: _LEVELS + 1]
     home = next((home for home in homes if (home / _CONFIG).is_file()), None)
-    if home is None:
+    if home is not None:
+        return _with_config(replace(checkpoint, folder=home))
+
+    def read_config() -> OPTConfig:
         raise CheckpointError(
             f"{checkpoint.folder}: no config.json with these weights: copy that of the model whose "
             "training they are from beside them"
         )
-    return _with_config(replace(checkpoint, folder=home))
+
+    return SourceCheckpoint(checkpoint, read_config, checkpoint.notes)
 
 
 def _part_of_another(checkpoint: Checkpoint) -> SourceCheckpoint:

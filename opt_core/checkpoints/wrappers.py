@@ -74,9 +74,11 @@ def unwrap_names(names: Collection[str]) -> Unwrapped:
         if not _VALUE_HEADS.isdisjoint(parts):
             aside.append(name)
         elif match:
-            front = bare[: match.start()].split(".")
-            fronts[name] = tuple(part for part in front if part and part not in _IN_FRONT)
-            found[name] = _canonical(match)
+            before = bare[: match.start()].split(".")
+            front = tuple(part for part in before if part and part not in _IN_FRONT)
+            if front and match["part"] and not match["decoder"]:
+                continue  # layers, but maybe of an encoder
+            fronts[name], found[name] = front, _canonical(match)
     # Of several classes around a model, or of one that has other parts, who knows what they do.
     is_around_all = len({*fronts.values()}) == 1 and len(fronts) + len(aside) == len(names)
     for name, front in fronts.items():

@@ -231,8 +231,10 @@ def test_files_of_a_distributed_checkpoint_that_are_damaged(tmp_path: Path):
 
 def test_weights_without_a_configuration(tmp_path: Path):
     save_distributed(tmp_path / "a" / "b" / "c" / "d", tensors(random_weights()))
+    found = open_any_checkpoint(tmp_path / "a" / "b" / "c" / "d")
+    assert_same(loaded(plan_load(found.checkpoint, TINY, "causal_lm")), random_weights())
     with pytest.raises(CheckpointError, match=r"no config\.json with these weights: copy that of"):
-        open_any_checkpoint(tmp_path / "a" / "b" / "c" / "d")
+        found.read_config()
     TINY.save_pretrained(tmp_path / "a" / "b")
     assert_read(tmp_path / "a" / "b" / "c" / "d", random_weights())
 

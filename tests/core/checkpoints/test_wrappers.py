@@ -130,6 +130,9 @@ def test_what_is_around_everything_and_more_is_not_guessed(tmp_path):
     }
     with pytest.raises(CheckpointError, match=r"--prefix actor\.` takes it"):
         plan(write(tmp_path / "two", two))
+    encoder = {n.replace("model.decoder", "encoder"): array for n, array in weights.items()}
+    with pytest.raises(CheckpointError, match=r"36 missing.*36 unexpected"):
+        plan(write(tmp_path / "encoder", encoder))
     weights[f"module.{EMBEDDING}"] = weights[EMBEDDING]
     with pytest.raises(CheckpointError, match="are both model"):
         open_checkpoint(write(tmp_path / "twice", weights))
