@@ -306,9 +306,10 @@ def _seed(model: GenerationMixin, seed: Any, do_sample: bool) -> int:
     """
     if seed is None:
         return model.backend.sampling.draw_seed() if do_sample else 0
-    if isinstance(seed, tuple | list) and [type(x) for x in cast(list[Any], seed)] == [int, int]:
-        high, low = (int(x) % 2**31 for x in cast(list[Any], seed))
-        return high * 2**31 + low
+    if isinstance(seed, tuple | list):
+        parts = cast(list[Any], seed)
+        if [type(part) for part in parts] == [int, int]:
+            return parts[0] % 2**31 * 2**31 + parts[1] % 2**31
     if hasattr(seed, "dtype") or type(seed).__name__ == "Generator":
         return model.backend.sampling.draw_seed(seed)
     if type(seed) is not int or not 0 <= seed < 2**63:
