@@ -17,7 +17,7 @@ from opt_core.errors import GenerationError
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a caller gave.
+    """Functions that a caller gave.
 
     Attributes:
         logits_processor: A function, or several, of ids (R, S) and scores (R, V), and of the length

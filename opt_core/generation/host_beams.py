@@ -98,7 +98,7 @@ def search(model: Any, request: Request) -> Any:
     count = max(2, 1 + len(settings.eos_ids)) * size
     while steps.made < new and any(group.is_open for groups in prompts for group in groups):
         scores = steps.constrain(steps.backend.sampling.normalize(steps.logits()))
-        numbers = steps.draw(scores)[1] if settings.do_sample else steps.array(scores)
+        numbers: Scores = steps.draw(scores)[1] if settings.do_sample else steps.array(scores)
         if steps.made == 0:
             check_logits(numbers.max(1))
         if settings.output_scores:

@@ -1,4 +1,4 @@
-"""What settings of generation may be, and what is refused by name."""
+"""Values that settings of generation may have, and settings that are refused by name."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast

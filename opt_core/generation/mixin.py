@@ -306,8 +306,8 @@ def _seed(model: GenerationMixin, seed: Any, do_sample: bool) -> int:
     """
     if seed is None:
         return model.backend.sampling.draw_seed() if do_sample else 0
-    if isinstance(seed, tuple | list):
-        parts = cast(list[Any], seed)
+    if isinstance(seed, tuple):
+        parts = cast(tuple[Any, ...], seed)
         if [type(part) for part in parts] == [int, int]:
             return parts[0] % 2**31 * 2**31 + parts[1] % 2**31
     if hasattr(seed, "dtype") or type(seed).__name__ == "Generator":

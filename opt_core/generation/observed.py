@@ -37,6 +37,8 @@ class Steps:
 
     history: Ids
     mask: Mask
+    prompt: int
+    made: int
 
     def __init__(self, model: Any, request: Request, copies: int) -> None:
         self.model, self.request, self.copies = model, request, copies
@@ -98,7 +100,7 @@ class Steps:
         return logits if self._guide is None else self._guided(logits)
 
     def try_tokens(self, ids_RK: Ids) -> tuple[Any, NDArray[np.float32], NDArray[np.float32]]:
-        """What each of some next tokens would lead to, none of them taken yet.
+        """Tries some next tokens, none of which is taken yet.
 
         Returns:
             A cache of R * K rows; the logits (R, K, V) behind each token, and its state (R, K, P).
@@ -134,7 +136,8 @@ class Steps:
 
     def constrain(self, scores_RV: Any) -> Any:
         """The scores that tokens are chosen by, the caller's functions applied last."""
-        mask: Mask = self.mask & (np.arange(self.mask.shape[1]) < self.end)
+        is_used: Mask = np.arange(self.history.shape[1]) < self.end
+        mask = self.mask & is_used
         scores = filters.process_logits(
             self.backend.sampling, scores_RV, self.tensor(self.history), self.tensor(mask),
             self.end, self.made, self.rules, is_last=self.made + 1 == self.request.new_tokens,

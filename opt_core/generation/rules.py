@@ -28,7 +28,7 @@ _ALWAYS = 2.0
 
 
 class Structure(NamedTuple):
-    """What a program of generation is made for.
+    """The part of the rules that a program of generation is made for.
 
     Attributes:
         do_sample: Whether tokens are drawn.
@@ -197,7 +197,7 @@ def _looks_back(settings: GenerationConfig) -> bool:
 
 
 def _history(settings: GenerationConfig, is_compiled: bool) -> dict[str, Any]:
-    """What filters need that read what the rows have."""
+    """Numbers of the filters that read what the rows have."""
     if not _looks_back(settings):
         return {}
     words = {word: value for word, value in _words(settings).items() if len(word) > 1}
@@ -219,7 +219,7 @@ def _history(settings: GenerationConfig, is_compiled: bool) -> dict[str, Any]:
 
 
 def _ends(request: Request, is_compiled: bool) -> dict[str, Any]:
-    """What decides where rows end."""
+    """Numbers that decide where rows end."""
     settings = request.settings
     ends = np.zeros(request.vocab_size, bool)
     ends[list(settings.eos_ids)] = True
@@ -240,7 +240,7 @@ def _ends(request: Request, is_compiled: bool) -> dict[str, Any]:
 
 
 def _sampling(settings: GenerationConfig, is_compiled: bool) -> dict[str, Any]:
-    """What decides among which tokens is drawn."""
+    """Numbers that decide among which tokens is drawn."""
     numbers: dict[str, Any] = {}
     if is_compiled or settings.temperature != 1:
         numbers["temperature"] = np.float32(settings.temperature)
