@@ -98,7 +98,7 @@ def search(model: Any, request: Request) -> Any:
     count = max(2, 1 + len(settings.eos_ids)) * size
     while steps.made < new and any(group.is_open for groups in prompts for group in groups):
         scores = steps.constrain(steps.backend.sampling.normalize(steps.logits()))
-        numbers: Scores = steps.draw(scores)[1] if settings.do_sample else steps.array(scores)
+        numbers: Any = steps.draw(scores)[1] if settings.do_sample else steps.array(scores)
         if steps.made == 0:
             check_logits(numbers.max(1))
         if settings.output_scores:
@@ -107,7 +107,7 @@ def search(model: Any, request: Request) -> Any:
         parents: Ids = np.arange(B * W, dtype=np.int32)
         tokens: Ids = np.zeros(len(parents), np.int32)
         for groups in prompts:
-            taken: Scores = np.zeros(numbers.shape[1], np.float32)
+            taken: Any = np.zeros(numbers.shape[1], np.float32)
             for group in groups:
                 own = numbers[group.rows] - settings.diversity_penalty * taken
                 _grow(steps, group, own, count, random, paths, is_last, parents, tokens)

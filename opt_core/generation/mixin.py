@@ -306,11 +306,10 @@ def _seed(model: GenerationMixin, seed: Any, do_sample: bool) -> int:
     """
     if seed is None:
         return model.backend.sampling.draw_seed() if do_sample else 0
-    if isinstance(seed, tuple):
-        parts = cast(tuple[Any, ...], seed)
-        if [type(part) for part in parts] == [int, int]:
-            return parts[0] % 2**31 * 2**31 + parts[1] % 2**31
-    if hasattr(seed, "dtype") or type(seed).__name__ == "Generator":
+    kind = type(seed).__name__
+    if kind == "tuple" and [type(part) for part in seed] == [int, int]:
+        return seed[0] % 2**31 * 2**31 + seed[1] % 2**31
+    if hasattr(seed, "dtype") or kind == "Generator":
         return model.backend.sampling.draw_seed(seed)
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise GenerationError(f"seed: expected an integer in 0..2**63 - 1, received {seed!r}")

@@ -136,7 +136,7 @@ class Steps:
 
     def constrain(self, scores_RV: Any) -> Any:
         """The scores that tokens are chosen by, the caller's functions applied last."""
-        is_used: Mask = np.arange(self.history.shape[1]) < self.end
+        is_used: Any = np.arange(self.history.shape[1]) < self.end
         mask = self.mask & is_used
         scores = filters.process_logits(
             self.backend.sampling, scores_RV, self.tensor(self.history), self.tensor(mask),
