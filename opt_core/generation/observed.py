@@ -136,8 +136,8 @@ class Steps:
 
     def constrain(self, scores_RV: Any) -> Any:
         """The scores that tokens are chosen by, the caller's functions applied last."""
-        is_used: Any = np.arange(self.history.shape[1]) < self.end
-        mask = self.mask & is_used
+        mask = self.mask.copy()
+        mask[:, self.end :] = False
         scores = filters.process_logits(
             self.backend.sampling, scores_RV, self.tensor(self.history), self.tensor(mask),
             self.end, self.made, self.rules, is_last=self.made + 1 == self.request.new_tokens,
