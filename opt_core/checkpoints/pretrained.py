@@ -174,15 +174,17 @@ def open_pretrained(
     if config is not None:
         config = OPTConfig.from_any(config).copy()
     if options.state_dict is None:
-        checkpoint, read_config = open_any(choose_file(path, options))
+        checkpoint, read_config, notes = open_any(choose_file(path, options))
         config = read_config() if config is None else config
     else:
-        checkpoint = held_checkpoint(options.state_dict, as_array)
+        checkpoint, notes = held_checkpoint(options.state_dict, as_array), ()
         config = OPTConfig.from_pretrained(_home(path)) if config is None else config
     if options.changes:
         config = config.replace(**options.changes)
     config.name_or_path = str(path_or_hub_id or "")
     plan = plan_load(checkpoint, config, head, options.skip_misshapen)
+    for note in (*checkpoint.notes, *notes):
+        notice(note)
     stored = plan.entries[0][1].dtype.name
     return Pretrained(path, plan, stored if name == "auto" else name, quantize, options)
 

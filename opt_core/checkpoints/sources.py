@@ -12,20 +12,22 @@ from opt_core.checkpoints.load import (
     canonical_name,
     has_own_format,
     open_checkpoint,
+    unwrapped,
 )
 from opt_core.checkpoints.tensors import HeldTensor
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError
 
 
-def open_any(path: Path) -> tuple[Checkpoint, Callable[[], OPTConfig]]:
+def open_any(path: Path) -> tuple[Checkpoint, Callable[[], OPTConfig], tuple[str, ...]]:
     """Opens a checkpoint in any format, straight from its files.
 
     Args:
         path: Folder, weight file, or index.
 
     Returns:
-        Its tensors under canonical names, and a function that reads or derives its configuration.
+        Its tensors under canonical names; a function that reads or derives its configuration; and
+        assumptions that had to be made.
 
     Raises:
         CheckpointError: There are no weights, or they are damaged, or nothing here reads them.
@@ -36,9 +38,9 @@ def open_any(path: Path) -> tuple[Checkpoint, Callable[[], OPTConfig]]:
         readers = _other_formats()
         if readers is not None:
             found = readers.open_any_checkpoint(path)
-            return found.checkpoint, found.read_config
+            return found.checkpoint, found.read_config, found.notes
         checkpoint = open_checkpoint(path)  # says what it expected
-    return checkpoint, lambda: OPTConfig.from_pretrained(checkpoint.folder)
+    return checkpoint, lambda: OPTConfig.from_pretrained(checkpoint.folder), ()
 
 
 def held_checkpoint(
@@ -53,7 +55,7 @@ def held_checkpoint(
         raise CheckpointError(f"state_dict: expected a mapping, received {type(tensors).__name__}")
     named = {name: canonical_name(name) for name in tensors}
     held = {new: HeldTensor(old, as_array(tensors[old])) for old, new in named.items() if new}
-    return Checkpoint(Path("state_dict"), (), held, "torch-bin")
+    return unwrapped(Checkpoint(Path("state_dict"), (), held, "torch-bin"))
 
 
 def _other_formats() -> Any:
