@@ -55,6 +55,8 @@ class PreTrainedMixin(Generic[Decoder]):
 
     backend: ClassVar[Backend]
     head: ClassVar[Head]
+    accepts_loss_kwargs: ClassVar[bool] = False
+    """Whether the loss heeds `num_items_in_batch`: the Trainer of `transformers` asks."""
     config: OPTConfig
     generation_config: GenerationConfig
 
@@ -124,8 +126,7 @@ class PreTrainedMixin(Generic[Decoder]):
             options: The call's other arguments.
             **mode: More arguments of the framework's decoder.
         """
-        own = "input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values"
-        check_options(options, (*own, "labels", "output_hidden_states", "output_attentions"))
+        check_options(options)
         config, use_cache, inputs = self.config, options.get("use_cache"), self.backend.inputs
         cache = self._adopt(given[-1], self._starts_cache(use_cache, *given[:-1], **mode))
         ids, mask, positions, embeds, cache = self._check_inputs(*given[:-1], cache)
@@ -256,6 +257,7 @@ class CausalLMMixin(GenerationMixin):
     """The language model's head."""
 
     head: ClassVar[Head] = "causal_lm"
+    accepts_loss_kwargs: ClassVar[bool] = True
     backend: ClassVar[Backend]
 
     def compute_logits(self, hidden: Any) -> Any:

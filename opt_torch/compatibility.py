@@ -1,11 +1,15 @@
 """The layer for code written for `transformers`: what PyTorch has to do for it."""
 
+import sys
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from opt_core.compatibility.caches import CacheMixin
 from opt_core.errors import InputError
+
+TIED = "lm_head.weight", "model.decoder.embed_tokens.weight"
+"""The two names of one parameter, where the head is the embedding."""
 
 
 class AdoptedCache(CacheMixin):
@@ -59,3 +63,15 @@ def adopt_cache(past: Any) -> AdoptedCache | None:
             f"past_key_values: expected a DynamicCache or one of init_cache, received a {kind}"
         )
     return AdoptedCache(past)
+
+
+def part_tied(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Gives the head of a state dict memory of its own, where the Trainer may write it down.
+
+    The Trainer of `transformers` saves the state of any other library's model by safetensors, which
+    refuses tensors that share memory. Nobody else pays for the copy.
+    """
+    head, embedding = (state.get(prefix + name) for name in TIED)
+    if "transformers.trainer" in sys.modules and isinstance(head, Tensor):
+        if isinstance(embedding, Tensor) and head.data_ptr() == embedding.data_ptr():
+            state[f"{prefix}{TIED[0]}"] = head.clone()

@@ -21,7 +21,7 @@ from opt_torch import (
     speculative,
 )
 from opt_torch.cache import KVCache, init_cache
-from opt_torch.compatibility import adopt_cache
+from opt_torch.compatibility import adopt_cache, part_tied
 from opt_torch.decoder import OPTDecoder, OPTOutput
 from opt_torch.linear import Linear
 
@@ -32,6 +32,7 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
     backend = Backend(
         attention, checkpoint, inputs, losses, generation, beam, speculative
     )  # fmt: skip
+    _keys_to_ignore_on_save = None  # the Trainer of `transformers` asks
 
     def __init__(self, config: OPTConfig, seed: int | None = 0, attn_implementation: str = "sdpa"):
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
@@ -50,6 +51,7 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
             self._make_layers()
         if seed is not None:
             checkpoint.initialize(self, seed)
+        self.register_state_dict_post_hook(part_tied)
         self.eval()
 
     def _make_layers(self) -> None:
