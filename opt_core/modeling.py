@@ -4,15 +4,16 @@ These are mixins: a backend's base class inherits `PreTrainedMixin` and its fram
 class, and names in `backend` the modules that do the framework's part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+from opt_core.compatibility.methods import MethodsMixin
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.mixin import GenerationMixin
-from opt_core.params import Head, count_parameters
+from opt_core.params import Head
 from opt_core.quantization import check_not_quantized
 from opt_core.training.labels import question_answering
 
@@ -43,7 +44,7 @@ class Backend(NamedTuple):
     speculative: Any
 
 
-class PreTrainedMixin(Generic[Decoder]):
+class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
     """The part of all models that is no framework's: settings, counting, saving, decoding."""
 
     backend: ClassVar[Backend]
@@ -71,12 +72,15 @@ class PreTrainedMixin(Generic[Decoder]):
         owner: Any = self if self.head == "none" else getattr(self, "model")  # noqa: B009
         return owner.decoder
 
-    def num_parameters(self) -> int:
-        """Number of parameters, a tied head counted once."""
-        return count_parameters(self.config, self.head)
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """In training, keep only each layer's input and compute the rest again when needed.
 
-    def gradient_checkpointing_enable(self) -> None:
-        """In training, keep only each layer's input and compute the rest again when needed."""
+        Args:
+            gradient_checkpointing_kwargs: Without effect: PyTorch's `use_reentrant` and the like
+                change how, not what is computed.
+        """
         self._checkpoint_gradients(True)
 
     def gradient_checkpointing_disable(self) -> None:

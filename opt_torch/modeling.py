@@ -20,11 +20,12 @@ from opt_torch import (
     speculative,
 )
 from opt_torch.cache import KVCache, init_cache
+from opt_torch.compatibility import ModelMethods
 from opt_torch.decoder import OPTDecoder, OPTOutput
 from opt_torch.linear import Linear
 
 
-class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
+class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(

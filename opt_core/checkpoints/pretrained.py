@@ -4,6 +4,7 @@
 `save_pretrained` hands its tensors over.
 """
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ class Model(Protocol):
     head: ClassVar[Head]
     config: OPTConfig
     generation_config: GenerationConfig
+    name_or_path: str
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,13 @@ class Pretrained:
 
     Attributes:
         path: The folder or file it lies in.
+        name: What the user called it.
         plan: What is loaded from it.
         dtype: Type to load as; the stored one in place of "auto".
     """
 
     path: Path
+    name: str
     plan: LoadPlan
     dtype: str
 
@@ -76,8 +80,8 @@ class Pretrained:
             yield spec, initial_value(spec, self.config, seed=0)
 
     def set_generation_config(self, model: Model) -> None:
-        """Gives a language model the settings of generation_config.json, where there is one."""
-        home = _home(self.path)
+        """Gives a model its name, a language model the settings of generation_config.json."""
+        model.name_or_path, home = self.name, _home(self.path)
         if model.head == "causal_lm" and (home / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(home)
 
@@ -112,7 +116,8 @@ def open_pretrained(
     path = resolve(path_or_hub_id, **hub)
     config = config or OPTConfig.from_pretrained(_home(path))
     plan = plan_load(open_checkpoint(path), config, head)
-    return Pretrained(path, plan, plan.entries[0][1].dtype.name if dtype == "auto" else dtype)
+    name = os.fspath(path_or_hub_id)
+    return Pretrained(path, name, plan, plan.entries[0][1].dtype.name if dtype == "auto" else dtype)
 
 
 def save_pretrained(
