@@ -24,11 +24,13 @@ from opt_flax import (
     speculative,
 )  # fmt: skip
 from opt_flax.cache import KVCache, init_cache
+from opt_flax.compatibility import ModelMethods
+from opt_flax.compatibility import refuse_linen as __getattr__  # noqa: F401
 from opt_flax.decoder import FlaxOPTDecoder, FlaxOPTOutput
 from opt_flax.linear import Linear
 
 
-class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
+class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
@@ -42,6 +44,9 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
         attn_implementation: str = "sdpa",
         scan_layers: bool = False,
         mesh: Mesh | None = None,
+        input_shape: Any = None,
+        dtype: Any = None,
+        _do_init: bool = True,
     ):
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
 
@@ -54,6 +59,9 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
             scan_layers: Keep the layers' weights stacked and run them by `jax.lax.scan`, so that
                 a deep model compiles sooner.
             mesh: Devices to spread the weights over (`opt_flax.sharding`); None: one device.
+            input_shape: Without effect, as `transformers`' models had it.
+            dtype: Type of the weights; None: float32.
+            _do_init: False: as `seed=None`, for a call with `params=`.
 
         Raises:
             ConfigError: No such attention implementation, or a mesh that cannot be used.
@@ -63,9 +71,10 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
         self.mesh, self.scan_layers = mesh, scan_layers
         self._make_layers()
         self.get_decoder().rngs = nnx.Rngs(dropout=seed or 0)
-        checkpoint.init_abstract(self, jnp.dtype(jnp.float32))
-        if seed is not None:
-            checkpoint.initialize(self, seed)
+        wanted = jnp.dtype(dtype or jnp.float32)
+        checkpoint.init_abstract(self, wanted)
+        if seed is not None and _do_init:
+            checkpoint.initialize(self, seed, wanted)
 
     def _make_layers(self) -> None:
         self.model = FlaxOPTModel(
@@ -105,6 +114,7 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
         config: OPTConfig | None = None,
         scan_layers: bool = False,
         quantize: str | None = None,
+        _do_init: bool = True,
         **hub: Any,
     ) -> Self:
         """Loads a checkpoint, from safetensors or from PyTorch's `.bin`.
@@ -121,13 +131,14 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
             scan_layers: As in the constructor.
             quantize: "int8" or "int4": keep the weights so (`opt_core.quantization`), only to run,
                 on one device.
+            _do_init: False: return the model without parameters, and these (`params`).
             **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
 
         Raises:
             CheckpointError: Files are missing or damaged, or do not fit the configuration.
             ConfigError: The configuration is malformed, or an option is not one of the above.
         """
-        return checkpoint.from_pretrained(
+        model: Any = checkpoint.from_pretrained(
             cls,
             path_or_hub_id,
             dtype,
@@ -139,6 +150,7 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
             quantize,
             **hub,
         )
+        return model if _do_init else model._without_params()
 
     def _decode(self, given: tuple[Any, ...], *flags: Any, **options: Any) -> FlaxOPTOutput:
         *tensors, cache = given

@@ -12,7 +12,8 @@ from tests.support.backends import ORACLE_TOLERANCE, Backend
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_prompts, reference, tensors
 
-UNTIED = CONFIGS["pre_ln"].replace(tie_word_embeddings=False)
+TIED = CONFIGS["post_ln"].replace(num_hidden_layers=1)
+UNTIED = CONFIGS["pre_ln"].replace(num_hidden_layers=1, tie_word_embeddings=False)
 
 
 def table_of(backend: Backend, model: Any, name: str = "embed_tokens") -> Any:
@@ -23,7 +24,7 @@ def table_of(backend: Backend, model: Any, name: str = "embed_tokens") -> Any:
     return backend.numpy(checkpoint.get_parameter(model, spec))
 
 
-@pytest.mark.parametrize("config", [CONFIGS["post_ln"], UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
 def test_a_resized_vocabulary_is_transformers(backend: Backend, folder, tmp_path, config):
     model, theirs = backend.load(folder(config)), reference(config)
     ids = make_prompts(config, 2, 7)
@@ -50,12 +51,13 @@ def test_a_resized_vocabulary_is_transformers(backend: Backend, folder, tmp_path
     np.testing.assert_allclose(
         backend.run(again, input_ids=ids).logits, expected, rtol=0, atol=ORACLE_TOLERANCE
     )
-    assert again.generate(ids, max_new_tokens=2).shape == (2, 9)
+    if backend.name == "torch":  # elsewhere it is compiled for seconds, and is the same code
+        assert again.generate(ids, max_new_tokens=2).shape == (2, 9)
 
 
 def test_sizes_of_a_vocabulary(backend: Backend, folder):
     head = "sequence_classification"
-    model = backend.load(folder("pre_ln", head), head)
+    model = backend.load(folder(TIED, head), head)
     pad = table_of(backend, model)[1].copy()
     model.resize_token_embeddings(100, pad_to_multiple_of=16)
     assert model.config.vocab_size == 112
@@ -87,14 +89,14 @@ def test_parameters_are_counted_as_transformers_does(backend: Backend, folder):
 
 
 def test_parts_and_attributes_have_transformers_names(backend: Backend, folder, tmp_path):
-    model = backend.load(folder("pre_ln"))
+    model = backend.load(folder(TIED))
     assert model.base_model is model.model
     assert model.base_model.base_model is model.model
     assert model.base_model_prefix == "model"
     assert type(model).main_input_name == "input_ids"
     assert model.can_generate()
     assert not type(model.model).can_generate()
-    assert model.name_or_path == str(folder("pre_ln"))
+    assert model.name_or_path == str(folder(TIED))
     assert model.get_decoder() is model.model.decoder
     assert model.get_input_embeddings() is model.get_decoder().embed_tokens
     assert model.model.get_output_embeddings() is None
@@ -116,7 +118,7 @@ def test_parts_and_attributes_have_transformers_names(backend: Backend, folder, 
     assert model.attn_implementation == model.model.attn_implementation == "eager"
     eager = backend.run(model, **model.dummy_inputs).logits
     np.testing.assert_allclose(eager, logits, atol=1e-5)
-    with pytest.raises(ConfigError, match="attn_implementation: expected one of .* 'fast'"):
+    with pytest.raises(ConfigError, match=r"attn_implementation: expected one of .* 'fast'"):
         model.set_attn_implementation("fast")
     assert len(repr(model).splitlines()) < 50
 
@@ -129,7 +131,7 @@ def test_embeddings_are_replaced(backend: Backend, folder):
         np.testing.assert_array_equal(
             table_of(backend, first, name), table_of(backend, second, name)
         )
-    tied, longer = backend.load(folder("pre_ln")), backend.load(folder("pre_ln"))
+    tied, longer = backend.load(folder(TIED)), backend.load(folder(TIED))
     longer.resize_token_embeddings(105)
     tied.set_input_embeddings(longer.get_input_embeddings())
     assert tied.config.vocab_size == 105
@@ -144,12 +146,12 @@ def test_embeddings_are_replaced(backend: Backend, folder):
         backend.run(tied, input_ids=ids).logits, hidden @ table_of(backend, first, "lm_head").T,
         atol=1e-5,
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="set_output_embeddings: .* has no head"):
+    with pytest.raises(ConfigError, match=r"set_output_embeddings: .* has no head"):
         tied.model.set_output_embeddings(None)
 
 
 def test_quantised_models_refuse_what_would_change_their_weights(backend: Backend, folder):
-    model = backend.load(folder("pre_ln"), quantize="int8")
+    model = backend.load(folder(TIED), quantize="int8")
     with pytest.raises(ConfigError, match="resize_token_embeddings: a model with quantised"):
         model.resize_token_embeddings(120)
     size = model.get_memory_footprint()
