@@ -216,7 +216,7 @@ class ModelMethods(MethodsMixin):
         checkpoint.init_abstract(self, np.dtype(self.dtype))
         return self, params
 
-    def _layers(self) -> Iterator[Any]:
+    def _decoder_layers(self) -> Iterator[Any]:
         layers = self._decoder.layers
         return iter([layers] if self._decoder.scan_layers else layers)
 
@@ -228,6 +228,7 @@ class ModelMethods(MethodsMixin):
 
     def _put_embeddings(self, value: Any) -> None:
         table = np.asarray(value.embedding[...])[: value.num_embeddings]
+        self._check_width("set_input_embeddings", table.shape[1])
         self._set_config(vocab_size=len(table))
         self._put_table(self._spec("embed_tokens"), table)
 
@@ -235,6 +236,7 @@ class ModelMethods(MethodsMixin):
         is_linen = hasattr(value, "kernel")
         table = np.asarray(value.kernel[...].T if is_linen else value.weight[...])
         table = table[: value.out_features]
+        self._check_width("set_output_embeddings", table.shape[1])
         if self.lm_head is None:
             self._set_config(tie_word_embeddings=False)
             head = Linear(self.config.embed_dim, len(table), bias=False, mesh=self.mesh)

@@ -25,6 +25,7 @@ from opt_tf import (
     speculative,
 )
 from opt_tf.cache import KVCache, init_cache
+from opt_tf.compatibility import ModelMethods, TextMethods
 from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
 from opt_tf.keras_fit import Fitted
 from opt_tf.linear import Linear, sizes
@@ -34,7 +35,7 @@ class _Untracked(UserDict[Any, Any]):
     """A dict that Keras does not take for a part of the model."""
 
 
-class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
+class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
@@ -87,9 +88,11 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
                 part.build()
 
     def __call__(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> TFOPTOutput:
-        """Computes the output (`call`); several inputs may come as one dict, as in Keras' fit."""
+        """Computes the output (`call`); inputs may come as one dict, as in Keras' fit, or tuple."""
         if isinstance(input_ids, Mapping):
             return super().__call__(**input_ids, **kwargs)
+        if isinstance(input_ids, tuple | list) and len(getattr(input_ids[0], "shape", ())) == 2:
+            input_ids, *args = *input_ids, *args
         # By name: Keras wants tensors for positional arguments, and lists count here.
         named = inspect.signature(self.call).bind_partial(input_ids, *args).arguments
         return super().__call__(**named, **kwargs)
@@ -149,8 +152,13 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
-        """Makes the model that `get_config` describes, its weights zero."""
+    def from_config(cls, config: Any, custom_objects: Any = None) -> Self:
+        """Makes the model that `get_config` describes, its weights zero.
+
+        Of an `OPTConfig`, or of what its `to_dict` gives, the model is freshly initialised.
+        """
+        if isinstance(config, OPTConfig) or "config" not in config:
+            return cls(config if isinstance(config, OPTConfig) else OPTConfig.from_dict(config))
         values = dict(config)
         settings = GenerationConfig(**values.pop("generation_config"))
         model = cls(OPTConfig.from_dict(values.pop("config")), None, **values)
@@ -215,7 +223,7 @@ class TFOPTModel(TFOPTPreTrainedModel):
 
 
 @keras.saving.register_keras_serializable("opt_tf")
-class TFOPTForCausalLM(CausalLMMixin, TFOPTPreTrainedModel):
+class TFOPTForCausalLM(TextMethods, CausalLMMixin, TFOPTPreTrainedModel):
     """The language model: the next token's logits."""
 
     def _make_layers(self) -> None:
@@ -265,10 +273,12 @@ class TFOPTForCausalLM(CausalLMMixin, TFOPTPreTrainedModel):
         return self.get_decoder().embed_tokens.attend(hidden)
 
     def _loss(self, x: Any, y: Any, output: TFOPTOutput) -> tf.Tensor:
-        if y is None:
-            y, mask = (
-                (x["input_ids"], x.get("attention_mask")) if isinstance(x, dict) else (x, None)
-            )
-            y = y if mask is None else tf.where(tf.cast(mask, tf.bool), y, losses.IGNORE_INDEX)
         assert output.logits is not None
-        return losses.causal_lm(output.logits, y)
+        return losses.causal_lm(output.logits, self._labels(x, y))
+
+    def _labels(self, x: Any, y: Any) -> Any:
+        """Labels (B, T): y, or the ids that are no padding."""
+        if y is not None:
+            return y
+        ids, mask = (x["input_ids"], x.get("attention_mask")) if isinstance(x, dict) else (x, None)
+        return ids if mask is None else tf.where(tf.cast(mask, tf.bool), ids, losses.IGNORE_INDEX)

@@ -75,7 +75,7 @@ class ModelMethods(MethodsMixin):
             **inputs, "past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs
         }  # fmt: skip
 
-    def _layers(self) -> Iterator[Any]:
+    def _decoder_layers(self) -> Iterator[Any]:
         return iter(self._decoder.layers)
 
     def _as_tensor(self: Any, array: NDArray[Any]) -> Tensor:
@@ -90,6 +90,7 @@ class ModelMethods(MethodsMixin):
             self._set_config(vocab_size=len(value.weight))
 
     def _put_head(self: Any, value: Any) -> None:
+        self._check_width("set_output_embeddings", value.weight.shape[1])
         self.lm_head = value
         if self.config.tie_word_embeddings and not checkpoint.is_tied(self):
             self._set_config(tie_word_embeddings=False)

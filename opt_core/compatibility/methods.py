@@ -226,8 +226,9 @@ class MethodsMixin(UploadMixin):
         for part in (self, self.base_model):
             part.attn_implementation = name
         self._decoder.implementation = name
-        for layer in self._layers():
+        for layer in self._decoder_layers():
             layer.self_attn.implementation = name
+        self._forget_programs()
 
     def add_model_tags(self, tags: str | list[str]) -> None:
         """Adds tags for the model card that `push_to_hub` writes."""
@@ -237,13 +238,21 @@ class MethodsMixin(UploadMixin):
     def _decoder(self) -> Any:
         return self.base_model.decoder
 
+    def _check_width(self, name: str, width: int) -> None:
+        """Refuses a table that does not fit the decoder."""
+        if width != self.config.embed_dim:
+            raise ConfigError(f"{name}: expected a width of {self.config.embed_dim}, found {width}")
+
     def _set_config(self, **changes: Any) -> None:
         """Changes the configuration, wherever the model keeps it."""
         config = self.config.replace(**changes)
         for part in (self, self.base_model, self._decoder):
             part.config = config
 
-    def _layers(self) -> Iterator[Any]:
+    def _forget_programs(self) -> None:
+        """Drops what was compiled for the layers as they were, where the backend keeps that."""
+
+    def _decoder_layers(self) -> Iterator[Any]:
         """The decoder's layers."""
         raise NotImplementedError
 

@@ -125,13 +125,17 @@ def test_parts_and_attributes_have_transformers_names(backend: Backend, folder, 
 
 def test_embeddings_are_replaced(backend: Backend, folder):
     first, second = (backend.load(folder(UNTIED, seed=seed)) for seed in (0, 1))
+    narrow = backend.load(folder(UNTIED.replace(word_embed_proj_dim=24)))
     first.set_input_embeddings(second.get_input_embeddings())
     first.set_output_embeddings(second.get_output_embeddings())
     for name in ("embed_tokens", "lm_head"):
         np.testing.assert_array_equal(
             table_of(backend, first, name), table_of(backend, second, name)
         )
-    tied, longer = backend.load(folder(TIED)), backend.load(folder(TIED))
+    with pytest.raises(ConfigError, match="embeddings: expected a width of 32, found 24"):
+        first.set_output_embeddings(narrow.get_output_embeddings())
+    config = UNTIED.replace(tie_word_embeddings=True)
+    tied, longer = backend.load(folder(config)), backend.load(folder(config))
     longer.resize_token_embeddings(105)
     tied.set_input_embeddings(longer.get_input_embeddings())
     assert tied.config.vocab_size == 105
