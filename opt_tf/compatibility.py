@@ -209,7 +209,7 @@ class ModelMethods(MethodsMixin):
         sampler: Any = None,
         **options: Any,
     ) -> None:
-        """Keras' compile.
+        """Keras' compile; nothing of an earlier one stays.
 
         Args:
             optimizer: As there.
@@ -223,7 +223,14 @@ class ModelMethods(MethodsMixin):
             self.generation_config = self.generation_config.replace(**settings)
         if isinstance(loss, str) and loss in _INTERNAL_LOSSES:
             loss = None
+        _private.forget_compilation(self)
         super().compile(optimizer, loss, *args, **options)
+
+    def compile_from_config(self: Any, config: dict[str, Any]) -> None:
+        """Compiles a loaded model as the saved one was."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
 
     def compute_output_spec(self: Any, input_ids: Any = None, *args: Any, **options: Any) -> Any:
         """Keras' `compute_output_spec`; several inputs may come as one dict."""

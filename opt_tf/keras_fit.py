@@ -63,7 +63,7 @@ class Fitted(keras.Model):
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
     ) -> dict[str, Any]:
         """Updates the metrics given to `compile`, which see the logits and y."""
-        targets, predictions = _targets(x, y), self._predictions(y_pred)
+        targets, predictions = self._labels(x, _targets(x, y)), self._predictions(y_pred)
         results: Any = super().compute_metrics(x, targets, predictions, sample_weight)
         if isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
             # Keras 3.15 takes the mean over workers along an axis, which scalars do not have.
@@ -128,6 +128,10 @@ class Fitted(keras.Model):
 
     def _predictions(self, output: TFOPTOutput) -> Any:
         return output.logits
+
+    def _labels(self, x: Any, y: Any) -> Any:
+        """The labels, where they follow from the inputs if none are given."""
+        return y
 
     def _loss(self, x: Any, y: Any, output: TFOPTOutput) -> tf.Tensor:
         raise InputError(f"{type(self).__name__} has no loss of its own; give one to compile()")

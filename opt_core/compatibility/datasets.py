@@ -79,7 +79,7 @@ def stack_rows(
     """A batch of rows, the shorter ones padded.
 
     Args:
-        rows: Of the same columns.
+        rows: Of the same columns; an `attention_mask` is made where there is none.
         pad_token_id: Fills `input_ids`; None: 0. Labels are filled with -100, all else with 0.
         padding_side: "right" or "left".
     """
@@ -89,11 +89,10 @@ def stack_rows(
         width = max(len(value) if value.ndim else 0 for value in values)
         fill = {"input_ids": pad_token_id or 0, "labels": IGNORE_INDEX}.get(name, 0)
         made[name] = np.stack([_padded(value, width, fill, padding_side) for value in values])
-    if "attention_mask" not in made and "input_ids" in made:
+    if "input_ids" in made and "attention_mask" not in made:
         ones = [np.ones(len(row["input_ids"]), np.int32) for row in rows]
-        if len({len(one) for one in ones}) > 1:
-            width = made["input_ids"].shape[1]
-            made["attention_mask"] = np.stack([_padded(o, width, 0, padding_side) for o in ones])
+        width = made["input_ids"].shape[1]
+        made["attention_mask"] = np.stack([_padded(o, width, 0, padding_side) for o in ones])
     return made
 
 
