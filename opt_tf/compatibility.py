@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _INTERNAL_LOSSES = ("auto", "auto_with_warning", "passthrough")
 """Names of `transformers` for the loss that a model has itself."""
 
+_ALIASES = ("base_model", "backbone", "_decoder")
+"""Properties that are parts of a model under other names."""
+
 
 class ModelMethods(MethodsMixin):
     """What every model has beside `keras.Model`'s own."""
@@ -276,6 +279,10 @@ class ModelMethods(MethodsMixin):
 
     def get_bias(self) -> None:
         """Bias of the language-model head: OPT has none."""
+
+    def __dir__(self) -> list[str]:
+        # Keras saves whatever layers it finds here, and would save these twice or for ever.
+        return [name for name in super().__dir__() if name not in _ALIASES]
 
     def _forget_programs(self: Any) -> None:
         """Drops what was compiled for the layers as they were."""
