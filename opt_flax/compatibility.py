@@ -1,6 +1,6 @@
-"""Methods that `transformers` gives its models, as far as they need Flax.
+"""The layer for code written for `transformers`: what Flax has to do for it.
 
-Those of its Flax models keep parameters outside of the model, as a tree of linen's names
+Its Flax models keep parameters outside of the model, as a tree of linen's names
 (`params["model"]["decoder"]["layers"]["0"]["fc1"]["kernel"]`, [in, out]). Here that tree is a view:
 `model.params` makes it, and a call with `params=` runs on a copy of the model's structure that
 holds those arrays, traced or not, so that `jax.grad`, `jax.jit` and `jax.pmap` go through it.
@@ -9,7 +9,7 @@ holds those arrays, traced or not, so that `jax.grad`, `jax.jit` and `jax.pmap` 
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import jax
@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from numpy.typing import NDArray
 
+from opt_core.compatibility.calls import CallOptions
 from opt_core.compatibility.methods import MethodsMixin
 from opt_core.dialects import LINEN
 from opt_core.errors import ConfigError, InputError, UnsupportedError
@@ -35,6 +36,33 @@ Tree = Mapping[str, Any]
 
 _NAMES: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 """What models were loaded from: an attribute would make programs of its own for each name."""
+
+
+class FlaxCallOptions(CallOptions, total=False):
+    """What a Flax model's call takes beside its own arguments.
+
+    Attributes:
+        train: The opposite of `deterministic`.
+        dropout_rng: A key in place of `rngs`.
+    """
+
+    train: bool | None
+    dropout_rng: Any
+
+
+def split_mode(
+    options: FlaxCallOptions, deterministic: bool | None, rngs: nnx.Rngs | None
+) -> tuple[CallOptions, bool | None, nnx.Rngs | None]:
+    """Takes the training mode out of a call's options: the rest, `deterministic` and `rngs`."""
+    rest: Any = dict(options)
+    train, key = rest.pop("train", None), rest.pop("dropout_rng", None)
+    if train is not None and deterministic is None:
+        deterministic = not train
+    if key is not None and rngs is None:
+        if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.wrap_key_data(key)
+        rngs = nnx.Rngs(dropout=key)
+    return rest, deterministic, rngs
 
 
 class ModelMethods(MethodsMixin):
@@ -130,7 +158,7 @@ class ModelMethods(MethodsMixin):
         """Parameters in float32; a mask (a tree of bools) leaves some out where it is False."""
         return _cast_tree(params, jnp.float32, mask)
 
-    def with_params(self: Any, params: Tree | None) -> Self:
+    def with_params(self: Any, params: Tree | None) -> Any:
         """A model of other parameters that shares all else; None: this model.
 
         Args:
@@ -160,7 +188,8 @@ class ModelMethods(MethodsMixin):
             **options: See there.
         """
         model: Any = self.with_params(params)
-        super(ModelMethods, model).save_pretrained(folder, *args, **options)
+        base: Any = super(ModelMethods, model)
+        base.save_pretrained(folder, *args, **options)
 
     def enable_gradient_checkpointing(self: Any) -> None:
         """`gradient_checkpointing_enable`, as Flax' models called it."""
@@ -200,7 +229,8 @@ class ModelMethods(MethodsMixin):
                 first = "/".join(map(str, min(names)))
                 raise InputError(f"params: {len(names)} {what}, such as {first}")
         for path, spec in specs.items():
-            expected, found = spec.shape[:: _order(spec)], jnp.shape(leaves[path])
+            leaf: Any = leaves[path]
+            expected, found = spec.shape[:: _order(spec)], jnp.shape(leaf)
             if found != expected:
                 raise InputError(
                     f"params: {'/'.join(path)}: expected shape {expected}, received {found}"
@@ -210,7 +240,7 @@ class ModelMethods(MethodsMixin):
             for path, spec in specs.items()
         }
 
-    def _without_params(self: Any) -> tuple[Self, dict[str, Any]]:
+    def _without_params(self: Any) -> tuple[Any, dict[str, Any]]:
         """The model, with shapes in place of parameters, and its parameters."""
         params = self.params
         checkpoint.init_abstract(self, np.dtype(self.dtype))
@@ -239,9 +269,9 @@ class ModelMethods(MethodsMixin):
         self._check_width("set_output_embeddings", table.shape[1])
         if self.lm_head is None:
             self._set_config(tie_word_embeddings=False)
-            head = Linear(self.config.embed_dim, len(table), bias=False, mesh=self.mesh)
+            head: Any = Linear(self.config.embed_dim, len(table), bias=False, mesh=self.mesh)
             self.lm_head = nnx.data(head)
-            self.lm_head.weight.set_value(jnp.zeros((0, 0), self.dtype))
+            head.weight.set_value(jnp.zeros((0, 0), self.dtype))
         self._put_table(self._spec("lm_head"), table)
 
     def _put_table(self: Any, spec: ParamSpec, table: NDArray[Any]) -> None:
@@ -289,22 +319,12 @@ def refuse_linen(name: str) -> Any:
 
 
 def _with_params(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a model's `__call__` take `params`, `dropout_rng` and `train` as well."""
+    """Lets a model's `__call__` take `params` as well."""
 
     @functools.wraps(call)
     def run(
-        self: Any,
-        input_ids: Any = None,
-        *args: Any,
-        params: Tree | None = None,
-        dropout_rng: Array | None = None,
-        train: bool | None = None,
-        **inputs: Any,
+        self: Any, input_ids: Any = None, *args: Any, params: Tree | None = None, **inputs: Any
     ) -> Any:
-        if dropout_rng is not None:
-            inputs["rngs"] = nnx.Rngs(dropout=dropout_rng)
-        if train is not None:
-            inputs["deterministic"] = not train
         return call(self.with_params(params), input_ids, *args, **inputs)
 
     return run

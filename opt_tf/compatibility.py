@@ -1,18 +1,18 @@
-"""Methods that `transformers` and KerasHub give their models, as far as they need TensorFlow."""
+"""The layer for code written for `transformers` and KerasHub: what TensorFlow has to do for it."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from opt_core.compatibility import datasets, keras_hub
+from opt_core.compatibility import keras_hub
 from opt_core.compatibility.methods import MethodsMixin
 from opt_core.config import OPTConfig
 from opt_core.dialects import KERAS
@@ -26,11 +26,31 @@ from opt_tf.linear import Embedding, Linear
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
 
-_INTERNAL_LOSSES = ("auto", "auto_with_warning", "passthrough")
-"""Names of `transformers` for the loss that a model has itself."""
-
 _ALIASES = ("base_model", "backbone", "_decoder")
 """Properties that are parts of a model under other names."""
+
+
+def name_inputs(
+    call: Callable[..., Any], first: Any, others: tuple[Any, ...], named: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a model's call by name: Keras takes positional ones for tensors.
+
+    Args:
+        call: The model's `call`.
+        first: Its first argument: ids, or, as Keras and `transformers` have it, several inputs in a
+            mapping, or in a tuple or list in the order of the parameters.
+        others: Its other positional arguments.
+        named: Arguments by name.
+    """
+    if isinstance(first, Mapping):
+        values = {**first, **named}
+    else:
+        if isinstance(first, tuple | list) and first and len(getattr(first[0], "shape", ())) == 2:
+            first, *others = first
+        values = {**inspect.signature(call).bind_partial(first, *others).arguments, **named}
+    if any(isinstance(value, keras.KerasTensor) for value in values.values()):
+        values.setdefault("use_cache", False)  # a functional model knows its outputs beforehand
+    return values
 
 
 class ModelMethods(MethodsMixin):
@@ -40,7 +60,7 @@ class ModelMethods(MethodsMixin):
     """The tokenizer that `fit` and `generate` turn texts into ids with."""
 
     @classmethod
-    def from_preset(cls: Any, preset: str | PathLike[str], **options: Any) -> Self:
+    def from_preset(cls: Any, preset: str | PathLike[str], **options: Any) -> Any:
         """Loads a model with its tokenizer, as KerasHub spells it.
 
         Args:
@@ -76,8 +96,7 @@ class ModelMethods(MethodsMixin):
 
     def serving_output(self, output: Any) -> dict[str, Any]:
         """An output as a dict of its tensors; those of all layers stacked, no cache."""
-        present = {name: value for name, value in vars(output).items() if value is not None}
-        present.pop("past_key_values", None)
+        present = {name: value for name, value in output.items() if name != "past_key_values"}
         return {
             name: tf.stack(value) if isinstance(value, tuple) else value
             for name, value in present.items()
@@ -150,97 +169,6 @@ class ModelMethods(MethodsMixin):
             archive.add_endpoint(name, self.eager_serving, input_signature=specs)
         archive.write_out(str(folder), verbose=verbose)
 
-    def prepare_tf_dataset(
-        self: Any,
-        dataset: Any,
-        batch_size: int = 8,
-        shuffle: bool = True,
-        tokenizer: Any = None,
-        collate_fn: Callable[..., Any] | None = None,
-        collate_fn_args: Mapping[str, Any] | None = None,
-        drop_remainder: bool | None = None,
-        prefetch: bool = True,
-    ) -> tf.data.Dataset:
-        """Batches of a dataset for `fit`: dicts of inputs, and their labels where there are some.
-
-        Args:
-            dataset: Rows that are mappings, by number: a list, or one of Hugging Face's `datasets`.
-            batch_size: Rows of a batch.
-            shuffle: In another order in each epoch.
-            tokenizer: Its `padding_side` is taken, and its `pad_token_id`.
-            collate_fn: Makes a batch of rows; None: shorter ones are padded.
-            collate_fn_args: More arguments of it.
-            drop_remainder: Leave out a last batch of fewer rows; None: where it shuffles.
-            prefetch: Make batches ahead.
-
-        Raises:
-            DataError: No rows that are mappings, or none of the model's columns.
-        """
-        accepted = inspect.signature(self.call).parameters
-        columns = datasets.columns_of(dataset, [*accepted, *datasets.LABELS])
-        pad = getattr(tokenizer, "pad_token_id", None)
-        pad = self.config.pad_token_id if pad is None else pad
-        side = getattr(tokenizer, "padding_side", "right")
-        drops = shuffle if drop_remainder is None else drop_remainder
-        rng = np.random.default_rng() if shuffle else None
-
-        def collate(rows: list[dict[str, Any]]) -> Any:
-            if collate_fn is None:
-                return datasets.stack_rows(rows, pad, side)
-            return collate_fn(rows, **(collate_fn_args or {}))
-
-        def batches(rows: int = batch_size, drops: bool = drops) -> Iterator[Any]:
-            for batch in datasets.batches_of(dataset, columns, rows, collate, drops, rng):
-                labels = {k: batch.pop(k) for k in datasets.LABELS if k in batch}
-                alone = next(iter(labels.values())) if len(labels) == 1 else labels
-                yield (batch, alone) if labels else batch
-
-        like = next(batches(min(batch_size, len(dataset)), False))
-        specs = keras.tree.map_structure(
-            lambda x: tf.TensorSpec([None] * x.ndim, tf.as_dtype(x.dtype)), like
-        )
-        made = tf.data.Dataset.from_generator(batches, output_signature=specs)
-        count = len(dataset) // batch_size if drops else -(-len(dataset) // batch_size)
-        made = made.apply(tf.data.experimental.assert_cardinality(count))
-        return made.prefetch(tf.data.AUTOTUNE) if prefetch else made
-
-    def compile(
-        self: Any,
-        optimizer: Any = "rmsprop",
-        loss: Any = None,
-        *args: Any,
-        sampler: Any = None,
-        **options: Any,
-    ) -> None:
-        """Keras' compile; nothing of an earlier one stays.
-
-        Args:
-            optimizer: As there.
-            loss: As there; None, or "passthrough" of `transformers`, for the model's own.
-            *args: Keras' own.
-            sampler: One of KerasHub's names, such as "greedy": sets `generation_config`.
-            **options: Keras' own.
-        """
-        if sampler is not None:
-            settings = keras_hub.sampler_settings(sampler)
-            self.generation_config = self.generation_config.replace(**settings)
-        if isinstance(loss, str) and loss in _INTERNAL_LOSSES:
-            loss = None
-        _private.forget_compilation(self)
-        super().compile(optimizer, loss, *args, **options)
-
-    def compile_from_config(self: Any, config: dict[str, Any]) -> None:
-        """Compiles a loaded model as the saved one was."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.optimizer is not None and self.built:
-            self.optimizer.build(self.trainable_variables)
-
-    def compute_output_spec(self: Any, input_ids: Any = None, *args: Any, **options: Any) -> Any:
-        """Keras' `compute_output_spec`; several inputs may come as one dict."""
-        if isinstance(input_ids, Mapping):
-            return super().compute_output_spec(**input_ids, **options)
-        return super().compute_output_spec(input_ids, *args, **options)
-
     def quantize(self: Any, mode: str, **options: Any) -> None:
         """Keeps the weights so from now on, as `from_pretrained(quantize=...)` does; only to run.
 
@@ -253,7 +181,8 @@ class ModelMethods(MethodsMixin):
         specs = param_specs(self.config, self.head)
         arrays = {spec.name: checkpoint.get_parameter(self, spec) for spec in specs}
         quantization.prepare(self, mode)
-        for layer in _private.sublayers(self):
+        layers: list[Any] = _private.sublayers(self)
+        for layer in layers:
             if not layer.built:
                 layer.build()
         self.quantized = self.base_model.quantized = mode
@@ -261,7 +190,7 @@ class ModelMethods(MethodsMixin):
             checkpoint.set_parameter(self, spec, arrays[spec.name])
         self._forget_programs()
 
-    def enable_lora(self, rank: int, target_layer_names: Any = None) -> None:
+    def enable_lora(self: Any, rank: int, target_layer_names: Any = None) -> None:
         """Puts adapters on queries and values, which alone are trained, as KerasHub does.
 
         Args:

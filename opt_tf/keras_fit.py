@@ -1,13 +1,14 @@
-"""A model's output in Keras' fit, evaluate and predict."""
+"""Data and labels into Keras' compile, fit, evaluate and predict, and a model's output there."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from opt_core.compatibility import keras_hub
+from opt_core.compatibility import datasets, keras_hub
 from opt_core.compatibility.datasets import LABELS
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
@@ -16,11 +17,105 @@ from opt_tf import _private
 from opt_tf.decoder import TFOPTOutput
 from opt_tf.inputs import as_integers, check_range
 
+_INTERNAL_LOSSES = ("auto", "auto_with_warning", "passthrough")
+"""Names of `transformers` for the loss that a model has itself."""
+
 
 class Fitted(keras.Model):
     """A Keras model whose output is a `TFOPTOutput` and that may have a loss of its own."""
 
     config: OPTConfig
+
+    def prepare_tf_dataset(
+        self: Any,
+        dataset: Any,
+        batch_size: int = 8,
+        shuffle: bool = True,
+        tokenizer: Any = None,
+        collate_fn: Callable[..., Any] | None = None,
+        collate_fn_args: Mapping[str, Any] | None = None,
+        drop_remainder: bool | None = None,
+        prefetch: bool = True,
+    ) -> tf.data.Dataset:
+        """Batches of a dataset for `fit`: dicts of inputs, and their labels where there are some.
+
+        Args:
+            dataset: Rows that are mappings, by number: a list, or one of Hugging Face's `datasets`.
+            batch_size: Rows of a batch.
+            shuffle: In another order in each epoch.
+            tokenizer: Its `padding_side` is taken, and its `pad_token_id`.
+            collate_fn: Makes a batch of rows; None: shorter ones are padded.
+            collate_fn_args: More arguments of it.
+            drop_remainder: Leave out a last batch of fewer rows; None: where it shuffles.
+            prefetch: Make batches ahead.
+
+        Raises:
+            DataError: No rows that are mappings, or none of the model's columns.
+        """
+        accepted = inspect.signature(self.call).parameters
+        columns = datasets.columns_of(dataset, [*accepted, *datasets.LABELS])
+        pad = getattr(tokenizer, "pad_token_id", None)
+        pad = self.config.pad_token_id if pad is None else pad
+        side = getattr(tokenizer, "padding_side", "right")
+        drops = shuffle if drop_remainder is None else drop_remainder
+        rng = np.random.default_rng() if shuffle else None
+
+        def collate(rows: list[dict[str, Any]]) -> Any:
+            if collate_fn is None:
+                return datasets.stack_rows(rows, pad, side)
+            return collate_fn(rows, **(collate_fn_args or {}))
+
+        def batches(rows: int = batch_size, drops: bool = drops) -> Iterator[Any]:
+            for batch in datasets.batches_of(dataset, columns, rows, collate, drops, rng):
+                labels = {k: batch.pop(k) for k in datasets.LABELS if k in batch}
+                alone = next(iter(labels.values())) if len(labels) == 1 else labels
+                yield (batch, alone) if labels else batch
+
+        like = next(batches(min(batch_size, len(dataset)), False))
+        specs = keras.tree.map_structure(
+            lambda x: tf.TensorSpec([None] * x.ndim, tf.as_dtype(x.dtype)), like
+        )
+        made = tf.data.Dataset.from_generator(batches, output_signature=specs)
+        count = len(dataset) // batch_size if drops else -(-len(dataset) // batch_size)
+        made = made.apply(tf.data.experimental.assert_cardinality(count))
+        return made.prefetch(tf.data.AUTOTUNE) if prefetch else made
+
+    def compile(
+        self: Any,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        *args: Any,
+        sampler: Any = None,
+        **options: Any,
+    ) -> None:
+        """Keras' compile; nothing of an earlier one stays.
+
+        Args:
+            optimizer: As there.
+            loss: As there; None, or "passthrough" of `transformers`, for the model's own.
+            *args: Keras' own.
+            sampler: One of KerasHub's names, such as "greedy": sets `generation_config`.
+            **options: Keras' own.
+        """
+        if sampler is not None:
+            settings = keras_hub.sampler_settings(sampler)
+            self.generation_config = self.generation_config.replace(**settings)
+        if isinstance(loss, str) and loss in _INTERNAL_LOSSES:
+            loss = None
+        _private.forget_compilation(self)
+        super().compile(optimizer, loss, *args, **options)
+
+    def compile_from_config(self: Any, config: dict[str, Any]) -> None:
+        """Compiles a loaded model as the saved one was."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def compute_output_spec(self: Any, input_ids: Any = None, *args: Any, **options: Any) -> Any:
+        """Keras' `compute_output_spec`; several inputs may come as one dict."""
+        if isinstance(input_ids, Mapping):
+            return super().compute_output_spec(**input_ids, **options)
+        return super().compute_output_spec(input_ids, *args, **options)
 
     def fit(self, x: Any = None, *args: Any, **options: Any) -> Any:
         """Keras' fit; ids that come as an array are checked first, as XLA could not refuse them.

@@ -1,4 +1,4 @@
-"""Methods that `transformers` gives its models, as far as they need PyTorch."""
+"""The layer for code written for `transformers`: what PyTorch has to do for it."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -7,13 +7,68 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from opt_core.compatibility.caches import CacheMixin
 from opt_core.compatibility.methods import MethodsMixin
 from opt_core.dialects import TORCH
+from opt_core.errors import InputError
 from opt_core.params import ParamSpec
 from opt_torch import attention, checkpoint
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
+
+
+class AdoptedCache(CacheMixin):
+    """A `DynamicCache` of `transformers` in the place of a `KVCache`: it is filled as it is there.
+
+    Such a cache knows no padding: each call's mask covers all tokens.
+    """
+
+    mask = None
+
+    def __init__(self, cache: Any):
+        self.cache, self.grows = cache, True
+        self.length = int(cache.get_seq_length())
+
+    @property
+    def keys(self) -> tuple[Tensor, ...]:
+        """One (B, H, S, K) tensor per layer; none while it is empty."""
+        return tuple(layer.keys for layer in self.cache.layers) if self.length else ()
+
+    def filled(self, count: int) -> int:
+        """Slots filled once `count` more tokens are in."""
+        return self.length + count
+
+    def with_room(self, count: int) -> "AdoptedCache":
+        """Itself: each layer grows as it is written."""
+        return self
+
+    def check_intact(self, count: int = 0) -> None:
+        """Accepts it: its owner sees every change."""
+
+    def write(self, layer: int, key_BHTK: Tensor, value_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one layer's new keys and values; returns all of them, (B, H, length + T, K)."""
+        return self.cache.update(key_BHTK, value_BHTK, layer)
+
+    def advance(self, count: int, mask_BS: Tensor | None) -> Any:
+        """The caller's own cache, which holds the new tokens now."""
+        return self.cache
+
+
+def adopt_cache(past: Any) -> AdoptedCache | None:
+    """A cache of `transformers` made usable; None for anything else.
+
+    Raises:
+        InputError: It is one of a fixed size, which returns slots that hold nothing.
+    """
+    if not (hasattr(past, "layers") and hasattr(past, "get_seq_length")):
+        return None
+    kind = type(past).__name__
+    if kind != "DynamicCache":
+        raise InputError(
+            f"past_key_values: expected a DynamicCache or one of init_cache, received a {kind}"
+        )
+    return AdoptedCache(past)
 
 
 class ModelMethods(MethodsMixin):
@@ -66,7 +121,7 @@ class ModelMethods(MethodsMixin):
             inputs_embeds: Used in place of the ids where there is no cache yet.
             **kwargs: Passed on.
         """
-        past = 0 if past_key_values is None else past_key_values.length
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if inputs_embeds is not None and not past:
             inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds}
         else:

@@ -32,7 +32,6 @@ class Model(Protocol):
     head: ClassVar[Head]
     config: OPTConfig
     generation_config: GenerationConfig
-    name_or_path: str
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ class Pretrained:
 
     def set_generation_config(self, model: Model) -> None:
         """Gives a model its name, a language model the settings of generation_config.json."""
-        model.name_or_path, home = self.name, _home(self.path)
+        setattr(model, "name_or_path", self.name)  # noqa: B010  of Flax' models a property
+        home = _home(self.path)
         if model.head == "causal_lm" and (home / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(home)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from opt_core.outputs import ModelOutput
 from opt_core.params import Head, param_specs
 from opt_core.training.config import TrainConfig
 from tests.support.oracle import Array
@@ -78,9 +79,10 @@ class Backend:
 
     def run(self, model: Any, **inputs: Any) -> SimpleNamespace:
         """The output's fields as arrays; the cache stays what it is."""
-        out = vars(self.call(model, **inputs))
+        out, names = self.call(model, **inputs), ModelOutput.__annotations__
         return SimpleNamespace(
-            **{k: v if k == "past_key_values" else self.numpy(v) for k, v in out.items()}
+            **dict.fromkeys(names)
+            | {k: v if k == "past_key_values" else self.numpy(v) for k, v in out.items()}
         )
 
     def generate(self, model: Any, input_ids: Any, **settings: Any) -> Any:
