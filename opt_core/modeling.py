@@ -16,6 +16,7 @@ from opt_core.compatibility.calls import (
     kept_tokens,
 )
 from opt_core.compatibility.methods import MethodsMixin
+from opt_core.compatibility.saving import read_saving
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError
 from opt_core.generation.config import GenerationConfig
@@ -25,6 +26,9 @@ from opt_core.quantization import check_not_quantized
 from opt_core.training.labels import question_answering
 
 Decoder = TypeVar("Decoder")
+INTERCHANGEABLE = ("eager", "sdpa", "flash_attention_2")
+"""Names of implementations of attention that give the same numbers: where a framework lacks one,
+it takes "sdpa"."""
 
 
 class Backend(NamedTuple):
@@ -59,20 +63,47 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
     config: OPTConfig
     generation_config: GenerationConfig
 
-    def _configure(self, config: OPTConfig, attn_implementation: str) -> None:
+    def _configure(self, config: Any, attn_implementation: str | None) -> None:
         """Takes the settings over.
 
         Raises:
-            ConfigError: No such attention implementation.
+            ConfigError: No such attention implementation, or a malformed configuration.
         """
+        config = OPTConfig.from_any(config)
+        config.validate()
         known = self.backend.attention.IMPLEMENTATIONS
-        if attn_implementation not in known:
+        name = attn_implementation or config.attn_implementation
+        if name in INTERCHANGEABLE and name not in known:
+            name = "sdpa"
+        if name not in known:
             raise ConfigError(
-                f"attn_implementation: expected one of {', '.join(known)}, "
-                f"received {attn_implementation!r}"
+                f"attn_implementation: expected one of {', '.join(known)}, received {name!r}"
             )
-        self.config, self.attn_implementation = config, attn_implementation
+        if name != config.attn_implementation:
+            config = config.copy()  # the caller's stays as it is
+            config.attn_implementation = name
+        self.config, self.attn_implementation = config, name
+        self.note_structure()
         self.generation_config = GenerationConfig.from_model(config)
+
+    def note_structure(self) -> None:
+        """Takes the configuration as it is for that of the parameters."""
+        self._made_of = self.config.structure, self.config.num_labels
+
+    def check_config(self) -> None:
+        """Checks that the configuration still is that of the parameters.
+
+        Raises:
+            ConfigError: A field was changed that decides their shapes.
+        """
+        structure, labels = self._made_of
+        if self.config.structure != structure:
+            self.config.explain_change(structure)
+        if self.head == "sequence_classification" and self.config.num_labels != labels:
+            raise ConfigError(
+                f"num_labels={self.config.num_labels} was set on a model of {labels}; make a new "
+                "one: from_pretrained(..., num_labels=..., ignore_mismatched_sizes=True)"
+            )
 
     def get_decoder(self) -> Decoder:
         """The decoder, wherever the class keeps it."""
@@ -99,16 +130,27 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         decoder.gradient_checkpointing = enabled
 
     def save_pretrained(
-        self, folder: str | PathLike[str], max_shard_size: str | int = "5GB"
+        self,
+        folder: str | PathLike[str] | None = None,
+        max_shard_size: str | int = "5GB",
+        **arguments: Any,
     ) -> None:
         """Writes config.json, generation_config.json and safetensors, as `transformers` reads them.
 
         Args:
             folder: Made if missing; other files in it stay.
             max_shard_size: Larger models are split into files of at most this size.
+            **arguments: Those of `transformers`, as `opt_core.compatibility.saving` takes them:
+                `state_dict`, `safe_serialization`, `push_to_hub` and so on.
         """
         check_not_quantized(self, "save_pretrained")
-        self.backend.checkpoint.save_pretrained(self, folder, max_shard_size)
+        self.check_config()
+        self.config.validate()
+        options = read_saving(folder, arguments)
+        if options.writes:
+            self.backend.checkpoint.save_pretrained(self, options.folder, max_shard_size, options)
+        if options.repository:
+            self.push_to_hub(options.repository, max_shard_size=max_shard_size, **options.hub)
 
     def _decode(
         self,
@@ -128,6 +170,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
             options: The call's other arguments.
             **mode: More arguments of the framework's decoder.
         """
+        self.check_config()
         own = "input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values"
         check_options(options, (*own, "labels", "output_hidden_states", "output_attentions"))
         config, use_cache, inputs = self.config, options.get("use_cache"), self.backend.inputs

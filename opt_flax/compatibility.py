@@ -10,7 +10,6 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
 
 Tree = Mapping[str, Any]
-
-_NAMES: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-"""What models were loaded from: an attribute would make programs of its own for each name."""
 
 
 class FlaxCallOptions(CallOptions, total=False):
@@ -72,15 +68,6 @@ class ModelMethods(MethodsMixin):
         super().__init_subclass__(**kwargs)
         if "__call__" in vars(cls):
             cls.__call__ = _with_params(vars(cls)["__call__"])
-
-    @property
-    def name_or_path(self) -> str:
-        """What the model was loaded from; empty if it was not."""
-        return _NAMES.get(self, "")
-
-    @name_or_path.setter
-    def name_or_path(self, name: str) -> None:
-        _NAMES[self] = name
 
     @property
     def params(self: Any) -> dict[str, Any]:

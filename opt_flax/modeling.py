@@ -14,6 +14,7 @@ from opt_core.config import OPTConfig
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
 from opt_flax import (
+    _private,
     attention,
     beam,
     checkpoint,
@@ -29,6 +30,8 @@ from opt_flax.compatibility import refuse_linen as __getattr__  # noqa: F401
 from opt_flax.decoder import FlaxOPTDecoder, FlaxOPTOutput
 from opt_flax.linear import Linear
 
+_private.register_config()
+
 
 class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
     """The base of the model and of its heads: making, loading and caches."""
@@ -41,7 +44,7 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
         self,
         config: OPTConfig,
         seed: int | None = 0,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         scan_layers: bool = False,
         mesh: Mesh | None = None,
         input_shape: Any = None,
@@ -106,16 +109,15 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | PathLike[str],
-        dtype: str = "float32",
+        path_or_hub_id: str | PathLike[str] | None = None,
+        dtype: Any = "float32",
         mesh: Mesh | None = None,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         progress: Callable[[int, int], None] | None = None,
-        config: OPTConfig | None = None,
+        config: Any = None,
         scan_layers: bool = False,
         quantize: str | None = None,
-        _do_init: bool = True,
-        **hub: Any,
+        **arguments: Any,
     ) -> Self:
         """Loads a checkpoint, from safetensors or from PyTorch's `.bin`.
 
@@ -127,18 +129,19 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
                 part of the file, no host holds the whole. None: JAX's default device.
             attn_implementation: "sdpa", "eager" or "flash_attention_2".
             progress: Called with (bytes loaded, bytes in all) after each tensor.
-            config: Replaces the checkpoint's config.json, for example to set `num_labels`.
+            config: Replaces the checkpoint's config.json: a configuration, or where one is.
             scan_layers: As in the constructor.
             quantize: "int8" or "int4": keep the weights so (`opt_core.quantization`), only to run,
                 on one device.
-            _do_init: False: return the model without parameters, and these (`params`).
-            **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+            **arguments: `revision`, `token`, `local_files_only` and so on, as in
+                `opt_core.hub.resolve`; fields of the configuration, such as `num_labels`; and
+                what else `transformers` takes (`opt_core.compatibility.loading`).
 
         Raises:
             CheckpointError: Files are missing or damaged, or do not fit the configuration.
             ConfigError: The configuration is malformed, or an option is not one of the above.
         """
-        model: Any = checkpoint.from_pretrained(
+        return checkpoint.from_pretrained(
             cls,
             path_or_hub_id,
             dtype,
@@ -148,9 +151,8 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
             config,
             scan_layers,
             quantize,
-            **hub,
+            **arguments,
         )
-        return model if _do_init else model._without_params()
 
     def _decode(
         self, *values: Any, deterministic: bool | None = None, rngs: nnx.Rngs | None = None

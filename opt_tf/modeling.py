@@ -46,7 +46,7 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
         self,
         config: OPTConfig,
         seed: int | None = 0,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         quantize: str | None = None,
         **options: Any,
     ):
@@ -107,13 +107,13 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | PathLike[str],
+        path_or_hub_id: str | PathLike[str] | None = None,
         dtype: Any = "float32",
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         progress: Callable[[int, int], None] | None = None,
-        config: OPTConfig | None = None,
+        config: Any = None,
         quantize: str | None = None,
-        **hub: Any,
+        **arguments: Any,
     ) -> Self:
         """Loads a checkpoint.
 
@@ -123,16 +123,18 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
                 Keras' "mixed_bfloat16" or "mixed_float16".
             attn_implementation: "sdpa" or "eager".
             progress: Called with (bytes loaded, bytes in all) after each tensor.
-            config: Replaces the checkpoint's config.json, for example to set `num_labels`.
+            config: Replaces the checkpoint's config.json: a configuration, or where one is.
             quantize: "int8" or "int4": keep the weights so (`opt_core.quantization`), only to run.
-            **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+            **arguments: `revision`, `token`, `local_files_only` and so on, as in
+                `opt_core.hub.resolve`; fields of the configuration, such as `num_labels`; and
+                what else `transformers` takes (`opt_core.compatibility.loading`).
 
         Raises:
             CheckpointError: Files are missing or damaged, or do not fit the configuration.
             ConfigError: The configuration is malformed, or an option is not one of the above.
         """
         return checkpoint.from_pretrained(
-            cls, path_or_hub_id, dtype, attn_implementation, progress, config, quantize, **hub
+            cls, path_or_hub_id, dtype, attn_implementation, progress, config, quantize, **arguments
         )
 
     def get_config(self) -> dict[str, Any]:

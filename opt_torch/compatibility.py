@@ -76,8 +76,11 @@ class ModelMethods(MethodsMixin):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.name_or_path = ""
         self.warnings_issued: dict[str, bool] = {}
+
+    def _configure(self: Any, *args: Any) -> None:
+        super()._configure(*args)
+        vars(self)["name_or_path"] = self.name_or_path  # PEFT looks for it nowhere else
 
     def tie_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         """Makes a tied head the token embedding, and both layers say how many rows they have."""

@@ -33,7 +33,9 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         attention, checkpoint, inputs, losses, generation, beam, speculative
     )  # fmt: skip
 
-    def __init__(self, config: OPTConfig, seed: int | None = 0, attn_implementation: str = "sdpa"):
+    def __init__(
+        self, config: OPTConfig, seed: int | None = 0, attn_implementation: str | None = None
+    ):
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
 
         Args:
@@ -81,14 +83,14 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | PathLike[str],
-        dtype: str | torch.dtype = "float32",
+        path_or_hub_id: str | PathLike[str] | None = None,
+        dtype: str | torch.dtype | None = "float32",
         device: str | torch.device = "cpu",
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         progress: Callable[[int, int], None] | None = None,
-        config: OPTConfig | None = None,
+        config: Any = None,
         quantize: str | None = None,
-        **hub: Any,
+        **arguments: Any,
     ) -> Self:
         """Loads a checkpoint.
 
@@ -100,9 +102,11 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
             device: Where to put the weights.
             attn_implementation: "sdpa", "eager" or "flash_attention_2".
             progress: Called with (bytes loaded, bytes in all) after each tensor.
-            config: Replaces the checkpoint's config.json, for example to set `num_labels`.
+            config: Replaces the checkpoint's config.json: a configuration, or where one is.
             quantize: "int8" or "int4": keep the weights so (`opt_core.quantization`), only to run.
-            **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+            **arguments: `revision`, `token`, `local_files_only` and so on, as in
+                `opt_core.hub.resolve`; fields of the configuration, such as `num_labels`; and
+                what else `transformers` takes (`opt_core.compatibility.loading`).
 
         Raises:
             CheckpointError: Files are missing or damaged, or do not fit the configuration.
@@ -110,7 +114,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         """
         return checkpoint.from_pretrained(
             cls, path_or_hub_id, dtype, device, attn_implementation, progress, config, quantize,
-            **hub,
+            **arguments,
         )  # fmt: skip
 
     def _adopt(self, past: Any, starts: bool) -> Any:

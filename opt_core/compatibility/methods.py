@@ -47,8 +47,11 @@ class MethodsMixin(UploadMixin):
     backend: ClassVar[Any]
     config: OPTConfig
     attn_implementation: str
-    name_or_path: str = ""
-    """What the model was loaded from; empty if it was not."""
+
+    @property
+    def name_or_path(self) -> str:
+        """What the model was loaded from; empty if it was not."""
+        return str(getattr(self.config, "name_or_path", ""))
 
     @property
     def base_model(self) -> Any:
@@ -223,6 +226,7 @@ class MethodsMixin(UploadMixin):
             )
         if name == "flash_attention_2":
             self._check_flash()
+        self.config.attn_implementation = name
         for part in (self, self.base_model):
             part.attn_implementation = name
         self._decoder.implementation = name
@@ -244,10 +248,24 @@ class MethodsMixin(UploadMixin):
             raise ConfigError(f"{name}: expected a width of {self.config.embed_dim}, found {width}")
 
     def _set_config(self, **changes: Any) -> None:
-        """Changes the configuration, wherever the model keeps it."""
-        config = self.config.replace(**changes)
-        for part in (self, self.base_model, self._decoder):
-            part.config = config
+        """Changes the configuration, as far as the parameters do."""
+        self.config.replace(**changes)  # refuses what does not fit, before anything is changed
+        for name, value in changes.items():
+            setattr(self.config, name, value)
+        for part in (self, self.base_model):
+            part.note_structure()
+
+    def note_structure(self) -> None:
+        """Takes the configuration as it is for that of the parameters."""
+        raise NotImplementedError
+
+    def _without_params(self) -> tuple[Any, Any]:
+        """The model, and its parameters apart from it, which only Flax has.
+
+        Raises:
+            ConfigError: This is another framework.
+        """
+        raise ConfigError("_do_init=False: only Flax' models have parameters apart from them")
 
     def _forget_programs(self) -> None:
         """Drops what was compiled for the layers as they were, where the backend keeps that."""
