@@ -230,7 +230,8 @@ def _tokenizer_problems(tokenizer: OPTTokenizer, config: OPTConfig) -> Iterator[
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         here, there = getattr(config, name), getattr(tokenizer, name)
-        if here is not None and there is not None and here != there:
+        ids = here if isinstance(here, tuple) else (here,)
+        if here is not None and there is not None and there not in ids:
             yield f"config.json has {name}={here}, but the tokenizer has {there}"
 
 

@@ -1,70 +1,50 @@
-"""The model's configuration: `transformers`' field names and defaults, frozen and validated.
+"""The model's configuration: `transformers`' field names and defaults, validated.
 
-Reading is fail-closed: a key this project does not know raises instead of being dropped, because a
-dropped key is how two implementations come to give different numbers for one checkpoint.
+Reading is fail-closed where it matters: a key that changes what OPT computes, or a near miss of a
+field, raises instead of being dropped, because a dropped key is how two implementations come to
+give different numbers for one checkpoint (`opt_core.compatibility.config_keys`).
 """
 
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, cast, get_type_hints
 
-from opt_core.errors import ConfigError
-from opt_core.json_files import read_json, write_json
+from opt_core.compatibility.config_keys import (
+    ALIASES,
+    check_synonyms,
+    is_known,
+    near_miss,
+    sort_keys,
+)
+from opt_core.compatibility.config_methods import ConfigMethods
+from opt_core.compatibility.loading import read_arguments, sort_arguments
+from opt_core.compatibility.notices import notice
+from opt_core.config_checks import check_ranges, check_types
+from opt_core.config_values import NORMAL, default_labels, labels_by_index
+from opt_core.errors import ConfigError, MissingFileError
+from opt_core.json_files import read_json
 from opt_core.presets import PRESETS
 
-ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish")
-DTYPES = ("float32", "float16", "bfloat16", "float64")
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-# Keys that older conversions wrote for the same thing (the hub's config.json files of May 2022).
-_ALIASES = {
-    "d_model": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "embed_dim": "word_embed_proj_dim",
-    "bias": "enable_bias",
-    "share_input_output_embed": "tie_word_embeddings",
-    "torch_dtype": "dtype",
-}
-# Keys that ask for another architecture unless they have this value.
-_FIXED: dict[str, object] = {
-    "model_type": "opt",
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "scale_embedding": False,
-    "scale_embeddings": False,
-    "learned_embeddings": True,
-    "pruned_heads": {},
-    "quantization_config": {},
-}
-# Keys with no bearing on what the model computes: bookkeeping, and the generation defaults that old
-# configs carried (generation reads generation_config.json).
-_IGNORED = frozenset([
-    "_name_or_path", "activation_dropout", "architectures", "attn_implementation",
-    "_attn_implementation", "_attn_implementation_autoset", "auto_map", "chunk_size_feed_forward",
-    "cross_attention_hidden_size", "decoder_layernorm", "decoder_start_token_id", "finetuning_task",
-    "is_decoder", "label2id", "num_classes", "output_attentions", "output_hidden_states",
-    "output_projection", "prefix", "return_dict", "sep_token_id", "task_specific_params",
-    "tf_legacy_loss", "tokenizer_class", "torchscript", "transformers_version", "use_bfloat16",
-    "use_return_dict", "tie_encoder_decoder", "bad_words_ids", "begin_suppress_tokens",
-    "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
-    "length_penalty", "max_length", "max_new_tokens", "min_length", "no_repeat_ngram_size",
-    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
-    "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
-    "temperature", "top_k", "top_p", "typical_p",
-])  # fmt: skip
+_STRUCTURE = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "max_position_embeddings"),
+    *("do_layer_norm_before", "_remove_final_layer_norm", "word_embed_proj_dim"),
+    *("num_attention_heads", "enable_bias", "layer_norm_elementwise_affine"),
+)
+"""Fields that decide the shape of a decoder."""
 
 
-@dataclass(frozen=True)
-class OPTConfig:
+@dataclass(init=False, eq=False, repr=False)
+class OPTConfig(ConfigMethods):
     """Hyper-parameters of one OPT model.
 
     Field names, meanings and defaults are those of `transformers.OPTConfig`; the defaults describe
-    opt-125m. Instances are immutable and hashable: change one with `replace`.
+    opt-125m. Fields can be set; they are validated when something is made of them: a model, a file.
+    A model's shape does not follow: it says so when it is used. Other attributes that
+    `transformers`' configurations have can be read and set too, and further keyword arguments are
+    kept as attributes.
 
     Attributes:
         vocab_size: Rows of the token embedding V. 50272 for OPT (50265 tokens padded to 8).
@@ -78,24 +58,32 @@ class OPTConfig:
         dropout: Probability on the outputs of attention and feed-forward, in training.
         attention_dropout: Probability on the attention weights, in training.
         num_attention_heads: Heads H; `hidden_size / num_attention_heads` is the head size K.
-        activation_function: One of `ACTIVATIONS`; "gelu" is the exact (erf) one.
+        activation_function: "relu", "gelu" (the exact one, erf), "gelu_new", "gelu_pytorch_tanh",
+            "silu" or "swish".
         layerdrop: Probability of leaving out a whole layer, in training.
         init_std: Standard deviation of freshly initialised weights.
-        use_cache: Kept for other readers of the file; here passing a cache is what uses one.
+        use_cache: Whether a call of the model in inference returns a cache.
         pad_token_id: Padding id; its embedding row starts at zero and gets no gradient.
         bos_token_id: First token of every text (the same id as the last one, for OPT).
-        eos_token_id: Token that ends a text.
+        eos_token_id: Token that ends a text, or several, as a tuple.
         enable_bias: Whether the linear layers have biases (False: Galactica 30b, 120b).
         layer_norm_elementwise_affine: Whether norms have gamma and beta (False: Galactica 30b,
             120b).
         tie_word_embeddings: Whether the language-model head is the token embedding.
         num_labels: Classes of the sequence-classification head.
-        id2label: Class names, by index; None means LABEL_0, LABEL_1, ...
-        problem_type: One of `PROBLEM_TYPES`, or None: inferred from `num_labels` and the labels.
+        id2label: Class names, by index; by default LABEL_0, LABEL_1, ...
+        problem_type: "regression", "single_label_classification", "multi_label_classification", or
+            None: inferred from `num_labels` and the labels.
         dtype: Data type the weights are stored in, where the file says so.
+        output_attentions: Whether calls return the attention weights unless they say otherwise.
+        output_hidden_states: Whether calls return the states between the layers likewise.
+        return_dict: Whether calls return an output with names (True), or a tuple.
+        gradient_checkpointing: Whether models made of it start with
+            `gradient_checkpointing_enable()`.
 
     Raises:
-        ConfigError: A value is out of range or contradicts another one.
+        ConfigError: A value is out of range or contradicts another one, or an argument is a near
+            miss of a field or would change what OPT computes.
     """
 
     vocab_size: int = 50272
@@ -115,20 +103,115 @@ class OPTConfig:
     use_cache: bool = True
     pad_token_id: int | None = 1
     bos_token_id: int | None = 2
-    eos_token_id: int | None = 2
+    eos_token_id: int | tuple[int, ...] | None = 2
     enable_bias: bool = True
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
     num_labels: int = 2
-    id2label: dict[int, str] | None = field(default=None, hash=False)
+    id2label: dict[int, str] | None = None
     problem_type: str | None = None
     dtype: str | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
+    gradient_checkpointing: bool = False
 
-    def __post_init__(self) -> None:
-        _check_types(self)
-        if self.word_embed_proj_dim is None:
-            object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)
-        _check_ranges(self)
+    def __init__(self, *positional: Any, **settings: Any) -> None:
+        if len(positional) > len(_FIELDS):
+            raise ConfigError(f"expected at most {len(_FIELDS)} values, received {len(positional)}")
+        given = dict(zip(_FIELDS, positional, strict=False))
+        if twice := given.keys() & settings.keys():
+            raise ConfigError(f"{', '.join(sorted(twice))}: given twice")
+        self._fill(given | settings)
+
+    def _fill(self, values: Mapping[str, Any], source: str = "") -> None:
+        """Takes the contents of a file, or arguments, over; what they leave open is the default."""
+        keys = sort_keys(values, _FIELDS, source)
+        found = keys.fields
+        vars(self).update(_FIELDS)
+        if found.get("id2label") is not None:
+            labels = labels_by_index(found["id2label"], source)
+            found = {"num_labels": len(labels)} | found | {"id2label": labels}
+        else:
+            count = found.get("num_labels", self.num_labels)
+            found = found | {"id2label": default_labels(count) if type(count) is int else None}
+        for name, value in found.items():
+            vars(self)[name] = NORMAL[name](value) if name in NORMAL else value
+        vars(self)["word_embed_proj_dim"] = found.get("word_embed_proj_dim") or self.hidden_size
+        try:
+            self.validate()
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}" if source else str(error)) from None
+        self.structure = tuple(getattr(self, name) for name in _STRUCTURE)
+        check_synonyms(self, keys.synonyms, source)
+        for name, value in keys.extras.items():
+            if not hasattr(type(self), name):
+                setattr(self, name, value)
+        if source and keys.unknown:
+            names = ", ".join(keys.unknown)
+            notice(f"{source}: keys that OPT does not have, without effect: {names}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        name = ALIASES.get(name, name)
+        state = vars(self)
+        state.pop("_snapshot", None)
+        if name == "num_labels" and value != self.num_labels:
+            state["id2label"] = default_labels(value) if type(value) is int else None
+            state.pop("label2id", None)
+        if name == "id2label":
+            value = default_labels(self.num_labels) if value is None else labels_by_index(value, "")
+            state["num_labels"] = len(value)
+            state.pop("label2id", None)
+        object.__setattr__(self, name, NORMAL[name](value) if name in NORMAL else value)
+        if name in _STRUCTURE:
+            state["structure"] = tuple(state[field] for field in _STRUCTURE)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, OPTConfig):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in _FIELDS)
+
+    def __hash__(self) -> int:
+        return hash(tuple(getattr(self, name) for name in _FIELDS if name != "id2label"))
+
+    def snapshot(self) -> "OPTConfig":
+        """A copy that stays as it is, the same one until a field changes.
+
+        Compiled programs are kept by it: a change makes another program, and what was made is found
+        again when it is taken back.
+        """
+        kept = vars(self).get("_snapshot")
+        if kept is None:
+            kept = copy.deepcopy(self)
+            vars(self)["_snapshot"] = kept
+        return kept
+
+    def become(self, snapshot: "OPTConfig") -> None:
+        """Takes the fields of a snapshot over; what else this object was given, it keeps."""
+        if snapshot != self:
+            self.update({name: getattr(snapshot, name) for name in ("num_labels", *_FIELDS)})
+
+    def explain_change(self, structure: tuple[Any, ...]) -> NoReturn:
+        """Says which field was changed since a model with this structure was made.
+
+        Raises:
+            ConfigError: Always.
+        """
+        changed = zip(_STRUCTURE, structure, self.structure, strict=True)
+        name, old, new = next(change for change in changed if change[1] != change[2])
+        raise ConfigError(
+            f"{name}={new!r} was set on a model made with {old!r}, whose parameters cannot follow; "
+            "set it back, or make a new model of a changed copy: config.replace(...)"
+        )
+
+    def validate(self) -> None:
+        """Checks every field, and how they go together.
+
+        Raises:
+            ConfigError: A value is out of range or contradicts another one.
+        """
+        check_types(self, _HINTS)
+        check_ranges(self)
 
     @property
     def embed_dim(self) -> int:
@@ -169,90 +252,114 @@ class OPTConfig:
         return cls(**PRESETS[name])
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> "OPTConfig":
+    def from_dict(
+        cls, values: Mapping[str, Any], source: str = "config", **changes: Any
+    ) -> "OPTConfig":
         """Makes a configuration from the contents of a config.json.
 
         Args:
-            values: Keys as `transformers` or an older conversion wrote them.
+            values: Keys as `transformers` or an older conversion wrote them. A key that OPT does
+                not have and that cannot change what it computes is kept, and named in a warning.
             source: Name of the file, for messages.
+            **changes: Fields that replace those of the file.
 
         Raises:
-            ConfigError: An unknown key, an alias that contradicts its field, or a bad value.
+            ConfigError: Another model, quantised weights, a key that changes what OPT computes, a
+                near miss of a field, an alias that contradicts its field, or a bad value.
         """
-        fields = {f.name for f in dataclasses.fields(cls)}
-        found: dict[str, Any] = {k: v for k, v in values.items() if k in fields}
-        for key, value in values.items():
-            if key in fields or key in _IGNORED:
-                continue
-            if key in _ALIASES:
-                name = _ALIASES[key]
-                if found.setdefault(name, value) != value and key != "torch_dtype":
-                    raise ConfigError(
-                        f"{source}: {key}={value!r} contradicts {name}={found[name]!r}; "
-                        "keep one of them"
-                    )
-            elif key in _FIXED:
-                if value is not None and value != _FIXED[key]:
-                    raise ConfigError(
-                        f"{source}: {key}={value!r} is not supported; expected {_FIXED[key]!r}"
-                    )
-            elif value is not None:
-                raise ConfigError(
-                    f"{source}: unknown key {key!r} (value {value!r}); if it does not change what "
-                    "the model computes, remove it from the file"
-                )
-        return cls._from_file_values(found, source)
+        config = cls.__new__(cls)
+        config._fill(values, source)
+        return config.replace(**changes) if changes else config
 
     @classmethod
-    def _from_file_values(cls, found: dict[str, Any], source: str) -> "OPTConfig":
-        labels: Mapping[Any, Any] | Sequence[Any] | float | None = found.get("id2label")
-        if isinstance(labels, Mapping):
-            try:
-                found["id2label"] = {int(k): str(v) for k, v in labels.items()}
-            except ValueError:
-                raise ConfigError(f"{source}: id2label keys must be integers: {labels!r}") from None
-            found.setdefault("num_labels", len(found["id2label"]))
-            if found["id2label"] == _default_labels(found["num_labels"]):
-                found["id2label"] = None
-        if isinstance(found.get("dtype"), str):
-            found["dtype"] = found["dtype"].removeprefix("torch.")
-        try:
-            return cls(**found)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
-
-    @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | PathLike[str], **hub: Any) -> "OPTConfig":
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | PathLike[str],
+        return_unused_kwargs: bool = False,
+        **arguments: Any,
+    ) -> Any:
         """Reads config.json from a folder or a hub repository.
 
         Args:
             path_or_hub_id: Folder, path of a config.json, hub id such as "facebook/opt-125m",
                 or "mini".
-            **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+            return_unused_kwargs: Return the arguments that are neither fields nor the hub's too.
+            **arguments: `revision`, `token`, `local_files_only`, `cache_dir`, `subfolder` and so
+                on, as in `opt_core.hub.resolve`; and fields, which replace those of the file.
+
+        Returns:
+            The configuration; with `return_unused_kwargs`, it and a dict.
 
         Raises:
-            ConfigError: The file is missing, is not JSON, or describes no OPT model.
+            ConfigError: The file is missing (then it is an OSError too), is not JSON, or describes
+                no OPT model; or an argument is unknown.
         """
         from opt_core.hub import resolve  # huggingface_hub is imported only when it is needed
 
-        path = resolve(path_or_hub_id, files=("config.json",), **hub)
+        changes = {k: v for k, v in arguments.items() if k in ("dtype", "torch_dtype")}
+        others = {k: v for k, v in arguments.items() if k not in changes}
+        sort = sort_arguments if return_unused_kwargs else read_arguments
+        options = sort(others, _FIELDS)
+        path = resolve(path_or_hub_id, files=("config.json",), **options.hub)
         path = path / "config.json" if path.is_dir() else path
-        return cls.from_dict(read_json(path), str(path))
+        if not path.exists():
+            raise MissingFileError(f"{path}: no such file")
+        config = cls.from_dict(read_json(path), str(path), **(changes | options.changes))
+        config.name_or_path = str(path_or_hub_id)
+        return (config, options.unused) if return_unused_kwargs else config
 
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Writes config.json into a folder (made if missing), readable by `transformers`."""
-        write_json(Path(folder) / "config.json", self.to_dict())
+    @classmethod
+    def from_any(cls, config: Any) -> "OPTConfig":
+        """A configuration of whatever a caller has.
+
+        Args:
+            config: A configuration, which is returned itself; one of `transformers`, a dict, or
+                what `from_pretrained` takes.
+
+        Raises:
+            ConfigError: It is something else, or describes no OPT model.
+        """
+        if isinstance(config, OPTConfig):
+            return config
+        if isinstance(config, str | PathLike):
+            return cls.from_pretrained(cast("str | PathLike[str]", config))
+        values: Any = config.to_dict() if hasattr(config, "to_dict") else config
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"config: expected an OPTConfig, received {type(config).__name__}")
+        return cls.from_dict(cast("Mapping[str, Any]", values), "config")
 
     def to_dict(self) -> dict[str, Any]:
-        """Contents of config.json: every field, and what `transformers` needs to know it as OPT."""
-        values: dict[str, Any] = {"model_type": "opt"}
-        values |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """Contents of config.json: every field, and what `transformers` needs to know it as OPT.
+
+        Attributes beside the fields are there where they are set.
+        """
+        values: dict[str, Any] = {"model_type": self.model_type}
+        values |= {name: getattr(self, name) for name in _FIELDS}
+        for name in _SWITCHES:
+            if values[name] == _FIELDS[name]:
+                del values[name]
         # transformers derives num_labels from id2label, and before 4.56 knew only torch_dtype.
-        labels = self.id2label or _default_labels(values.pop("num_labels"))
+        labels: dict[int, str] = values["id2label"] or default_labels(values["num_labels"])
+        del values["num_labels"]
         values["id2label"] = {str(k): v for k, v in labels.items()}
-        values["label2id"] = {v: k for k, v in labels.items()}
+        values["label2id"] = self.label2id
         values["torch_dtype"] = values.pop("dtype")
+        if isinstance(self.eos_token_id, tuple):
+            values["eos_token_id"] = list(self.eos_token_id)
+        values |= {k: v for k, v in self.extras().items() if k not in values}
         return {k: v for k, v in values.items() if v is not None or k.endswith("token_id")}
+
+    def extras(self) -> dict[str, Any]:
+        """Attributes beside the fields, those that belong to this object alone left out."""
+        own = {
+            *_FIELDS,
+            "structure",
+            "label2id",
+            "_snapshot",
+            "_name_or_path",
+            "_attn_implementation",
+        }
+        return {name: value for name, value in vars(self).items() if name not in own}
 
     def replace(self, **changes: Any) -> "OPTConfig":
         """A copy with some fields changed.
@@ -260,63 +367,34 @@ class OPTConfig:
         Raises:
             ConfigError: A name that is no field, or a value that does not fit.
         """
-        known = [f.name for f in dataclasses.fields(self)]
         for name in changes:
-            if name not in known:
-                raise ConfigError(f"unknown field {name!r}; expected one of {', '.join(known)}")
+            if ALIASES.get(name, name) not in _FIELDS and not is_known(name):
+                near = near_miss(name, _FIELDS)
+                hint = (
+                    f"did you mean {near!r}?" if near else f"expected one of {', '.join(_FIELDS)}"
+                )
+                raise ConfigError(f"unknown field {name!r}; {hint}")
+        keys = sort_keys(changes, _FIELDS)
+        found = keys.fields
         # A width that merely followed hidden_size keeps following it.
-        if "hidden_size" in changes and not self.has_projections:
-            changes.setdefault("word_embed_proj_dim", None)
-        if "num_labels" in changes and changes["num_labels"] != self.num_labels:
-            changes.setdefault("id2label", None)
-        return dataclasses.replace(self, **changes)
+        if "hidden_size" in found and not self.has_projections:
+            found.setdefault("word_embed_proj_dim", found["hidden_size"])
+        new = copy.deepcopy(self)
+        for name, value in (found | keys.extras).items():
+            setattr(new, name, value)
+        if new.word_embed_proj_dim is None:
+            new.word_embed_proj_dim = new.hidden_size
+        if found.get("id2label") is not None:  # whichever was set last, they must agree
+            vars(new)["num_labels"] = found.get("num_labels", new.num_labels)
+        new.validate()
+        check_synonyms(new, keys.synonyms)
+        return new
 
 
-def _default_labels(count: int) -> dict[int, str]:
-    return {i: f"LABEL_{i}" for i in range(count)}
-
-
-def _check_types(config: OPTConfig) -> None:
-    for name, hint in get_type_hints(OPTConfig).items():
-        value = getattr(config, name)
-        options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        kinds: list[type[Any]] = [get_origin(option) or option for option in options]
-        if float in kinds:
-            kinds.append(int)
-        if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
-            raise ConfigError(f"{name}: expected {kinds[0].__name__}, received {value!r}")
-
-
-def _check_ranges(config: OPTConfig) -> None:
-    for name in (
-        "vocab_size", "hidden_size", "ffn_dim", "max_position_embeddings", "embed_dim",
-        "num_attention_heads", "num_hidden_layers", "num_labels",
-    ):  # fmt: skip
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name}: expected at least 1, received {getattr(config, name)}")
-    for name in ("dropout", "attention_dropout", "layerdrop"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ConfigError(f"{name}: expected 0 <= p < 1, received {getattr(config, name)}")
-    if config.hidden_size % config.num_attention_heads:
-        raise ConfigError(
-            f"hidden_size={config.hidden_size} does not divide into "
-            f"num_attention_heads={config.num_attention_heads}"
-        )
-    if not 0 <= config.init_std < float("inf"):
-        raise ConfigError(f"init_std: expected a finite number >= 0, received {config.init_std}")
-    for name, allowed in (
-        ("activation_function", ACTIVATIONS), ("problem_type", PROBLEM_TYPES), ("dtype", DTYPES),
-    ):  # fmt: skip
-        value = getattr(config, name)
-        if value is not None and value not in allowed:
-            raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, received {value!r}")
-    if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
-        raise ConfigError(
-            f"pad_token_id={config.pad_token_id} is outside the vocabulary "
-            f"(vocab_size={config.vocab_size})"
-        )
-    if config.id2label is not None and set(config.id2label) != set(range(config.num_labels)):
-        raise ConfigError(
-            f"id2label: expected keys 0..{config.num_labels - 1} (num_labels), "
-            f"received {sorted(config.id2label)}"
-        )
+_FIELDS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(OPTConfig)}
+_HINTS = {name: hint for name, hint in get_type_hints(OPTConfig).items() if name in _FIELDS}
+_NOT_SAVED = {
+    *(*_FIELDS, "structure", "label2id", "_snapshot"),
+    *("_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "_commit_hash"),
+}
+_SWITCHES = ("output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing")

@@ -20,6 +20,14 @@ class CheckpointError(OPTError, ValueError):
     """A weight file or folder that is missing, damaged, or does not fit its configuration."""
 
 
+class MissingFileError(CheckpointError, ConfigError, OSError):
+    """A file, folder or repository that is not there, or cannot be had."""
+
+
+class MismatchError(CheckpointError, RuntimeError):
+    """Weights that do not fit their configuration."""
+
+
 class TokenizerError(OPTError, ValueError):
     """Tokenizer files that are missing or damaged, or ids that no token has."""
 
@@ -42,3 +50,7 @@ class DataError(OPTError, ValueError):
 
 class TrainingError(OPTError, RuntimeError):
     """A training run that cannot start, go on, or be written down."""
+
+
+class UnsupportedError(OPTError, NotImplementedError):
+    """A method or class of `transformers` that this project does not have; it names its own."""

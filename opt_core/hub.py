@@ -5,13 +5,13 @@ A repository often holds the same weights in several formats; only one of them i
 
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from opt_core.errors import CheckpointError
+from opt_core.errors import CheckpointError, MissingFileError
 
 MINI = "mini"
 """The name of the model that comes with the package."""
@@ -48,6 +48,10 @@ def resolve(
     token: str | bool | None = None,
     local_files_only: bool = False,
     convertible: bool = False,
+    cache_dir: str | PathLike[str] | None = None,
+    force_download: bool = False,
+    subfolder: str = "",
+    variant: str | None = None,
 ) -> Path:
     """Finds the folder of a model, downloading what is needed of it when it is on the hub.
 
@@ -66,6 +70,10 @@ def resolve(
         local_files_only: Whether to use the hub's local cache only, without any network access.
         convertible: Whether weights that must be converted first will do, where there are no
             others.
+        cache_dir: Where the hub's client keeps what it downloads; None: its own choice.
+        force_download: Whether to download again what is there already.
+        subfolder: Folder inside the repository, or inside the folder on disk.
+        variant: Part of the names of the weight files, such as "fp16".
 
     Returns:
         A folder that holds the files, or the path itself where it names a file.
@@ -79,15 +87,21 @@ def resolve(
     if on_disk or name == MINI:
         if revision is not None:
             raise CheckpointError(f"{name}: revision={revision!r} is for hub ids; this is on disk")
-        return path if path is not None and on_disk else _mini()
+        found = path if path is not None and on_disk else _mini()
+        if subfolder and not (found / subfolder).is_dir():
+            raise MissingFileError(f"{found / subfolder}: no such folder (subfolder)")
+        return found / subfolder if subfolder else found
     if _HUB_ID.fullmatch(name):
-        repository = _Repository(name, revision, token, convertible)
+        repository = _Repository(
+            name, revision, token, convertible, subfolder.strip("/"), variant,
+            {"cache_dir": cache_dir, "force_download": force_download},
+        )  # fmt: skip
         if local_files_only:
             return repository.cached(files, optional)
         return repository.fetch(files, optional)
     if path is not None and (name.startswith((".", "~")) or "/" in name or os.sep in name):
-        raise CheckpointError(f"{name}: no such folder or file")
-    raise CheckpointError(f"{name!r}: no such folder; {_EXPECTED}")
+        raise MissingFileError(f"{name}: no such folder or file")
+    raise MissingFileError(f"{name!r}: no such folder; {_EXPECTED}")
 
 
 @dataclass(frozen=True)
@@ -178,13 +192,16 @@ def remote_files(
     return RemoteFiles(name, sizes, info.sha, token)
 
 
-def model_files(names: Iterable[str], source: str, convertible: bool = False) -> list[str]:
+def model_files(
+    names: Iterable[str], source: str, convertible: bool = False, variant: str | None = None
+) -> list[str]:
     """Chooses, of the files of a repository, those that one model needs.
 
     Args:
         names: Paths relative to the repository's root.
         source: What to call the repository in messages.
         convertible: Whether TensorFlow's, Flax' and KerasHub's weights will do.
+        variant: Part of the names of the weight files, such as "fp16".
 
     Raises:
         CheckpointError: No configuration, no weights that can be read, or missing shards.
@@ -194,18 +211,21 @@ def model_files(names: Iterable[str], source: str, convertible: bool = False) ->
         raise CheckpointError(f"{source}: no config.json; expected the repository of an OPT model")
     wanted = ["config.json", "generation_config.json", *TOKENIZER_FILES]
     return [name for name in wanted if name in found] + _weight_files(
-        found, source, _CONVERTIBLE if convertible else _WEIGHT_FORMATS
+        found, source, _CONVERTIBLE if convertible and not variant else _WEIGHT_FORMATS, variant
     )
 
 
-def _weight_files(found: set[str], source: str, formats: tuple[tuple[str, str], ...]) -> list[str]:
+def _weight_files(
+    found: set[str], source: str, formats: tuple[tuple[str, str], ...], variant: str | None
+) -> list[str]:
+    part = f".{variant}" if variant else ""
     for stem, suffix in formats:
-        index, single = f"{stem}.{suffix}.index.json", f"{stem}.{suffix}"
+        index, single = f"{stem}.{suffix}.index{part}.json", f"{stem}{part}.{suffix}"
         if index in found:
             shards = [
                 (name, match[1])
                 for name in sorted(found)
-                if (match := re.fullmatch(rf"{stem}-\d+-of-(\d+)\.{suffix}", name))
+                if (match := re.fullmatch(rf"{stem}{part}-\d+-of-(\d+)\.{suffix}", name))
             ]
             expected = int(shards[0][1]) if shards else 1
             if len(shards) != expected:
@@ -220,26 +240,13 @@ def _weight_files(found: set[str], source: str, formats: tuple[tuple[str, str], 
             found = {name for name in found if ".weights." not in name}
             return [_KERAS_WEIGHTS[0], *sorted(filter(_KERAS_HUB.fullmatch, found))]
         return sorted(filter(_KERAS_HUB.fullmatch, found))
+    if variant:
+        raise MissingFileError(f"{source}: no weights of the variant {variant!r}")
     others = sorted(name for name in found if _OTHER_WEIGHTS.fullmatch(name))
     raise CheckpointError(
         f"{source}: no model.safetensors or pytorch_model.bin, "
         + (f"only {', '.join(others)}; convert them first" if others else "no weights at all")
     )
-
-
-def _choose(
-    names: Iterable[str],
-    files: tuple[str, ...] | None,
-    optional: tuple[str, ...],
-    source: str,
-    convertible: bool,
-) -> list[str]:
-    found = set(names)
-    if files is None:
-        return model_files(found, source, convertible)
-    if missing := [name for name in files if name not in found]:
-        raise CheckpointError(f"{source}: no {', '.join(missing)}")
-    return [*files, *(name for name in optional if name in found)]
 
 
 def _mini() -> Path:
@@ -255,6 +262,9 @@ class _Repository:
     revision: str | None
     token: str | bool | None
     convertible: bool = False
+    subfolder: str = ""
+    variant: str | None = None
+    download: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def label(self) -> str:
@@ -268,7 +278,7 @@ class _Repository:
             api = HfApi(token=self.token)
             info = api.model_info(self.name, revision=self.revision, timeout=_TIMEOUT)
             names = [sibling.rfilename for sibling in info.siblings or []]
-            return self.snapshot(self.chosen(names, files, optional, self.label))
+            return self.snapshot(self.chosen(names, files, optional, self.label)) / self.subfolder
         except CheckpointError:
             raise
         except _hub_failures() as failure:
@@ -288,33 +298,40 @@ class _Repository:
         optional: tuple[str, ...],
         source: str,
     ) -> list[str]:
-        return _choose(names, files, optional, source, self.convertible)
+        start = f"{self.subfolder}/" if self.subfolder else ""
+        inside = [name.removeprefix(start) for name in names if name.startswith(start)]
+        if files is None:
+            return model_files(inside, source, self.convertible, self.variant)
+        if missing := [name for name in files if name not in inside]:
+            raise MissingFileError(f"{source}: no {', '.join(missing)}")
+        return [*files, *(name for name in optional if name in inside)]
 
     def cached(self, files: tuple[str, ...] | None, optional: tuple[str, ...]) -> Path:
         advice = "run it once with network access (no HF_HUB_OFFLINE, no local_files_only)"
         try:
             folder = self.snapshot([], local_files_only=True)
         except _hub_failures() as error:
-            raise CheckpointError(f"{self.label}: not in the local cache; {advice}") from error
+            raise MissingFileError(f"{self.label}: not in the local cache; {advice}") from error
         names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
         try:
             self.chosen(names, files, optional, f"{self.label} in the local cache")
         except CheckpointError as error:
-            raise CheckpointError(f"{error}; {advice}") from None
-        return folder
+            raise MissingFileError(f"{error}; {advice}") from None
+        return folder / self.subfolder
 
     def snapshot(self, names: list[str], local_files_only: bool = False) -> Path:
         import huggingface_hub
 
-        return Path(
-            huggingface_hub.snapshot_download(  # pyright: ignore[reportUnknownMemberType]
-                self.name,
-                revision=self.revision,
-                token=self.token,
-                local_files_only=local_files_only,
-                allow_patterns=names,
-            )
+        start = f"{self.subfolder}/" if self.subfolder else ""
+        folder: Any = huggingface_hub.snapshot_download(  # pyright: ignore[reportUnknownVariableType,reportUnknownMemberType]
+            self.name,
+            revision=self.revision,
+            token=self.token,
+            local_files_only=local_files_only,
+            allow_patterns=[start + name for name in names],
+            **self.download,
         )
+        return Path(folder)
 
     def explained(self, error: Exception) -> CheckpointError:
         from huggingface_hub import constants, errors
@@ -334,7 +351,7 @@ class _Repository:
             what = f"no such folder, and not a valid hub id; {_EXPECTED}"
         else:
             what = f"the download failed ({_first_line(error)}); run it again, what came is kept"
-        return CheckpointError(f"{self.label}: {what}")
+        return MissingFileError(f"{self.label}: {what}")
 
 
 def _hub_failures() -> tuple[type[Exception], ...]:

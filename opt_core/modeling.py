@@ -4,7 +4,7 @@ These are mixins: a backend's base class inherits `PreTrainedMixin` and its fram
 class, and names in `backend` the modules that do the framework's part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -15,15 +15,20 @@ from opt_core.compatibility.calls import (
     each_layers_heads,
     kept_tokens,
 )
+from opt_core.compatibility.methods import MethodsMixin
+from opt_core.compatibility.saving import read_saving
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.mixin import GenerationMixin
-from opt_core.params import Head, count_parameters
+from opt_core.params import Head
 from opt_core.quantization import check_not_quantized
 from opt_core.training.labels import question_answering
 
 Decoder = TypeVar("Decoder")
+INTERCHANGEABLE = ("eager", "sdpa", "flash_attention_2")
+"""Names of implementations of attention that give the same numbers: where a framework lacks one,
+it takes "sdpa"."""
 
 
 class Backend(NamedTuple):
@@ -50,7 +55,7 @@ class Backend(NamedTuple):
     speculative: Any
 
 
-class PreTrainedMixin(Generic[Decoder]):
+class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
     """The part of all models that is no framework's: settings, counting, saving, decoding."""
 
     backend: ClassVar[Backend]
@@ -60,32 +65,62 @@ class PreTrainedMixin(Generic[Decoder]):
     config: OPTConfig
     generation_config: GenerationConfig
 
-    def _configure(self, config: OPTConfig, attn_implementation: str) -> None:
+    def _configure(self, config: Any, attn_implementation: str | None) -> None:
         """Takes the settings over.
 
         Raises:
-            ConfigError: No such attention implementation.
+            ConfigError: No such attention implementation, or a malformed configuration.
         """
+        config = OPTConfig.from_any(config)
+        config.validate()
         known = self.backend.attention.IMPLEMENTATIONS
-        if attn_implementation not in known:
+        name = attn_implementation or config.attn_implementation
+        if name in INTERCHANGEABLE and name not in known:
+            name = "sdpa"
+        if name not in known:
             raise ConfigError(
-                f"attn_implementation: expected one of {', '.join(known)}, "
-                f"received {attn_implementation!r}"
+                f"attn_implementation: expected one of {', '.join(known)}, received {name!r}"
             )
-        self.config, self.attn_implementation = config, attn_implementation
+        if name != config.attn_implementation:
+            config = config.copy()  # the caller's stays as it is
+            config.attn_implementation = name
+        self.config, self.attn_implementation = config, name
+        self.note_structure()
         self.generation_config = GenerationConfig.from_model(config)
+
+    def note_structure(self) -> None:
+        """Takes the configuration as it is for that of the parameters."""
+        self._made_of = self.config.structure, self.config.num_labels
+
+    def check_config(self) -> None:
+        """Checks that the configuration still is that of the parameters.
+
+        Raises:
+            ConfigError: A field was changed that decides their shapes.
+        """
+        structure, labels = self._made_of
+        if self.config.structure != structure:
+            self.config.explain_change(structure)
+        if self.head == "sequence_classification" and self.config.num_labels != labels:
+            raise ConfigError(
+                f"num_labels={self.config.num_labels} was set on a model of {labels}; make a new "
+                "one: from_pretrained(..., num_labels=..., ignore_mismatched_sizes=True)"
+            )
 
     def get_decoder(self) -> Decoder:
         """The decoder, wherever the class keeps it."""
         owner: Any = self if self.head == "none" else getattr(self, "model")  # noqa: B009
         return owner.decoder
 
-    def num_parameters(self) -> int:
-        """Number of parameters, a tied head counted once."""
-        return count_parameters(self.config, self.head)
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """In training, keep only each layer's input and compute the rest again when needed.
 
-    def gradient_checkpointing_enable(self) -> None:
-        """In training, keep only each layer's input and compute the rest again when needed."""
+        Args:
+            gradient_checkpointing_kwargs: Without effect: PyTorch's `use_reentrant` and the like
+                change how, not what is computed.
+        """
         self._checkpoint_gradients(True)
 
     def gradient_checkpointing_disable(self) -> None:
@@ -97,16 +132,27 @@ class PreTrainedMixin(Generic[Decoder]):
         decoder.gradient_checkpointing = enabled
 
     def save_pretrained(
-        self, folder: str | PathLike[str], max_shard_size: str | int = "5GB"
+        self,
+        folder: str | PathLike[str] | None = None,
+        max_shard_size: str | int = "5GB",
+        **arguments: Any,
     ) -> None:
         """Writes config.json, generation_config.json and safetensors, as `transformers` reads them.
 
         Args:
             folder: Made if missing; other files in it stay.
             max_shard_size: Larger models are split into files of at most this size.
+            **arguments: Those of `transformers`, as `opt_core.compatibility.saving` takes them:
+                `state_dict`, `safe_serialization`, `push_to_hub` and so on.
         """
         check_not_quantized(self, "save_pretrained")
-        self.backend.checkpoint.save_pretrained(self, folder, max_shard_size)
+        self.check_config()
+        self.config.validate()
+        options = read_saving(folder, arguments)
+        if options.writes:
+            self.backend.checkpoint.save_pretrained(self, options.folder, max_shard_size, options)
+        if options.repository:
+            self.push_to_hub(options.repository, max_shard_size=max_shard_size, **options.hub)
 
     def _decode(
         self,
@@ -126,6 +172,7 @@ class PreTrainedMixin(Generic[Decoder]):
             options: The call's other arguments.
             **mode: More arguments of the framework's decoder.
         """
+        self.check_config()
         check_options(options)
         config, use_cache, inputs = self.config, options.get("use_cache"), self.backend.inputs
         cache = self._adopt(given[-1], self._starts_cache(use_cache, *given[:-1], **mode))

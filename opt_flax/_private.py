@@ -3,8 +3,33 @@
 from typing import Any
 
 import jax
+from flax import nnx
+from flax.nnx import graphlib
 
+from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
+
+
+def register_config() -> None:
+    """Makes a configuration a node of NNX's graphs: no arrays, and its settings as they are now.
+
+    A configuration can be set. As a static attribute it would be compared with itself, so that what
+    was set would not reach programs made before; as a node it enters a graph's definition as a
+    snapshot, and models that share it still do after `nnx.jit`.
+    """
+    nnx.register_data_type(OPTConfig)
+    graphlib.register_graph_node_type(
+        OPTConfig,
+        lambda config: ([("settings", graphlib.StaticElem(config.snapshot()))], None),
+        lambda config, _, settings: config.become(settings),
+        lambda config, _: config.snapshot(),
+        lambda _: OPTConfig(),
+        lambda config: None,
+        lambda config, values: config.become(dict(values)["settings"]),
+    )
+    jax.tree_util.register_pytree_node(
+        OPTConfig, lambda config: ((), config.snapshot()), lambda settings, _: settings.copy()
+    )
 
 
 def load_splash_attention() -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
 """Weights in and out of a model, through the parameter list and the NNX dialect."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.tensors import cast_array
+from opt_core.compatibility.saving import SaveOptions, refuse_unsafe
 from opt_core.config import OPTConfig
 from opt_core.dialects import NNX, follow
 from opt_core.errors import CheckpointError, ConfigError
@@ -29,12 +30,14 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound="FlaxOPTPreTrainedModel")
 
+_FLOAT32 = np.dtype(np.float32)
 
-def initialize(model: "FlaxOPTPreTrainedModel", seed: int) -> None:
-    """Gives every parameter its starting value, float32."""
+
+def initialize(model: "FlaxOPTPreTrainedModel", seed: int, dtype: np.dtype[Any] = _FLOAT32) -> None:
+    """Gives every parameter its starting value."""
     for group in _groups(model):
         values = [initial_value(spec, model.config, seed) for spec in group]
-        _fill(model, group, values, np.dtype(np.float32))
+        _fill(model, group, values, dtype)
 
 
 def init_abstract(model: "FlaxOPTPreTrainedModel", dtype: np.dtype[Any]) -> None:
@@ -46,22 +49,24 @@ def init_abstract(model: "FlaxOPTPreTrainedModel", dtype: np.dtype[Any]) -> None
 
 def from_pretrained(
     cls: type[M],
-    path_or_hub_id: str | PathLike[str],
-    dtype: str,
+    path_or_hub_id: str | PathLike[str] | None,
+    dtype: Any,
     mesh: Mesh | None,
-    attn_implementation: str,
+    attn_implementation: str | None,
     progress: Callable[[int, int], None] | None,
     config: OPTConfig | None,
     scan_layers: bool,
     quantize: str | None,
-    **hub: Any,
-) -> M:
+    **arguments: Any,
+) -> Any:
     """Loads a checkpoint tensor by tensor; see `FlaxOPTPreTrainedModel.from_pretrained`."""
     if quantize is not None and (mesh is not None or scan_layers):
         other = "scan_layers" if mesh is None else "mesh"
         raise ConfigError(f"quantize: expected None with {other}, received {quantize!r}")
-    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-    source = pretrained.open_pretrained(cls.head, path_or_hub_id, name, config, quantize, **hub)
+    source = pretrained.open_pretrained(
+        cls.head, path_or_hub_id, dtype, config, quantize, **arguments
+    )
+    source.check_place("mesh= or jax.default_device")
     wanted = _as_dtype(source.dtype)
     if attn_implementation == "flash_attention_2":
         attention.check_flash(attention.platform_of(mesh), wanted)
@@ -69,7 +74,7 @@ def from_pretrained(
     groups = {spec.name: group for group in _groups(model) for spec in group}
     waiting: dict[str, NDArray[Any]] = {}
     for spec, array in source.stream(progress):
-        scheme = scheme_of(spec, quantize)
+        scheme = scheme_of(spec, source.quantize)
         if scheme is not None:
             values = quantize_array(spec.name, array, scheme)
             quantization.set_quantized(model, spec, values, wanted)
@@ -79,24 +84,28 @@ def from_pretrained(
         if all(s.name in waiting for s in group):
             _fill(model, group, [waiting.pop(s.name) for s in group], wanted)
         del array  # or the next tensor would be read while this one is still held
-    source.set_generation_config(model)
-    return model
+    return source.finish(model)
 
 
 def save_pretrained(
-    model: "FlaxOPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
+    model: "FlaxOPTPreTrainedModel",
+    folder: str | PathLike[str],
+    max_shard_size: str | int,
+    options: SaveOptions,
 ) -> None:
     """Writes a canonical folder; see `FlaxOPTPreTrainedModel.save_pretrained`.
 
     The first process writes; the others take part in gathering, and wait until all is there.
     """
+    refuse_unsafe(options, "flax-msgpack")
     check_merged((module for _, module in nnx.iter_graph(model)), str(folder))
+    get = options.values(lambda spec: as_array(get_parameter(model, spec)), as_array)
     left = param_specs(model.config, model.head)
 
     def fetch(spec: ParamSpec) -> NDArray[Any]:
         """A parameter; all processes must come here in the same order."""
         assert left.pop(0) == spec
-        return as_array(get_parameter(model, spec))
+        return get(spec)
 
     failure: Exception | None = None
     try:
@@ -140,9 +149,25 @@ def set_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec, values: NDAr
         variable.set_value(variable[...].at[layer].set(jnp.asarray(values, variable.dtype)))
 
 
+def set_arrays(model: "FlaxOPTPreTrainedModel", arrays: Mapping[str, Array]) -> None:
+    """Replaces all parameters by arrays, which may be traced and of any type.
+
+    Args:
+        model: The model.
+        arrays: Canonical name -> values in the canonical layout.
+    """
+    for group in _groups(model):
+        shape, values = _shape(model, group), [arrays[spec.name] for spec in group]
+        whole = jnp.stack(values) if len(shape) > len(group[0].shape) else values[0]
+        if whole.shape != shape:  # on a mesh rows of zeros may end it
+            free = [(0, size - have) for size, have in zip(shape, whole.shape, strict=True)]
+            whole = jnp.pad(whole, free)
+        _assign(model, group, whole)
+
+
 def as_array(values: Array) -> NDArray[Any]:
     """An array on the host, gathered from all hosts where they share it."""
-    if not values.is_fully_addressable:
+    if not getattr(values, "is_fully_addressable", True):
         values = multihost_utils.process_allgather(values, tiled=True)
     return np.asarray(values)
 
@@ -185,16 +210,22 @@ def _groups(model: "FlaxOPTPreTrainedModel") -> list[list[ParamSpec]]:
     return list(groups.values())
 
 
-def _layout(
-    model: "FlaxOPTPreTrainedModel", group: Sequence[ParamSpec]
-) -> tuple[tuple[int, ...], Sharding]:
-    """The shape and place of a variable."""
-    spec, stacked = group[0], parameter_path(model, group[0])[1] is not None
+def _shape(model: "FlaxOPTPreTrainedModel", group: Sequence[ParamSpec]) -> tuple[int, ...]:
+    """The shape of a variable."""
+    spec = group[0]
     shape = tuple(
         sharding.padded_rows(spec, model.mesh) if axis == "vocab" else size
         for axis, size in zip(spec.axes, spec.shape, strict=True)
     )
-    shape = (len(group), *shape) if stacked else shape
+    return shape if parameter_path(model, spec)[1] is None else (len(group), *shape)
+
+
+def _layout(
+    model: "FlaxOPTPreTrainedModel", group: Sequence[ParamSpec]
+) -> tuple[tuple[int, ...], Sharding]:
+    """The shape and place of a variable."""
+    spec, shape = group[0], _shape(model, group)
+    stacked = len(shape) > len(spec.shape)
     if model.mesh is None:
         return shape, SingleDeviceSharding(jnp.zeros(()).device)
     parts = sharding.partition(spec, model.config, model.mesh)

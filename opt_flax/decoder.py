@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.tree_util import DictKey
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey
 
 from opt_core.config import OPTConfig
 from opt_core.modeling import DecoderLayerMixin, DecoderMixin
@@ -99,7 +99,7 @@ class FlaxOPTDecoder(DecoderMixin, nnx.Module):
         self.mesh = mesh
         self.implementation = implementation
         self.scan_layers = scan_layers
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = config.gradient_checkpointing
         self.deterministic = True
         self.rngs = nnx.Rngs(dropout=0)
         self.embed_tokens = Embedding(config.vocab_size, P, config.pad_token_id, mesh)

@@ -14,6 +14,7 @@ from opt_core.config import OPTConfig
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
 from opt_flax import (
+    _private,
     attention,
     beam,
     checkpoint,
@@ -24,12 +25,15 @@ from opt_flax import (
     speculative,
 )  # fmt: skip
 from opt_flax.cache import KVCache, init_cache
-from opt_flax.compatibility import FlaxCallOptions, split_mode
+from opt_flax.compatibility import FlaxCallOptions, ModelMethods, split_mode
+from opt_flax.compatibility import refuse_linen as __getattr__  # noqa: F401
 from opt_flax.decoder import FlaxOPTDecoder, FlaxOPTOutput
 from opt_flax.linear import Linear
 
+_private.register_config()
 
-class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
+
+class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
@@ -40,9 +44,12 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
         self,
         config: OPTConfig,
         seed: int | None = 0,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         scan_layers: bool = False,
         mesh: Mesh | None = None,
+        input_shape: Any = None,
+        dtype: Any = None,
+        _do_init: bool = True,
     ):
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
 
@@ -55,6 +62,9 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
             scan_layers: Keep the layers' weights stacked and run them by `jax.lax.scan`, so that
                 a deep model compiles sooner.
             mesh: Devices to spread the weights over (`opt_flax.sharding`); None: one device.
+            input_shape: Without effect, as `transformers`' models had it.
+            dtype: Type of the weights; None: float32.
+            _do_init: False: as `seed=None`, for a call with `params=`.
 
         Raises:
             ConfigError: No such attention implementation, or a mesh that cannot be used.
@@ -64,9 +74,10 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
         self.mesh, self.scan_layers = mesh, scan_layers
         self._make_layers()
         self.get_decoder().rngs = nnx.Rngs(dropout=seed or 0)
-        checkpoint.init_abstract(self, jnp.dtype(jnp.float32))
-        if seed is not None:
-            checkpoint.initialize(self, seed)
+        wanted = jnp.dtype(dtype or jnp.float32)
+        checkpoint.init_abstract(self, wanted)
+        if seed is not None and _do_init:
+            checkpoint.initialize(self, seed, wanted)
 
     def _make_layers(self) -> None:
         self.model = FlaxOPTModel(
@@ -98,15 +109,15 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | PathLike[str],
-        dtype: str = "float32",
+        path_or_hub_id: str | PathLike[str] | None = None,
+        dtype: Any = "float32",
         mesh: Mesh | None = None,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         progress: Callable[[int, int], None] | None = None,
-        config: OPTConfig | None = None,
+        config: Any = None,
         scan_layers: bool = False,
         quantize: str | None = None,
-        **hub: Any,
+        **arguments: Any,
     ) -> Self:
         """Loads a checkpoint, from safetensors or from PyTorch's `.bin`.
 
@@ -118,11 +129,13 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
                 part of the file, no host holds the whole. None: JAX's default device.
             attn_implementation: "sdpa", "eager" or "flash_attention_2".
             progress: Called with (bytes loaded, bytes in all) after each tensor.
-            config: Replaces the checkpoint's config.json, for example to set `num_labels`.
+            config: Replaces the checkpoint's config.json: a configuration, or where one is.
             scan_layers: As in the constructor.
             quantize: "int8" or "int4": keep the weights so (`opt_core.quantization`), only to run,
                 on one device.
-            **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+            **arguments: `revision`, `token`, `local_files_only` and so on, as in
+                `opt_core.hub.resolve`; fields of the configuration, such as `num_labels`; and
+                what else `transformers` takes (`opt_core.compatibility.loading`).
 
         Raises:
             CheckpointError: Files are missing or damaged, or do not fit the configuration.
@@ -138,7 +151,7 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
             config,
             scan_layers,
             quantize,
-            **hub,
+            **arguments,
         )
 
     def _decode(

@@ -89,6 +89,14 @@ def has_compiled_loss(model: keras.Model) -> bool:
     return settings.get("loss") is not None
 
 
+def forget_compilation(model: keras.Model) -> None:
+    """Drops the loss and metrics of an earlier `compile`.
+
+    Without it Keras keeps them where the next one gives none.
+    """
+    model._compile_loss = model._compile_metrics = None
+
+
 def moments(optimizer: Any, variable: Any) -> tuple[Any, Any]:
     """AdamW's running means of a variable's gradient and of its square.
 

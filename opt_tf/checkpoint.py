@@ -5,18 +5,21 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import keras
+import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
 from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.tensors import cast_array, float_dtype
-from opt_core.config import DTYPES, OPTConfig
+from opt_core.compatibility.saving import SaveOptions, refuse_unsafe
+from opt_core.config import OPTConfig
+from opt_core.config_checks import DTYPES
 from opt_core.dialects import KERAS
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import quantize_array, scheme_of
 from opt_core.training.lora import check_merged
-from opt_tf import _private, quantization
+from opt_tf import _private, export, quantization
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
@@ -34,36 +37,40 @@ def initialize(model: "TFOPTPreTrainedModel", seed: int) -> None:
 
 def from_pretrained(
     cls: type[M],
-    path_or_hub_id: str | PathLike[str],
+    path_or_hub_id: str | PathLike[str] | None,
     dtype: Any,
-    attn_implementation: str,
+    attn_implementation: str | None,
     progress: Callable[[int, int], None] | None,
     config: OPTConfig | None,
     quantize: str | None,
-    **hub: Any,
-) -> M:
+    **arguments: Any,
+) -> Any:
     """Loads a checkpoint tensor by tensor; see `TFOPTPreTrainedModel.from_pretrained`."""
-    name = getattr(dtype, "name", dtype)  # tf.bfloat16, or a policy of Keras
     source = pretrained.open_pretrained(
-        cls.head, path_or_hub_id, name, config, quantize, _DTYPES, **hub
+        cls.head, path_or_hub_id, dtype, config, quantize, _DTYPES, **arguments
     )
+    source.check_place("tf.device")
     policy = keras.dtype_policies.get(source.dtype)
-    model = cls(source.config, None, attn_implementation, quantize, dtype=policy)
+    model = cls(source.config, None, attn_implementation, source.quantize, dtype=policy)
     for spec, array in source.stream(progress):
         set_parameter(model, spec, array)
         del array  # or the next tensor would be read while this one is still held
-    source.set_generation_config(model)
-    return model
+    return source.finish(model)
 
 
 def save_pretrained(
-    model: "TFOPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
+    model: "TFOPTPreTrainedModel",
+    folder: str | PathLike[str],
+    max_shard_size: str | int,
+    options: SaveOptions,
 ) -> None:
     """Writes a canonical folder; see `TFOPTPreTrainedModel.save_pretrained`."""
+    refuse_unsafe(options, "tf-h5")
     check_merged(_private.sublayers(model), str(folder))
-    pretrained.save_pretrained(
-        model, folder, lambda spec: get_parameter(model, spec), model.variable_dtype, max_shard_size
-    )
+    fetch = options.values(lambda spec: get_parameter(model, spec), np.asarray)
+    pretrained.save_pretrained(model, folder, fetch, model.variable_dtype, max_shard_size)
+    if options.saved_model:
+        export.export_forward(model, options.folder / "saved_model" / "1")
 
 
 def locate(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> keras.Variable:

@@ -40,7 +40,7 @@ def compiled(
     Returns:
         A function of the inputs.
     """
-    key = (program, *fixed)
+    key = (program, model.config.snapshot(), *fixed)
     if key not in model.programs:
         run = partial(program, model, *fixed)
         model.programs[key] = tf.function(run, jit_compile=JIT_COMPILE, autograph=False)

@@ -93,7 +93,7 @@ class TFOPTDecoder(DecoderMixin, keras.layers.Layer):
         super().__init__(**options)
         D, P, dtype = config.hidden_size, config.embed_dim, self.dtype_policy
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = config.gradient_checkpointing
         self.dropout_seeds = keras.random.SeedGenerator(name="dropout_seeds")
         self.embed_tokens = Embedding(
             config.vocab_size, P, config.pad_token_id, name="embed_tokens", dtype=dtype

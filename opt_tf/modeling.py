@@ -25,7 +25,7 @@ from opt_tf import (
     speculative,
 )
 from opt_tf.cache import KVCache, init_cache
-from opt_tf.compatibility import name_inputs
+from opt_tf.compatibility import ModelMethods, TextMethods, name_inputs
 from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
 from opt_tf.keras_fit import Fitted
 from opt_tf.linear import Linear, sizes
@@ -35,7 +35,7 @@ class _Untracked(UserDict[Any, Any]):
     """A dict that Keras does not take for a part of the model."""
 
 
-class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
+class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
@@ -46,7 +46,7 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
         self,
         config: OPTConfig,
         seed: int | None = 0,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         quantize: str | None = None,
         **options: Any,
     ):
@@ -107,13 +107,13 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | PathLike[str],
+        path_or_hub_id: str | PathLike[str] | None = None,
         dtype: Any = "float32",
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         progress: Callable[[int, int], None] | None = None,
-        config: OPTConfig | None = None,
+        config: Any = None,
         quantize: str | None = None,
-        **hub: Any,
+        **arguments: Any,
     ) -> Self:
         """Loads a checkpoint.
 
@@ -123,16 +123,18 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
                 Keras' "mixed_bfloat16" or "mixed_float16".
             attn_implementation: "sdpa" or "eager".
             progress: Called with (bytes loaded, bytes in all) after each tensor.
-            config: Replaces the checkpoint's config.json, for example to set `num_labels`.
+            config: Replaces the checkpoint's config.json: a configuration, or where one is.
             quantize: "int8" or "int4": keep the weights so (`opt_core.quantization`), only to run.
-            **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+            **arguments: `revision`, `token`, `local_files_only` and so on, as in
+                `opt_core.hub.resolve`; fields of the configuration, such as `num_labels`; and
+                what else `transformers` takes (`opt_core.compatibility.loading`).
 
         Raises:
             CheckpointError: Files are missing or damaged, or do not fit the configuration.
             ConfigError: The configuration is malformed, or an option is not one of the above.
         """
         return checkpoint.from_pretrained(
-            cls, path_or_hub_id, dtype, attn_implementation, progress, config, quantize, **hub
+            cls, path_or_hub_id, dtype, attn_implementation, progress, config, quantize, **arguments
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -146,8 +148,13 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
-        """Makes the model that `get_config` describes, its weights zero."""
+    def from_config(cls, config: Any, custom_objects: Any = None) -> Self:
+        """Makes the model that `get_config` describes, its weights zero.
+
+        Of an `OPTConfig`, or of what its `to_dict` gives, the model is freshly initialised.
+        """
+        if isinstance(config, OPTConfig) or "config" not in config:
+            return cls(config if isinstance(config, OPTConfig) else OPTConfig.from_dict(config))
         values = dict(config)
         settings = GenerationConfig(**values.pop("generation_config"))
         model = cls(OPTConfig.from_dict(values.pop("config")), None, **values)
@@ -227,7 +234,7 @@ class TFOPTModel(TFOPTPreTrainedModel):
 
 
 @keras.saving.register_keras_serializable("opt_tf")
-class TFOPTForCausalLM(CausalLMMixin, TFOPTPreTrainedModel):
+class TFOPTForCausalLM(TextMethods, CausalLMMixin, TFOPTPreTrainedModel):
     """The language model: the next token's logits."""
 
     def _make_layers(self) -> None:
@@ -287,10 +294,12 @@ class TFOPTForCausalLM(CausalLMMixin, TFOPTPreTrainedModel):
         return tf.gather(hidden, places, axis=1)
 
     def _loss(self, x: Any, y: Any, output: TFOPTOutput) -> tf.Tensor:
-        if y is None:
-            y, mask = (
-                (x["input_ids"], x.get("attention_mask")) if isinstance(x, dict) else (x, None)
-            )
-            y = y if mask is None else tf.where(tf.cast(mask, tf.bool), y, losses.IGNORE_INDEX)
         assert output.logits is not None
-        return losses.causal_lm(output.logits, y)
+        return losses.causal_lm(output.logits, self._labels(x, y))
+
+    def _labels(self, x: Any, y: Any) -> Any:
+        """Labels (B, T): y, or the ids that are no padding."""
+        if y is not None:
+            return y
+        ids, mask = (x["input_ids"], x.get("attention_mask")) if isinstance(x, dict) else (x, None)
+        return ids if mask is None else tf.where(tf.cast(mask, tf.bool), ids, losses.IGNORE_INDEX)

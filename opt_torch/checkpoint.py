@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_dtypes
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from opt_core.checkpoints import pretrained
+from opt_core.checkpoints.load import open_checkpoint
+from opt_core.checkpoints.save import INDEX_FILE
+from opt_core.compatibility.saving import SaveOptions
 from opt_core.config import OPTConfig
 from opt_core.dialects import TORCH
 from opt_core.errors import CheckpointError, ConfigError
@@ -36,24 +40,26 @@ def initialize(model: "OPTPreTrainedModel", seed: int) -> None:
 
 def from_pretrained(
     cls: type[M],
-    path_or_hub_id: str | PathLike[str],
-    dtype: str | torch.dtype,
+    path_or_hub_id: str | PathLike[str] | None,
+    dtype: str | torch.dtype | None,
     device: str | torch.device,
-    attn_implementation: str,
+    attn_implementation: str | None,
     progress: Callable[[int, int], None] | None,
     config: OPTConfig | None,
     quantize: str | None,
-    **hub: Any,
-) -> M:
+    **arguments: Any,
+) -> Any:
     """Loads a checkpoint tensor by tensor; see `OPTPreTrainedModel.from_pretrained`."""
-    name = str(dtype).removeprefix("torch.")
-    source = pretrained.open_pretrained(cls.head, path_or_hub_id, name, config, quantize, **hub)
-    target, wanted = check_device(device), getattr(torch, source.dtype)
+    source = pretrained.open_pretrained(
+        cls.head, path_or_hub_id, dtype, config, quantize, as_array=as_array, **arguments
+    )
+    wanted = getattr(torch, source.dtype)
+    target = check_device(choose_device() if source.device == "auto" else source.device or device)
     if attn_implementation == "flash_attention_2":
         attention.check_flash(target, wanted)
     model = cls(source.config, seed=None, attn_implementation=attn_implementation)
     for spec, array in source.stream(progress):
-        scheme = scheme_of(spec, quantize)
+        scheme = scheme_of(spec, source.quantize)
         if scheme is None:
             values = cast_tensor(spec.name, as_tensor(array), wanted)
             set_parameter(model, spec, values.to(target))
@@ -62,9 +68,14 @@ def from_pretrained(
             quantization.set_quantized(model, spec, values, wanted, target)
         del array, values  # or the next tensor would be read while this one is still held
     tie(model)
-    model.requires_grad_(quantize is None)
-    source.set_generation_config(model)
-    return model
+    model.requires_grad_(source.quantize is None)
+    return source.finish(model)
+
+
+def choose_device() -> str:
+    """The accelerator of this machine, or the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None else found.type
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -77,18 +88,32 @@ def check_device(device: str | torch.device) -> torch.device:
 
 
 def save_pretrained(
-    model: "OPTPreTrainedModel", folder: str | PathLike[str], max_shard_size: str | int
+    model: "OPTPreTrainedModel",
+    folder: str | PathLike[str],
+    max_shard_size: str | int,
+    options: SaveOptions,
 ) -> None:
     """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`."""
     check_merged(model.modules(), str(folder))
     config = model.config
     if model.head == "causal_lm" and config.tie_word_embeddings and not is_tied(model):
         config = config.replace(tie_word_embeddings=False)
+    fetch = options.values(lambda spec: as_array(get_parameter(model, spec)), as_array)
     dtype = str(model.dtype).removeprefix("torch.")
-    pretrained.save_pretrained(
-        model, folder, lambda spec: as_array(get_parameter(model, spec)), dtype, max_shard_size,
-        config,
-    )  # fmt: skip
+    pretrained.save_pretrained(model, folder, fetch, dtype, max_shard_size, config)
+    if not options.is_safe:
+        _pickle(options.folder)
+
+
+def _pickle(folder: Path) -> None:
+    """Puts pytorch_model.bin in the place of a folder's safetensors."""
+    checkpoint = open_checkpoint(folder)
+    tensors = {name: as_tensor(tensor.read()) for name, tensor in checkpoint.tensors.items()}
+    part = folder / ".pytorch_model.bin.tmp"
+    torch.save(tensors, part)
+    part.replace(folder / "pytorch_model.bin")
+    for file in (*checkpoint.files, folder / INDEX_FILE):
+        file.unlink(missing_ok=True)
 
 
 def locate(model: "OPTPreTrainedModel", spec: ParamSpec) -> Any:
@@ -147,7 +172,7 @@ def as_tensor(array: NDArray[Any]) -> Tensor:
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
     """An array over a tensor's memory (copied from a device); the inverse of `as_tensor`."""
-    tensor = tensor.cpu()
+    tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()

@@ -86,7 +86,7 @@ class OPTDecoder(DecoderMixin, nn.Module):
         D, P = config.hidden_size, config.embed_dim
         self.config = config
         self.implementation = implementation
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = config.gradient_checkpointing
         self.embed_tokens = nn.Embedding(config.vocab_size, P, padding_idx=config.pad_token_id)
         self.embed_positions = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, D)
         self.project_out = Linear(D, P, bias=False) if config.has_projections else None

@@ -21,12 +21,12 @@ from opt_torch import (
     speculative,
 )
 from opt_torch.cache import KVCache, init_cache
-from opt_torch.compatibility import adopt_cache, part_tied
+from opt_torch.compatibility import ModelMethods, adopt_cache, part_tied
 from opt_torch.decoder import OPTDecoder, OPTOutput
 from opt_torch.linear import Linear
 
 
-class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
+class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
@@ -34,7 +34,9 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
     )  # fmt: skip
     _keys_to_ignore_on_save = None  # the Trainer of `transformers` asks
 
-    def __init__(self, config: OPTConfig, seed: int | None = 0, attn_implementation: str = "sdpa"):
+    def __init__(
+        self, config: OPTConfig, seed: int | None = 0, attn_implementation: str | None = None
+    ):
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
 
         Args:
@@ -83,14 +85,14 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | PathLike[str],
-        dtype: str | torch.dtype = "float32",
+        path_or_hub_id: str | PathLike[str] | None = None,
+        dtype: str | torch.dtype | None = "float32",
         device: str | torch.device = "cpu",
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         progress: Callable[[int, int], None] | None = None,
-        config: OPTConfig | None = None,
+        config: Any = None,
         quantize: str | None = None,
-        **hub: Any,
+        **arguments: Any,
     ) -> Self:
         """Loads a checkpoint.
 
@@ -102,9 +104,11 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
             device: Where to put the weights.
             attn_implementation: "sdpa", "eager" or "flash_attention_2".
             progress: Called with (bytes loaded, bytes in all) after each tensor.
-            config: Replaces the checkpoint's config.json, for example to set `num_labels`.
+            config: Replaces the checkpoint's config.json: a configuration, or where one is.
             quantize: "int8" or "int4": keep the weights so (`opt_core.quantization`), only to run.
-            **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+            **arguments: `revision`, `token`, `local_files_only` and so on, as in
+                `opt_core.hub.resolve`; fields of the configuration, such as `num_labels`; and
+                what else `transformers` takes (`opt_core.compatibility.loading`).
 
         Raises:
             CheckpointError: Files are missing or damaged, or do not fit the configuration.
@@ -112,7 +116,7 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
         """
         return checkpoint.from_pretrained(
             cls, path_or_hub_id, dtype, device, attn_implementation, progress, config, quantize,
-            **hub,
+            **arguments,
         )  # fmt: skip
 
     def _adopt(self, past: Any, starts: bool) -> Any:

@@ -36,6 +36,10 @@ RULES = {
 }
 
 
+EXCEPTIONS = {"opt_core/checkpoints/sources.py": {"conversion"}}
+"""Imports inside functions of one file: `from_pretrained` reads formats that `conversion` knows."""
+
+
 def imports(tree: ast.AST, lazy: bool = False) -> Iterator[tuple[str, bool]]:
     """Every imported top-level name, and whether it is imported only when asked (or for types)."""
     for node in ast.iter_child_nodes(tree):
@@ -66,11 +70,15 @@ def breaches(source: str, rule: Rule) -> list[str]:
 def test_imports_point_one_way(package: str):
     files = python_files(package)
     assert files
-    found = {
-        str(path.relative_to(ROOT)): wrong
-        for path in files
-        if (wrong := breaches(path.read_text(encoding="utf-8"), RULES[package]))
-    }
+    found = {}
+    for path in files:
+        name, rule = str(path.relative_to(ROOT)), RULES[package]
+        extra = EXCEPTIONS.get(name, set())
+        rule = Rule(rule.at_import, rule.inside_functions | extra)
+        source = path.read_text(encoding="utf-8")
+        if wrong := breaches(source, rule):
+            found[name] = wrong
+        assert not extra or breaches(source, RULES[package]), f"{name} needs no exception"
     assert not found
 
 

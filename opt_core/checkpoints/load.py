@@ -7,7 +7,7 @@ tensors move, one at a time.
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,7 +20,7 @@ from opt_core.checkpoints.save import save_checkpoint
 from opt_core.checkpoints.tensors import LazyTensor, cast_array, float_dtype
 from opt_core.checkpoints.torch_format import read_torch_file
 from opt_core.config import OPTConfig
-from opt_core.errors import CheckpointError
+from opt_core.errors import CheckpointError, MismatchError, MissingFileError
 from opt_core.json_files import parse_json_object
 from opt_core.params import HEAD_PARAMETERS, Head, ParamSpec, param_specs
 
@@ -74,12 +74,17 @@ class LoadPlan:
         config: The configuration to build; untied if the checkpoint's head differs from its
             embedding.
         entries: Each parameter and where it lies, in the order of the modules.
-        fresh: Parameters of a head the checkpoint does not have, for the caller to initialise.
+        fresh: Parameters of a head the checkpoint does not have, and those of another shape there,
+            for the caller to initialise.
+        misshapen: Of the latter, name -> shape in the checkpoint.
+        aside: Names of the checkpoint's tensors that are another head's.
     """
 
     config: OPTConfig
     entries: list[tuple[ParamSpec, LazyTensor]]
     fresh: list[ParamSpec]
+    misshapen: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    aside: list[str] = field(default_factory=list[str])
 
     def stream(
         self, dtype: str | None = None, progress: Callable[[int, int], None] | None = None
@@ -106,6 +111,13 @@ class LoadPlan:
                 progress(done, total)
 
 
+def has_own_format(path: Path) -> bool:
+    """Whether a folder holds, or a file is, safetensors or PyTorch's weights."""
+    if path.is_dir():
+        return any(os.path.lexists(path / name) for name in _WEIGHT_FILES)
+    return path.suffix in _SUFFIXES or _plain_index(path.name) in _WEIGHT_FILES
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Finds a model's weight files and reads their headers.
 
@@ -119,9 +131,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
             index.
     """
     if not os.path.lexists(path):
-        raise CheckpointError(f"{path}: no such file or folder")
-    if path.name in _WEIGHT_FILES and path.name.endswith(_INDEX):
-        kind = _WEIGHT_FILES[path.name]
+        raise MissingFileError(f"{path}: no such file or folder")
+    if path.suffix == ".json" and (plain := _plain_index(path.name)) in _WEIGHT_FILES:
+        kind = _WEIGHT_FILES[plain]
         return read_files(path.parent, read_index(path), kind, _READERS[kind])
     if not path.is_dir():
         if path.suffix not in _SUFFIXES:
@@ -139,7 +151,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: {shard} is there, but the index of its shards is missing")
     found = sorted({p.name for pattern in _OTHER_FORMATS for p in path.glob(pattern)})
     other = f"; found {', '.join(found[:8])}: `opt-lm convert` reads these" if found else ""
-    raise CheckpointError(f"{path}: no weights; expected one of {', '.join(_WEIGHT_FILES)}{other}")
+    raise MissingFileError(f"{path}: no weights; expected one of {', '.join(_WEIGHT_FILES)}{other}")
+
+
+def _plain_index(name: str) -> str:
+    """The name of an index, without a variant's: that of "model.safetensors.index.fp16.json"."""
+    stem, _, rest = name.partition(".index.")
+    return stem + _INDEX if rest else name
 
 
 def read_index(path: Path) -> dict[str, set[str]]:
@@ -239,7 +257,9 @@ def _named(names: list[str]) -> str:
     return f" ({_shorten(names)})" if names else ""
 
 
-def plan_load(checkpoint: Checkpoint, config: OPTConfig, head: Head) -> LoadPlan:
+def plan_load(
+    checkpoint: Checkpoint, config: OPTConfig, head: Head, skip_misshapen: bool = False
+) -> LoadPlan:
     """Compares a checkpoint with a model, by names and shapes, and says how to load it.
 
     Tensors of another head are left out. A classification or question-answering head that is absent
@@ -250,6 +270,7 @@ def plan_load(checkpoint: Checkpoint, config: OPTConfig, head: Head) -> LoadPlan
         checkpoint: From `open_checkpoint`.
         config: The model's configuration.
         head: The head that is to sit on the decoder.
+        skip_misshapen: Whether tensors of another shape are left out, their parameters `fresh`.
 
     Raises:
         CheckpointError: Tensors are missing, unexpected, or of another shape; all are listed.
@@ -271,10 +292,18 @@ def plan_load(checkpoint: Checkpoint, config: OPTConfig, head: Head) -> LoadPlan
         fresh = [spec for spec in specs if spec.name in HEAD_PARAMETERS[head]]
         if any(spec.name in tensors for spec in fresh):
             fresh = []
+    misshapen: dict[str, tuple[int, ...]] = {}
+    if skip_misshapen:
+        given = [spec for spec in specs if spec.name in tensors]
+        wrong = [spec for spec in given if spec.shape != tensors[spec.name].shape]
+        misshapen = {spec.name: tensors.pop(spec.name).shape for spec in wrong}
+        fresh = [*fresh, *wrong]
     specs = [spec for spec in specs if spec not in fresh]
     if mismatch := describe_mismatch(checkpoint.folder, config, specs, tensors):
-        raise CheckpointError(mismatch)
-    return LoadPlan(config, [(spec, tensors[spec.name]) for spec in specs], fresh)
+        raise MismatchError(mismatch)
+    entries = [(spec, tensors[spec.name]) for spec in specs]
+    aside = [name for name in checkpoint.tensors if not _belongs(name, head)]
+    return LoadPlan(config, entries, fresh, misshapen, aside)
 
 
 def _belongs(name: str, head: Head) -> bool:

@@ -4,25 +4,34 @@
 `save_pretrained` hands its tensors over.
 """
 
+import dataclasses
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
+import numpy as np
 from numpy.typing import NDArray
 
-from opt_core.checkpoints.load import LoadPlan, open_checkpoint, plan_load
+from opt_core.checkpoints.load import LoadPlan, plan_load
 from opt_core.checkpoints.save import save_checkpoint
-from opt_core.config import DTYPES, OPTConfig
-from opt_core.errors import ConfigError
+from opt_core.checkpoints.sources import held_checkpoint, open_any
+from opt_core.compatibility.loading import LoadOptions, choose_file, read_arguments
+from opt_core.compatibility.notices import notice
+from opt_core.config import OPTConfig
+from opt_core.config_checks import DTYPES
+from opt_core.config_values import dtype_name
+from opt_core.errors import CheckpointError, ConfigError
 from opt_core.generation.config import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.initialization import initial_value
 from opt_core.params import Head, ParamSpec, param_specs
 from opt_core.quantization import check_scheme
+
+_FIELDS = [f.name for f in dataclasses.fields(OPTConfig)]
+_OWN = ("dtype", "device", "attn_implementation", "progress", "config", "quantize")
 
 
 class Model(Protocol):
@@ -41,24 +50,41 @@ class Pretrained:
         path: The folder or file it lies in.
         plan: What is loaded from it.
         dtype: Type to load as; the stored one in place of "auto".
+        quantize: The scheme to quantise by, or None.
+        options: The caller's further arguments.
     """
 
     path: Path
     plan: LoadPlan
     dtype: str
+    quantize: str | None
+    options: LoadOptions
 
     @property
     def config(self) -> OPTConfig:
         """The configuration to build."""
         return self.plan.config
 
+    @property
+    def device(self) -> str | None:
+        """The device that a `device_map` names, "auto", or None."""
+        return self.options.device
+
+    def check_place(self, instead: str) -> None:
+        """Checks a `device_map` where the framework has another way to say it.
+
+        Raises:
+            ConfigError: It names another device than the framework's choice.
+        """
+        if self.device not in (None, "auto", "cpu"):
+            raise ConfigError(
+                f"device_map: expected None or 'auto', received {self.device!r}; use {instead}"
+            )
+
     def stream(
         self, progress: Callable[[int, int], None] | None
     ) -> Iterator[tuple[ParamSpec, NDArray[Any]]]:
         """Reads the tensors one at a time (`LoadPlan.stream`), then makes those of a fresh head.
-
-        The user's call, to which a warning about a fresh head points, is that of the model's
-        `from_pretrained`, which calls the backend's, which iterates over this.
 
         Args:
             progress: Called after each tensor with the bytes read so far and in all.
@@ -68,51 +94,107 @@ class Pretrained:
         """
         yield from self.plan.stream(progress=progress)
         for spec in self.plan.fresh:
-            warnings.warn(
-                f"{self.path}: no {spec.name} in this checkpoint; "
-                "it is freshly initialised and needs training",
-                stacklevel=4,
+            shape = self.plan.misshapen.get(spec.name)
+            reason = "no {0} in this checkpoint" if shape is None else "{0} has shape {1}, not {2}"
+            notice(
+                f"{self.path}: {reason.format(spec.name, shape, spec.shape)}; "
+                "it is freshly initialised and needs training"
             )
             yield spec, initial_value(spec, self.config, seed=0)
 
-    def set_generation_config(self, model: Model) -> None:
-        """Gives a language model the settings of generation_config.json, where there is one."""
-        home = _home(self.path)
-        if model.head == "causal_lm" and (home / "generation_config.json").exists():
+    def finish(self, model: Any) -> Any:
+        """Gives a language model its settings of generation, and the caller what was asked for.
+
+        Args:
+            model: The model, its parameters in place.
+
+        Returns:
+            The model; with `output_loading_info`, it and a dict; with `_do_init=False`, it and its
+            parameters.
+        """
+        home, given = _home(self.path), self.options.generation_config
+        if given is not None:
+            model.generation_config = _settings(given)
+        elif model.head == "causal_lm" and (home / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(home)
+        if not self.options.initialize:
+            return model._without_params()
+        if not self.options.with_info:
+            return model
+        shapes, misshapen = {s.name: s.shape for s in self.plan.fresh}, self.plan.misshapen
+        return model, {
+            "missing_keys": [name for name in shapes if name not in misshapen],
+            "unexpected_keys": self.plan.aside,
+            "mismatched_keys": [(name, had, shapes[name]) for name, had in misshapen.items()],
+            "error_msgs": [],
+        }
 
 
 def open_pretrained(
     head: Head,
-    path_or_hub_id: str | PathLike[str],
-    dtype: str,
-    config: OPTConfig | None,
+    path_or_hub_id: str | PathLike[str] | None,
+    dtype: Any,
+    config: Any,
     quantize: str | None,
     dtypes: Sequence[str] = DTYPES,
-    **hub: Any,
+    as_array: Callable[[Any], NDArray[Any]] = np.asarray,
+    **arguments: Any,
 ) -> Pretrained:
     """Finds a checkpoint and compares it with a model; no tensor is read.
 
     Args:
         head: The head that is to sit on the decoder.
-        path_or_hub_id: Folder, weight file, hub id, or "mini".
-        dtype: One of `dtypes`, or "auto" for the stored one.
-        config: Replaces the checkpoint's config.json.
+        path_or_hub_id: Folder, weight file, hub id, or "mini"; None with a `state_dict`.
+        dtype: One of `dtypes`, as a name or a framework's type; "auto" for the stored one.
+        config: Replaces the checkpoint's config.json: a configuration, a dict, or where one is.
         quantize: One of `opt_core.quantization.SCHEMES`, or None.
         dtypes: What the backend can load as.
-        **hub: As in `opt_core.hub.resolve`.
+        as_array: Turns a tensor of a `state_dict` into an array.
+        **arguments: As `opt_core.compatibility.loading` sorts them.
 
     Raises:
         CheckpointError: Files are missing or damaged, or do not fit the configuration.
         ConfigError: The configuration is malformed, or an option is not one of the above.
     """
-    if dtype not in (*dtypes, "auto"):
-        raise ConfigError(f"dtype: expected one of {', '.join(dtypes)} or auto, received {dtype!r}")
+    path_or_hub_id = arguments.pop("pretrained_model_name_or_path", path_or_hub_id)
+    name = dtype_name(arguments.pop("torch_dtype", dtype)) or "float32"
+    options = read_arguments(arguments, _FIELDS, _OWN)
+    if name not in (*dtypes, "auto"):
+        expected = ", ".join(dtypes)
+        raise ConfigError(f"dtype: expected one of {expected} or auto, received {dtype!r}")
+    quantize = quantize or options.quantize
     check_scheme(quantize)
-    path = resolve(path_or_hub_id, **hub)
-    config = config or OPTConfig.from_pretrained(_home(path))
-    plan = plan_load(open_checkpoint(path), config, head)
-    return Pretrained(path, plan, plan.entries[0][1].dtype.name if dtype == "auto" else dtype)
+    if options.state_dict is None or config is None:
+        if path_or_hub_id is None:
+            raise CheckpointError("from_pretrained: without a folder, pass config= and state_dict=")
+        path = resolve(path_or_hub_id, convertible=True, variant=options.variant, **options.hub)
+    else:
+        path = Path("state_dict")
+    if config is not None:
+        config = OPTConfig.from_any(config).copy()
+    if options.state_dict is None:
+        checkpoint, read_config = open_any(choose_file(path, options))
+        config = read_config() if config is None else config
+    else:
+        checkpoint = held_checkpoint(options.state_dict, as_array)
+        config = OPTConfig.from_pretrained(_home(path)) if config is None else config
+    if options.changes:
+        config = config.replace(**options.changes)
+    config.name_or_path = str(path_or_hub_id or "")
+    plan = plan_load(checkpoint, config, head, options.skip_misshapen)
+    stored = plan.entries[0][1].dtype.name
+    return Pretrained(path, plan, stored if name == "auto" else name, quantize, options)
+
+
+def _settings(given: Any) -> GenerationConfig:
+    """Settings of generation that a caller gives, as such or as a dict."""
+    if isinstance(given, GenerationConfig):
+        return given
+    if isinstance(given, dict):
+        return GenerationConfig().replace(**cast("dict[str, Any]", given))
+    raise ConfigError(
+        f"generation_config: expected a GenerationConfig, received {type(given).__name__}"
+    )
 
 
 def save_pretrained(

@@ -250,6 +250,59 @@ class StoredTensor:
         return array if array.flags.aligned else array.copy("K")
 
 
+@dataclass(frozen=True)
+class HeldTensor:
+    """A tensor that is in memory: of a `state_dict` that a caller has.
+
+    Attributes:
+        name: Its name there.
+        array: The values.
+    """
+
+    name: str
+    array: NDArray[Any] = field(repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape."""
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Data type of one element."""
+        return self.array.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.array.nbytes
+
+    @property
+    def file(self) -> Path:
+        """It lies in none."""
+        return Path("state_dict")
+
+    @property
+    def offset(self) -> int:
+        """It lies nowhere."""
+        return 0
+
+    def is_same_as(self, other: LazyTensor) -> bool:
+        """Whether two names stand for the very same values."""
+        if not isinstance(other, HeldTensor):
+            return False
+        mine, its = self.array.__array_interface__, other.array.__array_interface__
+        return all(mine[k] == its[k] for k in ("data", "shape", "strides", "typestr"))
+
+    def rows(self, start: int, stop: int) -> "HeldTensor":
+        """Part of the tensor along its first dimension."""
+        return HeldTensor(self.name, self.array[start:stop])
+
+    def read(self) -> NDArray[Any]:
+        """A copy of the values: the model's are its own."""
+        return self.array.copy()
+
+
 def float_dtype(name: str) -> np.dtype[Any]:
     """The data type of a name the configuration uses, such as "bfloat16".
 

@@ -1,0 +1,120 @@
+"""Arguments of `transformers`' `save_pretrained`: honoured, without effect, or refused by name."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from opt_core.checkpoints.load import canonical_name
+from opt_core.errors import ArgumentError, CheckpointError
+from opt_core.params import ParamSpec
+
+_WITHOUT_EFFECT = ("save_function", "save_peft_format", "save_original_format", "version")
+_HUB = ("token", "private", "commit_message", "revision", "create_pr", "tags")
+_HANDLED = (
+    *("save_directory", "is_main_process", "state_dict", "push_to_hub", "repo_id", "variant"),
+    *("safe_serialization", "saved_model", "signatures", "use_auth_token", "commit_description"),
+)
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """The arguments of a call of `save_pretrained` beside the backend's own.
+
+    Attributes:
+        folder: Where to.
+        writes: Whether this process writes (`is_main_process`).
+        state_dict: Values in place of the model's, by name, or None.
+        is_safe: Whether to write safetensors (`safe_serialization`).
+        saved_model: Whether TensorFlow writes a SavedModel too.
+        repository: The repository to upload to, or None.
+        hub: Arguments of the upload.
+    """
+
+    folder: Path
+    writes: bool = True
+    state_dict: Mapping[str, Any] | None = None
+    is_safe: bool = True
+    saved_model: bool = False
+    repository: str | None = None
+    hub: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def values(
+        self, fetch: Callable[[ParamSpec], NDArray[Any]], as_array: Callable[[Any], NDArray[Any]]
+    ) -> Callable[[ParamSpec], NDArray[Any]]:
+        """Where the values of parameters come from: the `state_dict` if there is one.
+
+        Args:
+            fetch: Gives the model's.
+            as_array: Turns a tensor of the `state_dict` into an array.
+        """
+        if self.state_dict is None:
+            return fetch
+        held = {canonical_name(name): value for name, value in self.state_dict.items()}
+
+        def given(spec: ParamSpec) -> NDArray[Any]:
+            if spec.name not in held:
+                raise CheckpointError(f"state_dict: {spec.name} is missing")
+            return as_array(held[spec.name])
+
+        return given
+
+
+def read_saving(folder: str | PathLike[str] | None, arguments: Mapping[str, Any]) -> SaveOptions:
+    """Sorts the arguments of `save_pretrained`.
+
+    Args:
+        folder: Where to; None: the arguments have it under `transformers`' name.
+        arguments: Names and values.
+
+    Raises:
+        ArgumentError: One is unknown, or cannot be honoured; what to do instead is named.
+    """
+    for name in arguments:
+        known = (*_HANDLED, *_HUB, *_WITHOUT_EFFECT)
+        if name not in known:
+            near = difflib.get_close_matches(name, ("max_shard_size", *known), 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            raise ArgumentError(f"save_pretrained: unknown argument {name!r}; {hint}")
+    path = folder if folder is not None else arguments.get("save_directory")
+    if path is None:
+        raise ArgumentError("save_pretrained: expected a folder")
+    if arguments.get("variant") is not None:
+        raise ArgumentError(
+            "save_pretrained: variant is not written; save into a folder of its own, "
+            "or rename model.safetensors"
+        )
+    hub = {name: arguments[name] for name in _HUB if arguments.get(name) is not None}
+    if arguments.get("use_auth_token") is not None:
+        hub.setdefault("token", arguments["use_auth_token"])
+    wanted = arguments.get("push_to_hub") and arguments.get("is_main_process", True)
+    return SaveOptions(
+        folder=Path(path),
+        writes=bool(arguments.get("is_main_process", True)),
+        state_dict=arguments.get("state_dict"),
+        is_safe=arguments.get("safe_serialization") is not False,
+        saved_model=bool(arguments.get("saved_model")),
+        repository=(arguments.get("repo_id") or Path(path).name) if wanted else None,
+        hub=hub,
+    )
+
+
+def refuse_unsafe(options: SaveOptions, to: str) -> None:
+    """Refuses another format than safetensors where it is another program's to write.
+
+    Args:
+        options: The call's.
+        to: The format's name for `opt-lm convert`.
+
+    Raises:
+        ArgumentError: safetensors is not wanted.
+    """
+    if not options.is_safe:
+        raise ArgumentError(
+            "save_pretrained: safe_serialization=False is not supported here; save as it is, then "
+            f"opt-lm convert {options.folder} NEW_FOLDER --to {to}"
+        )

@@ -1,0 +1,86 @@
+"""`push_to_hub` of `transformers`: what a `save_pretrained` writes, sent to the hub."""
+
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from opt_core.errors import CheckpointError
+from opt_core.hub import (
+    _first_line,  # pyright: ignore[reportPrivateUsage]
+    _hub_failures,  # pyright: ignore[reportPrivateUsage]
+)
+
+
+class UploadMixin:
+    """Gives a class that has `save_pretrained` the method `push_to_hub`."""
+
+    model_tags: tuple[str, ...] = ()
+    """What the model card of an upload is tagged with."""
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> Any:
+        """Writes the files."""
+        raise NotImplementedError
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        use_temp_dir: bool | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_description: str | None = None,
+        tags: str | list[str] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Uploads what `save_pretrained` writes to a repository of the hub, made if missing.
+
+        Args:
+            repo_id: Its name, such as "me/my-opt".
+            use_temp_dir: Without effect: the files are always written to a temporary folder.
+            commit_message: Of the commit.
+            private: Whether a new repository is private.
+            token: As in `from_pretrained`.
+            revision: The branch; None: the default one.
+            create_pr: Propose the files as a pull request.
+            commit_description: Of the commit.
+            tags: More tags for the model card.
+            **options: Of `save_pretrained`, such as `max_shard_size`.
+
+        Returns:
+            huggingface_hub's `CommitInfo`.
+
+        Raises:
+            CheckpointError: The hub refuses, or cannot be reached.
+        """
+        from huggingface_hub import HfApi  # huggingface_hub is imported only when it is needed
+
+        api = HfApi(token=token)
+        more = [tags] if isinstance(tags, str) else tags or []
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)
+            _tag(Path(folder), [*self.model_tags, *more])
+            try:
+                name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                return api.upload_folder(
+                    repo_id=name,
+                    folder_path=folder,
+                    commit_message=commit_message or f"Upload {type(self).__name__}",
+                    commit_description=commit_description,
+                    revision=revision,
+                    create_pr=create_pr,
+                )
+            except _hub_failures() as error:
+                reason = _first_line(error)
+                raise CheckpointError(f"{repo_id}: not uploaded ({reason})") from error
+
+
+def _tag(folder: Path, tags: list[str]) -> None:
+    """Writes a model card that has the tags, where there are some."""
+    if tags:
+        lines = "".join(f"- {tag}\n" for tag in dict.fromkeys(tags))
+        (folder / "README.md").write_text(
+            f"---\nlibrary_name: transformers\ntags:\n{lines}---\n", encoding="utf-8"
+        )
