@@ -187,9 +187,9 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         mask = inputs.full_mask(mask, count, cache)
         if positions is None:
             inputs.check_window(config, mask, length)
-        if options.get("head_mask") is not None:
-            heads = self._as_floats("head_mask", options["head_mask"])
-            mode["head_mask"] = each_layers_heads(config, heads)
+        heads = options.get("head_mask")
+        if heads is not None:
+            mode["head_mask"] = each_layers_heads(config, self._as_floats("head_mask", heads))
         if output_hidden_states is None:
             output_hidden_states = getattr(config, "output_hidden_states", False)
         if output_attentions is None:
@@ -249,7 +249,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         """The backend's linear layer from the decoder's output (P) to so many scores."""
         raise NotImplementedError
 
-    def _check_inputs(self, *inputs: Any) -> tuple[Any, Any, Any, Any]:
+    def _check_inputs(self, *inputs: Any) -> tuple[Any, Any, Any, Any, Any]:
         """The backend's `check_inputs` for this model."""
         raise NotImplementedError
 

@@ -43,7 +43,7 @@ class AdoptedCache(CacheMixin):
         """Slots filled once `count` more tokens are in."""
         return self.length + count
 
-    def with_room(self, count: int) -> "AdoptedCache":
+    def with_room(self, count: int | None) -> "AdoptedCache":
         """Itself: each layer grows as it is written."""
         return self
 
@@ -81,10 +81,10 @@ def part_tied(module: nn.Module, state: dict[str, Any], prefix: str, metadata: A
     The Trainer of `transformers` saves the state of any other library's model by safetensors, which
     refuses tensors that share memory. Nobody else pays for the copy.
     """
-    head, embedding = (state.get(prefix + name) for name in TIED)
-    if "transformers.trainer" in sys.modules and isinstance(head, Tensor):
-        if isinstance(embedding, Tensor) and head.data_ptr() == embedding.data_ptr():
-            state[f"{prefix}{TIED[0]}"] = head.clone()
+    pair = [state[prefix + name] for name in TIED if prefix + name in state]
+    is_tied = len(pair) == 2 and pair[0].data_ptr() == pair[1].data_ptr()
+    if is_tied and "transformers.trainer" in sys.modules:
+        state[prefix + TIED[0]] = pair[0].clone()
 
 
 class ModelMethods(MethodsMixin):

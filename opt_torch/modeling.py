@@ -12,6 +12,7 @@ from opt_core.config import OPTConfig
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
 from opt_torch import (
+    _private,
     attention,
     beam,
     checkpoint,
@@ -126,7 +127,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         return self.training
 
     def _is_traced(self, *tensors: Any) -> bool:
-        return torch.jit.is_tracing() or torch.compiler.is_exporting()
+        return _private.is_jit_tracing() or torch.compiler.is_exporting()
 
     def _as_floats(self, name: str, values: Any) -> Tensor:
         return inputs.as_tensor(name, values, self.device).to(self.dtype)

@@ -39,14 +39,15 @@ def close(ours, theirs):
 
 def loop(backend, model, cache=None, make_mask=None, **options):
     """Logits of all tokens, each call going on from what the last one returned."""
-    logits, start = [], 0
+    logits, start, out = [], 0, None
     for end in range(FIRST, LENGTH + 1):
         if make_mask is not None:
             options["attention_mask"] = make_mask(end)
         out = backend.run(model, input_ids=IDS[:, start:end], past_key_values=cache, **options)
         cache, start = out.past_key_values, end
         logits.append(out.logits)
-    assert cache.get_seq_length() == LENGTH
+    assert out is not None
+    assert out.past_key_values.get_seq_length() == LENGTH
     return np.concatenate(logits, 1)
 
 

@@ -158,8 +158,6 @@ def test_a_fresh_model_is_initialised_as_published(backend):
     np.testing.assert_array_equal(outs[0], outs[1])
     assert np.abs(outs[0] - outs[2]).max() > 0.01
     from opt_core.initialization import initial_value
-    from opt_core.outputs import ModelOutput
-from opt_core.params import param_specs
 
     values = {s.name: initial_value(s, config, 3) for s in param_specs(config, "none")}
     tokens = values["model.decoder.embed_tokens.weight"]

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,9 @@ def test_gradients_go_through_a_cache_that_grows(model, right):
     """Each call has buffers of its own then: none is changed that a gradient needs."""
     model.zero_grad()
     whole = model(IDS, labels=IDS, use_cache=False).logits[:, 4:].sum()
-    (expected,) = torch.autograd.grad(whole, [model.model.decoder.layers[0].self_attn.k_proj.weight])
+    (expected,) = torch.autograd.grad(
+        whole, [model.model.decoder.layers[0].self_attn.k_proj.weight]
+    )
     first = model(IDS[:, :4])
     second = model(IDS[:, 4:5], past_key_values=first.past_key_values)
     third = model(IDS[:, 5:], past_key_values=second.past_key_values)
@@ -109,7 +112,7 @@ def test_the_loop_compiles_as_one_graph(model, right):
 def test_the_forward_pass_is_traced(model, right):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated, and tells of every shape it settles
-        traced = torch.jit.trace(model, IDS, strict=False)
+        traced: Any = torch.jit.trace(model, IDS, strict=False)
         close(traced(IDS)["logits"], right)
 
 

@@ -1,12 +1,15 @@
 """Hugging Face's live Trainer."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 import torch
+import transformers
 
 import opt_torch
 from tests.support.configs import CONFIGS
@@ -20,7 +23,7 @@ TARGETS = {
 }
 
 
-def make_trainer(folder, kind, **options):
+def make_trainer(folder, kind, **options) -> Any:
     model = getattr(opt_torch, kind)(CONFIG, seed=0)
     columns = {"input_ids": ROWS, "attention_mask": np.ones_like(ROWS), **TARGETS[kind]}
     rows = [{name: column[i] for name, column in columns.items()} for i in range(len(ROWS))]
