@@ -121,9 +121,13 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         """
         self._checkpoint_gradients(True)
 
+    activation_checkpointing_enable = gradient_checkpointing_enable
+
     def gradient_checkpointing_disable(self) -> None:
         """In training, keep every activation (the default)."""
         self._checkpoint_gradients(False)
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
 
     def _checkpoint_gradients(self, enabled: bool) -> None:
         decoder: Any = self.get_decoder()

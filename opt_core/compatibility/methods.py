@@ -64,6 +64,11 @@ class MethodsMixin(UploadMixin):
         return self._decoder.gradient_checkpointing
 
     @property
+    def is_activation_checkpointing(self) -> bool:
+        """`is_gradient_checkpointing`, as newer versions call it."""
+        return self.is_gradient_checkpointing
+
+    @property
     def dummy_inputs(self) -> dict[str, Any]:
         """A small batch, to try a model with."""
         ids = np.array(DUMMY_INPUT_IDS, np.int32) % self.config.vocab_size
