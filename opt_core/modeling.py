@@ -37,13 +37,17 @@ class Backend(NamedTuple):
     Attributes:
         attention: Its `IMPLEMENTATIONS`.
         checkpoint: Its `save_pretrained`.
-        inputs: Its `full_mask` and `check_window`; `check_prompts(model, input_ids,
-            attention_mask)`, which returns ids (B, T) and their bool mask, or None, in NumPy;
+        inputs: Its `to_tensor`, `to_array`, `full_mask` and `check_window`;
+            `check_prompts(model, input_ids, attention_mask)`, which returns ids (B, T) and their
+            bool mask, or None, in NumPy;
             `check_prefix(model, cache, ids, mask)`.
         losses: Its `causal_lm`, `last_token`, `classification` and `span_position`.
         generation: Its `generate(model, request)` and `stream(model, request)`, token by token.
         beam: Its `search(model, request)`.
         speculative: Its `generate(model, request)` and `stream(model, request)`, by drafts.
+        sampling: The filters that `opt_core.generation.filters` applies; its `request_rules`,
+            `random_source` and `draw_seed`.
+        prefill: Its `observe`, for `opt_core.generation.observed`.
     """
 
     attention: Any
@@ -53,6 +57,8 @@ class Backend(NamedTuple):
     generation: Any
     beam: Any
     speculative: Any
+    sampling: Any
+    prefill: Any
 
 
 class PreTrainedMixin(MethodsMixin, Generic[Decoder]):

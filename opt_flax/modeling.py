@@ -21,6 +21,8 @@ from opt_flax import (
     generation,
     inputs,
     losses,
+    prefill,
+    sampling,
     sharding,
     speculative,
 )  # fmt: skip
@@ -37,7 +39,7 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
 
     def __init__(

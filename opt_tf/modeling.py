@@ -21,7 +21,9 @@ from opt_tf import (
     generation,
     inputs,
     losses,
+    prefill,
     quantization,
+    sampling,
     speculative,
 )
 from opt_tf.cache import KVCache, init_cache
@@ -39,7 +41,7 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
 
     def __init__(

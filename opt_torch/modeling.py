@@ -18,6 +18,8 @@ from opt_torch import (
     generation,
     inputs,
     losses,
+    prefill,
+    sampling,
     speculative,
 )
 from opt_torch.cache import KVCache, init_cache
@@ -30,7 +32,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
 
     def __init__(
