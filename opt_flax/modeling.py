@@ -27,7 +27,12 @@ from opt_flax import (
     speculative,
 )  # fmt: skip
 from opt_flax.cache import KVCache, init_cache
-from opt_flax.compatibility import FlaxCallOptions, ModelMethods, split_mode
+from opt_flax.compatibility import (
+    FlaxCallOptions,
+    GenerationMethods,
+    ModelMethods,
+    split_mode,
+)
 from opt_flax.compatibility import refuse_linen as __getattr__  # noqa: F401
 from opt_flax.decoder import FlaxOPTDecoder, FlaxOPTOutput
 from opt_flax.linear import Linear
@@ -230,7 +235,7 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
         return self._finish(out, kwargs)
 
 
-class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
+class FlaxOPTForCausalLM(GenerationMethods, CausalLMMixin, FlaxOPTPreTrainedModel):
     """The language model: the next token's logits."""
 
     def _make_layers(self) -> None:

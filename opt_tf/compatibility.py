@@ -269,7 +269,7 @@ class ModelMethods(MethodsMixin):
         return type(self)(self.config, 0, self.attn_implementation, dtype=dtype)
 
 
-class TextMethods:
+class GenerationMethods:
     """Texts in place of ids, for the language model."""
 
     config: OPTConfig

@@ -27,7 +27,7 @@ from opt_tf import (
     speculative,
 )
 from opt_tf.cache import KVCache, init_cache
-from opt_tf.compatibility import ModelMethods, TextMethods, name_inputs
+from opt_tf.compatibility import GenerationMethods, ModelMethods, name_inputs
 from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
 from opt_tf.keras_fit import Fitted
 from opt_tf.linear import Linear, sizes
@@ -236,7 +236,7 @@ class TFOPTModel(TFOPTPreTrainedModel):
 
 
 @keras.saving.register_keras_serializable("opt_tf")
-class TFOPTForCausalLM(TextMethods, CausalLMMixin, TFOPTPreTrainedModel):
+class TFOPTForCausalLM(GenerationMethods, CausalLMMixin, TFOPTPreTrainedModel):
     """The language model: the next token's logits."""
 
     def _make_layers(self) -> None:

@@ -107,32 +107,6 @@ class ModelMethods(MethodsMixin):
         if hook is not None:
             hook.remove()
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """The model's inputs for the next token, of all ids so far and a cache of the earlier ones.
-
-        Args:
-            input_ids: (B, S) all ids.
-            past_key_values: A cache that holds the first of them, or None.
-            attention_mask: (B, S).
-            inputs_embeds: Used in place of the ids where there is no cache yet.
-            **kwargs: Passed on.
-        """
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        if inputs_embeds is not None and not past:
-            inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds}
-        else:
-            inputs = {"input_ids": input_ids[:, past:]}
-        return {
-            **inputs, "past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs
-        }  # fmt: skip
-
     def _decoder_layers(self) -> Iterator[Any]:
         return iter(self._decoder.layers)
 
@@ -172,3 +146,33 @@ class ModelMethods(MethodsMixin):
 
     def _check_flash(self: Any) -> None:
         attention.check_flash(self.device, self.dtype)
+
+
+class GenerationMethods:
+    """What libraries that generate by themselves ask of a language model."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The model's inputs for the next token, of all ids so far and a cache of the earlier ones.
+
+        Args:
+            input_ids: (B, S) all ids.
+            past_key_values: A cache that holds the first of them, or None.
+            attention_mask: (B, S).
+            inputs_embeds: Used in place of the ids where there is no cache yet.
+            **kwargs: Passed on.
+        """
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if inputs_embeds is not None and not past:
+            inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds}
+        else:
+            inputs = {"input_ids": input_ids[:, past:]}
+        return {
+            **inputs, "past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs
+        }  # fmt: skip

@@ -23,7 +23,7 @@ from opt_torch import (
     speculative,
 )
 from opt_torch.cache import KVCache, init_cache
-from opt_torch.compatibility import ModelMethods, adopt_cache
+from opt_torch.compatibility import GenerationMethods, ModelMethods, adopt_cache
 from opt_torch.decoder import OPTDecoder, OPTOutput
 from opt_torch.linear import Linear
 
@@ -175,7 +175,7 @@ class OPTModel(OPTPreTrainedModel):
         return self._finish(out, kwargs)
 
 
-class OPTForCausalLM(CausalLMMixin, OPTPreTrainedModel):
+class OPTForCausalLM(GenerationMethods, CausalLMMixin, OPTPreTrainedModel):
     """The language model: the next token's logits."""
 
     def _make_layers(self) -> None:

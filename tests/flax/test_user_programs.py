@@ -142,4 +142,6 @@ def test_texts_are_generated(home):
     theirs = transformers.OPTForCausalLM.from_pretrained(home)
     expected = theirs.generate(**inputs.convert_to_tensors("pt"), **options)
     np.testing.assert_array_equal(ids, expected)
-    assert model.to_bf16(params)["model"]["decoder"]["embed_tokens"]["embedding"].dtype == "bfloat16"
+    assert (
+        model.to_bf16(params)["model"]["decoder"]["embed_tokens"]["embedding"].dtype == "bfloat16"
+    )
