@@ -16,6 +16,7 @@ from opt_core.compatibility.calls import (
     kept_tokens,
 )
 from opt_core.compatibility.methods import MethodsMixin
+from opt_core.compatibility.live_config import check_shapes, shapes_of
 from opt_core.compatibility.saving import read_saving
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError
@@ -94,7 +95,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
 
     def note_structure(self) -> None:
         """Takes the configuration as it is for that of the parameters."""
-        self._made_of = self.config.structure, self.config.num_labels
+        self._made_of = shapes_of(self.config)
 
     def check_config(self) -> None:
         """Checks that the configuration still is that of the parameters.
@@ -102,14 +103,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         Raises:
             ConfigError: A field was changed that decides their shapes.
         """
-        structure, labels = self._made_of
-        if self.config.structure != structure:
-            self.config.explain_change(structure)
-        if self.head == "sequence_classification" and self.config.num_labels != labels:
-            raise ConfigError(
-                f"num_labels={self.config.num_labels} was set on a model of {labels}; make a new "
-                "one: from_pretrained(..., num_labels=..., ignore_mismatched_sizes=True)"
-            )
+        check_shapes(self.config, self._made_of, self.head)
 
     def get_decoder(self) -> Decoder:
         """The decoder, wherever the class keeps it."""

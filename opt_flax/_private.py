@@ -28,7 +28,9 @@ def register_config() -> None:
         lambda config, values: config.become(dict(values)["settings"]),
     )
     jax.tree_util.register_pytree_node(
-        OPTConfig, lambda config: ((), config.snapshot()), lambda settings, _: settings.copy()
+        OPTConfig,
+        lambda config: ((), config.snapshot()),
+        lambda settings, _: settings.config.copy(),
     )
 
 

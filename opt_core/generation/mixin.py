@@ -223,6 +223,8 @@ def make_request(
             honoured, or an assistant that cannot draft for the model.
         InputError: Ids outside the vocabulary, shapes or a cache that do not fit.
     """
+    owner: Any = model
+    owner.check_config()
     config, assistant, inputs = model.config, assistant_model, model.backend.inputs
     hooks = Hooks(**{name: overrides.pop(name, None) for name in _HOOKS})
     embeds = overrides.pop("inputs_embeds", None)

@@ -141,3 +141,16 @@ def test_what_cannot_be_exported(folder, case, tmp_path):
     settings, message = EXPORT_ERRORS[case]
     with pytest.raises(GenerationError, match=message):
         export_saved_model(model_of(folder), tmp_path, max_prompt=9, **settings)
+
+
+def test_a_saved_model_beside_the_weights(folder, tmp_path):
+    """`save_pretrained(saved_model=True)`, and TensorFlow Serving's default signature."""
+    model = model_of(folder, "pre_ln")
+    model.save_pretrained(tmp_path, saved_model=True)
+    serve = tf.saved_model.load(tmp_path / "saved_model" / "1").signatures["serving_default"]
+    ids = make_prompts(CONFIGS["pre_ln"], 2, 6).astype(np.int32)
+    out = serve(input_ids=tf.constant(ids), attention_mask=tf.ones_like(ids))
+    assert list(out) == ["logits"]
+    np.testing.assert_allclose(out["logits"], model(ids).logits, atol=1e-5)
+    fresh = type(model).from_config(model.config)
+    assert fresh.config is model.config
