@@ -15,8 +15,8 @@ from opt_core.compatibility.calls import (
     each_layers_heads,
     kept_tokens,
 )
-from opt_core.compatibility.methods import MethodsMixin
 from opt_core.compatibility.live_config import check_shapes, shapes_of
+from opt_core.compatibility.methods import MethodsMixin
 from opt_core.compatibility.saving import read_saving
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError
@@ -67,6 +67,8 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
 
     backend: ClassVar[Backend]
     head: ClassVar[Head]
+    accepts_loss_kwargs: ClassVar[bool] = False
+    """Whether the loss heeds `num_items_in_batch`: the Trainer of `transformers` asks."""
     config: OPTConfig
     generation_config: GenerationConfig
 
@@ -175,8 +177,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
             **mode: More arguments of the framework's decoder.
         """
         self.check_config()
-        own = "input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values"
-        check_options(options, (*own, "labels", "output_hidden_states", "output_attentions"))
+        check_options(options)
         config, use_cache, inputs = self.config, options.get("use_cache"), self.backend.inputs
         cache = self._adopt(given[-1], self._starts_cache(use_cache, *given[:-1], **mode))
         ids, mask, positions, embeds, cache = self._check_inputs(*given[:-1], cache)
@@ -190,9 +191,9 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         mask = inputs.full_mask(mask, count, cache)
         if positions is None:
             inputs.check_window(config, mask, length)
-        if options.get("head_mask") is not None:
-            heads = self._as_floats("head_mask", options["head_mask"])
-            mode["head_mask"] = each_layers_heads(config, heads)
+        heads = options.get("head_mask")
+        if heads is not None:
+            mode["head_mask"] = each_layers_heads(config, self._as_floats("head_mask", heads))
         if output_hidden_states is None:
             output_hidden_states = getattr(config, "output_hidden_states", False)
         if output_attentions is None:
@@ -252,7 +253,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         """The backend's linear layer from the decoder's output (P) to so many scores."""
         raise NotImplementedError
 
-    def _check_inputs(self, *inputs: Any) -> tuple[Any, Any, Any, Any]:
+    def _check_inputs(self, *inputs: Any) -> tuple[Any, Any, Any, Any, Any]:
         """The backend's `check_inputs` for this model."""
         raise NotImplementedError
 
@@ -307,6 +308,7 @@ class CausalLMMixin(GenerationMixin):
     """The language model's head."""
 
     head: ClassVar[Head] = "causal_lm"
+    accepts_loss_kwargs: ClassVar[bool] = True
     backend: ClassVar[Backend]
 
     def compute_logits(self, hidden: Any) -> Any:

@@ -48,17 +48,17 @@ class FlaxCallOptions(CallOptions, total=False):
 
 def split_mode(
     options: FlaxCallOptions, deterministic: bool | None, rngs: nnx.Rngs | None
-) -> tuple[CallOptions, bool | None, nnx.Rngs | None]:
-    """Takes the training mode out of a call's options: the rest, `deterministic` and `rngs`."""
+) -> tuple[CallOptions, dict[str, Any]]:
+    """Takes the training mode out of a call's options: the rest, and what the decoder takes."""
     rest: Any = dict(options)
     train, key = rest.pop("train", None), rest.pop("dropout_rng", None)
     if train is not None and deterministic is None:
         deterministic = not train
     if key is not None and rngs is None:
-        if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
         rngs = nnx.Rngs(dropout=key)
-    return rest, deterministic, rngs
+    return rest, {"deterministic": deterministic, "rngs": rngs}
 
 
 class ModelMethods(MethodsMixin):

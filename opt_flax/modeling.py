@@ -161,12 +161,10 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
             **arguments,
         )
 
-    def _decode(
-        self, *values: Any, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
-    ) -> FlaxOPTOutput:
-        *given, options = values
-        options, deterministic, rngs = split_mode(options, deterministic, rngs)
-        return super()._decode(*given, options, deterministic=deterministic, rngs=rngs)
+    def _decode(self, *values: Any, **mode: Any) -> FlaxOPTOutput:
+        given, hidden_states, attentions, options = values
+        options, mode = split_mode(options, **mode)
+        return super()._decode(given, hidden_states, attentions, options, **mode)
 
     def _trains(self, deterministic: bool | None = None, **mode: Any) -> bool:
         return not (self.get_decoder().deterministic if deterministic is None else deterministic)

@@ -35,10 +35,15 @@ def register_pytree(cls: Any) -> None:
     Keras' way in, `keras.tree`, only uses what is registered. Without optree Keras flattens them as
     TensorFlow does, which takes them for the mappings they are.
     """
+
+    def flatten(output: Any) -> tuple[Any, Any]:
+        return tuple(output.values()), tuple(output)
+
+    unflatten: Any = lambda names, values: cls(zip(names, values, strict=True))  # noqa: E731
     optree.register_pytree_node(
         cls,
-        lambda output: (tuple(output.values()), tuple(output), tuple(output)),
-        lambda names, values: cls(zip(names, values, strict=True)),
+        flatten,
+        unflatten,
         namespace="keras",
     )
 

@@ -46,7 +46,7 @@ def name_inputs(
         values = {**first, **named}
     else:
         if isinstance(first, tuple | list) and first and len(getattr(first[0], "shape", ())) == 2:
-            first, *others = first
+            first, others = first[0], tuple(first[1:])
         values = {**inspect.signature(call).bind_partial(first, *others).arguments, **named}
     if any(isinstance(value, keras.KerasTensor) for value in values.values()):
         values.setdefault("use_cache", False)  # a functional model knows its outputs beforehand

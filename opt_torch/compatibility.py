@@ -1,5 +1,6 @@
 """The layer for code written for `transformers`: what PyTorch has to do for it."""
 
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ from opt_torch import attention, checkpoint
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
+
+TIED = "lm_head.weight", "model.decoder.embed_tokens.weight"
+"""The two names of one parameter, where the head is the embedding."""
 
 
 class AdoptedCache(CacheMixin):
@@ -39,7 +43,7 @@ class AdoptedCache(CacheMixin):
         """Slots filled once `count` more tokens are in."""
         return self.length + count
 
-    def with_room(self, count: int) -> "AdoptedCache":
+    def with_room(self, count: int | None) -> "AdoptedCache":
         """Itself: each layer grows as it is written."""
         return self
 
@@ -69,6 +73,18 @@ def adopt_cache(past: Any) -> AdoptedCache | None:
             f"past_key_values: expected a DynamicCache or one of init_cache, received a {kind}"
         )
     return AdoptedCache(past)
+
+
+def part_tied(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Gives the head of a state dict memory of its own, where the Trainer may write it down.
+
+    The Trainer of `transformers` saves the state of any other library's model by safetensors, which
+    refuses tensors that share memory. Nobody else pays for the copy.
+    """
+    pair = [state[prefix + name] for name in TIED if prefix + name in state]
+    is_tied = len(pair) == 2 and pair[0].data_ptr() == pair[1].data_ptr()
+    if is_tied and "transformers.trainer" in sys.modules:
+        state[prefix + TIED[0]] = pair[0].clone()
 
 
 class ModelMethods(MethodsMixin):

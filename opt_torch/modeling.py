@@ -12,6 +12,7 @@ from opt_core.config import OPTConfig
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
 from opt_torch import (
+    _private,
     attention,
     beam,
     checkpoint,
@@ -23,7 +24,12 @@ from opt_torch import (
     speculative,
 )
 from opt_torch.cache import KVCache, init_cache
-from opt_torch.compatibility import GenerationMethods, ModelMethods, adopt_cache
+from opt_torch.compatibility import (
+    GenerationMethods,
+    ModelMethods,
+    adopt_cache,
+    part_tied,
+)
 from opt_torch.decoder import OPTDecoder, OPTOutput
 from opt_torch.linear import Linear
 
@@ -34,6 +40,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
     backend = Backend(
         attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
+    _keys_to_ignore_on_save = None  # the Trainer of `transformers` asks
 
     def __init__(
         self, config: OPTConfig, seed: int | None = 0, attn_implementation: str | None = None
@@ -54,6 +61,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
             self._make_layers()
         if seed is not None:
             checkpoint.initialize(self, seed)
+        self.register_state_dict_post_hook(part_tied)
         self.eval()
 
     def _make_layers(self) -> None:
@@ -126,7 +134,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         return self.training
 
     def _is_traced(self, *tensors: Any) -> bool:
-        return torch.jit.is_tracing() or torch.compiler.is_exporting()
+        return _private.is_jit_tracing() or torch.compiler.is_exporting()
 
     def _as_floats(self, name: str, values: Any) -> Tensor:
         return inputs.as_tensor(name, values, self.device).to(self.dtype)

@@ -55,11 +55,11 @@ class CacheMixin:
         rules.check_is_cache(past, cls)
         return past
 
-    def with_room(self, count: int) -> Self:
+    def with_room(self, count: int | None) -> Self:
         """This cache, or, where it may grow and must, a larger one that holds the same.
 
         Args:
-            count: Tokens T that are to follow.
+            count: Tokens T that are to follow; None where that is not known.
 
         Raises:
             InputError: It must grow within a program that is traced for any length.
@@ -67,7 +67,7 @@ class CacheMixin:
         cache: Any = self
         if not self.grows or not self.keys:
             return self
-        if cache.known_length is None:
+        if cache.known_length is None or count is None:
             raise InputError(
                 "past_key_values is a cache that grows, which a compiled program cannot take: pass "
                 "one of a fixed size, from init_cache(rows, slots) or resize(rows, slots)"

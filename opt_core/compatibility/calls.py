@@ -1,6 +1,6 @@
 """Arguments of a model's call that code written for `transformers` passes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, TypedDict
 
@@ -41,6 +41,13 @@ class CallOptions(TypedDict, total=False):
 
 OPTIONS = tuple(CallOptions.__annotations__)
 
+_OWN = (
+    "input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "labels",
+    "start_positions", "end_positions", "output_hidden_states", "output_attentions",
+    "logits_to_keep", "training", "train", "deterministic", "dropout_rng",
+)  # fmt: skip
+"""Arguments that calls have by themselves, for a name that is nearly one."""
+
 _NONE_ONLY = {
     "decoder_head_mask": "use head_mask",
     "encoder_hidden_states": "OPT has no encoder",
@@ -48,19 +55,18 @@ _NONE_ONLY = {
 }
 
 
-def check_options(options: Mapping[str, Any], own: Iterable[str]) -> None:
+def check_options(options: Mapping[str, Any]) -> None:
     """Refuses arguments that no model has.
 
     Args:
         options: The arguments that a model's call collected, by name.
-        own: Names of the call's own arguments, for a name that is nearly one.
 
     Raises:
         ArgumentError: One of another name, or one that must be None and is not.
     """
     for name, value in options.items():
         if name not in OPTIONS:
-            near = get_close_matches(name, (*OPTIONS, *own), 1)
+            near = get_close_matches(name, (*OPTIONS, *_OWN), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ArgumentError(f"the model takes no argument {name!r}{hint}")
         if value is not None and name in _NONE_ONLY:
