@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("jax")
-transformers = pytest.importorskip("transformers")
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from opt_flax import FlaxOPTForCausalLM
 from tests.support.tiny_folder import save_model
 
+transformers = pytest.importorskip("transformers")
 SENTENCES = [
     "I like you.",
     "The quick brown fox jumps over the lazy dog.",

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 import torch
 
 from opt_torch import OPTForCausalLM
 from tests.support.tiny_folder import save_model
 
+transformers = pytest.importorskip("transformers")
 SENTENCES = [
     "I like you.",
     "The quick brown fox jumps over the lazy dog.",
