@@ -298,7 +298,6 @@ class GenerationMethods:
         input_ids: Any = None,
         *args: Any,
         params: Tree | None = None,
-        prng_key: Array | None = None,
         trace: bool = True,
         **options: Any,
     ) -> Any:
@@ -308,12 +307,9 @@ class GenerationMethods:
             input_ids: See there.
             *args: See there.
             params: Generate with these in place of the model's own.
-            prng_key: A random key, in place of `seed`.
             trace: Without effect: `transformers`' way to debug.
             **options: See there.
         """
-        if prng_key is not None:
-            options["seed"] = int(jax.random.bits(prng_key, dtype=jnp.uint32))
         base: Any = super(GenerationMethods, self.with_params(params))
         return base.generate(input_ids, *args, **options)
 

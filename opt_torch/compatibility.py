@@ -88,14 +88,15 @@ def part_tied(module: nn.Module, state: dict[str, Any], prefix: str, metadata: A
 
 
 class ModelMethods(MethodsMixin):
-    """What every model has beside `torch.nn.Module`'s own."""
+    """Methods of every model, beside `torch.nn.Module`'s own."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.warnings_issued: dict[str, bool] = {}
 
     def _configure(self: Any, *args: Any) -> None:
-        super()._configure(*args)
+        base: Any = super()
+        base._configure(*args)
         vars(self)["name_or_path"] = self.name_or_path  # PEFT looks for it nowhere else
 
     def tie_weights(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -165,7 +166,7 @@ class ModelMethods(MethodsMixin):
 
 
 class GenerationMethods:
-    """What libraries that generate by themselves ask of a language model."""
+    """Methods that libraries which generate by themselves ask of a language model."""
 
     def prepare_inputs_for_generation(
         self,

@@ -50,7 +50,7 @@ class MethodsMixin(UploadMixin):
 
     @property
     def name_or_path(self) -> str:
-        """What the model was loaded from; empty if it was not."""
+        """Path or name that the model was loaded from; empty if it was not."""
         return str(getattr(self.config, "name_or_path", ""))
 
     @property
