@@ -23,7 +23,7 @@ from opt_core.compatibility.config_methods import ConfigMethods
 from opt_core.compatibility.loading import read_arguments, sort_arguments
 from opt_core.compatibility.notices import notice
 from opt_core.config_checks import check_ranges, check_types
-from opt_core.config_values import NORMAL, default_labels, labels_by_index
+from opt_core.config_values import NORMAL, Snapshot, default_labels, labels_by_index
 from opt_core.errors import ConfigError, MissingFileError
 from opt_core.json_files import read_json
 from opt_core.presets import PRESETS
@@ -108,7 +108,7 @@ class OPTConfig(ConfigMethods):
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
     num_labels: int = 2
-    id2label: dict[int, str] | None = None
+    id2label: dict[int, str] = dataclasses.field(default_factory=dict[int, str])
     problem_type: str | None = None
     dtype: str | None = None
     output_attentions: bool = False
@@ -174,7 +174,7 @@ class OPTConfig(ConfigMethods):
     def __hash__(self) -> int:
         return hash(tuple(getattr(self, name) for name in _FIELDS if name != "id2label"))
 
-    def snapshot(self) -> "Snapshot":
+    def snapshot(self) -> Snapshot:
         """The fields as they are now, the same object until one changes.
 
         Compiled programs are kept by it: a change makes another program, and what was made is found
@@ -182,10 +182,10 @@ class OPTConfig(ConfigMethods):
         """
         kept = vars(self).get("_snapshot")
         if kept is None:
-            kept = vars(self)["_snapshot"] = Snapshot(self.copy())
+            kept = vars(self)["_snapshot"] = Snapshot(self.copy(), hash(self))
         return kept
 
-    def become(self, snapshot: "Snapshot") -> None:
+    def become(self, snapshot: Snapshot) -> None:
         """Takes the fields of a snapshot over; what else this object was given, it keeps."""
         if snapshot.config != self:
             self.update({name: getattr(snapshot.config, name) for name in _FIELDS})
@@ -377,18 +377,8 @@ class OPTConfig(ConfigMethods):
         return new
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A configuration that nobody sets any more, to tell programs apart by.
-
-    Attributes:
-        config: The configuration.
-    """
-
-    config: OPTConfig
-
-
 _FIELDS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(OPTConfig)}
+_FIELDS["id2label"] = None  # follows num_labels
 _HINTS = {name: hint for name, hint in get_type_hints(OPTConfig).items() if name in _FIELDS}
 _NOT_SAVED = {
     *(*_FIELDS, "structure", "label2id", "_snapshot"),

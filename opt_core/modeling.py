@@ -152,9 +152,9 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         check_not_quantized(self, "save_pretrained")
         self.check_config()
         self.config.validate()
-        options = read_saving(folder, arguments)
+        options = read_saving(folder, max_shard_size, arguments)
         if options.writes:
-            self.backend.checkpoint.save_pretrained(self, options.folder, max_shard_size, options)
+            self.backend.checkpoint.save_pretrained(self, options)
         if options.repository:
             self.push_to_hub(options.repository, max_shard_size=max_shard_size, **options.hub)
 

@@ -10,7 +10,6 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh, Sharding
 
-from opt_core.config import OPTConfig
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
 from opt_flax import (
@@ -49,7 +48,7 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
 
     def __init__(
         self,
-        config: OPTConfig,
+        config: Any,
         seed: int | None = 0,
         attn_implementation: str | None = None,
         scan_layers: bool = False,
@@ -61,7 +60,7 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
 
         Args:
-            config: The model's configuration.
+            config: The model's `OPTConfig`, or one of `transformers`.
             seed: Seed of the weights and of dropout; None leaves the weights as
                 `jax.ShapeDtypeStruct`, for a loader to fill.
             attn_implementation: "sdpa", "eager" or "flash_attention_2" (cuDNN's kernel on GPU,

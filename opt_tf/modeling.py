@@ -46,7 +46,7 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
 
     def __init__(
         self,
-        config: OPTConfig,
+        config: Any,
         seed: int | None = 0,
         attn_implementation: str | None = None,
         quantize: str | None = None,
@@ -55,7 +55,7 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
         """Makes a freshly initialised model; `training=True` turns dropout on, as fit does.
 
         Args:
-            config: The model's configuration.
+            config: The model's `OPTConfig`, or one of `transformers`.
             seed: Seed of the weights; None leaves them zero, for a loader to fill.
             attn_implementation: "sdpa" or "eager".
             quantize: As in `from_pretrained`.

@@ -37,7 +37,7 @@ def draw_seed(source: tf.random.Generator | None = None) -> int:
 
 
 def add_bias(logits_BV: tf.Tensor, bias_V: tf.Tensor) -> tf.Tensor:
-    """Adds to the logit of each id."""
+    """Adds to the logit of each id, in all rows alike or (B, V)."""
     return logits_BV + bias_V
 
 

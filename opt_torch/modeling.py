@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from opt_core.compatibility.calls import CallOptions
-from opt_core.config import OPTConfig
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
 from opt_torch import (
@@ -42,13 +41,11 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
     )  # fmt: skip
     _keys_to_ignore_on_save = None  # the Trainer of `transformers` asks
 
-    def __init__(
-        self, config: OPTConfig, seed: int | None = 0, attn_implementation: str | None = None
-    ):
+    def __init__(self, config: Any, seed: int | None = 0, attn_implementation: str | None = None):
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
 
         Args:
-            config: The model's configuration.
+            config: The model's `OPTConfig`, or one of `transformers`.
             seed: Seed of the weights; None leaves them on the meta device, for a loader to fill.
             attn_implementation: "sdpa", "eager" or "flash_attention_2".
 

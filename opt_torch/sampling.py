@@ -41,7 +41,7 @@ def draw_seed(source: torch.Generator | None = None) -> int:
 
 
 def add_bias(logits_BV: Tensor, bias_V: Tensor) -> Tensor:
-    """Adds to the logit of each id."""
+    """Adds to the logit of each id, in all rows alike or (B, V)."""
     return logits_BV + bias_V
 
 

@@ -10,7 +10,7 @@ Shapes = tuple[tuple[Any, ...], int]
 
 
 def shapes_of(config: OPTConfig) -> Shapes:
-    """What a model of a configuration keeps, to see later whether it still is that model's."""
+    """Fields that a model of a configuration keeps, to see later whether they still are its own."""
     return config.structure, config.num_labels
 
 

@@ -151,7 +151,7 @@ class GenerationMixin:
         What depends on values cannot be checked then, and rows keep their full width.
         """
         seed = overrides.pop("prng_key", None) if seed is None else seed
-        has_hooks = any([overrides.pop(name, None) is not None for name in _HOOKS])
+        hooks = Hooks(**{name: overrides.pop(name, None) for name in _HOOKS})
         settings = merge_settings(self.generation_config, generation_config, **overrides)
         window, T = self.config.max_position_embeddings, ids_BT.shape[1]
         longest = window + 1 - settings.new_tokens(1) if T is None else T
@@ -160,7 +160,7 @@ class GenerationMixin:
         request = check_request(
             self.config, defaults, template, None, generation_config, 0, known, **overrides
         )
-        if has_hooks or request.is_observed or settings.penalty_alpha or settings.stops:
+        if not hooks.is_empty or request.is_observed or settings.penalty_alpha or settings.stops:
             raise GenerationError(
                 "inside jax.jit or tf.function nothing can run in Python between the steps; "
                 "call generate outside for outputs, functions, stop strings and contrastive search"

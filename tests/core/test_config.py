@@ -221,7 +221,7 @@ def test_labels_follow_one_another():
     assert (len(config.id2label), len(config.label2id)) == (5, 5)
     config.num_labels = 3
     assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
-    config.id2label = {"0": "no", "1": "yes"}
+    config.id2label = {0: "no", 1: "yes"}
     assert config.num_labels == 2
     assert config.label2id == {"no": 0, "yes": 1}
     with pytest.raises(ConfigError, match="id2label: expected keys"):
