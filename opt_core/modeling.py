@@ -158,21 +158,12 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         if options.repository:
             self.push_to_hub(options.repository, max_shard_size=max_shard_size, **options.hub)
 
-    def _decode(
-        self,
-        given: tuple[Any, ...],
-        output_hidden_states: bool | None,
-        output_attentions: bool | None,
-        options: CallOptions,
-        **mode: Any,
-    ) -> Any:
+    def _decode(self, given: tuple[Any, ...], options: CallOptions, **mode: Any) -> Any:
         """Checks the inputs, embeds them and runs the decoder.
 
         Args:
             given: `input_ids`, `attention_mask`, `position_ids`, `inputs_embeds` and
                 `past_key_values`, as the model was given them.
-            output_hidden_states: Return the states between the layers too; None: as configured.
-            output_attentions: Return the attention weights too; None: as configured.
             options: The call's other arguments.
             **mode: More arguments of the framework's decoder.
         """
@@ -194,14 +185,10 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         heads = options.get("head_mask")
         if heads is not None:
             mode["head_mask"] = each_layers_heads(config, self._as_floats("head_mask", heads))
-        if output_hidden_states is None:
-            output_hidden_states = getattr(config, "output_hidden_states", False)
-        if output_attentions is None:
-            output_attentions = getattr(config, "output_attentions", False)
-        out = decoder(
-            embeds, position_ids=positions, mask_BS=mask, cache=cache,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions, **mode,
-        )  # fmt: skip
+        for name in ("output_hidden_states", "output_attentions"):
+            wanted = options.get(name)
+            mode[name] = getattr(config, name) if wanted is None else wanted
+        out = decoder(embeds, position_ids=positions, mask_BS=mask, cache=cache, **mode)
         if use_cache is False:
             out.past_key_values = None
         return out
@@ -210,7 +197,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         """The output in the shape that was asked for."""
         return_dict = options.get("return_dict")
         if return_dict is None:
-            return_dict = getattr(self.config, "use_return_dict", True)
+            return_dict = self.config.use_return_dict
         return out if return_dict else out.to_tuple()
 
     def _starts_cache(self, use_cache: bool | None, *tensors: Any, **mode: Any) -> bool:

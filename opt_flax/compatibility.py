@@ -35,7 +35,7 @@ Tree = Mapping[str, Any]
 
 
 class FlaxCallOptions(CallOptions, total=False):
-    """What a Flax model's call takes beside its own arguments.
+    """Arguments that a Flax model's call takes beside its own.
 
     Attributes:
         train: The opposite of `deterministic`.

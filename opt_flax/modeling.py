@@ -161,9 +161,9 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
         )
 
     def _decode(self, *values: Any, **mode: Any) -> FlaxOPTOutput:
-        given, hidden_states, attentions, options = values
+        given, options = values
         options, mode = split_mode(options, **mode)
-        return super()._decode(given, hidden_states, attentions, options, **mode)
+        return super()._decode(given, options, **mode)
 
     def _trains(self, deterministic: bool | None = None, **mode: Any) -> bool:
         return not (self.get_decoder().deterministic if deterministic is None else deterministic)
@@ -200,8 +200,6 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
         position_ids: Any = None,
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
         **kwargs: Unpack[FlaxCallOptions],
@@ -215,20 +213,15 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
             inputs_embeds: (B, T, P) embeddings in place of `input_ids`.
             past_key_values: A cache, of an earlier output or of `init_cache`: these tokens follow
                 the ones it holds.
-            output_hidden_states: Return `hidden_states`; None: as configured.
-            output_attentions: Return `attentions`; None: as configured.
             deterministic: Whether dropout is off; None: `model.eval()` and `model.train()` say.
             rngs: Source of dropout, its stream "dropout"; None: the model's own.
-            **kwargs: `use_cache`, `return_dict` and the others of `FlaxCallOptions`.
+            **kwargs: `output_hidden_states`, `use_cache` and the others of `FlaxCallOptions`.
 
         Raises:
             InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(
-            given, output_hidden_states, output_attentions, kwargs,
-            deterministic=deterministic, rngs=rngs,
-        )  # fmt: skip
+        out = self._decode(given, kwargs, deterministic=deterministic, rngs=rngs)
         return self._finish(out, kwargs)
 
 
@@ -249,8 +242,6 @@ class FlaxOPTForCausalLM(GenerationMethods, CausalLMMixin, FlaxOPTPreTrainedMode
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
         labels: Any = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         logits_to_keep: Any = 0,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
@@ -265,8 +256,6 @@ class FlaxOPTForCausalLM(GenerationMethods, CausalLMMixin, FlaxOPTPreTrainedMode
             inputs_embeds: See there.
             past_key_values: See there.
             labels: (B, T) ids, -100 to ignore one; the model shifts them. Usually `input_ids`.
-            output_hidden_states: See there.
-            output_attentions: See there.
             logits_to_keep: Compute logits for this many last tokens only, 0 for all, or for those
                 of an index.
             deterministic: See there.
@@ -274,10 +263,7 @@ class FlaxOPTForCausalLM(GenerationMethods, CausalLMMixin, FlaxOPTPreTrainedMode
             **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(
-            given, output_hidden_states, output_attentions, kwargs,
-            deterministic=deterministic, rngs=rngs,
-        )  # fmt: skip
+        out = self._decode(given, kwargs, deterministic=deterministic, rngs=rngs)
         return self._finish(out, kwargs, labels, logits_to_keep)
 
     def compute_logits(self, hidden: Array) -> Array:

@@ -203,8 +203,6 @@ class TFOPTModel(TFOPTPreTrainedModel):
         position_ids: Any = None,
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         training: bool | None = None,
         **kwargs: Unpack[CallOptions],
     ) -> TFOPTOutput:
@@ -217,18 +215,14 @@ class TFOPTModel(TFOPTPreTrainedModel):
             inputs_embeds: (B, T, P) embeddings in place of `input_ids`.
             past_key_values: A cache, of an earlier output or of `init_cache`: these tokens follow
                 the ones it holds.
-            output_hidden_states: Return `hidden_states`; None: as configured.
-            output_attentions: Return `attentions`; None: as configured.
             training: Whether to apply dropout and layerdrop; by default not.
-            **kwargs: `use_cache`, `return_dict` and the others of `CallOptions`.
+            **kwargs: `output_hidden_states`, `use_cache` and the others of `CallOptions`.
 
         Raises:
             InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(
-            given, output_hidden_states, output_attentions, kwargs, training=training
-        )
+        out = self._decode(given, kwargs, training=training)
         return self._finish(out, kwargs)
 
     def _predictions(self, output: TFOPTOutput) -> Any:
@@ -256,8 +250,6 @@ class TFOPTForCausalLM(GenerationMethods, CausalLMMixin, TFOPTPreTrainedModel):
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
         labels: Any = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         logits_to_keep: Any = 0,
         training: bool | None = None,
         **kwargs: Unpack[CallOptions],
@@ -271,17 +263,13 @@ class TFOPTForCausalLM(GenerationMethods, CausalLMMixin, TFOPTPreTrainedModel):
             inputs_embeds: See there.
             past_key_values: See there.
             labels: (B, T) ids, -100 to ignore one; the model shifts them. Usually `input_ids`.
-            output_hidden_states: See there.
-            output_attentions: See there.
             logits_to_keep: Compute logits for this many last tokens only, 0 for all, or for those
                 of an index.
             training: See there.
             **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(
-            given, output_hidden_states, output_attentions, kwargs, training=training
-        )
+        out = self._decode(given, kwargs, training=training)
         return self._finish(out, kwargs, labels, logits_to_keep)
 
     def compute_logits(self, hidden: tf.Tensor) -> tf.Tensor:

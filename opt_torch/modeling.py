@@ -155,8 +155,6 @@ class OPTModel(OPTPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: KVCache | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         **kwargs: Unpack[CallOptions],
     ) -> OPTOutput:
         """Computes the hidden states.
@@ -168,15 +166,13 @@ class OPTModel(OPTPreTrainedModel):
             inputs_embeds: (B, T, P) embeddings in place of `input_ids`.
             past_key_values: A cache, of an earlier output or of `init_cache`: these tokens follow
                 the ones it holds.
-            output_hidden_states: Return `hidden_states`; None: as configured.
-            output_attentions: Return `attentions`; None: as configured.
-            **kwargs: `use_cache`, `return_dict` and the others of `CallOptions`.
+            **kwargs: `output_hidden_states`, `use_cache` and the others of `CallOptions`.
 
         Raises:
             InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(given, output_hidden_states, output_attentions, kwargs)
+        out = self._decode(given, kwargs)
         return self._finish(out, kwargs)
 
 
@@ -195,8 +191,6 @@ class OPTForCausalLM(GenerationMethods, CausalLMMixin, OPTPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         past_key_values: KVCache | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         logits_to_keep: Any = 0,
         **kwargs: Unpack[CallOptions],
     ) -> OPTOutput:
@@ -209,14 +203,12 @@ class OPTForCausalLM(GenerationMethods, CausalLMMixin, OPTPreTrainedModel):
             inputs_embeds: See there.
             past_key_values: See there.
             labels: (B, T) ids, -100 to ignore one; the model shifts them. Usually `input_ids`.
-            output_hidden_states: See there.
-            output_attentions: See there.
             logits_to_keep: Compute logits for this many last tokens only, 0 for all, or for those
                 of an index.
             **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(given, output_hidden_states, output_attentions, kwargs)
+        out = self._decode(given, kwargs)
         return self._finish(out, kwargs, labels, logits_to_keep)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

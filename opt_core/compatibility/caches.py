@@ -1,4 +1,4 @@
-"""What code written for `transformers` does with a cache."""
+"""Caches as code written for `transformers` uses them."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,15 +41,15 @@ class CacheMixin:
         """
         if past is None or past == ():
             return cls(grows=True) if starts else None  # type: ignore[call-arg]
+        kind = type(past).__name__
         if isinstance(past, tuple | list):
-            pairs: Any = past
             try:
-                keys, values = zip(*pairs, strict=True)
+                keys, values = zip(*past, strict=True)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
                 length = keys[0].shape[2]
             except (AttributeError, IndexError, TypeError, ValueError):
                 raise InputError(
                     "past_key_values: expected a pair of keys and values (B, H, S, K) for each "
-                    f"layer, received a {type(past).__name__} of something else"
+                    f"layer, received a {kind} of something else"
                 ) from None
             return cls(keys, values, length, grows=True)  # type: ignore[call-arg]
         rules.check_is_cache(past, cls)

@@ -109,7 +109,7 @@ def test_decoding_checks_the_window_unless_positions_are_given():
     model, ids = Model(TINY), [5, 6, 7]
     Inputs.windows.clear()
     given = ids, "mask", None, None, Cache(4)
-    out = model._decode(given, True, None, {}, flag=True)
+    out = model._decode(given, {"output_hidden_states": True}, flag=True)
     embeds, options = out.last_hidden_state
     assert embeds.ids == ids
     assert options["mask_BS"] == ("mask", 3)
@@ -118,7 +118,7 @@ def test_decoding_checks_the_window_unless_positions_are_given():
     assert not options["output_attentions"]
     assert Inputs.windows == [(("mask", 3), 7)]
     given = None, None, "positions", SimpleNamespace(shape=(1, 2, 4)), None
-    model._decode(given, False, False, {})
+    model._decode(given, {})
     assert len(Inputs.windows) == 1
 
 
