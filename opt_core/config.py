@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, NoReturn, cast, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from opt_core.compatibility.config_keys import (
     ALIASES,
@@ -23,12 +23,12 @@ from opt_core.compatibility.config_methods import ConfigMethods
 from opt_core.compatibility.loading import read_arguments, sort_arguments
 from opt_core.compatibility.notices import notice
 from opt_core.config_checks import check_ranges, check_types
-from opt_core.config_values import NORMAL, default_labels, labels_by_index
+from opt_core.config_values import NORMAL, Snapshot, default_labels, labels_by_index
 from opt_core.errors import ConfigError, MissingFileError
 from opt_core.json_files import read_json
 from opt_core.presets import PRESETS
 
-_STRUCTURE = (
+STRUCTURE = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "max_position_embeddings"),
     *("do_layer_norm_before", "_remove_final_layer_norm", "word_embed_proj_dim"),
     *("num_attention_heads", "enable_bias", "layer_norm_elementwise_affine"),
@@ -108,7 +108,7 @@ class OPTConfig(ConfigMethods):
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
     num_labels: int = 2
-    id2label: dict[int, str] | None = None
+    id2label: dict[int, str] = dataclasses.field(default_factory=dict[int, str])
     problem_type: str | None = None
     dtype: str | None = None
     output_attentions: bool = False
@@ -142,7 +142,7 @@ class OPTConfig(ConfigMethods):
             self.validate()
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}" if source else str(error)) from None
-        self.structure = tuple(getattr(self, name) for name in _STRUCTURE)
+        self.structure = tuple(getattr(self, name) for name in STRUCTURE)
         check_synonyms(self, keys.synonyms, source)
         for name, value in keys.extras.items():
             if not hasattr(type(self), name):
@@ -163,8 +163,8 @@ class OPTConfig(ConfigMethods):
             state["num_labels"] = len(value)
             state.pop("label2id", None)
         object.__setattr__(self, name, NORMAL[name](value) if name in NORMAL else value)
-        if name in _STRUCTURE:
-            state["structure"] = tuple(state[field] for field in _STRUCTURE)
+        if name in STRUCTURE:
+            state["structure"] = tuple(state[field] for field in STRUCTURE)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, OPTConfig):
@@ -174,35 +174,21 @@ class OPTConfig(ConfigMethods):
     def __hash__(self) -> int:
         return hash(tuple(getattr(self, name) for name in _FIELDS if name != "id2label"))
 
-    def snapshot(self) -> "OPTConfig":
-        """A copy that stays as it is, the same one until a field changes.
+    def snapshot(self) -> Snapshot:
+        """The fields as they are now, the same object until one changes.
 
         Compiled programs are kept by it: a change makes another program, and what was made is found
         again when it is taken back.
         """
         kept = vars(self).get("_snapshot")
         if kept is None:
-            kept = copy.deepcopy(self)
-            vars(self)["_snapshot"] = kept
+            kept = vars(self)["_snapshot"] = Snapshot(self.copy(), hash(self))
         return kept
 
-    def become(self, snapshot: "OPTConfig") -> None:
+    def become(self, snapshot: Snapshot) -> None:
         """Takes the fields of a snapshot over; what else this object was given, it keeps."""
-        if snapshot != self:
-            self.update({name: getattr(snapshot, name) for name in ("num_labels", *_FIELDS)})
-
-    def explain_change(self, structure: tuple[Any, ...]) -> NoReturn:
-        """Says which field was changed since a model with this structure was made.
-
-        Raises:
-            ConfigError: Always.
-        """
-        changed = zip(_STRUCTURE, structure, self.structure, strict=True)
-        name, old, new = next(change for change in changed if change[1] != change[2])
-        raise ConfigError(
-            f"{name}={new!r} was set on a model made with {old!r}, whose parameters cannot follow; "
-            "set it back, or make a new model of a changed copy: config.replace(...)"
-        )
+        if snapshot.config != self:
+            self.update({name: getattr(snapshot.config, name) for name in _FIELDS})
 
     def validate(self) -> None:
         """Checks every field, and how they go together.
@@ -392,6 +378,7 @@ class OPTConfig(ConfigMethods):
 
 
 _FIELDS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(OPTConfig)}
+_FIELDS["id2label"] = None  # follows num_labels
 _HINTS = {name: hint for name, hint in get_type_hints(OPTConfig).items() if name in _FIELDS}
 _NOT_SAVED = {
     *(*_FIELDS, "structure", "label2id", "_snapshot"),

@@ -1,6 +1,7 @@
-"""Values of a configuration's fields in one form, whatever a file or a caller has them in."""
+"""Values of a configuration's fields in one form, whatever a caller has them in; snapshots."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from opt_core.errors import ConfigError
@@ -43,3 +44,19 @@ def labels_by_index(labels: Any, source: str) -> dict[int, str]:
     except (ValueError, TypeError, AttributeError):
         where = f"{source}: " if source else ""
         raise ConfigError(f"{where}id2label keys must be integers: {labels!r}") from None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A configuration that nobody sets any more, to tell programs apart by.
+
+    Attributes:
+        config: The configuration.
+        number: Its hash: programs are looked up at every call.
+    """
+
+    config: Any
+    number: int
+
+    def __hash__(self) -> int:
+        return self.number

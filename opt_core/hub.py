@@ -323,7 +323,7 @@ class _Repository:
         import huggingface_hub
 
         start = f"{self.subfolder}/" if self.subfolder else ""
-        folder: Any = huggingface_hub.snapshot_download(  # pyright: ignore[reportUnknownVariableType,reportUnknownMemberType]
+        folder = huggingface_hub.snapshot_download(  # pyright: ignore[reportUnknownVariableType,reportUnknownMemberType]
             self.name,
             revision=self.revision,
             token=self.token,
@@ -331,7 +331,7 @@ class _Repository:
             allow_patterns=[start + name for name in names],
             **self.download,
         )
-        return Path(folder)
+        return Path(str(folder))  # pyright: ignore[reportUnknownArgumentType]
 
     def explained(self, error: Exception) -> CheckpointError:
         from huggingface_hub import constants, errors

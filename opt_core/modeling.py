@@ -15,6 +15,7 @@ from opt_core.compatibility.calls import (
     each_layers_heads,
     kept_tokens,
 )
+from opt_core.compatibility.live_config import check_shapes, shapes_of
 from opt_core.compatibility.methods import MethodsMixin
 from opt_core.compatibility.saving import read_saving
 from opt_core.config import OPTConfig
@@ -37,13 +38,17 @@ class Backend(NamedTuple):
     Attributes:
         attention: Its `IMPLEMENTATIONS`.
         checkpoint: Its `save_pretrained`.
-        inputs: Its `full_mask` and `check_window`; `check_prompts(model, input_ids,
-            attention_mask)`, which returns ids (B, T) and their bool mask, or None, in NumPy;
+        inputs: Its `to_tensor`, `to_array`, `full_mask` and `check_window`;
+            `check_prompts(model, input_ids, attention_mask)`, which returns ids (B, T) and their
+            bool mask, or None, in NumPy;
             `check_prefix(model, cache, ids, mask)`.
         losses: Its `causal_lm`, `last_token`, `classification` and `span_position`.
         generation: Its `generate(model, request)` and `stream(model, request)`, token by token.
         beam: Its `search(model, request)`.
         speculative: Its `generate(model, request)` and `stream(model, request)`, by drafts.
+        sampling: The filters that `opt_core.generation.filters` applies; its `request_rules`,
+            `random_source` and `draw_seed`.
+        prefill: Its `observe`, for `opt_core.generation.observed`.
     """
 
     attention: Any
@@ -53,6 +58,8 @@ class Backend(NamedTuple):
     generation: Any
     beam: Any
     speculative: Any
+    sampling: Any
+    prefill: Any
 
 
 class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
@@ -90,7 +97,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
 
     def note_structure(self) -> None:
         """Takes the configuration as it is for that of the parameters."""
-        self._made_of = self.config.structure, self.config.num_labels
+        self._made_of = shapes_of(self.config)
 
     def check_config(self) -> None:
         """Checks that the configuration still is that of the parameters.
@@ -98,14 +105,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         Raises:
             ConfigError: A field was changed that decides their shapes.
         """
-        structure, labels = self._made_of
-        if self.config.structure != structure:
-            self.config.explain_change(structure)
-        if self.head == "sequence_classification" and self.config.num_labels != labels:
-            raise ConfigError(
-                f"num_labels={self.config.num_labels} was set on a model of {labels}; make a new "
-                "one: from_pretrained(..., num_labels=..., ignore_mismatched_sizes=True)"
-            )
+        check_shapes(self.config, self._made_of, self.head)
 
     def get_decoder(self) -> Decoder:
         """The decoder, wherever the class keeps it."""
@@ -123,9 +123,13 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         """
         self._checkpoint_gradients(True)
 
+    activation_checkpointing_enable = gradient_checkpointing_enable
+
     def gradient_checkpointing_disable(self) -> None:
         """In training, keep every activation (the default)."""
         self._checkpoint_gradients(False)
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
 
     def _checkpoint_gradients(self, enabled: bool) -> None:
         decoder: Any = self.get_decoder()
@@ -148,9 +152,9 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         check_not_quantized(self, "save_pretrained")
         self.check_config()
         self.config.validate()
-        options = read_saving(folder, arguments)
+        options = read_saving(folder, max_shard_size, arguments)
         if options.writes:
-            self.backend.checkpoint.save_pretrained(self, options.folder, max_shard_size, options)
+            self.backend.checkpoint.save_pretrained(self, options)
         if options.repository:
             self.push_to_hub(options.repository, max_shard_size=max_shard_size, **options.hub)
 

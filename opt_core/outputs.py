@@ -48,12 +48,12 @@ class ModelOutput(OrderedDict[str, Any], Generic[Tensor, Cache]):
     def __getattr__(self, name: str) -> Any:
         if name in self:
             return self[name]
-        if name in ModelOutput.__annotations__:
+        if name in self._fields():
             return None
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ModelOutput.__annotations__:
+        if name not in self._fields():
             super().__setattr__(name, value)
         elif value is None:
             self.pop(name, None)
@@ -63,6 +63,11 @@ class ModelOutput(OrderedDict[str, Any], Generic[Tensor, Cache]):
     def __getitem__(self, key: Any) -> Any:
         """The field of a name, or the one or those that a number or a slice picks."""
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    @classmethod
+    def _fields(cls) -> dict[str, Any]:
+        """What an output may have."""
+        return ModelOutput.__annotations__
 
     def headed(self, **scores: Any) -> Self:
         """The output of a model with a head, whose scores stand in place of the hidden states."""

@@ -1,6 +1,6 @@
 """Everything undocumented of JAX that this backend uses: the rest of it imports it from here."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -21,14 +21,16 @@ def register_config() -> None:
     graphlib.register_graph_node_type(
         OPTConfig,
         lambda config: ([("settings", graphlib.StaticElem(config.snapshot()))], None),
-        lambda config, _, settings: config.become(settings),
-        lambda config, _: config.snapshot(),
+        lambda config, _, settings: config.become(cast(Any, settings)),
+        lambda config, _: cast(Any, config.snapshot()),
         lambda _: OPTConfig(),
         lambda config: None,
-        lambda config, values: config.become(dict(values)["settings"]),
+        lambda config, values: config.become(cast(Any, dict(values)["settings"])),
     )
     jax.tree_util.register_pytree_node(
-        OPTConfig, lambda config: ((), config.snapshot()), lambda settings, _: settings.copy()
+        OPTConfig,
+        lambda config: ((), config.snapshot()),
+        lambda settings, _: settings.config.copy(),
     )
 
 

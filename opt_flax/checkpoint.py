@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.tensors import cast_array
 from opt_core.compatibility.saving import SaveOptions, refuse_unsafe
-from opt_core.config import OPTConfig
 from opt_core.dialects import NNX, follow
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
@@ -54,7 +53,7 @@ def from_pretrained(
     mesh: Mesh | None,
     attn_implementation: str | None,
     progress: Callable[[int, int], None] | None,
-    config: OPTConfig | None,
+    config: Any,
     scan_layers: bool,
     quantize: str | None,
     **arguments: Any,
@@ -87,18 +86,13 @@ def from_pretrained(
     return source.finish(model)
 
 
-def save_pretrained(
-    model: "FlaxOPTPreTrainedModel",
-    folder: str | PathLike[str],
-    max_shard_size: str | int,
-    options: SaveOptions,
-) -> None:
+def save_pretrained(model: "FlaxOPTPreTrainedModel", options: SaveOptions) -> None:
     """Writes a canonical folder; see `FlaxOPTPreTrainedModel.save_pretrained`.
 
     The first process writes; the others take part in gathering, and wait until all is there.
     """
     refuse_unsafe(options, "flax-msgpack")
-    check_merged((module for _, module in nnx.iter_graph(model)), str(folder))
+    check_merged((module for _, module in nnx.iter_graph(model)), str(options.folder))
     get = options.values(lambda spec: as_array(get_parameter(model, spec)), as_array)
     left = param_specs(model.config, model.head)
 
@@ -110,7 +104,7 @@ def save_pretrained(
     failure: Exception | None = None
     try:
         if jax.process_index() == 0:
-            pretrained.save_pretrained(model, folder, fetch, model.dtype.name, max_shard_size)
+            pretrained.save_pretrained(model, options, fetch, model.dtype.name)
     except Exception as error:
         failure = error
     if jax.process_count() > 1:
@@ -118,7 +112,9 @@ def save_pretrained(
             fetch(left[0])
         done = multihost_utils.process_allgather(np.array(failure is None))
         if failure is None and not done.all():
-            raise CheckpointError(f"{folder}: not saved: process 0 could not write; see its error")
+            raise CheckpointError(
+                f"{options.folder}: not saved: process 0 could not write; see its error"
+            )
     if failure is not None:
         raise failure
 

@@ -290,6 +290,30 @@ class ModelMethods(MethodsMixin):
         attention.check_flash(attention.platform_of(self.mesh), self.dtype)
 
 
+class GenerationMethods:
+    """Parameters outside of the model, for generation too."""
+
+    def generate(
+        self: Any,
+        input_ids: Any = None,
+        *args: Any,
+        params: Tree | None = None,
+        trace: bool = True,
+        **options: Any,
+    ) -> Any:
+        """As in every backend.
+
+        Args:
+            input_ids: See there.
+            *args: See there.
+            params: Generate with these in place of the model's own.
+            trace: Without effect: `transformers`' way to debug.
+            **options: See there.
+        """
+        base: Any = super(GenerationMethods, self.with_params(params))
+        return base.generate(input_ids, *args, **options)
+
+
 def refuse_linen(name: str) -> Any:
     """`__getattr__` of a module (PEP 562): names the class to use in place of a linen module.
 

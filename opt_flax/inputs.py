@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
+from numpy.typing import NDArray
 
 from opt_core import inputs as rules
 from opt_core.config import OPTConfig
@@ -177,3 +178,13 @@ def is_known(value: Any) -> bool:
     if isinstance(value, Tracer):
         return False
     return not isinstance(value, Array) or value.is_fully_addressable
+
+
+def to_tensor(model: Any, values: Any) -> Array:
+    """NumPy's values on the device."""
+    return jnp.asarray(values)
+
+
+def to_array(values: Array) -> NDArray[Any]:
+    """NumPy's values."""
+    return np.asarray(values)

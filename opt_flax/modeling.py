@@ -10,7 +10,6 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh, Sharding
 
-from opt_core.config import OPTConfig
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
 from opt_flax import (
@@ -21,11 +20,18 @@ from opt_flax import (
     generation,
     inputs,
     losses,
+    prefill,
+    sampling,
     sharding,
     speculative,
 )  # fmt: skip
 from opt_flax.cache import KVCache, init_cache
-from opt_flax.compatibility import FlaxCallOptions, ModelMethods, split_mode
+from opt_flax.compatibility import (
+    FlaxCallOptions,
+    GenerationMethods,
+    ModelMethods,
+    split_mode,
+)
 from opt_flax.compatibility import refuse_linen as __getattr__  # noqa: F401
 from opt_flax.decoder import FlaxOPTDecoder, FlaxOPTOutput
 from opt_flax.linear import Linear
@@ -37,12 +43,12 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
 
     def __init__(
         self,
-        config: OPTConfig,
+        config: Any,
         seed: int | None = 0,
         attn_implementation: str | None = None,
         scan_layers: bool = False,
@@ -54,7 +60,7 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
 
         Args:
-            config: The model's configuration.
+            config: The model's `OPTConfig`, or one of `transformers`.
             seed: Seed of the weights and of dropout; None leaves the weights as
                 `jax.ShapeDtypeStruct`, for a loader to fill.
             attn_implementation: "sdpa", "eager" or "flash_attention_2" (cuDNN's kernel on GPU,
@@ -219,7 +225,7 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
         return self._finish(out, kwargs)
 
 
-class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
+class FlaxOPTForCausalLM(GenerationMethods, CausalLMMixin, FlaxOPTPreTrainedModel):
     """The language model: the next token's logits."""
 
     def _make_layers(self) -> None:

@@ -5,21 +5,19 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import keras
-import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
 from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.tensors import cast_array, float_dtype
 from opt_core.compatibility.saving import SaveOptions, refuse_unsafe
-from opt_core.config import OPTConfig
 from opt_core.config_checks import DTYPES
 from opt_core.dialects import KERAS
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import quantize_array, scheme_of
 from opt_core.training.lora import check_merged
-from opt_tf import _private, export, quantization
+from opt_tf import _private, quantization
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
@@ -41,7 +39,7 @@ def from_pretrained(
     dtype: Any,
     attn_implementation: str | None,
     progress: Callable[[int, int], None] | None,
-    config: OPTConfig | None,
+    config: Any,
     quantize: str | None,
     **arguments: Any,
 ) -> Any:
@@ -58,19 +56,14 @@ def from_pretrained(
     return source.finish(model)
 
 
-def save_pretrained(
-    model: "TFOPTPreTrainedModel",
-    folder: str | PathLike[str],
-    max_shard_size: str | int,
-    options: SaveOptions,
-) -> None:
+def save_pretrained(model: "TFOPTPreTrainedModel", options: SaveOptions) -> None:
     """Writes a canonical folder; see `TFOPTPreTrainedModel.save_pretrained`."""
     refuse_unsafe(options, "tf-h5")
-    check_merged(_private.sublayers(model), str(folder))
-    fetch = options.values(lambda spec: get_parameter(model, spec), np.asarray)
-    pretrained.save_pretrained(model, folder, fetch, model.variable_dtype, max_shard_size)
+    check_merged(_private.sublayers(model), str(options.folder))
+    fetch = options.values(lambda spec: get_parameter(model, spec))
+    pretrained.save_pretrained(model, options, fetch, model.variable_dtype)
     if options.saved_model:
-        export.export_forward(model, options.folder / "saved_model" / "1")
+        model.write_saved_model(options.folder / "saved_model" / "1", options.signatures)
 
 
 def locate(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> keras.Variable:

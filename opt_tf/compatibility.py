@@ -54,7 +54,7 @@ def name_inputs(
 
 
 class ModelMethods(MethodsMixin):
-    """What every model has beside `keras.Model`'s own."""
+    """Methods of every model, beside `keras.Model`'s own."""
 
     preprocessor: Any = None
     """The tokenizer that `fit` and `generate` turn texts into ids with."""
@@ -79,7 +79,7 @@ class ModelMethods(MethodsMixin):
 
     @property
     def input_signature(self) -> dict[str, tf.TensorSpec]:
-        """What `serving` takes: ids and mask, (B, T) of any sizes."""
+        """Inputs of `serving`: ids and mask, (B, T) of any sizes."""
         return {
             name: tf.TensorSpec((None, None), tf.int32, name)
             for name in (self.main_input_name, "attention_mask")
@@ -269,7 +269,7 @@ class ModelMethods(MethodsMixin):
         return type(self)(self.config, 0, self.attn_implementation, dtype=dtype)
 
 
-class TextMethods:
+class GenerationMethods:
     """Texts in place of ids, for the language model."""
 
     config: OPTConfig

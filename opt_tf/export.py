@@ -14,37 +14,9 @@ from opt_core.generation.request import Request, check_export, merge_settings
 from opt_core.quantization import check_not_quantized
 from opt_core.text.tokenizer import OPTTokenizer
 from opt_tf import beam, generation
-from opt_tf.compilation import program_settings
 
 if TYPE_CHECKING:
-    from opt_tf.modeling import TFOPTForCausalLM, TFOPTPreTrainedModel
-
-_RETURNED = {
-    "none": ("last_hidden_state",),
-    "question_answering": ("start_logits", "end_logits"),
-}
-
-
-def export_forward(model: "TFOPTPreTrainedModel", folder: str | PathLike[str]) -> None:
-    """Writes a SavedModel of the forward pass, the signature `serving_default`.
-
-    It takes `input_ids` and `attention_mask`, int32 (B, T), and returns `logits`, or
-    `start_logits` and `end_logits`, or `last_hidden_state`. B and T are free.
-
-    Args:
-        model: A model with any head.
-        folder: Where to; files of an earlier export there are replaced.
-
-    Raises:
-        ConfigError: A quantised model.
-    """
-    check_not_quantized(model, "export")
-    archive: Any = keras.export.ExportArchive()
-    archive.track(model)
-    ids = tf.TensorSpec((None, None), tf.int32, "input_ids")
-    mask = tf.TensorSpec((None, None), tf.int32, "attention_mask")
-    archive.add_endpoint("forward", _forward(model), input_signature=[ids, mask])
-    archive.write_out(str(folder), verbose=False)
+    from opt_tf.modeling import TFOPTForCausalLM
 
 
 def export_saved_model(
@@ -121,22 +93,22 @@ def export_tflite(
         Path(file).write_bytes(converter.convert())
 
 
-def _forward(model: "TFOPTPreTrainedModel") -> Any:
+def _forward(model: "TFOPTForCausalLM") -> Any:
     def forward(input_ids: tf.Tensor, attention_mask: tf.Tensor) -> dict[str, tf.Tensor]:
         window = model.config.max_position_embeddings
         longest = tf.reduce_max(tf.reduce_sum(attention_mask, 1))
         tf.debugging.assert_less_equal(longest, window, "too long for the model's window")
         _check_ids(model, input_ids)
-        out = model(input_ids, attention_mask=attention_mask)
-        names = _RETURNED.get(model.head, ("logits",))
-        return {name: getattr(out, name) for name in names}
+        logits = model(input_ids, attention_mask=attention_mask).logits
+        assert logits is not None
+        return {"logits": logits}
 
     return forward
 
 
 def _generate(model: "TFOPTForCausalLM", request: Request) -> Any:
-    settings, max_prompt, new_tokens = request.settings, request.ids.shape[1], request.new_tokens
-    fixed = program_settings(settings, request.vocabulary, request.pad, None)
+    max_prompt = request.ids.shape[1]
+    run = beam.run if request.settings.is_beam_search else generation.run
 
     def generate(
         input_ids: tf.Tensor, attention_mask: tf.Tensor, seed: tf.Tensor | int = 0
@@ -145,27 +117,15 @@ def _generate(model: "TFOPTForCausalLM", request: Request) -> Any:
         tf.debugging.assert_less_equal(prompt, max_prompt, "prompt longer than max_prompt")
         tf.debugging.assert_equal(attention_mask[:, -1], 1, "pad prompts on the left")
         _check_ids(model, input_ids)
-        # Slots of a number that is known, so that the loop's shapes are.
-        behind = [[0, 0], [0, max_prompt + new_tokens - prompt]]
-        history = tf.pad(input_ids, behind, constant_values=request.pad)
-        mask = tf.pad(tf.cast(attention_mask, tf.bool), behind, constant_values=True)
-        inputs = {
-            "ids": input_ids,
-            "history": tf.reshape(history, (-1, max_prompt + new_tokens)),
-            "mask": tf.reshape(mask, (-1, max_prompt + new_tokens)),
-            "prompt": prompt,
-            "new_tokens": tf.constant(new_tokens),
-            "seed": tf.cast(seed, tf.int64),
-        }
-        run = beam.run if settings.is_beam_search else generation.run
-        sequences, best = run(model, fixed, inputs)
+        mask = tf.cast(attention_mask, tf.bool)
+        found, made, best = generation.trace(model, request, run, input_ids, mask, seed)
         tf.debugging.assert_all_finite(best, "no token can be generated")
-        return {"sequences": sequences}
+        return {"sequences": found[:, : prompt + made]}
 
     return generate
 
 
-def _check_ids(model: "TFOPTPreTrainedModel", ids: tf.Tensor) -> None:
+def _check_ids(model: "TFOPTForCausalLM", ids: tf.Tensor) -> None:
     message = "input_ids outside the vocabulary"
     tf.debugging.assert_non_negative(ids, message)
     tf.debugging.assert_less(ids, model.config.vocab_size, message)

@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from opt_core import inputs as rules
 from opt_core.config import OPTConfig
@@ -173,3 +174,13 @@ def check_range(name: str, values: tf.Tensor | None, low: int, high: int, why: s
 def is_known(value: Any) -> bool:
     """Whether a value can be read now: not while a tf.function is traced."""
     return not tf.is_symbolic_tensor(value) if tf.is_tensor(value) else value is not None
+
+
+def to_tensor(model: Any, values: Any) -> tf.Tensor:
+    """NumPy's values as a tensor."""
+    return tf.convert_to_tensor(values)
+
+
+def to_array(values: tf.Tensor) -> NDArray[Any]:
+    """NumPy's values."""
+    return values.numpy()

@@ -21,11 +21,13 @@ from opt_tf import (
     generation,
     inputs,
     losses,
+    prefill,
     quantization,
+    sampling,
     speculative,
 )
 from opt_tf.cache import KVCache, init_cache
-from opt_tf.compatibility import ModelMethods, TextMethods, name_inputs
+from opt_tf.compatibility import GenerationMethods, ModelMethods, name_inputs
 from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
 from opt_tf.keras_fit import Fitted
 from opt_tf.linear import Linear, sizes
@@ -39,12 +41,12 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
 
     def __init__(
         self,
-        config: OPTConfig,
+        config: Any,
         seed: int | None = 0,
         attn_implementation: str | None = None,
         quantize: str | None = None,
@@ -53,7 +55,7 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
         """Makes a freshly initialised model; `training=True` turns dropout on, as fit does.
 
         Args:
-            config: The model's configuration.
+            config: The model's `OPTConfig`, or one of `transformers`.
             seed: Seed of the weights; None leaves them zero, for a loader to fill.
             attn_implementation: "sdpa" or "eager".
             quantize: As in `from_pretrained`.
@@ -228,7 +230,7 @@ class TFOPTModel(TFOPTPreTrainedModel):
 
 
 @keras.saving.register_keras_serializable("opt_tf")
-class TFOPTForCausalLM(TextMethods, CausalLMMixin, TFOPTPreTrainedModel):
+class TFOPTForCausalLM(GenerationMethods, CausalLMMixin, TFOPTPreTrainedModel):
     """The language model: the next token's logits."""
 
     def _make_layers(self) -> None:

@@ -15,7 +15,6 @@ from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.load import open_checkpoint
 from opt_core.checkpoints.save import INDEX_FILE
 from opt_core.compatibility.saving import SaveOptions
-from opt_core.config import OPTConfig
 from opt_core.dialects import TORCH
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
@@ -45,7 +44,7 @@ def from_pretrained(
     device: str | torch.device,
     attn_implementation: str | None,
     progress: Callable[[int, int], None] | None,
-    config: OPTConfig | None,
+    config: Any,
     quantize: str | None,
     **arguments: Any,
 ) -> Any:
@@ -54,7 +53,7 @@ def from_pretrained(
         cls.head, path_or_hub_id, dtype, config, quantize, as_array=as_array, **arguments
     )
     wanted = getattr(torch, source.dtype)
-    target = check_device(choose_device() if source.device == "auto" else source.device or device)
+    target = check_device(source.device or device)
     if attn_implementation == "flash_attention_2":
         attention.check_flash(target, wanted)
     model = cls(source.config, seed=None, attn_implementation=attn_implementation)
@@ -72,14 +71,10 @@ def from_pretrained(
     return source.finish(model)
 
 
-def choose_device() -> str:
-    """The accelerator of this machine, or the CPU."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if found is None else found.type
-
-
 def check_device(device: str | torch.device) -> torch.device:
-    """The device, if this machine and this build of PyTorch have it."""
+    """The device, if this machine and this build of PyTorch have it; "auto": its accelerator."""
+    if device == "auto":
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -87,20 +82,15 @@ def check_device(device: str | torch.device) -> torch.device:
         raise ConfigError(f"device: {str(device)!r} cannot be used here: {reason}") from None
 
 
-def save_pretrained(
-    model: "OPTPreTrainedModel",
-    folder: str | PathLike[str],
-    max_shard_size: str | int,
-    options: SaveOptions,
-) -> None:
+def save_pretrained(model: "OPTPreTrainedModel", options: SaveOptions) -> None:
     """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`."""
-    check_merged(model.modules(), str(folder))
+    check_merged(model.modules(), str(options.folder))
     config = model.config
     if model.head == "causal_lm" and config.tie_word_embeddings and not is_tied(model):
         config = config.replace(tie_word_embeddings=False)
     fetch = options.values(lambda spec: as_array(get_parameter(model, spec)), as_array)
     dtype = str(model.dtype).removeprefix("torch.")
-    pretrained.save_pretrained(model, folder, fetch, dtype, max_shard_size, config)
+    pretrained.save_pretrained(model, options, fetch, dtype, config)
     if not options.is_safe:
         _pickle(options.folder)
 

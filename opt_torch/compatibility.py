@@ -88,14 +88,15 @@ def part_tied(module: nn.Module, state: dict[str, Any], prefix: str, metadata: A
 
 
 class ModelMethods(MethodsMixin):
-    """What every model has beside `torch.nn.Module`'s own."""
+    """Methods of every model, beside `torch.nn.Module`'s own."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.warnings_issued: dict[str, bool] = {}
 
     def _configure(self: Any, *args: Any) -> None:
-        super()._configure(*args)
+        base: Any = super()
+        base._configure(*args)
         vars(self)["name_or_path"] = self.name_or_path  # PEFT looks for it nowhere else
 
     def tie_weights(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -122,32 +123,6 @@ class ModelMethods(MethodsMixin):
         hook = vars(self).pop("_input_hook", None)
         if hook is not None:
             hook.remove()
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """The model's inputs for the next token, of all ids so far and a cache of the earlier ones.
-
-        Args:
-            input_ids: (B, S) all ids.
-            past_key_values: A cache that holds the first of them, or None.
-            attention_mask: (B, S).
-            inputs_embeds: Used in place of the ids where there is no cache yet.
-            **kwargs: Passed on.
-        """
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        if inputs_embeds is not None and not past:
-            inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds}
-        else:
-            inputs = {"input_ids": input_ids[:, past:]}
-        return {
-            **inputs, "past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs
-        }  # fmt: skip
 
     def _decoder_layers(self) -> Iterator[Any]:
         return iter(self._decoder.layers)
@@ -188,3 +163,33 @@ class ModelMethods(MethodsMixin):
 
     def _check_flash(self: Any) -> None:
         attention.check_flash(self.device, self.dtype)
+
+
+class GenerationMethods:
+    """Methods that libraries which generate by themselves ask of a language model."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The model's inputs for the next token, of all ids so far and a cache of the earlier ones.
+
+        Args:
+            input_ids: (B, S) all ids.
+            past_key_values: A cache that holds the first of them, or None.
+            attention_mask: (B, S).
+            inputs_embeds: Used in place of the ids where there is no cache yet.
+            **kwargs: Passed on.
+        """
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if inputs_embeds is not None and not past:
+            inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds}
+        else:
+            inputs = {"input_ids": input_ids[:, past:]}
+        return {
+            **inputs, "past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs
+        }  # fmt: skip

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opt_core import inputs as rules
@@ -174,3 +175,14 @@ def is_known(value: Any) -> bool:
     if torch.compiler.is_compiling() or _private.is_jit_tracing() or value.is_meta:
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def to_tensor(model: Any, values: Any) -> Tensor:
+    """NumPy's values on the model's device, ids as int64."""
+    tensor = torch.as_tensor(values, device=model.device)
+    return tensor.long() if tensor.dtype == torch.int32 else tensor
+
+
+def to_array(values: Tensor) -> NDArray[Any]:
+    """NumPy's values."""
+    return values.detach().cpu().numpy()

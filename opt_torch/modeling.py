@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from opt_core.compatibility.calls import CallOptions
-from opt_core.config import OPTConfig
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
 from opt_torch import (
@@ -19,10 +18,17 @@ from opt_torch import (
     generation,
     inputs,
     losses,
+    prefill,
+    sampling,
     speculative,
 )
 from opt_torch.cache import KVCache, init_cache
-from opt_torch.compatibility import ModelMethods, adopt_cache, part_tied
+from opt_torch.compatibility import (
+    GenerationMethods,
+    ModelMethods,
+    adopt_cache,
+    part_tied,
+)
 from opt_torch.decoder import OPTDecoder, OPTOutput
 from opt_torch.linear import Linear
 
@@ -31,17 +37,15 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
     _keys_to_ignore_on_save = None  # the Trainer of `transformers` asks
 
-    def __init__(
-        self, config: OPTConfig, seed: int | None = 0, attn_implementation: str | None = None
-    ):
+    def __init__(self, config: Any, seed: int | None = 0, attn_implementation: str | None = None):
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
 
         Args:
-            config: The model's configuration.
+            config: The model's `OPTConfig`, or one of `transformers`.
             seed: Seed of the weights; None leaves them on the meta device, for a loader to fill.
             attn_implementation: "sdpa", "eager" or "flash_attention_2".
 
@@ -172,7 +176,7 @@ class OPTModel(OPTPreTrainedModel):
         return self._finish(out, kwargs)
 
 
-class OPTForCausalLM(CausalLMMixin, OPTPreTrainedModel):
+class OPTForCausalLM(GenerationMethods, CausalLMMixin, OPTPreTrainedModel):
     """The language model: the next token's logits."""
 
     def _make_layers(self) -> None:

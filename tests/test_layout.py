@@ -55,6 +55,7 @@ OWN_NAMES = {
     "export.py": {
         "every framework has file formats of its own": {
             *("export_program", "export_saved_model", "export_tflite", "export_stablehlo"),
+            "export_forward",
         },
         "a StableHLO program takes its weights as arguments": {
             *("PLATFORMS", "REFUSED", "Weights", "Program"),

@@ -20,6 +20,7 @@ from opt_core.checkpoints.save import save_checkpoint
 from opt_core.checkpoints.sources import held_checkpoint, open_any
 from opt_core.compatibility.loading import LoadOptions, choose_file, read_arguments
 from opt_core.compatibility.notices import notice
+from opt_core.compatibility.saving import SaveOptions
 from opt_core.config import OPTConfig
 from opt_core.config_checks import DTYPES
 from opt_core.config_values import dtype_name
@@ -162,7 +163,7 @@ def open_pretrained(
     if name not in (*dtypes, "auto"):
         expected = ", ".join(dtypes)
         raise ConfigError(f"dtype: expected one of {expected} or auto, received {dtype!r}")
-    quantize = quantize or options.quantize
+    quantize = options.quantize if quantize is None else quantize
     check_scheme(quantize)
     if options.state_dict is None or config is None:
         if path_or_hub_id is None:
@@ -199,20 +200,18 @@ def _settings(given: Any) -> GenerationConfig:
 
 def save_pretrained(
     model: Model,
-    folder: str | PathLike[str],
+    options: SaveOptions,
     fetch: Callable[[ParamSpec], NDArray[Any]],
     dtype: str,
-    max_shard_size: str | int,
     config: OPTConfig | None = None,
 ) -> None:
     """Writes a model as a canonical folder: config.json, generation_config.json and safetensors.
 
     Args:
         model: The model.
-        folder: Where to; made if missing, other files in it stay.
+        options: Where to, and how; the folder is made if missing, other files in it stay.
         fetch: Gives the values of a parameter, in the canonical layout.
         dtype: Type to store, such as "float16".
-        max_shard_size: As in `save_checkpoint`.
         config: What to write in place of the model's configuration.
 
     Raises:
@@ -221,15 +220,15 @@ def save_pretrained(
     config = config or model.config
     specs = param_specs(config, model.head)
     save_checkpoint(
-        Path(folder),
+        options.folder,
         config,
         {spec.name: lambda spec=spec: fetch(spec) for spec in specs},
         specs,
         dtype=dtype,
-        max_shard_size=max_shard_size,
+        max_shard_size=options.max_shard_size,
         architecture=re.sub("^(TF|Flax)", "", type(model).__name__),
     )
-    model.generation_config.save_pretrained(folder)
+    model.generation_config.save_pretrained(options.folder)
 
 
 def _home(path: Path) -> Path:

@@ -103,7 +103,7 @@ COMMON: Mapping[str, Any] = {
     "exponential_decay_length_penalty": None, "suppress_tokens": None,
     "begin_suppress_tokens": None,
 }  # fmt: skip
-"""What every configuration of `transformers` has, and what it is where nobody says otherwise."""
+"""Attributes that every configuration of `transformers` has, where nobody says otherwise."""
 
 _KNOWN = frozenset([
     *COMMON, "model_type", "quantization_config", "activation_dropout", "auto_map", "chat_template",

@@ -26,7 +26,7 @@ class ConfigMethods(UploadMixin):
     return_dict: bool
 
     def __getattr__(self, name: str) -> Any:
-        """What `transformers`' configurations have and this one was not given."""
+        """An attribute that `transformers`' configurations have and this one was not given."""
         if name == "label2id":
             return {label: i for i, label in self.id2label.items()}
         known = ALIASES.get(name, name)

@@ -1,7 +1,7 @@
 """Arguments of `transformers`' `from_pretrained`: honoured, without effect, or refused by name."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,8 @@ WITHOUT_EFFECT = frozenset([
     # The hub's client decides, or has always done so.
     "proxies", "resume_download", "mirror", "user_agent", "code_revision", "_commit_hash",
     "_from_auto", "_from_pipeline", "from_pt", "load_weight_prefix", "adapter_kwargs",
+    # Of Flax' former models: a head that is missing is drawn by a seed of its own.
+    "seed", "input_shape",
 ])  # fmt: skip
 """Arguments that are accepted and change nothing."""
 
@@ -184,11 +186,11 @@ def _quantization(arguments: Mapping[str, Any]) -> str | None:
             raise ConfigError(f'from_pretrained: {name} is bitsandbytes\'; pass quantize="{ours}"')
     if given is None:
         return None
-    attributes: Callable[[Any], dict[str, Any]] = vars
-    values = cast("dict[str, Any]", given) if isinstance(given, dict) else attributes(given)
+    # A dict, or an object of another library with the same names.
+    values = cast("dict[str, Any]", given if hasattr(given, "keys") else vars(given))
     eight = values.get("load_in_8bit") or values.get("_load_in_8bit") or values.get("bits") == 8
     raise ConfigError(
-        f"quantization_config: expected 'int8' or 'int4', received {type(given).__name__}; pass "
+        f"quantization_config: expected 'int8' or 'int4', received {given!r}; pass "
         f'quantize="{"int8" if eight else "int4"}" in its place'
     )
 

@@ -50,7 +50,7 @@ class MethodsMixin(UploadMixin):
 
     @property
     def name_or_path(self) -> str:
-        """What the model was loaded from; empty if it was not."""
+        """Path or name that the model was loaded from; empty if it was not."""
         return str(getattr(self.config, "name_or_path", ""))
 
     @property
@@ -62,6 +62,11 @@ class MethodsMixin(UploadMixin):
     def is_gradient_checkpointing(self) -> bool:
         """Whether `gradient_checkpointing_enable` is in effect."""
         return self._decoder.gradient_checkpointing
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """`is_gradient_checkpointing`, as newer versions call it."""
+        return self.is_gradient_checkpointing
 
     @property
     def dummy_inputs(self) -> dict[str, Any]:

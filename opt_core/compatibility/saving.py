@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.checkpoints.load import canonical_name
@@ -27,24 +28,30 @@ class SaveOptions:
 
     Attributes:
         folder: Where to.
+        max_shard_size: Most bytes of tensors per file.
         writes: Whether this process writes (`is_main_process`).
         state_dict: Values in place of the model's, by name, or None.
         is_safe: Whether to write safetensors (`safe_serialization`).
         saved_model: Whether TensorFlow writes a SavedModel too.
+        signatures: Those of the SavedModel, or None.
         repository: The repository to upload to, or None.
         hub: Arguments of the upload.
     """
 
     folder: Path
+    max_shard_size: str | int
     writes: bool = True
     state_dict: Mapping[str, Any] | None = None
     is_safe: bool = True
     saved_model: bool = False
+    signatures: Any = None
     repository: str | None = None
     hub: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def values(
-        self, fetch: Callable[[ParamSpec], NDArray[Any]], as_array: Callable[[Any], NDArray[Any]]
+        self,
+        fetch: Callable[[ParamSpec], NDArray[Any]],
+        as_array: Callable[[Any], NDArray[Any]] = np.asarray,
     ) -> Callable[[ParamSpec], NDArray[Any]]:
         """Where the values of parameters come from: the `state_dict` if there is one.
 
@@ -64,11 +71,14 @@ class SaveOptions:
         return given
 
 
-def read_saving(folder: str | PathLike[str] | None, arguments: Mapping[str, Any]) -> SaveOptions:
+def read_saving(
+    folder: str | PathLike[str] | None, max_shard_size: str | int, arguments: Mapping[str, Any]
+) -> SaveOptions:
     """Sorts the arguments of `save_pretrained`.
 
     Args:
         folder: Where to; None: the arguments have it under `transformers`' name.
+        max_shard_size: As in `opt_core.checkpoints.save.save_checkpoint`.
         arguments: Names and values.
 
     Raises:
@@ -94,10 +104,12 @@ def read_saving(folder: str | PathLike[str] | None, arguments: Mapping[str, Any]
     wanted = arguments.get("push_to_hub") and arguments.get("is_main_process", True)
     return SaveOptions(
         folder=Path(path),
+        max_shard_size=max_shard_size,
         writes=bool(arguments.get("is_main_process", True)),
         state_dict=arguments.get("state_dict"),
         is_safe=arguments.get("safe_serialization") is not False,
         saved_model=bool(arguments.get("saved_model")),
+        signatures=arguments.get("signatures"),
         repository=(arguments.get("repo_id") or Path(path).name) if wanted else None,
         hub=hub,
     )

@@ -1,12 +1,11 @@
 """The configuration: published sizes, files of every age, and what must not be accepted."""
 
-import dataclasses
 import json
 
 import pytest
 
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError
+from opt_core.errors import ArgumentError, ConfigError
 from opt_core.json_files import write_json
 from opt_core.presets import PRESETS
 
@@ -106,6 +105,7 @@ def test_round_trip_through_a_file(tmp_path, changes):
             0.1,
         ),
         ({"something_new": None}, "dropout", 0.1),
+        ({"eos_token_id": [2, 50]}, "eos_token_id", (2, 50)),
     ],
     ids=str,
 )
@@ -116,11 +116,26 @@ def test_older_and_foreign_keys(found, field, value):
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ({"something_new": 1}, "unknown key 'something_new'"),
+        ({"hiden_size": 64}, "unknown key 'hiden_size' .* did you mean 'hidden_size'"),
+        ({"eos_token_ids": [2]}, "did you mean 'eos_token_id'"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps=1e-06 is not supported; expected 1e-05"),
+        ({"rope_theta": 1e4}, "rope_theta=10000.0 is not supported; expected none"),
+        ({"intermediate_size": 64}, "intermediate_size=64 contradicts ffn_dim=3072"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads=4 contradicts num_attention_heads=12"),
         ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; expected 'opt'"),
         ({"scale_embedding": True}, "scale_embedding=True"),
         ({"learned_embeddings": False}, "learned_embeddings=False"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        (
+            {"quantization_config": {"bits": 4, "quant_method": "gptq"}},
+            'quantised by gptq are not read; take the original checkpoint and pass quantize="int4"',
+        ),
+        ({"quantization_config": {"load_in_8bit": True}}, 'quantize="int8"'),
+        (
+            {"vocab_size": "x", "n_embd": 3, "model_type": "gpt_neox"},
+            "model_type='gpt_neox' is not",
+        ),
+        ({"model_type": "blip-2", "text_config": {"model_type": "opt"}}, "--prefix language_model"),
+        ({"eos_token_id": "2"}, "eos_token_id: expected int, received '2'"),
         ({"d_model": 512, "hidden_size": 768}, "d_model=512 contradicts hidden_size=768"),
         ({"bias": False, "enable_bias": True}, "bias=False contradicts enable_bias=True"),
         ({"hidden_size": 770}, "hidden_size=770 does not divide into num_attention_heads=12"),
@@ -159,9 +174,125 @@ def test_files_that_are_no_json_object(tmp_path, content):
         OPTConfig.from_pretrained(tmp_path)
 
 
-def test_configurations_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        OPTConfig().hidden_size = 3  # type: ignore[misc]
+def test_harmless_keys_are_kept_and_named_once(tmp_path):
+    """DeepSpeed-Chat, chat front ends and newer libraries add keys; `transformers` loads them."""
+    found = {"end_token_id": 2, "use_mems": False, "gradient_checkpointing": False}
+    found |= {"num_key_value_heads": 12, "intermediate_size": 3072, "head_dim": 64, "sep": None}
+    found |= {"eos_token_id": [2, 50], "layer_norm_eps": 1e-5, "max_length": 30}
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    with pytest.warns(UserWarning, match="without effect: end_token_id, use_mems$") as caught:
+        config = OPTConfig.from_pretrained(tmp_path)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert config.end_token_id == 2
+    assert config.eos_token_id == (2, 50)
+    assert config.max_length == 30
+    config.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert saved["end_token_id"] == 2
+    assert saved["eos_token_id"] == [2, 50]
+
+
+def test_fields_are_set_and_validated_when_used():
+    config = OPTConfig()
+    before, kept = hash(config), config.snapshot()
+    config.use_cache = False
+    config.pad_token_id = 2
+    config.hidden_size = 7
+    config.torch_dtype = "torch.float16"
+    assert (config.use_cache, config.pad_token_id, config.hidden_size) == (False, 2, 7)
+    assert config.dtype == config.torch_dtype == "float16"
+    assert config != OPTConfig()
+    assert hash(config) != before
+    assert config.snapshot() != kept
+    with pytest.raises(ConfigError, match="hidden_size=7 does not divide into"):
+        config.validate()
+    with pytest.raises(ConfigError, match="hidden_size=7 does not divide into"):
+        config.save_pretrained("nowhere")
+    config.hidden_size, config.use_cache, config.pad_token_id, config.dtype = 768, True, 1, None
+    assert config == OPTConfig()
+    assert hash(config) == before
+    assert config.snapshot() == kept
+    assert config.snapshot() is config.snapshot()
+
+
+def test_labels_follow_one_another():
+    config = OPTConfig(num_labels=5)
+    assert (len(config.id2label), len(config.label2id)) == (5, 5)
+    config.num_labels = 3
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    config.id2label = {0: "no", 1: "yes"}
+    assert config.num_labels == 2
+    assert config.label2id == {"no": 0, "yes": 1}
+    with pytest.raises(ConfigError, match="id2label: expected keys"):
+        OPTConfig(num_labels=3, id2label={0: "no", 1: "yes"})
+
+
+def test_what_transformers_configurations_have():
+    config = OPTConfig(
+        hidden_size=16, embed_dim=16, num_attention_heads=2, return_dict=False,
+        output_attentions=True, finetuning_task="x", name_or_path="here", my_own=3,
+        attn_implementation="eager",
+    )  # fmt: skip
+    assert (config.word_embed_proj_dim, config.my_own, config.finetuning_task) == (16, 3, "x")
+    assert (config.use_return_dict, config.output_attentions) == (False, True)
+    assert (config._name_or_path, config._attn_implementation) == ("here", "eager")
+    assert (config.model_type, config.is_encoder_decoder, config.max_length) == ("opt", False, 20)
+    assert config.get_text_config() is config
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = config.nothing
+    for wrong, message in (
+        ({"hiden_size": 3}, "did you mean 'hidden_size'"),
+        ({"num_heads": 3}, "num_heads=3 contradicts num_attention_heads=12"),
+        ({"embed_dim": 3, "word_embed_proj_dim": 4}, "embed_dim=3 contradicts"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder=True is not supported"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            OPTConfig(**wrong)
+
+
+def test_json_of_transformers_methods(tmp_path):
+    config = OPTConfig(hidden_size=24, num_attention_heads=4, word_embed_proj_dim=24)
+    assert config.to_diff_dict() == {
+        "model_type": "opt", "hidden_size": 24, "num_attention_heads": 4, "word_embed_proj_dim": 24,
+    }  # fmt: skip
+    assert json.loads(config.to_json_string()) == config.to_diff_dict()
+    assert json.loads(config.to_json_string(use_diff=False)) == config.to_dict()
+    config.to_json_file(tmp_path / "mine.json")
+    assert OPTConfig.from_json_file(tmp_path / "mine.json") == config
+    config.update({"dropout": 0.3, "num_labels": 4})
+    assert (config.dropout, config.num_labels) == (0.3, 4)
+    assert len(repr(config)) < 300
+
+
+def test_arguments_of_from_pretrained(tmp_path):
+    OPTConfig().save_pretrained(save_directory=tmp_path / "sub")
+    read = OPTConfig.from_pretrained(
+        tmp_path, subfolder="sub", output_attentions=True, num_labels=3, torch_dtype="float16",
+        trust_remote_code=True, use_auth_token=None,
+    )  # fmt: skip
+    assert (read.output_attentions, read.num_labels, read.dtype) == (True, 3, "float16")
+    assert read.name_or_path == str(tmp_path)
+    config, unused = OPTConfig.from_pretrained(
+        tmp_path / "sub", return_unused_kwargs=True, foo=1, use_cache=False
+    )
+    assert (config.use_cache, unused) == (False, {"foo": 1})
+    with pytest.raises(ArgumentError, match="unknown argument 'num_label'; did you mean 'num_labe"):
+        OPTConfig.from_pretrained(tmp_path / "sub", num_label=3)
+    for missing in ("./nowhere/at/all", str(tmp_path)):
+        with pytest.raises(OSError, match="no such f") as error:
+            OPTConfig.from_pretrained(missing)
+        assert isinstance(error.value, ConfigError)
+
+
+def test_configurations_of_others():
+    class Theirs:
+        def to_dict(self):
+            return OPTConfig(num_labels=7).to_dict()
+
+    assert OPTConfig.from_any(Theirs()).num_labels == 7
+    with pytest.raises(ConfigError, match="expected an OPTConfig, received int"):
+        OPTConfig.from_any(3)
 
 
 def test_replace():
@@ -170,7 +301,8 @@ def test_replace():
     assert config.replace(hidden_size=96).word_embed_proj_dim == 96
     assert OPTConfig(word_embed_proj_dim=512).replace(hidden_size=96).word_embed_proj_dim == 512
     labelled = config.replace(id2label={0: "a", 1: "b"})
-    assert labelled.replace(num_labels=3).id2label is None
+    assert labelled.replace(num_labels=1).id2label == {0: "LABEL_0"}
+    assert config == OPTConfig()
     with pytest.raises(ConfigError, match="unknown field 'hiden_size'"):
         config.replace(hiden_size=3)
 

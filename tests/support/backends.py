@@ -73,6 +73,10 @@ class Backend:
         """The source that the framework's draws take."""
         raise NotImplementedError
 
+    def seed_everything(self, seed: int) -> None:
+        """Seeds the framework's own generator."""
+        raise NotImplementedError
+
     def call(self, model: Any, **inputs: Any) -> Any:
         """The model's output, no gradient wanted."""
         return model(**inputs)

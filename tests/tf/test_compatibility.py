@@ -1,4 +1,4 @@
-"""What users of `transformers`' TensorFlow models and of KerasHub call."""
+"""Methods that users of `transformers`' TensorFlow models and of KerasHub call."""
 
 from typing import Any
 
@@ -122,8 +122,8 @@ def test_programs_for_serving(folder, tmp_path):
     def count(ids: Any) -> Any:
         return {"count": tf.size(ids)}
 
-    model.write_saved_model(tmp_path / "1", {"count": count})
-    loaded = tf.saved_model.load(tmp_path / "1")
+    model.save_pretrained(tmp_path / "all", saved_model=True, signatures={"count": count})
+    loaded = tf.saved_model.load(tmp_path / "all" / "saved_model" / "1")
     assert loaded.signatures["count"](ids=tf.constant([1, 2]))["count"] == 2
     with pytest.raises(ConfigError, match="format: expected tf_saved_model or litert, received 'o"):
         model.export(tmp_path / "x", format="onnx")
