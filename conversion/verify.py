@@ -222,7 +222,7 @@ def _answers(
     answers: list[_Answer] = []
     with inference(side.backend):
         for ids in encoded:
-            logits = to_numpy(model(ids).logits)[0]
+            logits = to_numpy(model(ids, use_cache=False).logits)[0]
             tokens: list[int] = []
             if np.isfinite(logits[-1]).all():  # else there is nothing to choose among
                 rows = model.generate(ids, generation_config=settings)

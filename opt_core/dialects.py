@@ -93,3 +93,5 @@ NNX = Dialect(
         ("norm", "bias"): "bias",
     },
 )
+LINEN = Dialect({**NNX.leaves, ("linear", "weight"): "kernel"})
+"""Flax' former models, those of `transformers`: a kernel is [in, out]."""

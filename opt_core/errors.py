@@ -50,3 +50,7 @@ class DataError(OPTError, ValueError):
 
 class TrainingError(OPTError, RuntimeError):
     """A training run that cannot start, go on, or be written down."""
+
+
+class UnsupportedError(OPTError, NotImplementedError):
+    """A method or class of `transformers` that this project does not have; it names its own."""

@@ -4,7 +4,7 @@ These are mixins: a backend's base class inherits `PreTrainedMixin` and its fram
 class, and names in `backend` the modules that do the framework's part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -16,12 +16,13 @@ from opt_core.compatibility.calls import (
     kept_tokens,
 )
 from opt_core.compatibility.live_config import check_shapes, shapes_of
+from opt_core.compatibility.methods import MethodsMixin
 from opt_core.compatibility.saving import read_saving
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.mixin import GenerationMixin
-from opt_core.params import Head, count_parameters
+from opt_core.params import Head
 from opt_core.quantization import check_not_quantized
 from opt_core.training.labels import question_answering
 
@@ -61,11 +62,13 @@ class Backend(NamedTuple):
     prefill: Any
 
 
-class PreTrainedMixin(Generic[Decoder]):
+class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
     """The part of all models that is no framework's: settings, counting, saving, decoding."""
 
     backend: ClassVar[Backend]
     head: ClassVar[Head]
+    accepts_loss_kwargs: ClassVar[bool] = False
+    """Whether the loss heeds `num_items_in_batch`: the Trainer of `transformers` asks."""
     config: OPTConfig
     generation_config: GenerationConfig
 
@@ -89,8 +92,12 @@ class PreTrainedMixin(Generic[Decoder]):
             config = config.copy()  # the caller's stays as it is
             config.attn_implementation = name
         self.config, self.attn_implementation = config, name
-        self._made_of = shapes_of(config)
+        self.note_structure()
         self.generation_config = GenerationConfig.from_model(config)
+
+    def note_structure(self) -> None:
+        """Takes the configuration as it is for that of the parameters."""
+        self._made_of = shapes_of(self.config)
 
     def check_config(self) -> None:
         """Checks that the configuration still is that of the parameters.
@@ -105,17 +112,24 @@ class PreTrainedMixin(Generic[Decoder]):
         owner: Any = self if self.head == "none" else getattr(self, "model")  # noqa: B009
         return owner.decoder
 
-    def num_parameters(self) -> int:
-        """Number of parameters, a tied head counted once."""
-        return count_parameters(self.config, self.head)
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """In training, keep only each layer's input and compute the rest again when needed.
 
-    def gradient_checkpointing_enable(self) -> None:
-        """In training, keep only each layer's input and compute the rest again when needed."""
+        Args:
+            gradient_checkpointing_kwargs: Without effect: PyTorch's `use_reentrant` and the like
+                change how, not what is computed.
+        """
         self._checkpoint_gradients(True)
+
+    activation_checkpointing_enable = gradient_checkpointing_enable
 
     def gradient_checkpointing_disable(self) -> None:
         """In training, keep every activation (the default)."""
         self._checkpoint_gradients(False)
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
 
     def _checkpoint_gradients(self, enabled: bool) -> None:
         decoder: Any = self.get_decoder()
@@ -142,30 +156,19 @@ class PreTrainedMixin(Generic[Decoder]):
         if options.writes:
             self.backend.checkpoint.save_pretrained(self, options)
         if options.repository:
-            upload: Any = getattr(self, "push_to_hub")  # noqa: B009
-            upload(options.repository, max_shard_size=max_shard_size, **options.hub)
+            self.push_to_hub(options.repository, max_shard_size=max_shard_size, **options.hub)
 
-    def _decode(
-        self,
-        given: tuple[Any, ...],
-        output_hidden_states: bool | None,
-        output_attentions: bool | None,
-        options: CallOptions,
-        **mode: Any,
-    ) -> Any:
+    def _decode(self, given: tuple[Any, ...], options: CallOptions, **mode: Any) -> Any:
         """Checks the inputs, embeds them and runs the decoder.
 
         Args:
             given: `input_ids`, `attention_mask`, `position_ids`, `inputs_embeds` and
                 `past_key_values`, as the model was given them.
-            output_hidden_states: Return the states between the layers too; None: as configured.
-            output_attentions: Return the attention weights too; None: as configured.
             options: The call's other arguments.
             **mode: More arguments of the framework's decoder.
         """
         self.check_config()
-        own = "input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values"
-        check_options(options, (*own, "labels", "output_hidden_states", "output_attentions"))
+        check_options(options)
         config, use_cache, inputs = self.config, options.get("use_cache"), self.backend.inputs
         cache = self._adopt(given[-1], self._starts_cache(use_cache, *given[:-1], **mode))
         ids, mask, positions, embeds, cache = self._check_inputs(*given[:-1], cache)
@@ -179,17 +182,13 @@ class PreTrainedMixin(Generic[Decoder]):
         mask = inputs.full_mask(mask, count, cache)
         if positions is None:
             inputs.check_window(config, mask, length)
-        if options.get("head_mask") is not None:
-            heads = self._as_floats("head_mask", options["head_mask"])
-            mode["head_mask"] = each_layers_heads(config, heads)
-        if output_hidden_states is None:
-            output_hidden_states = getattr(config, "output_hidden_states", False)
-        if output_attentions is None:
-            output_attentions = getattr(config, "output_attentions", False)
-        out = decoder(
-            embeds, position_ids=positions, mask_BS=mask, cache=cache,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions, **mode,
-        )  # fmt: skip
+        heads = options.get("head_mask")
+        if heads is not None:
+            mode["head_mask"] = each_layers_heads(config, self._as_floats("head_mask", heads))
+        for name in ("output_hidden_states", "output_attentions"):
+            wanted = options.get(name)
+            mode[name] = getattr(config, name) if wanted is None else wanted
+        out = decoder(embeds, position_ids=positions, mask_BS=mask, cache=cache, **mode)
         if use_cache is False:
             out.past_key_values = None
         return out
@@ -198,7 +197,7 @@ class PreTrainedMixin(Generic[Decoder]):
         """The output in the shape that was asked for."""
         return_dict = options.get("return_dict")
         if return_dict is None:
-            return_dict = getattr(self.config, "use_return_dict", True)
+            return_dict = self.config.use_return_dict
         return out if return_dict else out.to_tuple()
 
     def _starts_cache(self, use_cache: bool | None, *tensors: Any, **mode: Any) -> bool:
@@ -241,7 +240,7 @@ class PreTrainedMixin(Generic[Decoder]):
         """The backend's linear layer from the decoder's output (P) to so many scores."""
         raise NotImplementedError
 
-    def _check_inputs(self, *inputs: Any) -> tuple[Any, Any, Any, Any]:
+    def _check_inputs(self, *inputs: Any) -> tuple[Any, Any, Any, Any, Any]:
         """The backend's `check_inputs` for this model."""
         raise NotImplementedError
 
@@ -296,6 +295,7 @@ class CausalLMMixin(GenerationMixin):
     """The language model's head."""
 
     head: ClassVar[Head] = "causal_lm"
+    accepts_loss_kwargs: ClassVar[bool] = True
     backend: ClassVar[Backend]
 
     def compute_logits(self, hidden: Any) -> Any:

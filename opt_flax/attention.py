@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
+from opt_core.compatibility.calls import scale_heads
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_flax._private import load_splash_attention
@@ -80,9 +81,7 @@ class FlaxOPTAttention(nnx.Module):
             mixed = sdpa(query, key_states, value, bias_B1TS)
         else:
             mixed, weights = eager(query, key_states, value, bias_B1TS, dropout, key)
-        if head_mask is not None:
-            heads_H11 = head_mask[:, None, None]
-            mixed, weights = mixed * heads_H11, None if weights is None else weights * heads_H11
+        mixed, weights = scale_heads(mixed, weights, head_mask)
         mixed = self.out_proj(mixed.swapaxes(1, 2).reshape(B, T, D))
         return mixed, weights if output_attentions else None, buffers
 

@@ -1,6 +1,6 @@
 """Weights in and out of a model, through the parameter list and the NNX dialect."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound="FlaxOPTPreTrainedModel")
 
+_FLOAT32 = np.dtype(np.float32)
 
-def initialize(model: "FlaxOPTPreTrainedModel", seed: int) -> None:
-    """Gives every parameter its starting value, float32."""
+
+def initialize(model: "FlaxOPTPreTrainedModel", seed: int, dtype: np.dtype[Any] = _FLOAT32) -> None:
+    """Gives every parameter its starting value."""
     for group in _groups(model):
         values = [initial_value(spec, model.config, seed) for spec in group]
-        _fill(model, group, values, np.dtype(np.float32))
+        _fill(model, group, values, dtype)
 
 
 def init_abstract(model: "FlaxOPTPreTrainedModel", dtype: np.dtype[Any]) -> None:
@@ -143,6 +145,22 @@ def set_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec, values: NDAr
         variable.set_value(variable[...].at[layer].set(jnp.asarray(values, variable.dtype)))
 
 
+def set_arrays(model: "FlaxOPTPreTrainedModel", arrays: Mapping[str, Array]) -> None:
+    """Replaces all parameters by arrays, which may be traced and of any type.
+
+    Args:
+        model: The model.
+        arrays: Canonical name -> values in the canonical layout.
+    """
+    for group in _groups(model):
+        shape, values = _shape(model, group), [arrays[spec.name] for spec in group]
+        whole = jnp.stack(values) if len(shape) > len(group[0].shape) else values[0]
+        if whole.shape != shape:  # on a mesh rows of zeros may end it
+            free = [(0, size - have) for size, have in zip(shape, whole.shape, strict=True)]
+            whole = jnp.pad(whole, free)
+        _assign(model, group, whole)
+
+
 def as_array(values: Array) -> NDArray[Any]:
     """An array on the host, gathered from all hosts where they share it."""
     if not getattr(values, "is_fully_addressable", True):
@@ -188,16 +206,22 @@ def _groups(model: "FlaxOPTPreTrainedModel") -> list[list[ParamSpec]]:
     return list(groups.values())
 
 
-def _layout(
-    model: "FlaxOPTPreTrainedModel", group: Sequence[ParamSpec]
-) -> tuple[tuple[int, ...], Sharding]:
-    """The shape and place of a variable."""
-    spec, stacked = group[0], parameter_path(model, group[0])[1] is not None
+def _shape(model: "FlaxOPTPreTrainedModel", group: Sequence[ParamSpec]) -> tuple[int, ...]:
+    """The shape of a variable."""
+    spec = group[0]
     shape = tuple(
         sharding.padded_rows(spec, model.mesh) if axis == "vocab" else size
         for axis, size in zip(spec.axes, spec.shape, strict=True)
     )
-    shape = (len(group), *shape) if stacked else shape
+    return shape if parameter_path(model, spec)[1] is None else (len(group), *shape)
+
+
+def _layout(
+    model: "FlaxOPTPreTrainedModel", group: Sequence[ParamSpec]
+) -> tuple[tuple[int, ...], Sharding]:
+    """The shape and place of a variable."""
+    spec, shape = group[0], _shape(model, group)
+    stacked = len(shape) > len(spec.shape)
     if model.mesh is None:
         return shape, SingleDeviceSharding(jnp.zeros(()).device)
     parts = sharding.partition(spec, model.config, model.mesh)

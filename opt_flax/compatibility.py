@@ -1,15 +1,41 @@
-"""The layer for code written for `transformers`: what Flax has to do for it."""
+"""The layer for code written for `transformers`: what Flax has to do for it.
 
-from typing import Any
+Its Flax models keep parameters outside of the model, as a tree of linen's names
+(`params["model"]["decoder"]["layers"]["0"]["fc1"]["kernel"]`, [in, out]). Here that tree is a view:
+`model.params` makes it, and a call with `params=` runs on a copy of the model's structure that
+holds those arrays, traced or not, so that `jax.grad`, `jax.jit` and `jax.pmap` go through it.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from numpy.typing import NDArray
 
 from opt_core.compatibility.calls import CallOptions
+from opt_core.compatibility.methods import MethodsMixin
+from opt_core.dialects import LINEN
+from opt_core.errors import ConfigError, InputError, UnsupportedError
+from opt_core.params import ParamSpec, param_specs
+from opt_core.quantization import check_not_quantized
+from opt_flax import attention, checkpoint
+from opt_flax.linear import Linear
+
+if TYPE_CHECKING:
+    from opt_flax.modeling import FlaxOPTPreTrainedModel
+
+Tree = Mapping[str, Any]
 
 
 class FlaxCallOptions(CallOptions, total=False):
-    """What a Flax model's call takes beside its own arguments.
+    """Arguments that a Flax model's call takes beside its own.
 
     Attributes:
         train: The opposite of `deterministic`.
@@ -22,14 +48,322 @@ class FlaxCallOptions(CallOptions, total=False):
 
 def split_mode(
     options: FlaxCallOptions, deterministic: bool | None, rngs: nnx.Rngs | None
-) -> tuple[CallOptions, bool | None, nnx.Rngs | None]:
-    """Takes the training mode out of a call's options: the rest, `deterministic` and `rngs`."""
+) -> tuple[CallOptions, dict[str, Any]]:
+    """Takes the training mode out of a call's options: the rest, and what the decoder takes."""
     rest: Any = dict(options)
     train, key = rest.pop("train", None), rest.pop("dropout_rng", None)
     if train is not None and deterministic is None:
         deterministic = not train
     if key is not None and rngs is None:
-        if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
         rngs = nnx.Rngs(dropout=key)
-    return rest, deterministic, rngs
+    return rest, {"deterministic": deterministic, "rngs": rngs}
+
+
+class ModelMethods(MethodsMixin):
+    """Parameters outside of the model, and what else there is beside `nnx.Module`'s own."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):
+            cls.__call__ = _with_params(vars(cls)["__call__"])
+
+    @property
+    def params(self: Any) -> dict[str, Any]:
+        """The parameters as a nested dict of linen's names, kernels as [in, out].
+
+        Raises:
+            ConfigError: The model was made with `_do_init=False`, or is quantised.
+        """
+        check_not_quantized(self, "params")
+        _check_initialized(self)
+        return self._tree(lambda spec: checkpoint.get_parameter(self, spec))
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        if name == "params":  # NNX would have refused arrays before it came to a property's setter
+            checkpoint.set_arrays(self, self._arrays(value))
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def params_shape_tree(self: Any) -> dict[str, Any]:
+        """Shapes and types of `params`, as `jax.ShapeDtypeStruct`."""
+        return self._tree(lambda spec: jax.ShapeDtypeStruct(spec.shape, self.dtype))
+
+    @property
+    def required_params(self) -> set[tuple[str, ...]]:
+        """Paths of the leaves of `params`."""
+        return set(flatten_dict(self.params_shape_tree))
+
+    @property
+    def module(self) -> Any:
+        """Refused: this model is its module."""
+        name = type(self).__name__
+        raise UnsupportedError(
+            f"{name}.module is not supported: no linen module; call the model with params=, "
+            "or use it as an nnx.Module"
+        )
+
+    def init_weights(
+        self, rng: Array, input_shape: tuple[int, ...] | None = None, params: Tree | None = None
+    ) -> dict[str, Any]:
+        """Fresh parameters, as `params` gives them; the model keeps its own.
+
+        Args:
+            rng: Random key.
+            input_shape: Without effect: no parameter depends on it.
+            params: Take those that are here over.
+        """
+        config, keys = self.config, iter(range(2**31))
+
+        def draw(spec: ParamSpec) -> Array:
+            if spec.name.endswith(".bias"):
+                return jnp.zeros(spec.shape)
+            if spec.kind == "norm":
+                return jnp.ones(spec.shape)
+            key = jax.random.fold_in(rng, next(keys))
+            values = config.init_std * jax.random.normal(key, spec.shape)
+            if spec.name.endswith("embed_tokens.weight") and config.pad_token_id is not None:
+                values = values.at[config.pad_token_id].set(0)
+            return values
+
+        fresh = self._tree(draw)
+        if params is None:
+            return fresh
+        return unflatten_dict(flatten_dict(fresh) | flatten_dict(_unfrozen(params)))
+
+    def to_bf16(self, params: Tree, mask: Any = None) -> Any:
+        """Parameters in bfloat16; a mask (a tree of bools) leaves some out where it is False."""
+        return _cast_tree(params, jnp.bfloat16, mask)
+
+    def to_fp16(self, params: Tree, mask: Any = None) -> Any:
+        """Parameters in float16; a mask (a tree of bools) leaves some out where it is False."""
+        return _cast_tree(params, jnp.float16, mask)
+
+    def to_fp32(self, params: Tree, mask: Any = None) -> Any:
+        """Parameters in float32; a mask (a tree of bools) leaves some out where it is False."""
+        return _cast_tree(params, jnp.float32, mask)
+
+    def with_params(self: Any, params: Tree | None) -> Any:
+        """A model of other parameters that shares all else; None: this model.
+
+        Args:
+            params: As `params` gives them; they may be traced.
+
+        Raises:
+            InputError: Parameters are missing, unknown or misshapen.
+        """
+        if params is None:
+            _check_initialized(self)
+            return self
+        check_not_quantized(self, "params")
+        arrays = self._arrays(params)
+        graph, state = nnx.split(self)
+        # Variables of its own, that a program which is being traced may set.
+        other = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
+        checkpoint.set_arrays(other, arrays)
+        return other
+
+    def save_pretrained(self, folder: Any, *args: Any, params: Tree | None = None, **options: Any):
+        """As in every backend.
+
+        Args:
+            folder: Where to.
+            *args: See there.
+            params: Save these in place of the model's own.
+            **options: See there.
+        """
+        model: Any = self.with_params(params)
+        base: Any = super(ModelMethods, model)
+        base.save_pretrained(folder, *args, **options)
+
+    def enable_gradient_checkpointing(self: Any) -> None:
+        """`gradient_checkpointing_enable`, as Flax' models called it."""
+        self.gradient_checkpointing_enable()
+
+    def __repr__(self: Any) -> str:
+        config = self.config
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim")
+        shown = ", ".join(f"{name}={getattr(config, name)}" for name in sizes)
+        count = f"{self.num_parameters():,}"
+        return f"{type(self).__name__}({shown}, dtype={self.dtype}, parameters={count})"
+
+    __str__ = __repr__
+
+    def _tree(self: Any, values: Callable[[ParamSpec], Any]) -> dict[str, Any]:
+        """Values by linen's names; those of a kernel are given as [out, in]."""
+        leaves: dict[tuple[str, ...], Any] = {}
+        for spec in param_specs(self.config, self.head):
+            value = values(spec)
+            if isinstance(value, jax.ShapeDtypeStruct):
+                value = jax.ShapeDtypeStruct(value.shape[:: _order(spec)], value.dtype)
+            elif _order(spec) < 0:
+                value = value.T
+            leaves[LINEN.path(spec, self.head)] = value
+        return unflatten_dict(leaves)
+
+    def _arrays(self: Any, params: Tree) -> dict[str, Any]:
+        """Arrays in the canonical layout by their names, of a tree of linen's names."""
+        if not isinstance(params, Mapping):
+            raise InputError(f"params: expected a dict, received {type(params).__name__}")
+        leaves = flatten_dict(_unfrozen(params))
+        specs = {LINEN.path(s, self.head): s for s in param_specs(self.config, self.head)}
+        for what, names in (
+            ("missing", specs.keys() - leaves.keys()), ("unknown", leaves.keys() - specs.keys())
+        ):  # fmt: skip
+            if names:
+                first = "/".join(map(str, min(names)))
+                raise InputError(f"params: {len(names)} {what}, such as {first}")
+        for path, spec in specs.items():
+            leaf: Any = leaves[path]
+            expected, found = spec.shape[:: _order(spec)], jnp.shape(leaf)
+            if found != expected:
+                raise InputError(
+                    f"params: {'/'.join(path)}: expected shape {expected}, received {found}"
+                )
+        return {
+            spec.name: jnp.asarray(leaves[path]).T if _order(spec) < 0 else leaves[path]
+            for path, spec in specs.items()
+        }
+
+    def _without_params(self: Any) -> tuple[Any, dict[str, Any]]:
+        """The model, with shapes in place of parameters, and its parameters."""
+        params = self.params
+        checkpoint.init_abstract(self, np.dtype(self.dtype))
+        return self, params
+
+    def _decoder_layers(self) -> Iterator[Any]:
+        layers = self._decoder.layers
+        return iter([layers] if self._decoder.scan_layers else layers)
+
+    def _as_tensor(self, array: NDArray[Any]) -> Array:
+        return jnp.asarray(array)
+
+    def _to_array(self, tensor: Array) -> NDArray[Any]:
+        return checkpoint.as_array(tensor)
+
+    def _put_embeddings(self, value: Any) -> None:
+        table = np.asarray(value.embedding[...])[: value.num_embeddings]
+        self._check_width("set_input_embeddings", table.shape[1])
+        self._set_config(vocab_size=len(table))
+        self._put_table(self._spec("embed_tokens"), table)
+
+    def _put_head(self: Any, value: Any) -> None:
+        is_linen = hasattr(value, "kernel")
+        table = np.asarray(value.kernel[...].T if is_linen else value.weight[...])
+        table = table[: value.out_features]
+        self._check_width("set_output_embeddings", table.shape[1])
+        if self.lm_head is None:
+            self._set_config(tie_word_embeddings=False)
+            head: Any = Linear(self.config.embed_dim, len(table), bias=False, mesh=self.mesh)
+            self.lm_head = nnx.data(head)
+            head.weight.set_value(jnp.zeros((0, 0), self.dtype))
+        self._put_table(self._spec("lm_head"), table)
+
+    def _put_table(self: Any, spec: ParamSpec, table: NDArray[Any]) -> None:
+        if spec.name == "lm_head.weight":
+            self.lm_head.out_features = len(table)
+        else:
+            self.get_input_embeddings().num_embeddings = len(table)
+        checkpoint.set_parameter(self, self._spec(spec.name), table)
+
+    def _spec(self, name: str) -> ParamSpec:
+        """A parameter of the model as it is now."""
+        return next(s for s in param_specs(self.config, self.head) if name in s.name)
+
+    def _count_trainable(self, specs: list[ParamSpec]) -> int:
+        return sum(spec.size for spec in specs)
+
+    def _sizes_in_bytes(self: Any, with_buffers: bool) -> Iterator[int]:
+        for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)):
+            yield leaf.nbytes
+        if with_buffers:
+            for leaf in jax.tree.leaves(nnx.state(self, nnx.Not(nnx.Param))):
+                yield leaf.nbytes
+
+    def _cast(self: Any, dtype: Any) -> "FlaxOPTPreTrainedModel":
+        nnx.update(self, _cast_tree(nnx.state(self, nnx.Param), dtype, None))
+        return self
+
+    def _check_flash(self: Any) -> None:
+        attention.check_flash(attention.platform_of(self.mesh), self.dtype)
+
+
+class GenerationMethods:
+    """Parameters outside of the model, for generation too."""
+
+    def generate(
+        self: Any,
+        input_ids: Any = None,
+        *args: Any,
+        params: Tree | None = None,
+        trace: bool = True,
+        **options: Any,
+    ) -> Any:
+        """As in every backend.
+
+        Args:
+            input_ids: See there.
+            *args: See there.
+            params: Generate with these in place of the model's own.
+            trace: Without effect: `transformers`' way to debug.
+            **options: See there.
+        """
+        base: Any = super(GenerationMethods, self.with_params(params))
+        return base.generate(input_ids, *args, **options)
+
+
+def refuse_linen(name: str) -> Any:
+    """`__getattr__` of a module (PEP 562): names the class to use in place of a linen module.
+
+    Raises:
+        UnsupportedError: The name of one of `transformers`' linen modules.
+    """
+    found = re.fullmatch(r"(FlaxOPT\w*?)(Layer|Decoder)?(Collection)?Module", name)
+    if found:
+        raise UnsupportedError(
+            f"{name} is not supported: no linen modules; {found[1].removesuffix('OPT')}"
+            f"{'' if found[1] != 'FlaxOPT' else 'OPTModel'} is an nnx.Module"
+        )
+    raise AttributeError(f"no attribute {name!r}")
+
+
+def _with_params(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a model's `__call__` take `params` as well."""
+
+    @functools.wraps(call)
+    def run(
+        self: Any, input_ids: Any = None, *args: Any, params: Tree | None = None, **inputs: Any
+    ) -> Any:
+        return call(self.with_params(params), input_ids, *args, **inputs)
+
+    return run
+
+
+def _check_initialized(model: Any) -> None:
+    value = model.get_decoder().embed_positions.embedding.get_value()
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise ConfigError(
+            "the model was made with _do_init=False and has no parameters; pass params="
+        )
+
+
+def _order(spec: ParamSpec) -> int:
+    """Step through a parameter's dimensions: backwards for a kernel, which linen transposes."""
+    return -1 if spec.kind == "linear" and len(spec.shape) == 2 else 1
+
+
+def _unfrozen(params: Tree) -> dict[str, Any]:
+    """A nested dict of any nested mapping, such as a FrozenDict."""
+    return {k: _unfrozen(v) if isinstance(v, Mapping) else v for k, v in params.items()}
+
+
+def _cast_tree(params: Any, dtype: Any, mask: Any) -> Any:
+    """Floating-point leaves in another type, where the mask has them."""
+
+    def cast(leaf: Any, wanted: bool = True) -> Any:
+        is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        return jnp.asarray(leaf, dtype) if wanted and is_float else leaf
+
+    return jax.tree.map(cast, params) if mask is None else jax.tree.map(cast, params, mask)

@@ -24,8 +24,6 @@ class FlaxOPTForSequenceClassification(SequenceClassificationMixin, FlaxOPTPreTr
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
         labels: Any = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
         **kwargs: Unpack[FlaxCallOptions],
@@ -40,17 +38,12 @@ class FlaxOPTForSequenceClassification(SequenceClassificationMixin, FlaxOPTPreTr
             past_key_values: See there.
             labels: (B,) class numbers, (B,) or (B, num_labels) floats for regression, or
                 (B, num_labels) floats in 0..1 for several labels at once.
-            output_hidden_states: See there.
-            output_attentions: See there.
             deterministic: See there.
             rngs: See there.
             **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(
-            given, output_hidden_states, output_attentions, kwargs,
-            deterministic=deterministic, rngs=rngs,
-        )  # fmt: skip
+        out = self._decode(given, kwargs, deterministic=deterministic, rngs=rngs)
         return self._finish(out, kwargs, input_ids, labels)
 
     def _pick(self, hidden_BTP: Array, index_B: Array) -> Array:
@@ -69,8 +62,6 @@ class FlaxOPTForQuestionAnswering(QuestionAnsweringMixin, FlaxOPTPreTrainedModel
         past_key_values: KVCache | None = None,
         start_positions: Any = None,
         end_positions: Any = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
         **kwargs: Unpack[FlaxCallOptions],
@@ -85,15 +76,10 @@ class FlaxOPTForQuestionAnswering(QuestionAnsweringMixin, FlaxOPTPreTrainedModel
             past_key_values: See there.
             start_positions: (B,) first token of the answer; beyond the sequence: ignored.
             end_positions: (B,) last token of the answer; beyond the sequence: ignored.
-            output_hidden_states: See there.
-            output_attentions: See there.
             deterministic: See there.
             rngs: See there.
             **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(
-            given, output_hidden_states, output_attentions, kwargs,
-            deterministic=deterministic, rngs=rngs,
-        )  # fmt: skip
+        out = self._decode(given, kwargs, deterministic=deterministic, rngs=rngs)
         return self._finish(out, kwargs, start_positions, end_positions)

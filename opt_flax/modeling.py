@@ -26,14 +26,20 @@ from opt_flax import (
     speculative,
 )  # fmt: skip
 from opt_flax.cache import KVCache, init_cache
-from opt_flax.compatibility import FlaxCallOptions, split_mode
+from opt_flax.compatibility import (
+    FlaxCallOptions,
+    GenerationMethods,
+    ModelMethods,
+    split_mode,
+)
+from opt_flax.compatibility import refuse_linen as __getattr__  # noqa: F401
 from opt_flax.decoder import FlaxOPTDecoder, FlaxOPTOutput
 from opt_flax.linear import Linear
 
 _private.register_config()
 
 
-class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
+class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
@@ -47,6 +53,9 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
         attn_implementation: str | None = None,
         scan_layers: bool = False,
         mesh: Mesh | None = None,
+        input_shape: Any = None,
+        dtype: Any = None,
+        _do_init: bool = True,
     ):
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
 
@@ -59,6 +68,9 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
             scan_layers: Keep the layers' weights stacked and run them by `jax.lax.scan`, so that
                 a deep model compiles sooner.
             mesh: Devices to spread the weights over (`opt_flax.sharding`); None: one device.
+            input_shape: Without effect, as `transformers`' models had it.
+            dtype: Type of the weights; None: float32.
+            _do_init: False: as `seed=None`, for a call with `params=`.
 
         Raises:
             ConfigError: No such attention implementation, or a mesh that cannot be used.
@@ -68,9 +80,10 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
         self.mesh, self.scan_layers = mesh, scan_layers
         self._make_layers()
         self.get_decoder().rngs = nnx.Rngs(dropout=seed or 0)
-        checkpoint.init_abstract(self, jnp.dtype(jnp.float32))
-        if seed is not None:
-            checkpoint.initialize(self, seed)
+        wanted = jnp.dtype(dtype or jnp.float32)
+        checkpoint.init_abstract(self, wanted)
+        if seed is not None and _do_init:
+            checkpoint.initialize(self, seed, wanted)
 
     def _make_layers(self) -> None:
         self.model = FlaxOPTModel(
@@ -147,12 +160,10 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
             **arguments,
         )
 
-    def _decode(
-        self, *values: Any, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
-    ) -> FlaxOPTOutput:
-        *given, options = values
-        options, deterministic, rngs = split_mode(options, deterministic, rngs)
-        return super()._decode(*given, options, deterministic=deterministic, rngs=rngs)
+    def _decode(self, *values: Any, **mode: Any) -> FlaxOPTOutput:
+        given, options = values
+        options, mode = split_mode(options, **mode)
+        return super()._decode(given, options, **mode)
 
     def _trains(self, deterministic: bool | None = None, **mode: Any) -> bool:
         return not (self.get_decoder().deterministic if deterministic is None else deterministic)
@@ -189,8 +200,6 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
         position_ids: Any = None,
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
         **kwargs: Unpack[FlaxCallOptions],
@@ -204,24 +213,19 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
             inputs_embeds: (B, T, P) embeddings in place of `input_ids`.
             past_key_values: A cache, of an earlier output or of `init_cache`: these tokens follow
                 the ones it holds.
-            output_hidden_states: Return `hidden_states`; None: as configured.
-            output_attentions: Return `attentions`; None: as configured.
             deterministic: Whether dropout is off; None: `model.eval()` and `model.train()` say.
             rngs: Source of dropout, its stream "dropout"; None: the model's own.
-            **kwargs: `use_cache`, `return_dict` and the others of `FlaxCallOptions`.
+            **kwargs: `output_hidden_states`, `use_cache` and the others of `FlaxCallOptions`.
 
         Raises:
             InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(
-            given, output_hidden_states, output_attentions, kwargs,
-            deterministic=deterministic, rngs=rngs,
-        )  # fmt: skip
+        out = self._decode(given, kwargs, deterministic=deterministic, rngs=rngs)
         return self._finish(out, kwargs)
 
 
-class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
+class FlaxOPTForCausalLM(GenerationMethods, CausalLMMixin, FlaxOPTPreTrainedModel):
     """The language model: the next token's logits."""
 
     def _make_layers(self) -> None:
@@ -238,8 +242,6 @@ class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
         labels: Any = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         logits_to_keep: Any = 0,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
@@ -254,8 +256,6 @@ class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
             inputs_embeds: See there.
             past_key_values: See there.
             labels: (B, T) ids, -100 to ignore one; the model shifts them. Usually `input_ids`.
-            output_hidden_states: See there.
-            output_attentions: See there.
             logits_to_keep: Compute logits for this many last tokens only, 0 for all, or for those
                 of an index.
             deterministic: See there.
@@ -263,10 +263,7 @@ class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
             **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(
-            given, output_hidden_states, output_attentions, kwargs,
-            deterministic=deterministic, rngs=rngs,
-        )  # fmt: skip
+        out = self._decode(given, kwargs, deterministic=deterministic, rngs=rngs)
         return self._finish(out, kwargs, labels, logits_to_keep)
 
     def compute_logits(self, hidden: Array) -> Array:

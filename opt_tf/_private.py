@@ -35,10 +35,15 @@ def register_pytree(cls: Any) -> None:
     Keras' way in, `keras.tree`, only uses what is registered. Without optree Keras flattens them as
     TensorFlow does, which takes them for the mappings they are.
     """
+
+    def flatten(output: Any) -> tuple[Any, Any]:
+        return tuple(output.values()), tuple(output)
+
+    unflatten: Any = lambda names, values: cls(zip(names, values, strict=True))  # noqa: E731
     optree.register_pytree_node(
         cls,
-        lambda output: (tuple(output.values()), tuple(output), tuple(output)),
-        lambda names, values: cls(zip(names, values, strict=True)),
+        flatten,
+        unflatten,
         namespace="keras",
     )
 
@@ -87,6 +92,14 @@ def has_compiled_loss(model: keras.Model) -> bool:
     with tf.init_scope():  # it reads numbers, also while a program is traced
         settings: Any = model.get_compile_config() or {}
     return settings.get("loss") is not None
+
+
+def forget_compilation(model: keras.Model) -> None:
+    """Drops the loss and metrics of an earlier `compile`.
+
+    Without it Keras keeps them where the next one gives none.
+    """
+    model._compile_loss = model._compile_metrics = None
 
 
 def moments(optimizer: Any, variable: Any) -> tuple[Any, Any]:

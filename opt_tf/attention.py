@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from opt_core.compatibility.calls import scale_heads
 from opt_core.config import OPTConfig
 from opt_tf.cache import KVCache
 from opt_tf.linear import Linear, apply_dropout, sizes
@@ -78,9 +79,7 @@ class TFOPTAttention(keras.layers.Layer):
             mixed, weights = eager(query, key, value, bias_B1TS, self.dropout, seed)
         else:
             mixed = sdpa(query, key, value, bias_B1TS)
-        if head_mask is not None:
-            heads_H11 = head_mask[:, None, None]
-            mixed, weights = mixed * heads_H11, None if weights is None else weights * heads_H11
+        mixed, weights = scale_heads(mixed, weights, head_mask)
         mixed = self.out_proj(tf.reshape(tf.transpose(mixed, (0, 2, 1, 3)), (B, T, D)))
         return mixed, weights if output_attentions else None, buffers
 

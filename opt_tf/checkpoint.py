@@ -17,7 +17,7 @@ from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import quantize_array, scheme_of
 from opt_core.training.lora import check_merged
-from opt_tf import _private, export, quantization
+from opt_tf import _private, quantization
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
@@ -63,7 +63,7 @@ def save_pretrained(model: "TFOPTPreTrainedModel", options: SaveOptions) -> None
     fetch = options.values(lambda spec: get_parameter(model, spec))
     pretrained.save_pretrained(model, options, fetch, model.variable_dtype)
     if options.saved_model:
-        export.export_forward(model, options.folder / "saved_model" / "1")
+        model.write_saved_model(options.folder / "saved_model" / "1", options.signatures)
 
 
 def locate(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> keras.Variable:

@@ -16,34 +16,7 @@ from opt_core.text.tokenizer import OPTTokenizer
 from opt_tf import beam, generation
 
 if TYPE_CHECKING:
-    from opt_tf.modeling import TFOPTForCausalLM, TFOPTPreTrainedModel
-
-_RETURNED = {
-    "none": ("last_hidden_state",),
-    "question_answering": ("start_logits", "end_logits"),
-}
-
-
-def export_forward(model: "TFOPTPreTrainedModel", folder: str | PathLike[str]) -> None:
-    """Writes a SavedModel of the forward pass, the signature `serving_default`.
-
-    It takes `input_ids` and `attention_mask`, int32 (B, T), and returns `logits`, or
-    `start_logits` and `end_logits`, or `last_hidden_state`. B and T are free.
-
-    Args:
-        model: A model with any head.
-        folder: Where to; files of an earlier export there are replaced.
-
-    Raises:
-        ConfigError: A quantised model.
-    """
-    check_not_quantized(model, "export")
-    archive: Any = keras.export.ExportArchive()
-    archive.track(model)
-    ids = tf.TensorSpec((None, None), tf.int32, "input_ids")
-    mask = tf.TensorSpec((None, None), tf.int32, "attention_mask")
-    archive.add_endpoint("forward", _forward(model), input_signature=[ids, mask])
-    archive.write_out(str(folder), verbose=False)
+    from opt_tf.modeling import TFOPTForCausalLM
 
 
 def export_saved_model(
@@ -120,15 +93,15 @@ def export_tflite(
         Path(file).write_bytes(converter.convert())
 
 
-def _forward(model: "TFOPTPreTrainedModel") -> Any:
+def _forward(model: "TFOPTForCausalLM") -> Any:
     def forward(input_ids: tf.Tensor, attention_mask: tf.Tensor) -> dict[str, tf.Tensor]:
         window = model.config.max_position_embeddings
         longest = tf.reduce_max(tf.reduce_sum(attention_mask, 1))
         tf.debugging.assert_less_equal(longest, window, "too long for the model's window")
         _check_ids(model, input_ids)
-        out = model(input_ids, attention_mask=attention_mask)
-        names = _RETURNED.get(model.head, ("logits",))
-        return {name: getattr(out, name) for name in names}
+        logits = model(input_ids, attention_mask=attention_mask).logits
+        assert logits is not None
+        return {"logits": logits}
 
     return forward
 
@@ -152,7 +125,7 @@ def _generate(model: "TFOPTForCausalLM", request: Request) -> Any:
     return generate
 
 
-def _check_ids(model: "TFOPTPreTrainedModel", ids: tf.Tensor) -> None:
+def _check_ids(model: "TFOPTForCausalLM", ids: tf.Tensor) -> None:
     message = "input_ids outside the vocabulary"
     tf.debugging.assert_non_negative(ids, message)
     tf.debugging.assert_less(ids, model.config.vocab_size, message)

@@ -27,8 +27,6 @@ class TFOPTForSequenceClassification(SequenceClassificationMixin, TFOPTPreTraine
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
         labels: Any = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         training: bool | None = None,
         **kwargs: Unpack[CallOptions],
     ) -> TFOPTOutput:
@@ -42,15 +40,11 @@ class TFOPTForSequenceClassification(SequenceClassificationMixin, TFOPTPreTraine
             past_key_values: See there.
             labels: (B,) class numbers, (B,) or (B, num_labels) floats for regression, or
                 (B, num_labels) floats in 0..1 for several labels at once.
-            output_hidden_states: See there.
-            output_attentions: See there.
             training: See there.
             **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(
-            given, output_hidden_states, output_attentions, kwargs, training=training
-        )
+        out = self._decode(given, kwargs, training=training)
         return self._finish(out, kwargs, input_ids, labels)
 
     def _pick(self, hidden_BTP: tf.Tensor, index_B: tf.Tensor) -> tf.Tensor:
@@ -76,8 +70,6 @@ class TFOPTForQuestionAnswering(QuestionAnsweringMixin, TFOPTPreTrainedModel):
         past_key_values: KVCache | None = None,
         start_positions: Any = None,
         end_positions: Any = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         training: bool | None = None,
         **kwargs: Unpack[CallOptions],
     ) -> TFOPTOutput:
@@ -91,15 +83,11 @@ class TFOPTForQuestionAnswering(QuestionAnsweringMixin, TFOPTPreTrainedModel):
             past_key_values: See there.
             start_positions: (B,) first token of the answer; beyond the sequence: ignored.
             end_positions: (B,) last token of the answer; beyond the sequence: ignored.
-            output_hidden_states: See there.
-            output_attentions: See there.
             training: See there.
             **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(
-            given, output_hidden_states, output_attentions, kwargs, training=training
-        )
+        out = self._decode(given, kwargs, training=training)
         return self._finish(out, kwargs, start_positions, end_positions)
 
     def _predictions(self, output: TFOPTOutput) -> Any:

@@ -35,8 +35,8 @@ def check_inputs(
         cache: What came before, or None.
 
     Returns:
-        The four inputs as tensors or None, integers as int32 the mask as bool, and the cache with
-        room for them.
+        The four inputs as tensors or None, integers as int32 and the mask as bool, and the cache
+        with room for them.
 
     Raises:
         InputError: What does not fit, expected and received.
@@ -115,11 +115,12 @@ def full_mask(mask_BT: tf.Tensor | None, count: int, cache: KVCache | None) -> t
         if before is None:
             before = tf.ones((sizes(mask_BT)[0], cache.max_length), tf.bool)
         start: Any = (0, cache.length)
-        mask_BT = keras.ops.slice_update(before, start, mask_BT)
-    elif cache is not None and not is_known(cache.length):
-        mask_BT = mask_BT | (tf.range(slots) >= cache.length + count)
-    if cache is not None:
+        whole: Any = keras.ops.slice_update(before, start, mask_BT)
+        mask_BT = whole[:, :slots]
+    elif cache is not None:
         mask_BT = mask_BT[:, :slots]
+        if not is_known(cache.length):
+            mask_BT = mask_BT | (tf.range(slots) >= cache.length + count)
     # A mask of ones would only make work.
     return None if is_known(mask_BT) and bool(tf.reduce_all(mask_BT)) else mask_BT
 

@@ -27,7 +27,7 @@ from opt_tf import (
     speculative,
 )
 from opt_tf.cache import KVCache, init_cache
-from opt_tf.compatibility import name_inputs
+from opt_tf.compatibility import GenerationMethods, ModelMethods, name_inputs
 from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
 from opt_tf.keras_fit import Fitted
 from opt_tf.linear import Linear, sizes
@@ -37,7 +37,7 @@ class _Untracked(UserDict[Any, Any]):
     """A dict that Keras does not take for a part of the model."""
 
 
-class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
+class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
@@ -151,9 +151,12 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
 
     @classmethod
     def from_config(cls, config: Any, custom_objects: Any = None) -> Self:
-        """Makes the model that `get_config` describes, its weights zero; or of an `OPTConfig`."""
-        if not isinstance(config, dict):
-            return cls(config)
+        """Makes the model that `get_config` describes, its weights zero.
+
+        Of an `OPTConfig`, or of what its `to_dict` gives, the model is freshly initialised.
+        """
+        if isinstance(config, OPTConfig) or "config" not in config:
+            return cls(config if isinstance(config, OPTConfig) else OPTConfig.from_dict(config))
         values = dict(config)
         settings = GenerationConfig(**values.pop("generation_config"))
         model = cls(OPTConfig.from_dict(values.pop("config")), None, **values)
@@ -200,8 +203,6 @@ class TFOPTModel(TFOPTPreTrainedModel):
         position_ids: Any = None,
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         training: bool | None = None,
         **kwargs: Unpack[CallOptions],
     ) -> TFOPTOutput:
@@ -214,18 +215,14 @@ class TFOPTModel(TFOPTPreTrainedModel):
             inputs_embeds: (B, T, P) embeddings in place of `input_ids`.
             past_key_values: A cache, of an earlier output or of `init_cache`: these tokens follow
                 the ones it holds.
-            output_hidden_states: Return `hidden_states`; None: as configured.
-            output_attentions: Return `attentions`; None: as configured.
             training: Whether to apply dropout and layerdrop; by default not.
-            **kwargs: `use_cache`, `return_dict` and the others of `CallOptions`.
+            **kwargs: `output_hidden_states`, `use_cache` and the others of `CallOptions`.
 
         Raises:
             InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(
-            given, output_hidden_states, output_attentions, kwargs, training=training
-        )
+        out = self._decode(given, kwargs, training=training)
         return self._finish(out, kwargs)
 
     def _predictions(self, output: TFOPTOutput) -> Any:
@@ -233,7 +230,7 @@ class TFOPTModel(TFOPTPreTrainedModel):
 
 
 @keras.saving.register_keras_serializable("opt_tf")
-class TFOPTForCausalLM(CausalLMMixin, TFOPTPreTrainedModel):
+class TFOPTForCausalLM(GenerationMethods, CausalLMMixin, TFOPTPreTrainedModel):
     """The language model: the next token's logits."""
 
     def _make_layers(self) -> None:
@@ -253,8 +250,6 @@ class TFOPTForCausalLM(CausalLMMixin, TFOPTPreTrainedModel):
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
         labels: Any = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         logits_to_keep: Any = 0,
         training: bool | None = None,
         **kwargs: Unpack[CallOptions],
@@ -268,17 +263,13 @@ class TFOPTForCausalLM(CausalLMMixin, TFOPTPreTrainedModel):
             inputs_embeds: See there.
             past_key_values: See there.
             labels: (B, T) ids, -100 to ignore one; the model shifts them. Usually `input_ids`.
-            output_hidden_states: See there.
-            output_attentions: See there.
             logits_to_keep: Compute logits for this many last tokens only, 0 for all, or for those
                 of an index.
             training: See there.
             **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(
-            given, output_hidden_states, output_attentions, kwargs, training=training
-        )
+        out = self._decode(given, kwargs, training=training)
         return self._finish(out, kwargs, labels, logits_to_keep)
 
     def compute_logits(self, hidden: tf.Tensor) -> tf.Tensor:
@@ -293,10 +284,12 @@ class TFOPTForCausalLM(CausalLMMixin, TFOPTPreTrainedModel):
         return tf.gather(hidden, places, axis=1)
 
     def _loss(self, x: Any, y: Any, output: TFOPTOutput) -> tf.Tensor:
-        if y is None:
-            y, mask = (
-                (x["input_ids"], x.get("attention_mask")) if isinstance(x, dict) else (x, None)
-            )
-            y = y if mask is None else tf.where(tf.cast(mask, tf.bool), y, losses.IGNORE_INDEX)
         assert output.logits is not None
-        return losses.causal_lm(output.logits, y)
+        return losses.causal_lm(output.logits, self._labels(x, y))
+
+    def _labels(self, x: Any, y: Any) -> Any:
+        """Labels (B, T): y, or the ids that are no padding."""
+        if y is not None:
+            return y
+        ids, mask = (x["input_ids"], x.get("attention_mask")) if isinstance(x, dict) else (x, None)
+        return ids if mask is None else tf.where(tf.cast(mask, tf.bool), ids, losses.IGNORE_INDEX)

@@ -75,7 +75,7 @@ def _inputs(
 ) -> tuple[tf.Tensor, tf.Tensor | None, int]:
     """Ids and mask, checked and filled up, and the length they had."""
     config = model.config
-    ids, mask, _, _ = check_inputs(
+    ids, mask, *_ = check_inputs(
         config, model.compute_dtype, input_ids, attention_mask, None, None, None
     )
     assert ids is not None

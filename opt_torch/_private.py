@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+is_jit_tracing: Any = getattr(torch.jit, "is_tracing", lambda: False)
+"""Whether `torch.jit.trace` is at work; without it a trace would meet oneDNN's call and end."""
+
 mkldnn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 """OneDNN's linear layer, to which torch.compile lowers; without it MKL's, which is slower."""
 
@@ -74,12 +77,14 @@ def has_hooks(module: nn.Module) -> bool:
         return True
 
 
-def register_pytree(cls: Any) -> None:
-    """Lets outputs through PyTorch's pytrees: `torch.export`, DDP, FSDP, `torch.func`.
+def register_output(cls: Any) -> None:
+    """Lets outputs through PyTorch's pytrees (`torch.export`, DDP, FSDP) and `torch.jit.trace`.
 
-    It is public under no other name. Without it those see an output as one thing and refuse it, or
-    do not find the tensors in it.
+    Pytrees are public under no other name. Unregistered, an output is one thing to them, which they
+    refuse or do not find the tensors in; and TorchScript would try to make a class of its own of
+    it, where it is to be the dict it is.
     """
+    torch.jit.ignore(cls)
 
     def flatten(output: Any) -> tuple[list[Any], list[str]]:
         return list(output.values()), list(output)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from opt_core.compatibility.calls import scale_heads
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_torch.cache import KVCache
@@ -68,9 +69,7 @@ class OPTAttention(nn.Module):
             mixed = flash(query, key, value, mask_BS, dropout)
         else:
             mixed = sdpa(query, key, value, bias_B1TS, dropout)
-        if head_mask is not None:
-            heads_H11 = head_mask[:, None, None]
-            mixed, weights = mixed * heads_H11, None if weights is None else weights * heads_H11
+        mixed, weights = scale_heads(mixed, weights, head_mask)
         mixed = self.out_proj(mixed.transpose(1, 2).reshape(B, T, D))
         return mixed, weights if output_attentions else None
 

@@ -139,10 +139,10 @@ class KVCache(CacheMixin):
         N = len(self.keys)
         return KVCache(tuple(buffers[:N]), tuple(buffers[N:]), used, mask)
 
-    def with_room(self, count: int) -> "KVCache":
+    def with_room(self, count: int | None) -> "KVCache":
         """See `CacheMixin.with_room`; a larger cache is the only successor there may be."""
         roomy = super().with_room(count)
-        if roomy is not self:
+        if roomy is not self and count is not None:
             self.check_intact(count)
             self.frontier[0] = self.filled(count)
         return roomy

@@ -28,12 +28,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@torch.jit.ignore  # of which TorchScript would otherwise try to make a class of its own
 class OPTOutput(ModelOutput[Tensor, KVCache]):
     """The output of a model: see `ModelOutput` for its fields."""
 
 
-_private.register_pytree(OPTOutput)
+_private.register_output(OPTOutput)
 
 
 class OPTDecoderLayer(DecoderLayerMixin, nn.Module):

@@ -23,8 +23,6 @@ class OPTForSequenceClassification(SequenceClassificationMixin, OPTPreTrainedMod
         inputs_embeds: Tensor | None = None,
         past_key_values: KVCache | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         **kwargs: Unpack[CallOptions],
     ) -> OPTOutput:
         """Scores each text at its last token that is not `pad_token_id` (transformers' rule).
@@ -37,12 +35,10 @@ class OPTForSequenceClassification(SequenceClassificationMixin, OPTPreTrainedMod
             past_key_values: See there.
             labels: (B,) class numbers, (B,) or (B, num_labels) floats for regression, or
                 (B, num_labels) floats in 0..1 for several labels at once.
-            output_hidden_states: See there.
-            output_attentions: See there.
             **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(given, output_hidden_states, output_attentions, kwargs)
+        out = self._decode(given, kwargs)
         return self._finish(out, kwargs, input_ids, labels)
 
     def _pick(self, hidden_BTP: Tensor, index_B: Tensor) -> Tensor:
@@ -61,8 +57,6 @@ class OPTForQuestionAnswering(QuestionAnsweringMixin, OPTPreTrainedModel):
         past_key_values: KVCache | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         **kwargs: Unpack[CallOptions],
     ) -> OPTOutput:
         """Computes start and end logits, and the loss where both positions are given.
@@ -75,10 +69,8 @@ class OPTForQuestionAnswering(QuestionAnsweringMixin, OPTPreTrainedModel):
             past_key_values: See there.
             start_positions: (B,) first token of the answer; beyond the sequence: ignored.
             end_positions: (B,) last token of the answer; beyond the sequence: ignored.
-            output_hidden_states: See there.
-            output_attentions: See there.
             **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(given, output_hidden_states, output_attentions, kwargs)
+        out = self._decode(given, kwargs)
         return self._finish(out, kwargs, start_positions, end_positions)

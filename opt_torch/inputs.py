@@ -9,6 +9,7 @@ from torch import Tensor
 from opt_core import inputs as rules
 from opt_core.config import OPTConfig
 from opt_core.generation.request import Ids, Mask
+from opt_torch import _private
 from opt_torch.cache import KVCache
 
 
@@ -171,7 +172,7 @@ def is_known(value: Any) -> bool:
     """Whether values can be read now: not while tracing or capturing, nor on the meta device."""
     if not isinstance(value, Tensor):
         return True
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or value.is_meta:
+    if torch.compiler.is_compiling() or _private.is_jit_tracing() or value.is_meta:
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 

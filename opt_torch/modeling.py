@@ -11,6 +11,7 @@ from opt_core.compatibility.calls import CallOptions
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
 from opt_torch import (
+    _private,
     attention,
     beam,
     checkpoint,
@@ -22,17 +23,23 @@ from opt_torch import (
     speculative,
 )
 from opt_torch.cache import KVCache, init_cache
-from opt_torch.compatibility import adopt_cache
+from opt_torch.compatibility import (
+    GenerationMethods,
+    ModelMethods,
+    adopt_cache,
+    part_tied,
+)
 from opt_torch.decoder import OPTDecoder, OPTOutput
 from opt_torch.linear import Linear
 
 
-class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
+class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
         attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
+    _keys_to_ignore_on_save = None  # the Trainer of `transformers` asks
 
     def __init__(self, config: Any, seed: int | None = 0, attn_implementation: str | None = None):
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
@@ -51,6 +58,7 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
             self._make_layers()
         if seed is not None:
             checkpoint.initialize(self, seed)
+        self.register_state_dict_post_hook(part_tied)
         self.eval()
 
     def _make_layers(self) -> None:
@@ -123,7 +131,7 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
         return self.training
 
     def _is_traced(self, *tensors: Any) -> bool:
-        return torch.jit.is_tracing() or torch.compiler.is_exporting()
+        return _private.is_jit_tracing() or torch.compiler.is_exporting()
 
     def _as_floats(self, name: str, values: Any) -> Tensor:
         return inputs.as_tensor(name, values, self.device).to(self.dtype)
@@ -147,8 +155,6 @@ class OPTModel(OPTPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: KVCache | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         **kwargs: Unpack[CallOptions],
     ) -> OPTOutput:
         """Computes the hidden states.
@@ -160,19 +166,17 @@ class OPTModel(OPTPreTrainedModel):
             inputs_embeds: (B, T, P) embeddings in place of `input_ids`.
             past_key_values: A cache, of an earlier output or of `init_cache`: these tokens follow
                 the ones it holds.
-            output_hidden_states: Return `hidden_states`; None: as configured.
-            output_attentions: Return `attentions`; None: as configured.
-            **kwargs: `use_cache`, `return_dict` and the others of `CallOptions`.
+            **kwargs: `output_hidden_states`, `use_cache` and the others of `CallOptions`.
 
         Raises:
             InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(given, output_hidden_states, output_attentions, kwargs)
+        out = self._decode(given, kwargs)
         return self._finish(out, kwargs)
 
 
-class OPTForCausalLM(CausalLMMixin, OPTPreTrainedModel):
+class OPTForCausalLM(GenerationMethods, CausalLMMixin, OPTPreTrainedModel):
     """The language model: the next token's logits."""
 
     def _make_layers(self) -> None:
@@ -187,8 +191,6 @@ class OPTForCausalLM(CausalLMMixin, OPTPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         past_key_values: KVCache | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         logits_to_keep: Any = 0,
         **kwargs: Unpack[CallOptions],
     ) -> OPTOutput:
@@ -201,14 +203,12 @@ class OPTForCausalLM(CausalLMMixin, OPTPreTrainedModel):
             inputs_embeds: See there.
             past_key_values: See there.
             labels: (B, T) ids, -100 to ignore one; the model shifts them. Usually `input_ids`.
-            output_hidden_states: See there.
-            output_attentions: See there.
             logits_to_keep: Compute logits for this many last tokens only, 0 for all, or for those
                 of an index.
             **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(given, output_hidden_states, output_attentions, kwargs)
+        out = self._decode(given, kwargs)
         return self._finish(out, kwargs, labels, logits_to_keep)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

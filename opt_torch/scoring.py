@@ -34,7 +34,7 @@ def token_scores(
     Raises:
         InputError: Inputs that do not fit the model.
     """
-    hidden_BTP = model.model(input_ids, attention_mask).last_hidden_state[:, :-1]
+    hidden_BTP = model.model(input_ids, attention_mask, use_cache=False).last_hidden_state[:, :-1]
     ids_BT = torch.as_tensor(input_ids, device=hidden_BTP.device).long()[:, 1:]
     step = max(1, LOGITS // (len(ids_BT) * model.config.vocab_size))
     pieces = zip(hidden_BTP.split(step, 1), ids_BT.split(step, 1), strict=True)
@@ -57,7 +57,7 @@ def class_logits(
     model: "OPTForSequenceClassification", input_ids: Any, attention_mask: Any = None
 ) -> NDArray[np.float32]:
     """The classifier's scores, (B, num_labels); arguments as in `token_scores`."""
-    logits = model(input_ids, attention_mask).logits
+    logits = model(input_ids, attention_mask, use_cache=False).logits
     return logits.float().cpu().numpy()
 
 
@@ -66,7 +66,7 @@ def span_logits(
     model: "OPTForQuestionAnswering", input_ids: Any, attention_mask: Any = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Where an answer starts and where it ends, (B, T) each; arguments as in `token_scores`."""
-    out = model(input_ids, attention_mask)
+    out = model(input_ids, attention_mask, use_cache=False)
     return out.start_logits.float().cpu().numpy(), out.end_logits.float().cpu().numpy()
 
 

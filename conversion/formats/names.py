@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable
 
 from opt_core.checkpoints.load import canonical_name
-from opt_core.dialects import NNX, Dialect
+from opt_core.dialects import LINEN, Dialect
 from opt_core.params import ParamSpec
 
-FLAX = Dialect({**NNX.leaves, ("linear", "weight"): "kernel"})
+FLAX = LINEN
 KERAS2 = Dialect(
     {
         ("linear", "weight"): "kernel:0",

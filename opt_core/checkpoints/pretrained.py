@@ -119,7 +119,7 @@ class Pretrained:
         elif model.head == "causal_lm" and (home / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(home)
         if not self.options.initialize:
-            return model, model.params
+            return model._without_params()
         if not self.options.with_info:
             return model
         shapes, misshapen = {s.name: s.shape for s in self.plan.fresh}, self.plan.misshapen

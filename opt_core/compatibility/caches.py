@@ -1,4 +1,4 @@
-"""What code written for `transformers` does with a cache."""
+"""Caches as code written for `transformers` uses them."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,25 +41,25 @@ class CacheMixin:
         """
         if past is None or past == ():
             return cls(grows=True) if starts else None  # type: ignore[call-arg]
+        kind = type(past).__name__
         if isinstance(past, tuple | list):
-            pairs: Any = past
             try:
-                keys, values = zip(*pairs, strict=True)
+                keys, values = zip(*past, strict=True)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
                 length = keys[0].shape[2]
             except (AttributeError, IndexError, TypeError, ValueError):
                 raise InputError(
                     "past_key_values: expected a pair of keys and values (B, H, S, K) for each "
-                    f"layer, received a {type(past).__name__} of something else"
+                    f"layer, received a {kind} of something else"
                 ) from None
             return cls(keys, values, length, grows=True)  # type: ignore[call-arg]
         rules.check_is_cache(past, cls)
         return past
 
-    def with_room(self, count: int) -> Self:
+    def with_room(self, count: int | None) -> Self:
         """This cache, or, where it may grow and must, a larger one that holds the same.
 
         Args:
-            count: Tokens T that are to follow.
+            count: Tokens T that are to follow; None where that is not known.
 
         Raises:
             InputError: It must grow within a program that is traced for any length.
@@ -67,7 +67,7 @@ class CacheMixin:
         cache: Any = self
         if not self.grows or not self.keys:
             return self
-        if cache.known_length is None:
+        if cache.known_length is None or count is None:
             raise InputError(
                 "past_key_values is a cache that grows, which a compiled program cannot take: pass "
                 "one of a fixed size, from init_cache(rows, slots) or resize(rows, slots)"

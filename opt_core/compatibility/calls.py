@@ -1,6 +1,6 @@
 """Arguments of a model's call that code written for `transformers` passes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, TypedDict
 
@@ -9,9 +9,11 @@ from opt_core.errors import ArgumentError, InputError
 
 
 class CallOptions(TypedDict, total=False):
-    """What every model's call takes beside its own arguments.
+    """Arguments that every model's call takes beside its own.
 
     Attributes:
+        output_hidden_states: Whether the output has `hidden_states`; None: as configured.
+        output_attentions: Whether the output has `attentions`; None: as configured.
         use_cache: Whether the output has a cache, `past_key_values`, that grows as tokens follow;
             None: as `config.use_cache` says, in evaluation, where no program is traced or exported.
             A cache that was passed is returned unless this is False.
@@ -28,6 +30,8 @@ class CallOptions(TypedDict, total=False):
         encoder_attention_mask: None only: OPT has no encoder.
     """
 
+    output_hidden_states: bool | None
+    output_attentions: bool | None
     use_cache: bool | None
     return_dict: bool | None
     head_mask: Any
@@ -41,6 +45,13 @@ class CallOptions(TypedDict, total=False):
 
 OPTIONS = tuple(CallOptions.__annotations__)
 
+_OWN = (
+    "input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "labels",
+    "start_positions", "end_positions", "logits_to_keep", "training", "train", "deterministic",
+    "dropout_rng",
+)  # fmt: skip
+"""Arguments that calls have by themselves, for a name that is nearly one."""
+
 _NONE_ONLY = {
     "decoder_head_mask": "use head_mask",
     "encoder_hidden_states": "OPT has no encoder",
@@ -48,19 +59,18 @@ _NONE_ONLY = {
 }
 
 
-def check_options(options: Mapping[str, Any], own: Iterable[str]) -> None:
+def check_options(options: Mapping[str, Any]) -> None:
     """Refuses arguments that no model has.
 
     Args:
         options: The arguments that a model's call collected, by name.
-        own: Names of the call's own arguments, for a name that is nearly one.
 
     Raises:
         ArgumentError: One of another name, or one that must be None and is not.
     """
     for name, value in options.items():
         if name not in OPTIONS:
-            near = get_close_matches(name, (*OPTIONS, *own), 1)
+            near = get_close_matches(name, (*OPTIONS, *_OWN), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ArgumentError(f"the model takes no argument {name!r}{hint}")
         if value is not None and name in _NONE_ONLY:
@@ -95,8 +105,9 @@ def kept_tokens(logits_to_keep: Any) -> Any:
     Raises:
         InputError: A number below 0.
     """
-    if isinstance(logits_to_keep, list) or getattr(logits_to_keep, "ndim", 0) > 0:
-        return logits_to_keep
+    keep: Any = logits_to_keep
+    if isinstance(keep, list) or getattr(keep, "ndim", 0) > 0:
+        return keep  # pyright: ignore[reportUnknownVariableType]
     if int(logits_to_keep) < 0:
         raise InputError(f"logits_to_keep: expected at least 0, received {logits_to_keep}")
     return slice(-int(logits_to_keep), None)
@@ -115,3 +126,17 @@ def each_layers_heads(config: OPTConfig, head_mask: Any) -> list[Any]:
             f"head_mask: expected shape ({layers}, {heads}) or ({heads},), received {shape}"
         )
     return [head_mask if len(shape) == 1 else head_mask[i] for i in range(layers)]
+
+
+def scale_heads(mixed: Any, weights: Any, head_mask: Any) -> tuple[Any, Any]:
+    """What each head made of the values, and its weights, times its number.
+
+    Args:
+        mixed: (B, H, T, K).
+        weights: (B, H, T, S), or None.
+        head_mask: (H,), or None.
+    """
+    if head_mask is None:
+        return mixed, weights
+    heads_H11 = head_mask[:, None, None]
+    return mixed * heads_H11, None if weights is None else weights * heads_H11

@@ -19,6 +19,8 @@ WITHOUT_EFFECT = frozenset([
     # The hub's client decides, or has always done so.
     "proxies", "resume_download", "mirror", "user_agent", "code_revision", "_commit_hash",
     "_from_auto", "_from_pipeline", "from_pt", "load_weight_prefix", "adapter_kwargs",
+    # Of Flax' former models: a head that is missing is drawn by a seed of its own.
+    "seed", "input_shape",
 ])  # fmt: skip
 """Arguments that are accepted and change nothing."""
 

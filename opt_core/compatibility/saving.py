@@ -33,6 +33,7 @@ class SaveOptions:
         state_dict: Values in place of the model's, by name, or None.
         is_safe: Whether to write safetensors (`safe_serialization`).
         saved_model: Whether TensorFlow writes a SavedModel too.
+        signatures: Those of the SavedModel, or None.
         repository: The repository to upload to, or None.
         hub: Arguments of the upload.
     """
@@ -43,6 +44,7 @@ class SaveOptions:
     state_dict: Mapping[str, Any] | None = None
     is_safe: bool = True
     saved_model: bool = False
+    signatures: Any = None
     repository: str | None = None
     hub: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -107,6 +109,7 @@ def read_saving(
         state_dict=arguments.get("state_dict"),
         is_safe=arguments.get("safe_serialization") is not False,
         saved_model=bool(arguments.get("saved_model")),
+        signatures=arguments.get("signatures"),
         repository=(arguments.get("repo_id") or Path(path).name) if wanted else None,
         hub=hub,
     )

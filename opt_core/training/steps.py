@@ -49,7 +49,7 @@ def batch_loss(
         label_smoothing: Share of the likelihood that is asked for everywhere.
         **options: More inputs of the model.
     """
-    inputs = batch | options
+    inputs = batch | options | {"use_cache": False}
     if model.head == "causal_lm":
         labels, head = inputs.pop("labels"), None if is_quantized(model) else get_head(model)
         if head is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from opt_core.compatibility.caches import CacheMixin
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError
 from opt_core.modeling import (
@@ -32,9 +33,19 @@ class Decoder:
         return ModelOutput(last_hidden_state=(embeds, options))
 
 
+class Cache(CacheMixin):
+    """One that is only asked for its length."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    keys, grows = (), False
+
+
 class Inputs:
     """Records what is checked."""
 
+    KVCache = Cache
     windows: list[Any] = []  # noqa: RUF012
 
     @staticmethod
@@ -52,7 +63,7 @@ class Model(PreTrainedMixin[Decoder]):
         SimpleNamespace(IMPLEMENTATIONS=("eager", "sdpa")),
         SimpleNamespace(save_pretrained=lambda *values: values),
         Inputs,
-        SimpleNamespace(causal_lm=lambda logits, labels: (logits, labels)),
+        SimpleNamespace(causal_lm=lambda *values, **options: (*values, options)),
         generation=None,
         beam=None,
         speculative=None,
@@ -63,8 +74,10 @@ class Model(PreTrainedMixin[Decoder]):
         self.decoder = Decoder()
 
     def _check_inputs(self, *inputs: Any) -> Any:
-        ids, mask, positions, embeds, _ = inputs
-        return ids, mask, positions, embeds
+        return inputs
+
+    def _trains(self, **mode: Any) -> bool:
+        return True
 
 
 def test_an_unknown_attention_is_refused_in_one_line():
@@ -95,8 +108,8 @@ def test_models_are_copied_and_pickled_as_their_framework_does_it(duplicate):
 def test_decoding_checks_the_window_unless_positions_are_given():
     model, ids = Model(TINY), [5, 6, 7]
     Inputs.windows.clear()
-    given = ids, "mask", None, None, SimpleNamespace(length=4)
-    out = model._decode(given, True, False, flag=True)
+    given = ids, "mask", None, None, Cache(4)
+    out = model._decode(given, {"output_hidden_states": True}, flag=True)
     embeds, options = out.last_hidden_state
     assert embeds.ids == ids
     assert options["mask_BS"] == ("mask", 3)
@@ -105,7 +118,7 @@ def test_decoding_checks_the_window_unless_positions_are_given():
     assert not options["output_attentions"]
     assert Inputs.windows == [(("mask", 3), 7)]
     given = None, None, "positions", SimpleNamespace(shape=(1, 2, 4)), None
-    model._decode(given, False, False)
+    model._decode(given, {})
     assert len(Inputs.windows) == 1
 
 
@@ -123,13 +136,13 @@ class Slices:
 
 def test_the_language_models_head():
     assert Language.head == "causal_lm"
-    model = object.__new__(Language)
-    out = model._finish(ModelOutput(last_hidden_state=Slices()), None, 2)
-    assert (out.logits, out.loss) == ((slice(None), slice(-2, None)), None)
-    out = model._finish(ModelOutput(last_hidden_state=Slices()), "labels", 0)
-    assert out.loss == (out.logits, "labels")
+    model, states = Language(TINY), ModelOutput(last_hidden_state=Slices())
+    out = model._finish(states, {}, None, 2)
+    assert out == {"logits": (slice(None), slice(-2, None))}
+    out = model._finish(states, {"num_items_in_batch": 7}, "labels", 0)
+    assert out.loss == (out.logits, "labels", {"items": 7})
     with pytest.raises(InputError, match="logits_to_keep: expected at least 0, received -1"):
-        model._finish(ModelOutput(), None, -1)
+        model._finish(states, {}, None, -1)
 
 
 class Classifier(SequenceClassificationMixin, Model):
@@ -143,10 +156,10 @@ def test_the_classifier_scores_the_last_token(monkeypatch):
     losses = SimpleNamespace(last_token=lambda *values: values, classification=lambda *v: v)
     monkeypatch.setattr(Classifier, "backend", Model.backend._replace(losses=losses))
     model = Classifier(TINY)
-    out = model._finish(ModelOutput(last_hidden_state="states"), "ids", None)
-    assert out.logits == ("score", ("states", ("ids", "states", TINY.pad_token_id)))
-    assert out.loss is None
-    assert model._finish(out, "ids", "labels").loss == (out.logits, "labels", TINY)
+    states = ModelOutput(last_hidden_state="states")
+    out = model._finish(states, {}, "ids", None)
+    assert out == {"logits": ("score", ("states", ("ids", "states", TINY.pad_token_id)))}
+    assert model._finish(states, {}, "ids", "labels").loss == (out.logits, "labels", TINY)
 
 
 @pytest.mark.parametrize(
@@ -175,4 +188,4 @@ def test_both_positions_of_an_answer_belong_together():
         "sequence_classification",
     )
     with pytest.raises(InputError, match="belong together, received one"):
-        QuestionAnsweringMixin()._finish(ModelOutput(), 1, None)
+        QuestionAnsweringMixin()._finish(ModelOutput(), {}, 1, None)

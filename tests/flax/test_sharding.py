@@ -362,6 +362,9 @@ def test_one_table_says_where_parameters_go():
         ("model.decoder.embed_positions.weight", (None, "fsdp")),
     ):  # fmt: skip
         assert sharding.partition(specs[name], CONFIG, mesh) == PartitionSpec(*expected), name
+    narrow = CONFIGS["post_ln"]  # projections: an axis of the mesh splits one dimension only
+    (into,) = [spec for spec in param_specs(narrow) if "project_in" in spec.name]
+    assert sharding.partition(into, narrow, mesh) == PartitionSpec("fsdp")
 
 
 def test_two_processes_share_a_model(load, folder, expected, tmp_path):

@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.hub.sent += len(body)
             self.wfile.write(body)
 
@@ -93,10 +93,10 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving() -> Iterator[Hub]:
+def serving(handler: type[Handler] = Handler) -> Iterator[Hub]:
     """A hub, until the end of the block."""
     hub = Hub()
-    server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
+    server = Server(("127.0.0.1", 0), type("Bound", (handler,), {"hub": hub}))
     threading.Thread(target=server.serve_forever, daemon=True, args=(0.01,)).start()
     hub.url = f"http://127.0.0.1:{server.server_port}"
     yield hub

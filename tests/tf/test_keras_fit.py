@@ -67,10 +67,6 @@ def test_a_loss_of_keras_sees_the_logits(folder):
     history = history_of(model, ids, following, sample_weight=np.ones((8, 12)))
     assert history["loss"][-1] < history["loss"][0]
     assert 0 <= history["accuracy"][-1] <= 1
-    model = model_of(folder, QUIET)
-    model.compile(optimizer="adam")
-    with pytest.raises(InputError, match="sample_weight needs a loss"):
-        history_of(model, ids, following, sample_weight=np.ones((8, 12)))
 
 
 def test_heads_are_fitted(folder):
@@ -159,7 +155,7 @@ def test_ids_outside_the_vocabulary_are_refused_or_spoil_everything(folder):
             with pytest.raises(InputError, match=r"input_ids: expected values in 0\.\.98.*99"):
                 method(x, verbose=0)
     with pytest.raises(InputError, match="input_ids: expected integers"):
-        model.fit(ids.astype(np.float32), verbose=0)
+        model.fit(ids + 0.5, verbose=0)
     run = tf.function(lambda ids: model(ids).logits, jit_compile=True)
     for bad in (99, -1):
         ids[1, 2] = bad
