@@ -5,15 +5,29 @@ program is None here, and fits.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
+from opt_core.text.encoding import Rows
 
 Shape = Sequence[int | None]
+
+
+def as_row(values: Any) -> Any:
+    """A flat list of ids as the one row that it is; anything else as it is."""
+    if not isinstance(values, list):
+        return values
+    ids = cast("list[Any]", values)
+    return [ids] if ids and isinstance(ids[0], int) else ids
+
+
+def as_array(values: Any) -> Any:
+    """A tokenizer's lists as one padded array; anything else as it is."""
+    return np.asarray(values) if isinstance(values, Rows) else values
 
 
 def check_kind(name: str, is_integer: bool, dtype: object, shape: Shape) -> None:

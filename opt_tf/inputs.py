@@ -138,7 +138,7 @@ def as_integers(name: str, values: Any) -> tf.Tensor | None:
     """A 2-D tensor of integers, or None."""
     if values is None:
         return None
-    tensor = as_tensor(name, values)
+    tensor = as_tensor(name, rules.as_row(values))
     is_integer = tensor.dtype.is_integer or tensor.dtype.is_bool
     rules.check_kind(name, is_integer, tensor.dtype.name, tuple(tensor.shape))
     return tensor
@@ -147,7 +147,7 @@ def as_integers(name: str, values: Any) -> tf.Tensor | None:
 def as_tensor(name: str, values: Any) -> tf.Tensor:
     """Numbers as a tensor."""
     try:
-        tensor = tf.convert_to_tensor(values)
+        tensor = tf.convert_to_tensor(rules.as_array(values))
     except (TypeError, ValueError, OverflowError, tf.errors.OpError) as error:
         raise rules.not_regular(name, error) from None
     if not (tensor.dtype.is_integer or tensor.dtype.is_floating or tensor.dtype.is_bool):

@@ -134,7 +134,7 @@ def as_integers(name: str, values: Any, device: torch.device) -> Tensor | None:
     """A 2-D integer tensor on the device, or None."""
     if values is None:
         return None
-    tensor = as_tensor(name, values, device)
+    tensor = as_tensor(name, rules.as_row(values), device)
     is_integer = not (tensor.is_floating_point() or tensor.is_complex())
     rules.check_kind(name, is_integer, tensor.dtype, tensor.shape)
     return tensor.long()
@@ -143,7 +143,7 @@ def as_integers(name: str, values: Any, device: torch.device) -> Tensor | None:
 def as_tensor(name: str, values: Any, device: torch.device) -> Tensor:
     """Numbers as a tensor on the device."""
     try:
-        return torch.as_tensor(values, device=device)
+        return torch.as_tensor(rules.as_array(values), device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise rules.not_regular(name, error) from None
 

@@ -160,7 +160,7 @@ def prepare(
         writers: dict[str, BlockWriter] = {}
         for name in names:
             (stage / name).mkdir()
-            writer = BlockWriter(stage / name, config.sequence_length, tokenizer.vocab_size)
+            writer = BlockWriter(stage / name, config.sequence_length, tokenizer.id_limit)
             writers[name] = stack.enter_context(closing(writer))
             writer.write(start_tokens(tokenizer))
         documents = _read_documents(files, config, report, progress)

@@ -43,7 +43,7 @@ class BulkTokenizer:
         self._backend = tokenizer.backend()
         self._backend.encode_special_tokens = True
         self._model: Any = self._backend.model
-        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
+        self.dtype = np.dtype("<u2" if tokenizer.id_limit <= 1 << 16 else "<i4")
         self.is_fast = _splits_like_gpt2(self._backend)
         self._words = _IdCache(self._encode_word)
         self._pieces = _IdCache(lambda piece: self._encode_words(f" {piece}"))

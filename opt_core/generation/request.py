@@ -143,7 +143,7 @@ def check_request(
     vocabulary, pad = config.vocab_size, [*pads, *settings.eos_ids, 0][0]
     if tokenizer is not None:
         # OPT's embedding has rows that no token has, never trained (transformers #18268).
-        vocabulary = min(vocabulary, tokenizer.vocab_size)
+        vocabulary = min(vocabulary, tokenizer.id_limit)
     new = settings.new_tokens(T)
     return Request(input_ids, mask, settings, new, vocabulary, pad, seed, tokenizer)
 
