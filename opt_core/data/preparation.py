@@ -27,6 +27,7 @@ from opt_core.data.token_blocks import BlockWriter
 from opt_core.data.tokenization import BulkTokenizer, end_token, start_tokens
 from opt_core.errors import DataError
 from opt_core.json_files import write_json
+from opt_core.text.adapter import as_tokenizer
 from opt_core.text.tokenizer import OPTTokenizer
 
 TRAIN, VALIDATION = "train", "validation"
@@ -152,6 +153,7 @@ def prepare(
     report = DataReport(len(files))
     names = [TRAIN, *([VALIDATION] if config.validation_fraction else [])]
     report.splits = {name: Split() for name in names}
+    tokenizer = as_tokenizer(tokenizer)
     end = np.array([end_token(tokenizer)])
     duplicates = (
         DuplicateFilter(config.cleaning.near_duplicates) if config.cleaning.duplicates else None

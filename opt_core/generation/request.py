@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
 from opt_core.generation.config import GenerationConfig
+from opt_core.text.adapter import as_tokenizer
 from opt_core.text.detokenizer import StopStringTracker
 from opt_core.text.tokenizer import OPTTokenizer
 
@@ -124,6 +125,7 @@ def check_request(
     """
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise GenerationError(f"seed: expected an integer in 0..2**63 - 1, received {seed!r}")
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
     settings = merge_settings(defaults, generation_config, **overrides)
     longest = T = input_ids.shape[1]
     pads, mask = _padding_ids(config, settings), attention_mask

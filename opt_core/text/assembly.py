@@ -199,7 +199,7 @@ def columns(rows: "list[Encoding]", **wanted: bool) -> dict[str, list[Any]]:
 
 
 def fills(pad_id: int | None) -> dict[str, int | None]:
-    """What padding is made of, by the name of what is padded."""
+    """Ids and numbers that padding is made of, by the name of what is padded."""
     return {"input_ids": pad_id, **_FILLS}
 
 

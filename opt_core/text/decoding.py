@@ -1,7 +1,8 @@
 """Ids to text, whole."""
 
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray

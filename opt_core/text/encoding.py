@@ -1,4 +1,4 @@
-"""Texts as ids: what a tokenizer returns."""
+"""Texts as ids: the result of a call of a tokenizer."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -59,7 +59,7 @@ def filled(rows: list[list[int]], fill: int | None, side: str) -> NDArray[np.int
 
 
 class Encoding(dict[str, Any]):
-    """What a tokenizer makes of texts: a dictionary, as `model(**encoding)` and `map` take it.
+    """The ids of texts: a dictionary, as `model(**encoding)` and `map` take it.
 
     Its entries are attributes as well (`encoding.input_ids`). Which there are, and whether they
     are lists or tensors, is said at `OPTTokenizer.__call__`.
@@ -95,7 +95,7 @@ class Encoding(dict[str, Any]):
 
     @property
     def encodings(self) -> "list[LibraryEncoding] | None":
-        """What the tokenizer's library made of each row; None where it had no part."""
+        """The rows as the tokenizer's library made them; None where it had no part."""
         return self._encodings
 
     @property

@@ -23,7 +23,7 @@ _FRAMEWORKS = {
 
 
 def maker(kind: Any) -> Callable[[NDArray[Any]], Any]:
-    """What makes a framework's tensors of arrays.
+    """The function that makes a framework's tensors of arrays.
 
     Args:
         kind: "np", "pt", "tf" or "jax", or an enumeration's member of that value.

@@ -1,4 +1,4 @@
-"""What a caller passes as texts, or as rows that are encoded already."""
+"""Reads what a caller passes as texts, or as rows that are encoded already."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, cast

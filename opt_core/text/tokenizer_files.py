@@ -38,7 +38,7 @@ _USUAL_TOKENS = {
 }
 _ADDED_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 KEPT = ("model_max_length", "padding_side", "truncation_side", "chat_template")
-"""What tokenizer_config.json may say that decides no id."""
+"""Entries of tokenizer_config.json that decide no id."""
 
 
 @dataclass
