@@ -84,6 +84,9 @@ def open_data(
         progress, note or _warn,
     )  # fmt: skip
     data, validation = Path(data), None if validation is None else Path(validation)
+    for path in (data, validation):
+        if path is not None and not path.exists():
+            raise DataError(f"{path}: no such file or folder")
     if task == "text":
         return opening.text(data, validation)
     if task == "classification":
