@@ -11,7 +11,7 @@ import typer
 from opt_cli import console
 
 FRAMEWORKS = {"torch": "torch", "tf": "tensorflow", "flax": "flax"}
-"""What each backend needs, the first choice first."""
+"""The framework of each backend, the first choice first."""
 
 
 AUTO = "auto"

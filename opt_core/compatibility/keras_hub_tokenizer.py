@@ -1,12 +1,27 @@
 """A tokenizer's methods in KerasHub, over its own."""
 
-from typing import Any
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
 
 from opt_core.text.decoding import Decoding
 
 
 class KerasHubTokenizer(Decoding):
     """Methods by which code written for KerasHub calls a tokenizer."""
+
+    @classmethod
+    def from_preset(cls, preset: str | PathLike[str], **settings: Any) -> Any:
+        """Reads the tokenizer of a KerasHub folder, or of any that `from_pretrained` reads.
+
+        Args:
+            preset: The folder.
+            **settings: As of `from_pretrained`.
+        """
+        made, files = cast(Any, cls), Path(preset, "assets", "tokenizer")
+        if not files.is_dir():
+            return made.from_pretrained(preset, **settings)
+        return made(files / "vocabulary.json", files / "merges.txt", **settings)
 
     def detokenize(self, inputs: Any) -> Any:
         """KerasHub's name of `decode`."""

@@ -237,8 +237,8 @@ def _encode_pair(tokenizer: OPTTokenizer, context: str, text: str) -> tuple[list
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, text = context[:-spaces], context[-spaces:] + text
-    both = tokenizer.encode(context + text, add_special_tokens=False)
-    before = tokenizer.encode(context, add_special_tokens=False) if context else []
+    both: list[int] = tokenizer.encode(context + text, add_special_tokens=False)
+    before: list[int] = tokenizer.encode(context, add_special_tokens=False) if context else []
     count = len(both) - len(before)
     if count < 1:
         raise DataError(f"{text!r}: expected a text with tokens of its own after its context")

@@ -76,7 +76,7 @@ def in_graph(encode: Callable[[list[str]], Any], texts: Any) -> dict[str, Any]:
     Returns:
         "input_ids" and "attention_mask", [T] for one text and [B, T] for several.
     """
-    tf: Any = import_module("tensorflow")
+    tf: Any = sys.modules["tensorflow"]  # where else would the tensor be from?
 
     def run(array: Any) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         made = encode([text.decode("utf-8") for text in np.atleast_1d(array)])

@@ -1,4 +1,4 @@
-"""What went wrong for users at the command line, each once."""
+"""Mishaps of users at the command line, each once."""
 
 import builtins
 import io

@@ -1,7 +1,9 @@
 """The tokenizer called as `transformers`' is: the same lists, attributes and methods, live."""
 
+import json
 import pickle
 import re
+import shutil
 from typing import Any
 
 import numpy as np
@@ -436,9 +438,7 @@ def test_slow_tokenizers_of_transformers_4_are_taken(ours):
     assert as_tokenizer(Slow()).encode(LONG) == ours.encode(LONG)
 
 
-def test_made_of_parts(ours, folder):
-    import json
-
+def test_made_of_parts(ours, folder, tmp_path):
     vocabulary = json.loads((folder / "vocab.json").read_text())
     merges = (folder / "merges.txt").read_text().split("\n")[1:-1]
     for made in (
@@ -448,6 +448,12 @@ def test_made_of_parts(ours, folder):
         OPTTokenizer(vocab=vocabulary, merges=[tuple(merge.split()) for merge in merges]),
     ):
         assert made.encode(LONG) == ours.encode(LONG)
+    assets = tmp_path / "assets" / "tokenizer"  # as KerasHub lays them out
+    assets.mkdir(parents=True)
+    shutil.copyfile(folder / "vocab.json", assets / "vocabulary.json")
+    shutil.copyfile(folder / "merges.txt", assets / "merges.txt")
+    for preset in (tmp_path, folder):
+        assert OPTTokenizer.from_preset(preset).encode(LONG) == ours.encode(LONG)
     backend = trained()
     assert OPTTokenizer(tokenizer_object=backend).encode(LONG) == backend.encode(LONG).ids
     assert ours.detokenize(ours.encode(SHORT)) == f"</s>{SHORT}"
