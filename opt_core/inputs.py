@@ -14,15 +14,21 @@ from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.text.encoding import Rows
 
+NO_TEXT = "a tokenizer makes ids of it: model.generate(**tokenizer(text))"
+
 Shape = Sequence[int | None]
 
 
-def as_row(values: Any) -> Any:
-    """A flat list of ids as the one row that it is; anything else as it is."""
-    if not isinstance(values, list):
-        return values
-    ids = cast("list[Any]", values)
-    return [ids] if ids and isinstance(ids[0], int) else ids
+def as_row(name: str, values: Any) -> Any:
+    """A flat list of ids as the one row that it is; anything else as it is.
+
+    Raises:
+        InputError: It is a text, or several.
+    """
+    first: Any = cast("list[Any]", values)[0] if isinstance(values, list) and values else values
+    if isinstance(first, str):
+        raise InputError(f"{name}: expected ids, received text; {NO_TEXT}")
+    return [values] if isinstance(first, int) and first is not values else values
 
 
 def as_array(values: Any) -> Any:

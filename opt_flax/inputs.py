@@ -133,7 +133,7 @@ def as_integers(name: str, values: Any) -> Array | None:
     """A 2-D int32 array, or None; where values can be looked at they must fit into int32."""
     if values is None:
         return None
-    array = values if isinstance(values, Array) else as_tensor(name, rules.as_row(values))
+    array = values if isinstance(values, Array) else as_tensor(name, rules.as_row(name, values))
     is_integer = jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool
     rules.check_kind(name, is_integer, array.dtype, array.shape)
     return array.astype(jnp.int32)

@@ -138,7 +138,7 @@ def as_integers(name: str, values: Any) -> tf.Tensor | None:
     """A 2-D tensor of integers, or None."""
     if values is None:
         return None
-    tensor = as_tensor(name, rules.as_row(values))
+    tensor = as_tensor(name, rules.as_row(name, values))
     is_integer = tensor.dtype.is_integer or tensor.dtype.is_bool
     rules.check_kind(name, is_integer, tensor.dtype.name, tuple(tensor.shape))
     return tensor
@@ -151,7 +151,8 @@ def as_tensor(name: str, values: Any) -> tf.Tensor:
     except (TypeError, ValueError, OverflowError, tf.errors.OpError) as error:
         raise rules.not_regular(name, error) from None
     if not (tensor.dtype.is_integer or tensor.dtype.is_floating or tensor.dtype.is_bool):
-        raise InputError(f"{name}: expected numbers, received {tensor.dtype.name}")
+        hint = f"; {rules.NO_TEXT}" if tensor.dtype == tf.string else ""
+        raise InputError(f"{name}: expected numbers, received {tensor.dtype.name}{hint}")
     return tensor
 
 

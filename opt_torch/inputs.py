@@ -134,7 +134,7 @@ def as_integers(name: str, values: Any, device: torch.device) -> Tensor | None:
     """A 2-D integer tensor on the device, or None."""
     if values is None:
         return None
-    tensor = as_tensor(name, rules.as_row(values), device)
+    tensor = as_tensor(name, rules.as_row(name, values), device)
     is_integer = not (tensor.is_floating_point() or tensor.is_complex())
     rules.check_kind(name, is_integer, tensor.dtype, tensor.shape)
     return tensor.long()

@@ -2,14 +2,20 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from opt_core.errors import TokenizerError
+from opt_core.json_files import write_json
 from opt_core.text import assembly, byte_level, tokenizer_files
 from opt_core.text.decoding import Decoding
 from opt_core.text.encoding import Encoding
 from opt_core.text.texts import rows_of
 from opt_core.text.tokenizer_files import NAMES
+from opt_core.text.vocabulary_files import write_merges
 
 if TYPE_CHECKING:
     from opt_core.text.tokenizer import OPTTokenizer
@@ -39,6 +45,20 @@ class TokenizerCompatibility(Decoding):
     @add_bos_token.setter
     def add_bos_token(self, value: bool) -> None:
         self.add_bos = value
+
+    @property
+    def add_prefix_space(self) -> bool:
+        """Whether texts begin with a space, as words inside of one do."""
+        cutter: Any = self.loaded.backend.pre_tokenizer
+        return bool(getattr(cutter, "add_prefix_space", False))
+
+    @add_prefix_space.setter
+    def add_prefix_space(self, value: bool) -> None:
+        cutter: Any = self.loaded.backend.pre_tokenizer
+        if value and not hasattr(cutter, "add_prefix_space"):
+            kind = type(cutter).__name__
+            raise TokenizerError(f"add_prefix_space: expected a ByteLevel cutter, found {kind}")
+        cutter.add_prefix_space = bool(value)
 
     @property
     def chat_template(self) -> str | None:
@@ -127,10 +147,14 @@ class TokenizerCompatibility(Decoding):
         return Encoding(given).convert_to_tensors(return_tensors)
 
     def tokenize(
-        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **_: Any
+        self,
+        text: str,
+        pair: str | None = None,
+        add_special_tokens: bool = False,
+        **options: Any,
     ) -> list[str]:
-        """The tokens of a text, as the vocabulary spells them."""
-        return self(text, pair, add_special_tokens=add_special_tokens).tokens()
+        """The tokens of a text, as the vocabulary spells them; options are those of a call."""
+        return self(text, pair, add_special_tokens=add_special_tokens, **options).tokens()
 
     def get_vocab(self) -> dict[str, int]:
         """The id of every token, added ones included."""
@@ -147,8 +171,8 @@ class TokenizerCompatibility(Decoding):
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """The token of an id, or those of several; None where no token has it."""
-        if isinstance(ids, int):
-            return self.loaded.backend.id_to_token(ids)
+        if np.ndim(ids) == 0:
+            return self.loaded.backend.id_to_token(int(ids))
         row = [int(i) for i in ids]
         return [
             self.loaded.backend.id_to_token(i)
@@ -280,6 +304,25 @@ class TokenizerCompatibility(Decoding):
             return text
         encoded = self(text, **{"add_special_tokens": False, **options})
         return encoded if return_dict else encoded["input_ids"]
+
+    def save_vocabulary(
+        self, save_directory: str | PathLike[str], filename_prefix: str | None = None
+    ) -> tuple[str, str]:
+        """Writes vocab.json and merges.txt, without added tokens or settings.
+
+        Args:
+            save_directory: The folder, which is there.
+            filename_prefix: Put before the files' names, with a dash.
+
+        Returns:
+            The two files.
+        """
+        model: dict[str, Any] = json.loads(self.loaded.backend.to_str())["model"]
+        start = "" if filename_prefix is None else f"{filename_prefix}-"
+        files = [Path(save_directory, start + name) for name in ("vocab.json", "merges.txt")]
+        write_json(files[0], model["vocab"])
+        write_merges(files[1], model["merges"])
+        return str(files[0]), str(files[1])
 
     def push_to_hub(self, repo_id: str, **_: Any) -> None:
         """Not done here.

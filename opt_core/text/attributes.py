@@ -10,7 +10,7 @@ from opt_core.text.tokenizer_files import NAMES, LoadedTokenizer, token_text
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
-_DERIVED = ("_bytes", "_special_ids", "_unencodable_bytes")
+_DERIVED = ("_bytes", "_prefixing", "_special_ids", "_unencodable_bytes")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 

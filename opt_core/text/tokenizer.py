@@ -171,6 +171,7 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
         return_special_tokens_mask: bool = False,
         return_offsets_mapping: bool = False,
         return_length: bool = False,
+        add_prefix_space: bool = False,
         **others: Any,
     ) -> Encoding:
         """Encodes one text or several; arguments and results are `transformers`'.
@@ -207,7 +208,8 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
             return_special_tokens_mask: Whether to say which tokens are special.
             return_offsets_mapping: Whether to give each token's characters, (first, last + 1).
             return_length: Whether to give the rows' lengths.
-            **others: `text_target`, which adds "labels"; `verbose`, without effect.
+            add_prefix_space: Whether texts begin with a space, as words inside of one do.
+            **others: `verbose`, without effect; anything else is refused.
 
         Returns:
             "input_ids", "attention_mask" (1 for tokens, 0 for padding), and what was asked for.
@@ -231,8 +233,10 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
         limits = assembly.limits(padding, truncation, max_length, stride, self.model_max_length)
         limits = replace(limits, padding="longest") if as_arrays else limits
         groups = assembly.assemble(
-            self._encoded(firsts, is_split_into_words),
-            None if seconds is None else self._encoded(seconds, is_split_into_words),
+            self._encoded(firsts, is_split_into_words, add_prefix_space),
+            None
+            if seconds is None
+            else self._encoded(seconds, is_split_into_words, add_prefix_space),
             self._begin(add_special_tokens),
             limits,
             self.truncation_side,
@@ -277,13 +281,16 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
         return (bos, bos_id) if wanted and bos is not None and bos_id is not None else None
 
     def _encoded(
-        self, texts: Sequence[Any], is_split_into_words: bool = False
+        self,
+        texts: Sequence[Any],
+        is_split_into_words: bool = False,
+        add_prefix_space: bool = False,
     ) -> "list[LibraryEncoding]":
         for i, text in enumerate(texts):
             for part in text if is_split_into_words else (text,):
                 self._check_text(part, i)
         options = {"add_special_tokens": False, "is_pretokenized": is_split_into_words}
-        backend: Any = self.loaded.backend
+        backend: Any = self._prefixing if add_prefix_space else self.loaded.backend
         if len(texts) == 1:  # without the library's threads, which forbid a later fork
             return [backend.encode(texts[0], **options)]
         return backend.encode_batch(list(texts), **options)
@@ -306,6 +313,13 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
                     raise TokenizerError(
                         f"text {i}: the vocabulary has no token for its byte 0x{byte:02x}"
                     )
+
+    @cached_property
+    def _prefixing(self) -> "Tokenizer":
+        """The tokenizer that puts a space before a text."""
+        made = OPTTokenizer.from_loaded(replace(self.loaded, backend=self.backend()))
+        made.add_prefix_space = True
+        return made.loaded.backend
 
     @cached_property
     def _unencodable_bytes(self) -> frozenset[int]:

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from opt_core.errors import InputError
 from opt_core.text.tokenizer import OPTTokenizer
+from tests.support.backends import make_backend
 from tests.support.tiny_folder import save_model
 
 TENSORS = {"torch": "pt", "tf": "tf", "flax": "jax"}
@@ -30,10 +32,13 @@ def test_lists_arrays_and_tensors_are_the_same_to_a_model(backend, tiny):
     for ids in (one.input_ids, tokenizer(TEXTS[0], return_tensors=kind).input_ids):
         np.testing.assert_array_equal(backend.generate(model, ids, **settings), made)
     np.testing.assert_array_equal(made[0, : len(one.input_ids)], one.input_ids)
+    for text in (TEXTS[0], TEXTS):
+        with pytest.raises(InputError, match="expected ids, received text; a tokenizer makes ids"):
+            backend.generate(model, text, **settings)
 
 
-def test_tokenizers_of_transformers_know_stop_strings(backend, tiny):
-    transformers = pytest.importorskip("transformers")
+def test_tokenizers_of_transformers_know_stop_strings(tiny):
+    transformers, backend = pytest.importorskip("transformers"), make_backend("torch")
     ours, model = OPTTokenizer.from_pretrained(tiny), backend.load(tiny)
     theirs = transformers.AutoTokenizer.from_pretrained(tiny)
     prompt = ours("Hello").input_ids

@@ -134,7 +134,8 @@ def test_methods(ours, theirs):
     assert ours.tokenize(LONG) == theirs.tokenize(LONG)
     assert ours.tokenize(LONG, add_special_tokens=True) == tokens
     assert ours.convert_ids_to_tokens(ids) == tokens
-    assert ours.convert_ids_to_tokens(ids[1]) == tokens[1]
+    for one in (ids[1], np.int32(ids[1]), np.array(ids)[1]):
+        assert ours.convert_ids_to_tokens(one) == tokens[1]
     assert ours.convert_ids_to_tokens(ids, skip_special_tokens=True) == tokens[1:]
     assert ours.convert_tokens_to_ids(tokens) == ids
     for token in ("</s>", "no such token", ["Hello", "no such token"]):
@@ -264,6 +265,13 @@ def test_no_special_token_of_a_vocabulary_without_any():
     assert ours.tokenize(" lower newer") == ["Ġlow", "er", "Ġ", "n", "e", "w", "er"]
     assert ours(" lower newer").input_ids == theirs(" lower newer").input_ids
     assert (ours.bos_token, ours.eos_token_id, ours.pad_token) == ("<|endoftext|>", 20, None)
+    assert ours.tokenize("lower", add_prefix_space=True) == ["Ġlow", "er"]
+    made = ours("lower", add_prefix_space=True, return_offsets_mapping=True)
+    assert (made.input_ids, made.offset_mapping) == ([14, 15], [(0, 3), (3, 5)])
+    assert not ours.add_prefix_space
+    ours.add_prefix_space = True
+    assert ours.encode("lower") == [14, 15]
+    ours.add_prefix_space = False
     assert ours.convert_tokens_to_ids([*ours.tokenize(" lower"), "<unk>"]) == [14, 15, 19]
     for options in ({"padding": True}, {"padding": "max_length", "max_length": 15}):
         with pytest.raises(ValueError, match="need a pad_token"):
@@ -454,6 +462,7 @@ def test_made_of_parts(ours, folder, tmp_path):
     shutil.copyfile(folder / "merges.txt", assets / "merges.txt")
     for preset in (tmp_path, folder):
         assert OPTTokenizer.from_preset(preset).encode(LONG) == ours.encode(LONG)
+    assert OPTTokenizer(*ours.save_vocabulary(tmp_path, "mine")).encode(LONG) == ours.encode(LONG)
     backend = trained()
     assert OPTTokenizer(tokenizer_object=backend).encode(LONG) == backend.encode(LONG).ids
     assert ours.detokenize(ours.encode(SHORT)) == f"</s>{SHORT}"
