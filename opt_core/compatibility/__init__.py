@@ -1,5 +1,4 @@
-"""The layer for code written for `transformers`: its names, over what this project computes.
+"""The layer for code written for `transformers`: what its OPT takes and gives, one idea a file.
 
-Nothing here computes anything of a model, and nothing else depends on it but the classes that take
-it in. What needs a framework is in the file `compatibility.py` of each backend.
+The models call it where a user's script may come in; nothing in here computes anything of a model.
 """
