@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opt_core import OPTTokenizer
+from opt_core import OPTConfig, OPTTokenizer, TrainConfig
+from opt_core.data import LabelledTexts, encode_labelled_texts, open_data
 from opt_core.errors import TokenizerError
 from opt_core.text.adapter import as_tokenizer
 from opt_core.text.detokenizer import Detokenizer, StopStringTracker
@@ -424,6 +425,21 @@ def test_tokenizers_of_transformers_are_taken(ours, theirs):
     assert "".join([*map(row.push, ids), row.flush()]) == LONG
     with pytest.raises(TokenizerError, match="expected an OPTTokenizer, or one of transformers'"):
         as_tokenizer("facebook/opt-125m")
+
+
+def test_they_prepare_data(ours, theirs, tmp_path):
+    text, model = tmp_path / "text.txt", OPTConfig(vocab_size=320, max_position_embeddings=32)
+    text.write_text(f"{LONG}\n" * 3)
+    config, labelled = (
+        TrainConfig(sequence_length=16),
+        LabelledTexts([SHORT, LONG], None, [0, 1], ["a", "b"]),
+    )
+    found = []
+    for tokenizer, run in ((ours, tmp_path / "a"), (theirs, tmp_path / "b")):
+        data = open_data(text, "text", model, config, tokenizer=tokenizer, folder=run)
+        rows = encode_labelled_texts(labelled, tokenizer, 16)
+        found.append([row.tolist() for row in [*data.train, *(r["input_ids"] for r in rows)]])
+    assert found[0] == found[1]
 
 
 def test_slow_tokenizers_of_transformers_4_are_taken(ours):
