@@ -231,7 +231,6 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
         pad = self.pad_token_id
         firsts, seconds, is_batch = pairs_of(text, text_pair, is_split_into_words)
         limits = assembly.limits(padding, truncation, max_length, stride, self.model_max_length)
-        limits = replace(limits, padding="longest") if as_arrays else limits
         groups = assembly.assemble(
             self._encoded(firsts, is_split_into_words, add_prefix_space),
             None
@@ -264,7 +263,7 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
         if return_length:
             made["length"] = [len(ids) for ids in columns["input_ids"]]
         if as_arrays:
-            made.update({name: np.asarray(column, np.int32) for name, column in made.items()})
+            made.update({n: np.asarray(v) for n, v in made.items() if isinstance(v, Rows)})
         return made.convert_to_tensors(return_tensors)
 
     def backend(self) -> "Tokenizer":

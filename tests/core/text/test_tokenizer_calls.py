@@ -429,11 +429,9 @@ def test_tokenizers_of_transformers_are_taken(ours, theirs):
 
 def test_they_prepare_data(ours, theirs, tmp_path):
     text, model = tmp_path / "text.txt", OPTConfig(vocab_size=320, max_position_embeddings=32)
-    text.write_text(f"{LONG}\n" * 3)
-    config, labelled = (
-        TrainConfig(sequence_length=16),
-        LabelledTexts([SHORT, LONG], None, [0, 1], ["a", "b"]),
-    )
+    text.write_text("\n".join(f"{i} {LONG[i:]} {i * i}" for i in range(9)))
+    config = TrainConfig(sequence_length=16)
+    labelled = LabelledTexts([SHORT, LONG], None, [0, 1], ("a", "b"))
     found = []
     for tokenizer, run in ((ours, tmp_path / "a"), (theirs, tmp_path / "b")):
         data = open_data(text, "text", model, config, tokenizer=tokenizer, folder=run)
