@@ -57,6 +57,7 @@ def convert(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int, int], None] | None = None,
+    prefix: str = "",
     **hub: Any,
 ) -> Conversion:
     """Writes a checkpoint in another format, without the framework of either.
@@ -74,6 +75,8 @@ def convert(
         max_shard_size: Most bytes of tensors per file, as a number or as "5GB", "10GiB"; metaseq
             and KerasHub have one file.
         progress: Called with the bytes read so far and in all.
+        prefix: Takes only the tensors whose names begin so, as the model's own: "language_model."
+            for the OPT inside BLIP-2 and InstructBLIP, whose config.json has it as text_config.
         **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
 
     Raises:
@@ -88,7 +91,7 @@ def convert(
     new = Path(os.path.abspath(Path(destination).expanduser()))
     check_is_new(new)  # before anything is downloaded
     path = resolve(source, convertible=True, **hub)
-    found = open_any_checkpoint(path)
+    found = open_any_checkpoint(path, prefix)
     plan = plan_load(found.checkpoint, found.read_config(), head_of(found.checkpoint))
     files, notes = write_checkpoint(found, plan, new, to, wanted, max_shard_size, progress)
     return Conversion(

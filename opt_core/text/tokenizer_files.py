@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from opt_core.errors import TokenizerError
 from opt_core.json_files import read_json, write_json
 from opt_core.text.assembly import begin_with
+from opt_core.text.model_padding import pad_as_the_model
 from opt_core.text.vocabulary_files import check_vocabulary, read_merges, write_merges
 
 if TYPE_CHECKING:
@@ -81,8 +82,12 @@ def load(folder: Path, **changes: Any) -> LoadedTokenizer:
     settings = _settings(folder, changes)
     if (folder / "tokenizer.json").is_file():
         backend = _read_tokenizer_json(folder, settings)
-        return _finish(backend, folder, settings, _USUAL_TOKENS, None)
-    return build(*_read_vocab_and_merges(folder), settings, folder)
+        loaded = _finish(backend, folder, settings, _USUAL_TOKENS, None)
+    else:
+        loaded = build(*_read_vocab_and_merges(folder), settings, folder)
+    if "pad_token" not in changes:  # who names one will resize the model
+        pad_as_the_model(folder, loaded.backend, loaded.named)
+    return loaded
 
 
 def build(
