@@ -168,7 +168,7 @@ def _describe(path: Path, names: Collection[str] | None = None) -> Description:
     ):
         try:
             tokenizer = OPTTokenizer.from_pretrained(folder)
-            vocabulary = tokenizer.vocab_size
+            vocabulary = tokenizer.id_limit
             problems += _tokenizer_problems(tokenizer, config) if config is not None else ()
         except OPTError as error:
             problems.append(str(error))
@@ -233,9 +233,9 @@ def _weight_problems(checkpoint: Checkpoint, config: OPTConfig | None, head: Hea
 
 
 def _tokenizer_problems(tokenizer: OPTTokenizer, config: OPTConfig) -> Iterator[str]:
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.id_limit > config.vocab_size:
         yield (
-            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but config.json has "
+            f"the tokenizer has ids up to {tokenizer.id_limit - 1}, but config.json has "
             f"vocab_size={config.vocab_size}: they belong to different models"
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -193,15 +193,19 @@ def _encode(
     folder = _folder(path)
     if prompts is not None:
         tokenizer = OPTTokenizer.from_pretrained(folder)
-        return list(prompts), [tokenizer([text]).input_ids for text in prompts]
+        return list(prompts), [_ids(tokenizer, text) for text in prompts]
     config = OPTConfig.from_pretrained(folder)
     longest = max(1, config.max_position_embeddings - max_new_tokens)
     if any((folder / file).exists() for file in ("vocab.json", "tokenizer.json")):
         tokenizer = OPTTokenizer.from_pretrained(folder)
-        return list(PROMPTS), [tokenizer([text]).input_ids[:, :longest] for text in PROMPTS]
+        return list(PROMPTS), [_ids(tokenizer, text)[:, :longest] for text in PROMPTS]
     shape = (_RANDOM_PROMPTS, 1, min(_RANDOM_LENGTH, longest))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
     return [" ".join(map(str, row)) for row in ids[:, 0].tolist()], list(ids)
+
+
+def _ids(tokenizer: OPTTokenizer, text: str) -> NDArray[np.int32]:
+    return tokenizer(text, return_tensors="np").input_ids.astype(np.int32)
 
 
 def _answers(

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from opt_cli import console
+from opt_cli.backends import AUTO, Backend, load_backend
 from opt_core.errors import ConfigError
 
 TASKS = ("prefill", "decode", "batch")
@@ -12,9 +13,7 @@ TASKS = ("prefill", "decode", "batch")
 
 def bench(
     model: Annotated[str, typer.Argument(help='Folder, hub id, or "mini".')],
-    backend: Annotated[
-        str, typer.Option(help="Framework: torch, tf or flax.", metavar="NAME")
-    ] = "torch",
+    backend: Backend = AUTO,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -46,7 +45,6 @@ def bench(
     lookup: with prompt lookup, for a text that repeats itself; train: 4 texts of 256, AdamW; all
     shorter where the model has no room. The first call, with all it sets up, is shown apart.
     """
-    from conversion.backends import load_backend
     from opt_cli import speed
     from opt_core.quantization import check_scheme
 

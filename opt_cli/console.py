@@ -1,5 +1,6 @@
 """The console that commands share: errors of one line, quiet ends, progress only on a terminal."""
 
+import io
 import json
 import os
 import sys
@@ -60,7 +61,8 @@ def run(app: typer.Typer, arguments: list[str] | None) -> int:
         The exit code. A user's error has been told in one line on stderr.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
+            stream.reconfigure(errors="backslashreplace")
     if not stderr.is_terminal:  # or a download would fill a log with its bars
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from opt_cli import console
+from opt_cli.backends import AUTO, Backend, load_backend
 from opt_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure a model: perplexity, choices, classes, answers, bias.")
 
 Model = Annotated[str, typer.Option("--model", "-m", help='Folder, hub id or "mini".')]
-Backend = Annotated[str, typer.Option(help="torch, tf or flax.", metavar="NAME")]
 Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 ...")]
 Quantize = Annotated[str | None, typer.Option(help="int8 or int4.", metavar="SCHEME")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Rows at a time.", min=1)]
@@ -32,7 +32,7 @@ DataFile = Annotated[Path, typer.Argument(help="The data.", metavar="FILE")]
 def perplexity(
     file: Annotated[Path, typer.Argument(help="A text file, UTF-8.", metavar="FILE")],
     model: Model = "mini",
-    backend: Backend = "torch",
+    backend: Backend = AUTO,
     dtype: Dtype = "float32",
     quantize: Quantize = None,
     window: Annotated[
@@ -80,7 +80,7 @@ def perplexity(
 def multiple_choice(
     file: DataFile,
     model: Model = "mini",
-    backend: Backend = "torch",
+    backend: Backend = AUTO,
     dtype: Dtype = "float32",
     quantize: Quantize = None,
     batch_size: BatchSize = 8,
@@ -113,7 +113,7 @@ def multiple_choice(
 def classification(
     file: DataFile,
     model: Model,
-    backend: Backend = "torch",
+    backend: Backend = AUTO,
     dtype: Dtype = "float32",
     text_field: Annotated[str, typer.Option(help="Where the text is.")] = "text",
     pair_field: Annotated[str | None, typer.Option(help="Where a second text is.")] = None,
@@ -159,7 +159,7 @@ def classification(
 def qa(
     file: DataFile,
     model: Model,
-    backend: Backend = "torch",
+    backend: Backend = AUTO,
     dtype: Dtype = "float32",
     max_length: Annotated[int, typer.Option(help="Tokens of a row.", min=8)] = 384,
     stride: Annotated[int, typer.Option(help="Tokens that two rows share.", min=0)] = 128,
@@ -198,7 +198,7 @@ def qa(
 def bias(
     file: DataFile,
     model: Model = "mini",
-    backend: Backend = "torch",
+    backend: Backend = AUTO,
     dtype: Dtype = "float32",
     quantize: Quantize = None,
     batch_size: BatchSize = 8,
@@ -229,7 +229,7 @@ def harness(
         list[str], typer.Argument(help="Tasks of lm-eval, such as lambada_openai.", metavar="TASK")
     ],
     model: Model = "mini",
-    backend: Backend = "torch",
+    backend: Backend = AUTO,
     dtype: Dtype = "float32",
     quantize: Quantize = None,
     include_path: Annotated[
@@ -242,7 +242,7 @@ def harness(
     limit: Limit = None,
     json: Json = False,
 ) -> None:
-    """Tasks of EleutherAI's lm-eval, which is to be installed: pip install 'opt-lm[lm-eval]'."""
+    r"""Tasks of EleutherAI's lm-eval, which is to be installed: pip install 'opt-lm\[lm-eval]'."""
     try:
         lm_eval, lm_tasks = import_module("lm_eval"), import_module("lm_eval.tasks")
     except ImportError:
@@ -301,7 +301,6 @@ def _load(
     quantize: str | None = None,
     kind: str = "OPTForCausalLM",
 ) -> _Loaded:
-    from conversion.backends import load_backend
     from opt_core import OPTTokenizer
     from opt_core.hub import resolve
 

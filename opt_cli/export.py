@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from opt_cli import console
+from opt_cli.backends import AUTO, Backend, load_backend
 from opt_cli.generate import resolve_settings
 from opt_core.errors import ConfigError
 
@@ -20,9 +21,7 @@ def export(
             help="torch: a file (.pt2); tf: a folder or a file (.tflite); flax: a folder."
         ),
     ],
-    backend: Annotated[
-        str, typer.Option(help="Framework: torch, tf or flax.", metavar="NAME")
-    ] = "torch",
+    backend: Backend = AUTO,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="NAME")
     ] = None,
@@ -83,7 +82,6 @@ def export(
 
 
 def _load(model: str, revision: str | None, backend: str, dtype: str) -> tuple[Any, Any]:
-    from conversion.backends import load_backend
     from opt_core import OPTTokenizer
     from opt_core.hub import resolve
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opt_cli import console
+from opt_cli.backends import AUTO, Backend, load_backend
 from opt_core.errors import ConfigError, GenerationError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def generate(
         str, typer.Option("--model", "-m", help='Folder, hub id, or "mini".', metavar="MODEL")
     ] = "mini",
     revision: Annotated[str | None, _option("Branch, tag or commit of a hub id.", "NAME")] = None,
-    backend: Annotated[str, _option("Framework: torch, tf or flax.", "NAME")] = "torch",
+    backend: Backend = AUTO,
     dtype: Annotated[
         str, _option("float32, bfloat16, float16; auto: as stored.", "TYPE")
     ] = "float32",
@@ -203,7 +204,6 @@ def _load(
     seed: int,
     assistant: str | None,
 ) -> _Session:
-    from conversion.backends import load_backend
     from opt_core import OPTTokenizer
     from opt_core.hub import resolve
 
@@ -237,6 +237,10 @@ def resolve_settings(base: "GenerationConfig", given: dict[str, Any]) -> "Genera
     """
     # What was asked for switches off what the model's file has in its place.
     given = dict(given)
+    if given.get("temperature") == 0:
+        if given.get("do_sample") is not False:
+            raise GenerationError("--temperature 0: for the likeliest token each time, --greedy")
+        del given["temperature"]
     if given.get("num_beams", 1) > 1:
         given.setdefault("do_sample", False)
     elif given.get("do_sample"):

@@ -1,7 +1,8 @@
 """The command's entry point and the list of its subcommands."""
 
+import builtins
 import os
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -59,8 +60,8 @@ def opt_lm(
         compilation_cache.keep_programs()
 
 
-def main(arguments: list[str] | None = None) -> NoReturn:
-    """Runs `opt-lm` and ends the process.
+def main(arguments: list[str] | None = None) -> None:
+    """Runs `opt-lm` and ends the process; in a notebook, a success ends nothing.
 
     Exit codes: 0 success, 1 a comparison that failed or problems found, 2 a user's error (one line
     on stderr), 130 interrupted, 141 the reader of the output went away.
@@ -70,4 +71,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """
     # What TensorFlow says while it loads is for its own developers; errors are raised all the same.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    raise SystemExit(console.run(app, arguments))
+    code = console.run(app, arguments)
+    if code or not hasattr(builtins, "__IPYTHON__"):
+        raise SystemExit(code)

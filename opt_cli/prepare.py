@@ -29,8 +29,13 @@ def prepare(
         int, typer.Option("--sequence-length", "-t", help="Tokens of a block.", min=2)
     ] = 2048,
     validation: Annotated[
-        float, typer.Option(help="Share of the documents to hold out.", min=0, max=1)
-    ] = 0.01,
+        float | None,
+        typer.Option(
+            help="Share of the documents to hold out (default: 0.01; of little text, none).",
+            min=0,
+            max=1,
+        ),
+    ] = None,
     text_field: Annotated[str, typer.Option(help="Where the text is in rows.")] = "text",
     separator: Annotated[
         str | None,
@@ -108,6 +113,8 @@ def _print(report: "DataReport", seconds: float) -> None:
         ]
         console.table(("dropped", "documents", "first"), dropped)
     console.write("\n")
+    if "validation" not in report.splits:
+        console.note("nothing is held out for validation")
     rate = report.bytes / 1e6 / max(seconds, 1e-9)
     console.note(
         f"{report.documents} documents in {report.files} files, {report.bytes / 1e6:.4g} MB in "

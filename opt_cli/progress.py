@@ -107,13 +107,17 @@ def _tensorboard_writer(folder: Path | None) -> Iterator[OnRecord]:
         yield lambda record: None
         return
     try:
-        writer = import_module("tensorboardX").SummaryWriter(str(folder))
+        make = import_module("tensorboardX").SummaryWriter
     except ImportError:
         raise ConfigError(
             "--tensorboard needs a library: pip install 'opt-lm[tensorboard]'"
         ) from None
+    writer: Any = None
 
     def write(record: dict[str, Any]) -> None:
+        nonlocal writer
+        # Not before the first record: it makes its folder, and a new run's must be empty.
+        writer = writer or make(str(folder))
         for name, value in record.items():
             if name != "step" and isinstance(value, float):
                 writer.add_scalar(name, value, record["step"])
@@ -121,4 +125,5 @@ def _tensorboard_writer(folder: Path | None) -> Iterator[OnRecord]:
     try:
         yield write
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()

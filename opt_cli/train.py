@@ -3,7 +3,9 @@
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opt_cli import console
+from opt_cli.backends import AUTO, Backend, load_backend
 from opt_cli.train_options import with_settings
 from opt_core.errors import ConfigError, DataError, TrainingError
 
@@ -45,9 +48,7 @@ def train(
         Path | None, typer.Option(help="Data to validate on, like DATA.", metavar="DATA")
     ] = None,
     task: Annotated[str, typer.Option(help="text, classification or qa.", metavar="NAME")] = "text",
-    backend: Annotated[
-        str, typer.Option(help="Framework: torch, tf or flax.", metavar="NAME")
-    ] = "torch",
+    backend: Backend = AUTO,
     device: Annotated[
         str | None,
         typer.Option(help='Device of the torch backend, such as "cuda".', metavar="NAME"),
@@ -79,38 +80,60 @@ def train(
     from opt_core.data import Batches
     from opt_core.training import run
 
+    is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if task not in CLASSES:
         raise ConfigError(f"--task: expected {', '.join(CLASSES)}, received {task!r}")
     if device is not None and backend != "torch":
         raise ConfigError(f"--device is for the torch backend; {backend} places its arrays itself")
-    if out.exists() and not resume and (not out.is_dir() or any(out.iterdir())):
+    if not is_new and not resume:
         raise TrainingError(f"{out}: already exists; --resume goes on with it")
     config = _settings(preset, given)
     source, model_config = _model(model, from_scratch)
-    opened = _open(data, task, model_config, config, validation, source, out)
-    if epochs is not None:
-        if "max_steps" in given:
-            raise ConfigError("--epochs and --max-steps: give one of them")
-        if not 0 < epochs < math.inf:
-            raise ConfigError(f"--epochs: expected a number > 0, received {epochs}")
-        config = config.replace(max_steps=math.ceil(epochs * len(opened.train) / config.batch_size))
-    if config.eval_every and opened.validation is None:
-        raise ConfigError("--eval-every needs data to validate on: --validation")
-    batches = Batches(opened.train, config.batch_size, config.seed)
-    validate: Callable[[], Iterable[Any]] | None = None
-    if (held_out := opened.validation) is not None:
-        validate = lambda: Batches(held_out, config.batch_size, 0, shuffle=False, epochs=1)  # noqa: E731
-    about = {
-        "model": model, "data": str(data), "validation": validation and str(validation),
-        "task": task, "backend": backend, "from_scratch": from_scratch,
-    }  # fmt: skip
-    trainer = _trainer(
-        backend, task, source or model, config, opened.model_config, from_scratch, device
-    )
-    events = out / "tensorboard" if tensorboard else None
-    with training_progress(config.max_steps, 0, events) as on_record:
-        result = run(trainer, batches, config, out, validate, resume, about, on_record)
+    with _ends_cleanly(out, is_new):
+        opened = _open(data, task, model_config, config, validation, source, out)
+        if epochs is not None:
+            if "max_steps" in given:
+                raise ConfigError("--epochs and --max-steps: give one of them")
+            if not 0 < epochs < math.inf:
+                raise ConfigError(f"--epochs: expected a number > 0, received {epochs}")
+            config = config.replace(
+                max_steps=math.ceil(epochs * len(opened.train) / config.batch_size)
+            )
+        if config.eval_every and opened.validation is None:
+            raise ConfigError("--eval-every needs data to validate on: --validation")
+        batches = Batches(opened.train, config.batch_size, config.seed)
+        validate: Callable[[], Iterable[Any]] | None = None
+        if (held_out := opened.validation) is not None:
+            validate = lambda: Batches(held_out, config.batch_size, 0, shuffle=False, epochs=1)  # noqa: E731
+        about = {
+            "model": model, "data": str(data), "validation": validation and str(validation),
+            "task": task, "backend": backend, "from_scratch": from_scratch,
+        }  # fmt: skip
+        trainer = _trainer(
+            backend, task, source or model, config, opened.model_config, from_scratch, device
+        )
+        events = out / "tensorboard" if tensorboard else None
+        with training_progress(config.max_steps, 0, events) as on_record:
+            result = run(trainer, batches, config, out, validate, resume, about, on_record)
     _finish(result, source, json)
+
+
+@contextmanager
+def _ends_cleanly(out: Path, is_new: bool) -> Iterator[None]:
+    """Leaves nothing of a new run that fails before its first step; says how to go on later."""
+    from opt_core.training import run_folder
+
+    try:
+        yield
+    except BaseException as error:
+        if not run_folder.has_begun(out):
+            if is_new:
+                shutil.rmtree(out, ignore_errors=True)
+        elif isinstance(error, KeyboardInterrupt):
+            steps = run_folder.RunFolder(out).steps()
+            place = f"after step {steps[-1]}" if steps else "from the start: no checkpoint yet"
+            console.note(f"interrupted; the same command with --resume goes on {place}")
+        raise
 
 
 def _settings(preset: str | None, given: dict[str, Any]) -> "TrainConfig":
@@ -162,7 +185,7 @@ def _trainer(
 ) -> Any:  # fmt: skip
     import warnings
 
-    from conversion.backends import BACKENDS, load_backend
+    from conversion.backends import BACKENDS
 
     cls = load_backend(backend, CLASSES[task])
     trainer = import_module(f"{BACKENDS[backend].module}.trainer").Trainer

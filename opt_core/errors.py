@@ -10,6 +10,7 @@ class OPTError(Exception):
     # Keras wraps what a layer raises in several lines about its arguments, unless the error says
     # that it has them already: these messages say in one line what is wrong.
     _keras_call_info_injected = True
+    ag_pass_through = True  # TensorFlow's AutoGraph does the same, and makes another error of it
 
 
 class ConfigError(OPTError, ValueError):

@@ -5,15 +5,38 @@ program is None here, and fits.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
+from opt_core.text.encoding import Rows
+
+NO_TEXT = "a tokenizer makes ids of it: model.generate(**tokenizer(text))"
 
 Shape = Sequence[int | None]
+
+
+def as_row(name: str, values: Any) -> Any:
+    """A flat list of ids as the one row that it is; anything else as it is.
+
+    Raises:
+        InputError: It is a text, or several.
+    """
+    if not isinstance(values, list | str):
+        return values
+    first: Any = values if isinstance(values, str) else next(iter(cast("list[Any]", values)), None)
+    if isinstance(first, str):
+        raise InputError(f"{name}: expected ids, received text; {NO_TEXT}")
+    rows = cast("list[Any]", values)
+    return [rows] if isinstance(first, int) else rows
+
+
+def as_array(values: Any) -> Any:
+    """A tokenizer's lists as one padded array; anything else as it is."""
+    return np.asarray(values) if isinstance(values, Rows) else values
 
 
 def check_kind(name: str, is_integer: bool, dtype: object, shape: Shape) -> None:

@@ -1,6 +1,7 @@
 """A model as StableHLO with its weights beside it: it runs with this project nowhere near."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -72,6 +73,8 @@ def export_stablehlo(
         raise ConfigError('export: expected attn_implementation="sdpa", received flash_attention_2')
     if type(max_prompt) is not int or max_prompt < 2:
         raise GenerationError(f"max_prompt: expected an integer above 1, received {max_prompt!r}")
+    if find_spec("flatbuffers") is None:
+        raise ConfigError("export: jax.export writes with flatbuffers: pip install flatbuffers")
     request = check_export(
         model.config, model.generation_config, max_prompt, generation_config, tokenizer, **overrides
     )

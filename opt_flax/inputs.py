@@ -143,7 +143,7 @@ def as_integers(name: str, values: Any) -> Array | None:
     """A 2-D int32 array, or None; where values can be looked at they must be whole and fit."""
     if values is None:
         return None
-    array = values if isinstance(values, Array) else as_tensor(name, values)
+    array = values if isinstance(values, Array) else as_tensor(name, rules.as_row(name, values))
     is_integer = not jnp.issubdtype(array.dtype, jnp.complexfloating)
     if jnp.issubdtype(array.dtype, jnp.floating) and is_known(array):
         is_integer = bool((array == jnp.round(array)).all())

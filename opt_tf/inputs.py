@@ -145,7 +145,7 @@ def as_integers(name: str, values: Any) -> tf.Tensor | None:
     """A 2-D tensor of integers, or None; floats must be whole numbers."""
     if values is None:
         return None
-    tensor = as_tensor(name, values)
+    tensor = as_tensor(name, rules.as_row(name, values))
     is_integer = not tensor.dtype.is_floating or not is_known(tensor)
     if not is_integer:
         is_integer = bool(tf.reduce_all(tensor == tf.round(tensor)))
@@ -156,11 +156,12 @@ def as_integers(name: str, values: Any) -> tf.Tensor | None:
 def as_tensor(name: str, values: Any) -> tf.Tensor:
     """Numbers as a tensor."""
     try:
-        tensor = tf.convert_to_tensor(values)
+        tensor = tf.convert_to_tensor(rules.as_array(values))
     except (TypeError, ValueError, OverflowError, tf.errors.OpError) as error:
         raise rules.not_regular(name, error) from None
     if not (tensor.dtype.is_integer or tensor.dtype.is_floating or tensor.dtype.is_bool):
-        raise InputError(f"{name}: expected numbers, received {tensor.dtype.name}")
+        hint = f"; {rules.NO_TEXT}" if tensor.dtype == tf.string else ""
+        raise InputError(f"{name}: expected numbers, received {tensor.dtype.name}{hint}")
     return tensor
 
 

@@ -141,7 +141,7 @@ def as_integers(name: str, values: Any, device: torch.device) -> Tensor | None:
     """A 2-D integer tensor on the device, or None; floats must be whole numbers."""
     if values is None:
         return None
-    tensor = as_tensor(name, values, device)
+    tensor = as_tensor(name, rules.as_row(name, values), device)
     is_integer = not tensor.is_complex()
     if tensor.is_floating_point() and is_known(tensor):
         is_integer = bool((tensor == tensor.round()).all())
@@ -152,7 +152,7 @@ def as_integers(name: str, values: Any, device: torch.device) -> Tensor | None:
 def as_tensor(name: str, values: Any, device: torch.device) -> Tensor:
     """Numbers as a tensor on the device."""
     try:
-        return torch.as_tensor(values, device=device)
+        return torch.as_tensor(rules.as_array(values), device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise rules.not_regular(name, error) from None
 

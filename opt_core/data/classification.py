@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from opt_core.data.readers import read_rows
 from opt_core.errors import DataError
+from opt_core.text.adapter import as_tokenizer
 from opt_core.text.tokenizer import OPTTokenizer
 
 PAD_TO_MULTIPLE_OF = 8
@@ -92,6 +93,7 @@ def encode_labelled_texts(
         One example per text, all padded on the right to the same length T: that of the longest one,
         rounded up.
     """
+    tokenizer = as_tokenizer(tokenizer)
     encoded = tokenizer(
         data.texts, data.pairs, max_length=max_length, truncation=True, padding_side="right"
     )

@@ -15,6 +15,7 @@ from opt_core.data.preparation import TRAIN, VALIDATION, DataConfig, prepare
 from opt_core.data.squad import encode_questions, read_questions
 from opt_core.data.token_blocks import BLOCKS_FILE, TokenBlocks
 from opt_core.errors import DataError
+from opt_core.text.adapter import as_tokenizer
 from opt_core.text.tokenizer import OPTTokenizer
 from opt_core.training.config import TrainConfig
 
@@ -83,6 +84,9 @@ def open_data(
         progress, note or _warn,
     )  # fmt: skip
     data, validation = Path(data), None if validation is None else Path(validation)
+    for path in (data, validation):
+        if path is not None and not path.exists():
+            raise DataError(f"{path}: no such file or folder")
     if task == "text":
         return opening.text(data, validation)
     if task == "classification":
@@ -196,9 +200,9 @@ class _Opening:
                 f"{file}: no tokenizer to read it with (a size alone has none): name one, or a "
                 "folder of `opt-lm prepare`"
             )
-        if isinstance(self.tokenizer, OPTTokenizer):
-            return self.tokenizer
-        return OPTTokenizer.from_pretrained(self.tokenizer)
+        if isinstance(self.tokenizer, str | PathLike):
+            return OPTTokenizer.from_pretrained(self.tokenizer)
+        return as_tokenizer(self.tokenizer)
 
 
 @contextmanager

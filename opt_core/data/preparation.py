@@ -27,6 +27,7 @@ from opt_core.data.token_blocks import BlockWriter
 from opt_core.data.tokenization import BulkTokenizer, end_token, start_tokens
 from opt_core.errors import DataError
 from opt_core.json_files import write_json
+from opt_core.text.adapter import as_tokenizer
 from opt_core.text.tokenizer import OPTTokenizer
 
 TRAIN, VALIDATION = "train", "validation"
@@ -42,7 +43,8 @@ class DataConfig:
     Attributes:
         sequence_length: Tokens per block.
         validation_fraction: Share of the documents to hold out. A document's own text decides, so
-            that it stays on its side when others are added.
+            that it stays on its side when others are added. None: 0.01, or nothing where that
+            leaves less than a block to validate or to train on, as of a single text.
         text_field: Where the text is in JSON lines and tables.
         separator: What separates the documents of a text file; None: each file is one document.
         skip_bad: Whether to drop and count what cannot be read, rather than stop there.
@@ -53,19 +55,24 @@ class DataConfig:
     """
 
     sequence_length: int = 2048
-    validation_fraction: float = 0.01
+    validation_fraction: float | None = None
     text_field: str = "text"
     separator: str | None = None
     skip_bad: bool = False
     cleaning: Cleaning = field(default_factory=Cleaning)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation_fraction < 1:
+        if not 0 <= self.held_out < 1:
             raise DataError(
                 f"validation_fraction: expected 0 <= x < 1, received {self.validation_fraction}"
             )
         if self.separator == "":
             raise DataError("separator: expected some characters, received none")
+
+    @property
+    def held_out(self) -> float:
+        """The share of the documents to hold out if there are enough."""
+        return 0.01 if self.validation_fraction is None else self.validation_fraction
 
 
 @dataclass
@@ -150,8 +157,9 @@ def prepare(
         raise DataError(f"processes: expected at least 1, received {processes}")
     files = find_files(sources)
     report = DataReport(len(files))
-    names = [TRAIN, *([VALIDATION] if config.validation_fraction else [])]
+    names = [TRAIN, *([VALIDATION] if config.held_out else [])]
     report.splits = {name: Split() for name in names}
+    tokenizer = as_tokenizer(tokenizer)
     end = np.array([end_token(tokenizer)])
     duplicates = (
         DuplicateFilter(config.cleaning.near_duplicates) if config.cleaning.duplicates else None
@@ -160,7 +168,7 @@ def prepare(
         writers: dict[str, BlockWriter] = {}
         for name in names:
             (stage / name).mkdir()
-            writer = BlockWriter(stage / name, config.sequence_length, tokenizer.vocab_size)
+            writer = BlockWriter(stage / name, config.sequence_length, tokenizer.id_limit)
             writers[name] = stack.enter_context(closing(writer))
             writer.write(start_tokens(tokenizer))
         documents = _read_documents(files, config, report, progress)
@@ -176,11 +184,13 @@ def prepare(
                     report.drop(document.place, problem)
                     continue
                 place = int.from_bytes(result.fingerprints.digests[i][:8]) / 2**64
-                name = VALIDATION if place < config.validation_fraction else TRAIN
+                name = VALIDATION if place < config.held_out else TRAIN
                 kept[name] += (result.ids[i], end.astype(result.dtype).tobytes())
                 report.splits[name].documents += 1
             for name, ids in kept.items():
                 writers[name].write(np.frombuffer(b"".join(ids), result.dtype))
+        if config.validation_fraction is None:
+            _train_on_all_of_little(writers, len(start_tokens(tokenizer)), report)
         _check_not_empty(report)
         for name, writer in writers.items():
             _finish_split(writer, name, report)
@@ -305,6 +315,18 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
             group, size = [], 0
     if group:
         yield group
+
+
+def _train_on_all_of_little(
+    writers: dict[str, BlockWriter], start: int, report: DataReport
+) -> None:
+    """Holds nothing out where that would be no block, or everything."""
+    held_out, train = writers[VALIDATION], report.splits[TRAIN]
+    if train.documents and held_out.tokens >= held_out.sequence_length:
+        return
+    writers[TRAIN].write(held_out.take_back()[start:])
+    train.documents += report.splits[VALIDATION].documents
+    del writers[VALIDATION], report.splits[VALIDATION]
 
 
 def _check_not_empty(report: DataReport) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from opt_core.data.classification import PAD_TO_MULTIPLE_OF
 from opt_core.data.readers import read_json_data, read_rows
 from opt_core.errors import DataError
+from opt_core.text.adapter import as_tokenizer
 from opt_core.text.tokenizer import OPTTokenizer
 
 
@@ -101,6 +102,7 @@ def encode_questions(
     """
     if not 0 <= stride < max_length:
         raise DataError(f"stride: expected 0..{max_length - 1}, received {stride}")
+    tokenizer = as_tokenizer(tokenizer)
     backend = tokenizer.backend()
     bos = tokenizer.bos_token_id
     start = [bos] if tokenizer.add_bos and bos is not None else []

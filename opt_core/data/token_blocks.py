@@ -4,6 +4,7 @@ A folder holds `tokens.bin`, the ids of all blocks one after another (little-end
 where the vocabulary allows it), and `blocks.json`, which says how to read them.
 """
 
+import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from os import PathLike
@@ -94,7 +95,8 @@ class BlockWriter:
         if sequence_length < 2:
             raise DataError(f"sequence_length: expected at least 2, received {sequence_length}")
         self.tokens = 0
-        self._folder, self._length, self._vocab_size = folder, sequence_length, vocab_size
+        self.sequence_length = sequence_length
+        self._folder, self._vocab_size = folder, vocab_size
         self._name = "uint16" if vocab_size <= 1 << 16 else "int32"
         self._file = (folder / TOKENS_FILE).open("wb")  # closed by `close`
 
@@ -118,10 +120,10 @@ class BlockWriter:
         Raises:
             DataError: There is no whole block.
         """
-        blocks, left = divmod(self.tokens, self._length)
+        blocks, left = divmod(self.tokens, self.sequence_length)
         if not blocks:
             raise DataError(
-                f"{self.tokens} tokens fill no block of {self._length}; "
+                f"{self.tokens} tokens fill no block of {self.sequence_length}; "
                 "give more text or a smaller sequence_length"
             )
         self._file.truncate((self.tokens - left) * np.dtype(_DTYPES[self._name]).itemsize)
@@ -129,12 +131,19 @@ class BlockWriter:
         about = {
             "format": _FORMAT,
             "blocks": blocks,
-            "sequence_length": self._length,
+            "sequence_length": self.sequence_length,
             "vocab_size": self._vocab_size,
             "dtype": self._name,
         }
         write_json(self._folder / BLOCKS_FILE, about)
         return blocks, left
+
+    def take_back(self) -> NDArray[Any]:
+        """Gives back the ids written so far, and removes the folder."""
+        self.close()
+        ids = np.fromfile(self._folder / TOKENS_FILE, _DTYPES[self._name])
+        shutil.rmtree(self._folder)
+        return ids
 
     def close(self) -> None:
         """Lets the file go; what was written is of no use without `finish`."""

@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
 from opt_core.errors import DataError
+from opt_core.text.adapter import as_tokenizer
 from opt_core.text.byte_level import byte_level_encode
 from opt_core.text.tokenizer import OPTTokenizer
 
@@ -40,10 +41,11 @@ class BulkTokenizer:
     """
 
     def __init__(self, tokenizer: OPTTokenizer) -> None:
+        tokenizer = as_tokenizer(tokenizer)
         self._backend = tokenizer.backend()
         self._backend.encode_special_tokens = True
         self._model: Any = self._backend.model
-        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
+        self.dtype = np.dtype("<u2" if tokenizer.id_limit <= 1 << 16 else "<i4")
         self.is_fast = _splits_like_gpt2(self._backend)
         self._words = _IdCache(self._encode_word)
         self._pieces = _IdCache(lambda piece: self._encode_words(f" {piece}"))

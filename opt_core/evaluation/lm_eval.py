@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from opt_core.errors import InputError
 from opt_core.evaluation.perplexity import TokenScores, score_continuations, score_text
+from opt_core.text.adapter import as_tokenizer
 from opt_core.text.tokenizer import OPTTokenizer
 
 Generate = Callable[..., Any]
@@ -50,7 +51,8 @@ class HarnessLM(LM):
     ) -> None:
         super().__init__()
         self._token_scores, self._generate = token_scores, generate
-        self.tokenizer, self._window, self._batch_size = tokenizer, window, batch_size
+        self.tokenizer = as_tokenizer(tokenizer)
+        self._window, self._batch_size = window, batch_size
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation of a context, and whether it is the greedy one.

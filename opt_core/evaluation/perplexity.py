@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from opt_core.errors import DataError
 from opt_core.evaluation.metrics import bits_per_byte, perplexity
+from opt_core.text.adapter import as_tokenizer
 from opt_core.text.tokenizer import OPTTokenizer
 
 TokenScores = Callable[[NDArray[np.int32]], tuple[NDArray[np.float32], NDArray[np.bool_]]]
@@ -79,7 +80,7 @@ def text_perplexity(
         raise DataError(f"window: expected at least 2 tokens, received {window}")
     if stride is not None and not 1 <= stride < window:
         raise DataError(f"stride: expected 1..{window - 1}, received {stride}")
-    ids = np.array(tokenizer.encode(text), np.int32)
+    ids = np.array(as_tokenizer(tokenizer).encode(text), np.int32)
     count = len(ids)
     if stride is None and count < window:
         raise DataError(
@@ -155,6 +156,7 @@ def score_continuations(
     Raises:
         DataError: A text has no tokens, or more than fit.
     """
+    tokenizer = as_tokenizer(tokenizer)
     rows: list[NDArray[np.int32]] = []
     counts: list[int] = []
     for context, text in pairs:
@@ -201,6 +203,7 @@ def score_text(
         window: Most tokens of a row: the model's `max_position_embeddings`.
         batch_size: Rows at a time.
     """
+    tokenizer = as_tokenizer(tokenizer)
     ids = np.array(
         [_bos_id(tokenizer), *tokenizer.encode(text, add_special_tokens=False)], np.int32
     )
@@ -234,8 +237,8 @@ def _encode_pair(tokenizer: OPTTokenizer, context: str, text: str) -> tuple[list
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, text = context[:-spaces], context[-spaces:] + text
-    both = tokenizer.encode(context + text, add_special_tokens=False)
-    before = tokenizer.encode(context, add_special_tokens=False) if context else []
+    both: list[int] = tokenizer.encode(context + text, add_special_tokens=False)
+    before: list[int] = tokenizer.encode(context, add_special_tokens=False) if context else []
     count = len(both) - len(before)
     if count < 1:
         raise DataError(f"{text!r}: expected a text with tokens of its own after its context")

@@ -15,6 +15,7 @@ from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
 from opt_core.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig, as_ids
 from opt_core.generation.hooks import NO_HOOKS, Hooks
+from opt_core.text.adapter import as_tokenizer
 from opt_core.text.detokenizer import StopStringTracker
 from opt_core.text.tokenizer import OPTTokenizer
 
@@ -137,6 +138,7 @@ def check_request(
     """
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise GenerationError(f"seed: expected an integer in 0..2**63 - 1, received {seed!r}")
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
     settings = merge_settings(defaults, generation_config, **overrides)
     longest = T = input_ids.shape[1]
     pads, mask = _padding_ids(config, settings), attention_mask
@@ -163,7 +165,7 @@ def check_request(
     vocabulary, pad = config.vocab_size, [*pads, *settings.eos_ids, 0][0]
     if tokenizer is not None:
         # OPT's embedding has rows that no token has, never trained (transformers #18268).
-        vocabulary = min(vocabulary, tokenizer.vocab_size)
+        vocabulary = min(vocabulary, tokenizer.id_limit)
     new = settings.new_tokens(T)
     size = config.vocab_size
     return Request(input_ids, mask, settings, new, size, vocabulary, pad, seed, tokenizer)

@@ -13,7 +13,7 @@ def token_table(backend: "Tokenizer") -> list[bytes | None]:
     vocabulary = backend.get_vocab(with_added_tokens=True)
     table: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
     for token, index in vocabulary.items():
-        table[index] = token.encode("utf-8") if index in added else _token_to_bytes(token)
+        table[index] = spelled_bytes(token, index in added)
     return table
 
 
@@ -49,7 +49,10 @@ _BYTE_OF_CHAR = dict(_bytes_to_unicode())
 _CHAR_OF_BYTE = {byte: char for char, byte in _bytes_to_unicode()}
 
 
-def _token_to_bytes(token: str) -> bytes:
+def spelled_bytes(token: str, is_added: bool = False) -> bytes:
+    """The bytes of a token as the vocabulary spells it; of an added one, those of its text."""
+    if is_added:
+        return token.encode("utf-8")
     try:
         return bytes([_BYTE_OF_CHAR[char] for char in token])
     except KeyError:  # not written in that alphabet: an entry that stands for itself

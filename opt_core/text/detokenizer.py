@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from opt_core.errors import GenerationError
+from opt_core.text.adapter import as_tokenizer
 from opt_core.text.tokenizer import OPTTokenizer
 
 
 class Detokenizer:
-    """Turns one row of ids into text as they come; the pieces add up to `tokenizer.decode(ids)`.
+    """Turns one row of ids into text as they come; the pieces add up to what `decode` gives.
 
     Args:
         tokenizer: Whose ids they are.
@@ -21,7 +22,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: OPTTokenizer, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = as_tokenizer(tokenizer)
         self._skip_special_tokens = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -65,7 +66,7 @@ class StopStringTracker:
                 )
         if not strings:
             raise GenerationError("stop_strings: expected at least one string, received none")
-        self._tokenizer = tokenizer
+        self._tokenizer = as_tokenizer(tokenizer)
         self._stops = [string.encode("utf-8", errors="surrogatepass") for string in strings]
         self._tail = b""
 

@@ -6,242 +6,293 @@ so that streaming, stop strings and `decode` cannot disagree.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from opt_core.compatibility.keras_hub_tokenizer import KerasHubTokenizer
+from opt_core.compatibility.tokenizer import TokenizerCompatibility
 from opt_core.errors import TokenizerError
 from opt_core.hub import TOKENIZER_FILES, resolve
-from opt_core.text import byte_level, tokenizer_files
+from opt_core.text import assembly, byte_level, tensors, tokenizer_files, tokenizer_parts
+from opt_core.text.encoding import Encoding, Rows
+from opt_core.text.texts import pairs_of
 from opt_core.text.tokenizer_files import LoadedTokenizer
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding as LibraryEncoding
     from tokenizers import Tokenizer
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """A batch of texts as ids; `model(**encoding)` passes both arrays by name.
-
-    Attributes:
-        input_ids: Ids, int32 [B, T], padded to the longest text.
-        attention_mask: 1 where there is a token and 0 where there is padding, int32 [B, T].
-    """
-
-    input_ids: NDArray[np.int32]
-    attention_mask: NDArray[np.int32]
-
-    def keys(self) -> tuple[str, str]:
-        """The two names, for `**`."""
-        return ("input_ids", "attention_mask")
-
-    def __getitem__(self, name: str) -> NDArray[np.int32]:
-        """The array of that name, for `**`."""
-        if name not in self.keys():
-            raise KeyError(name)
-        return getattr(self, name)
-
-
-class OPTTokenizer:
+class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
     """OPT's tokenizer; also Galactica's and those of fine-tunes. Made by `from_pretrained`.
 
-    Args:
-        loaded: What `opt_core.text.tokenizer_files.load` read.
+    Special tokens (`pad_token`, `eos_token_id` and so on), `padding_side`, `truncation_side`,
+    `add_bos_token` and `model_max_length` are attributes, and may be set.
 
-    Attributes:
-        add_bos: Whether a text starts with the beginning-of-text token (OPT yes, Galactica no).
+    Args:
+        vocab: The id of every token, or a vocab.json.
+        merges: Pairs of tokens ("a b", or two strings), the first ones first, or a merges.txt.
+        **settings: Entries of tokenizer_config.json, such as `pad_token="[PAD]"`. `vocabulary` and
+            `vocab_file`, `merges_file` are other names of the two files, `tokenizer_object` is a
+            tokenizer of the `tokenizers` library and `tokenizer_file` one of its files.
+
+    Raises:
+        TokenizerError: They contradict each other, or there is no setting of such a name.
     """
 
-    def __init__(self, loaded: LoadedTokenizer) -> None:
-        self._loaded = loaded
-        self._backend = loaded.backend
-        self.add_bos = loaded.add_bos
+    def __init__(self, vocab: Any = None, merges: Any = None, **settings: Any) -> None:
+        self.loaded = tokenizer_parts.from_parts(vocab, merges, settings)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | PathLike[str], **hub: Any) -> "OPTTokenizer":
+    def from_loaded(cls, loaded: LoadedTokenizer) -> "OPTTokenizer":
+        """Makes a tokenizer of what `opt_core.text.tokenizer_files` read."""
+        tokenizer = cls.__new__(cls)
+        tokenizer.loaded = loaded
+        return tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        cache_dir: str | PathLike[str] | None = None,
+        subfolder: str = "",
+        **settings: Any,
+    ) -> "OPTTokenizer":
         """Reads a tokenizer from a folder or a hub repository.
 
         Args:
             path_or_hub_id: Folder, hub id such as "facebook/opt-125m", or "mini".
-            **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
+            revision: See `opt_core.hub.resolve`, also for the next ones.
+            token: Access token.
+            local_files_only: Whether to use the hub's local cache only.
+            cache_dir: Folder of that cache.
+            subfolder: Folder of the repository that the files are in.
+            **settings: Entries of tokenizer_config.json in place of the file's: `padding_side`,
+                `pad_token`, `bos_token`, `add_bos_token`, `model_max_length` and so on.
 
         Raises:
-            TokenizerError: Its files are missing, damaged, or describe no byte-level BPE.
+            TokenizerError: Its files are missing, damaged, or describe no byte-level BPE; or there
+                is no setting of such a name.
         """
-        path = resolve(path_or_hub_id, files=(), optional=TOKENIZER_FILES, **hub)
-        return cls(tokenizer_files.load(path if path.is_dir() else path.parent))
+        changes = tokenizer_parts.check_settings(settings)
+        where: dict[str, Any] = {"cache_dir": cache_dir, "subfolder": subfolder}
+        path = resolve(
+            path_or_hub_id,
+            files=(),
+            optional=TOKENIZER_FILES,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+            **{name: value for name, value in where.items() if value},
+        )
+        return cls.from_loaded(
+            tokenizer_files.load(path if path.is_dir() else path.parent, **changes)
+        )
 
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Writes the files `transformers` reads into a folder (made if missing)."""
-        tokenizer_files.save(self._loaded, Path(folder))
-
-    @property
-    def vocab_size(self) -> int:
-        """The largest id plus one, added tokens included; the model may have more rows."""
-        return len(self._bytes)
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """Id of the beginning-of-text token (2 for OPT)."""
-        return self._id("bos_token")
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """Id of the end-of-text token (2, for OPT the same one)."""
-        return self._id("eos_token")
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """Id that padding is made of (1 for OPT)."""
-        return self._id("pad_token")
-
-    @property
-    def unk_token_id(self) -> int | None:
-        """Id of the unknown token; byte-level BPE never needs it."""
-        return self._id("unk_token")
-
-    def is_special(self, token_id: int) -> bool:
-        """Whether an id is a special token, which `decode` leaves out by default."""
-        return token_id in self._special_ids
-
-    def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
-        """The exact bytes of one token, which may end inside a character.
+    def save_pretrained(
+        self, folder: str | PathLike[str], push_to_hub: bool = False, **_: Any
+    ) -> tuple[str, ...]:
+        """Writes the files `transformers` reads into a folder (made if missing).
 
         Args:
-            token_id: An id of this tokenizer.
-            skip_special_tokens: Whether special tokens count as no bytes.
+            folder: Where to.
+            push_to_hub: Not done here.
 
-        Raises:
-            TokenizerError: No token has this id.
+        Returns:
+            The files.
         """
-        token = self._bytes[token_id] if 0 <= token_id < len(self._bytes) else None
-        if token is None:
+        if push_to_hub:
             raise TokenizerError(
-                f"no token has id {token_id}; expected 0 <= id < {self.vocab_size} (a model may "
-                "have more rows than its tokenizer has tokens; those were never trained)"
+                "push_to_hub: save into a folder and use huggingface_hub's upload_folder"
             )
-        return b"" if skip_special_tokens and token_id in self._special_ids else token
+        tokenizer_files.save(self.loaded, Path(folder))
+        return tuple(str(Path(folder, n)) for n in TOKENIZER_FILES if Path(folder, n).is_file())
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def __repr__(self) -> str:
+        named = (f"{name}={text!r}" for name, text in self.special_tokens_map.items())
+        return (
+            f"OPTTokenizer({self.name_or_path!r}, {len(self)} tokens, {', '.join(named)}, "
+            f"add_bos_token={self.add_bos}, padding_side={self.padding_side!r})"
+        )
+
+    def encode(
+        self, text: Any, text_pair: Any = None, add_special_tokens: bool = True, **options: Any
+    ) -> Any:
         """The ids of one text.
 
         Args:
             text: Any text. Where it spells a special token ("</s>"), that one's id stands for it.
+            text_pair: A second text, to follow it.
             add_special_tokens: Whether to begin with the beginning-of-text token, where the model
                 expects one.
+            **options: As of `__call__`.
+
+        Returns:
+            A list of ids, or with `return_tensors` a tensor [1, T].
 
         Raises:
             TokenizerError: `text` is not a string, or contains half of a surrogate pair.
         """
-        return self._prefix(add_special_tokens) + self._ids([text])[0]
+        if text_pair is None and not options and isinstance(text, str):
+            begin = self._begin(add_special_tokens)
+            ids = self._encoded([text])[0].ids
+            return ids if begin is None else [begin[1], *ids]
+        options["add_special_tokens"] = add_special_tokens
+        return self(text, text_pair, **options)["input_ids"]
 
     def __call__(
         self,
-        text: str | Sequence[str],
-        text_pair: str | Sequence[str] | None = None,
+        text: Any = None,
+        text_pair: Any = None,
         *,
-        padding_side: Literal["left", "right"] = "right",
         add_special_tokens: bool = True,
+        padding: bool | str | None = None,
+        truncation: bool | str | None = None,
         max_length: int | None = None,
-        truncation: bool = False,
+        stride: int = 0,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: Any = None,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_length: bool = False,
+        add_prefix_space: bool = False,
+        **others: Any,
     ) -> Encoding:
-        """Encodes one text or several as one padded batch.
+        """Encodes one text or several; arguments and results are `transformers`'.
+
+        What comes back depends on what is asked for:
+
+        - nothing: lists. One text gives one flat list of ids, several give a list for each, as
+          long as it is. A model takes either: several lists are padded on `padding_side` when
+          NumPy or a model makes an array of them (see `Rows`).
+        - `return_tensors`: that framework's tensors [B, T], which need rows of one length.
+        - `padding_side` without `padding` or `return_tensors`, which means nothing in
+          `transformers`: NumPy, int32 [B, T], padded to the longest.
 
         Args:
-            text: One text (B = 1) or several.
+            text: One text or several; a pair is a tuple of two. In `tf.data.Dataset.map` a tensor
+                of strings will do: ids and mask are padded to the longest then.
             text_pair: As many second texts, each to follow its first one. The beginning-of-text
                 token is put before the second one too, as OPT's original tokenizer did.
-            padding_side: Where padding goes: "left" for generation, "right" for training.
             add_special_tokens: Whether to begin with the beginning-of-text token, where the model
                 expects one.
-            max_length: Most tokens a row may have; None means no limit.
-            truncation: Whether to cut the end off longer rows (of the second text, for a pair).
+            padding: True or "longest" pads to the longest row, "max_length" to `max_length`.
+            truncation: True or "longest_first" cuts rows to `max_length`; "only_first",
+                "only_second" of a pair that text alone.
+            max_length: Most tokens of a row. Cuts, unless `padding` or `truncation` says otherwise.
+            stride: Tokens that a row of cut-off ones repeats.
+            is_split_into_words: Whether a text is a list of words.
+            pad_to_multiple_of: Padded rows are as long as a multiple of this.
+            padding_side: In place of the attribute, "left" or "right".
+            return_tensors: "np", "pt", "tf" or "jax".
+            return_token_type_ids: Whether to say which text of a pair a token is of, 0 or 1.
+            return_attention_mask: False leaves the mask out.
+            return_overflowing_tokens: Whether cut-off tokens make rows of their own, with
+                "overflow_to_sample_mapping".
+            return_special_tokens_mask: Whether to say which tokens are special.
+            return_offsets_mapping: Whether to give each token's characters, (first, last + 1).
+            return_length: Whether to give the rows' lengths.
+            add_prefix_space: Whether texts begin with a space, as words inside of one do.
+            **others: `verbose`, without effect; anything else is refused.
 
         Returns:
-            Ids and mask, both int32 [B, T], whatever B is.
+            "input_ids", "attention_mask" (1 for tokens, 0 for padding), and what was asked for.
 
         Raises:
-            TokenizerError: A text is no string, the texts do not pair up, a row is longer than
-                `max_length` without `truncation`, or padding is needed and has no token.
+            TokenizerError: A text is no string, the texts do not pair up, or they cannot be padded
+                or cut as asked.
         """
-        if padding_side not in ("left", "right"):
-            raise TokenizerError(
-                f'padding_side: expected "left" or "right", received {padding_side!r}'
-            )
-        if truncation and max_length is None:
-            raise TokenizerError("truncation=True needs max_length")
-        rows = self._rows(_texts(text, "text"), add_special_tokens)
-        if text_pair is not None:
-            seconds = self._rows(_texts(text_pair, "text_pair"), add_special_tokens)
-            if len(rows) != len(seconds):
-                raise TokenizerError(
-                    f"text_pair: expected {len(rows)} texts, like text, received {len(seconds)}"
-                )
-            rows = [first + second for first, second in zip(rows, seconds, strict=True)]
-        if max_length is not None:
-            rows = [_limited(row, i, max_length, truncation) for i, row in enumerate(rows)]
-        return self._padded(rows, padding_side)
-
-    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
-        """The text of one row of ids.
-
-        Bytes that are no valid UTF-8 become U+FFFD; no spaces are cleaned up.
-
-        Args:
-            ids: Ids [T] or one id: a list, a NumPy array, or a tensor of any framework.
-            skip_special_tokens: Whether to leave special tokens out.
-
-        Raises:
-            TokenizerError: `ids` is not a row of integers, or no token has one of them.
-        """
-        array = _id_array(ids)
-        if array.ndim > 1:
-            raise TokenizerError(
-                f"ids: expected one row, received shape {array.shape}; use batch_decode"
-            )
-        row: list[int] = array.reshape(-1).tolist()
-        pieces = (self.token_bytes(token_id, skip_special_tokens) for token_id in row)
-        return b"".join(pieces).decode("utf-8", errors="replace")
-
-    def batch_decode(self, ids: Any, skip_special_tokens: bool = True) -> list[str]:
-        """The text of every row of ids [B, T] (or of rows of different lengths); see `decode`."""
-        rows: list[Any] = list(ids)
-        if any(_id_array(row).ndim != 1 for row in rows):
-            raise TokenizerError("ids: expected a batch of rows; for a single row use decode")
-        return [self.decode(row, skip_special_tokens) for row in rows]
+        self.check_call_options(others)
+        as_arrays = padding_side is not None and padding is None and return_tensors is None
+        side = assembly.side("padding_side", padding_side or self.padding_side)
+        if tensors.is_symbolic(text):
+            options: dict[str, Any] = {
+                "add_special_tokens": add_special_tokens, "truncation": truncation,
+                "padding": padding, "max_length": max_length, "padding_side": side,
+                "pad_to_multiple_of": pad_to_multiple_of,
+            }  # fmt: skip
+            return Encoding(tensors.in_graph(lambda texts: self(texts, **options), text))
+        pad = self.pad_token_id
+        firsts, seconds, is_batch = pairs_of(text, text_pair, is_split_into_words)
+        limits = assembly.limits(padding, truncation, max_length, stride, self.model_max_length)
+        groups = assembly.assemble(
+            self._encoded(firsts, is_split_into_words, add_prefix_space),
+            None
+            if seconds is None
+            else self._encoded(seconds, is_split_into_words, add_prefix_space),
+            self._begin(add_special_tokens),
+            limits,
+            self.truncation_side,
+        )
+        rows = [
+            row for group in groups for row in group[: None if return_overflowing_tokens else 1]
+        ]
+        if limits.padding:
+            assembly.pad(rows, self.pad_token, pad, limits, pad_to_multiple_of, side)
+        columns = assembly.columns(
+            rows,
+            token_type_ids=bool(return_token_type_ids),
+            attention_mask=return_attention_mask is not False,
+            special_tokens_mask=return_special_tokens_mask,
+            offset_mapping=return_offsets_mapping,
+        )
+        fills = assembly.fills(pad)
+        made = Encoding(columns, rows)
+        made.update({name: Rows(columns[name], fills[name], side) for name in fills & made.keys()})
+        if not (is_batch or return_overflowing_tokens or return_tensors or as_arrays):
+            made.update({name: column[0] for name, column in columns.items()})
+        if return_overflowing_tokens:
+            sources = [i for i, group in enumerate(groups) for _ in group]
+            made["overflow_to_sample_mapping"] = sources
+        if return_length:
+            made["length"] = [len(ids) for ids in columns["input_ids"]]
+        if as_arrays:
+            made.update({n: np.asarray(v) for n, v in made.items() if isinstance(v, Rows)})
+        return made.convert_to_tensors(return_tensors)
 
     def backend(self) -> "Tokenizer":
-        """A copy of the library's tokenizer underneath: for offsets, or other settings than ours.
+        """A copy of the library's tokenizer underneath: for other settings than ours.
 
         Its ids begin with no special token unless it is asked for them.
         """
-        return copy.deepcopy(self._backend)
+        return copy.deepcopy(self.loaded.backend)
 
-    def _id(self, name: str) -> int | None:
-        token = self._loaded.named.get(name)
-        return None if token is None else self._backend.token_to_id(token)
+    def _begin(self, add_special_tokens: bool) -> tuple[str, int] | None:
+        """The token that texts begin with, and its id; None: with none."""
+        bos, bos_id = self.bos_token, self.bos_token_id
+        wanted = add_special_tokens and self.add_bos
+        return (bos, bos_id) if wanted and bos is not None and bos_id is not None else None
 
-    def _prefix(self, add_special_tokens: bool) -> list[int]:
-        bos = self.bos_token_id
-        return [bos] if add_special_tokens and self.add_bos and bos is not None else []
-
-    def _rows(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        prefix = self._prefix(add_special_tokens)
-        return [prefix + ids for ids in self._ids(texts)]
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encoded(
+        self,
+        texts: Sequence[Any],
+        is_split_into_words: bool = False,
+        add_prefix_space: bool = False,
+    ) -> "list[LibraryEncoding]":
         for i, text in enumerate(texts):
-            self._check_text(text, i)
+            for part in text if is_split_into_words else (text,):
+                self._check_text(part, i)
+        options = {"add_special_tokens": False, "is_pretokenized": is_split_into_words}
+        backend: Any = self._prefixing if add_prefix_space else self.loaded.backend
         if len(texts) == 1:  # without the library's threads, which forbid a later fork
-            return [self._backend.encode(texts[0], add_special_tokens=False).ids]
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+            return [backend.encode(texts[0], **options)]
+        return backend.encode_batch(list(texts), **options)
 
     def _check_text(self, text: Any, i: int) -> None:
         if not isinstance(text, str):
@@ -254,69 +305,21 @@ class OPTTokenizer:
                 "pair and has no UTF-8 form; replace it"
             ) from None
         if self._unencodable_bytes and not self._unencodable_bytes.isdisjoint(encoded):
-            lost = next(byte for byte in encoded if byte in self._unencodable_bytes)
-            raise TokenizerError(f"text {i}: the vocabulary has no token for its byte 0x{lost:02x}")
-
-    def _padded(self, rows: list[list[int]], side: Literal["left", "right"]) -> Encoding:
-        width = max(map(len, rows))
-        pad = self.pad_token_id
-        if pad is None and min(map(len, rows)) < width:
-            raise TokenizerError(
-                f"{self._loaded.source}: texts of different lengths need a pad_token, which this "
-                "tokenizer lacks; name one in tokenizer_config.json"
-            )
-        input_ids = np.full((len(rows), width), 0 if pad is None else pad, np.int32)
-        attention_mask = np.zeros_like(input_ids)
-        for i, row in enumerate(rows):
-            place = slice(width - len(row), None) if side == "left" else slice(len(row))
-            input_ids[i, place] = row
-            attention_mask[i, place] = 1
-        return Encoding(input_ids, attention_mask)
+            added = "|".join(map(re.escape, self.added_tokens_encoder)) or "$^"
+            rest = re.sub(added, "", text).encode("utf-8")
+            for byte in rest:
+                if byte in self._unencodable_bytes:
+                    raise TokenizerError(
+                        f"text {i}: the vocabulary has no token for its byte 0x{byte:02x}"
+                    )
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
-        added = self._backend.get_added_tokens_decoder().items()
-        named = (self._backend.token_to_id(token) for token in self._loaded.named.values())
-        return frozenset([index for index, token in added if token.special]).union(
-            index for index in named if index is not None
-        )
-
-    @cached_property
-    def _bytes(self) -> list[bytes | None]:
-        return byte_level.token_table(self._backend)
+    def _prefixing(self) -> "Tokenizer":
+        """The tokenizer that puts a space before a text."""
+        made = OPTTokenizer.from_loaded(replace(self.loaded, backend=self.backend()))
+        made.add_prefix_space = True
+        return made.loaded.backend
 
     @cached_property
     def _unencodable_bytes(self) -> frozenset[int]:
-        return byte_level.unencodable_bytes(self._backend)
-
-
-def _texts(value: Any, name: str) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, Iterable) or isinstance(value, bytes):
-        raise TokenizerError(
-            f"{name}: expected a string or a sequence of strings, received {type(value).__name__}"
-        )
-    texts: list[str] = list(value)  # type: ignore[arg-type]
-    if not texts:
-        raise TokenizerError(f"{name}: expected at least one text, received none")
-    return texts
-
-
-def _limited(row: list[int], i: int, max_length: int, truncation: bool) -> list[int]:
-    if max_length < 1:
-        raise TokenizerError(f"max_length: expected at least 1, received {max_length}")
-    if len(row) > max_length and not truncation:
-        raise TokenizerError(
-            f"text {i} has {len(row)} tokens, more than max_length={max_length}; shorten it or "
-            "pass truncation=True to cut its end off"
-        )
-    return row[:max_length]
-
-
-def _id_array(ids: Any) -> NDArray[Any]:
-    """Any framework's ids as NumPy integers; `tolist` brings tensors over from an accelerator."""
-    array: NDArray[Any] = np.asarray(ids.tolist() if hasattr(ids, "tolist") else ids)
-    if array.dtype.kind not in "iu" and array.size:
-        raise TokenizerError(f"ids: expected integers, received {array.dtype}")
-    return array
+        return byte_level.unencodable_bytes(self.loaded.backend)

@@ -4,22 +4,33 @@ Fail-closed: files that contradict one another, or ask for what this project doe
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from opt_core.errors import TokenizerError
 from opt_core.json_files import read_json, write_json
+from opt_core.text.assembly import begin_with
 from opt_core.text.model_padding import pad_as_the_model
+from opt_core.text.vocabulary_files import check_vocabulary, read_merges, write_merges
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
-NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-# OPT's own, for vocab.json with merges.txt; and those of Galactica's bare tokenizer.json, which are
-# taken only where its vocabulary has them. Files that name others come first.
+NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+# OPT's own and GPT-2's, for vocab.json with merges.txt; and those of Galactica's bare
+# tokenizer.json. Taken only where the vocabulary has them; files that name others come first.
 _OPT_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+_GPT2_TOKENS: dict[str, str] = dict.fromkeys(NAMES[:3], "<|endoftext|>")
 _USUAL_TOKENS = {
     "bos_token": "<s>",
     "eos_token": "</s>",
@@ -27,9 +38,11 @@ _USUAL_TOKENS = {
     "pad_token": "<pad>",
 }
 _ADDED_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+KEPT = ("model_max_length", "padding_side", "truncation_side", "chat_template")
+"""Entries of tokenizer_config.json that decide no id."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoadedTokenizer:
     """The contents of a tokenizer's files.
 
@@ -38,15 +51,19 @@ class LoadedTokenizer:
         named: Text of the special tokens called `NAMES`, those that there are.
         add_bos: Whether a text starts with the beginning-of-text token.
         source: Folder the files were read from, for messages.
+        extra: Special tokens without a name.
+        kept: The settings called `KEPT`, those that there are.
     """
 
     backend: "Tokenizer"
     named: dict[str, str]
     add_bos: bool
     source: Path
+    extra: list[str] = field(default_factory=list[str])
+    kept: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-def load(folder: Path) -> LoadedTokenizer:
+def load(folder: Path, **changes: Any) -> LoadedTokenizer:
     """Reads a tokenizer from vocab.json with merges.txt, or from tokenizer.json.
 
     Where both are there tokenizer.json is read, as in `transformers`: it alone holds everything a
@@ -55,21 +72,88 @@ def load(folder: Path) -> LoadedTokenizer:
 
     Args:
         folder: Where the files are.
+        **changes: Entries of tokenizer_config.json to take in place of the file's. A special token
+            that the vocabulary lacks gets the next id.
 
     Raises:
         TokenizerError: A file is missing or damaged, contradicts another one, or describes no
             byte-level BPE.
     """
-    settings = _settings(folder)
+    settings = _settings(folder, changes)
     if (folder / "tokenizer.json").is_file():
         backend = _read_tokenizer_json(folder, settings)
-        defaults = {k: v for k, v in _USUAL_TOKENS.items() if backend.token_to_id(v) is not None}
-        add_bos = None
+        loaded = _finish(backend, folder, settings, _USUAL_TOKENS, None)
     else:
-        backend = _read_vocab_and_merges(folder, settings)
-        defaults, add_bos = _OPT_TOKENS, True
+        loaded = build(*_read_vocab_and_merges(folder), settings, folder)
+    if "pad_token" not in changes:  # who names one will resize the model
+        pad_as_the_model(folder, loaded.backend, loaded.named)
+    return loaded
+
+
+def build(
+    vocabulary: Mapping[str, int],
+    merges: Iterable[tuple[str, str]],
+    settings: Mapping[str, Any],
+    source: Path,
+) -> LoadedTokenizer:
+    """Makes a tokenizer of a vocabulary and merges.
+
+    Args:
+        vocabulary: The id of every token.
+        merges: Pairs of tokens, the first ones first.
+        settings: Entries of tokenizer_config.json.
+        source: Where they are from, for messages.
+
+    Raises:
+        TokenizerError: They contradict each other.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    backend = Tokenizer(models.BPE(vocab=dict(vocabulary), merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=bool(settings.get("add_prefix_space"))
+    )
+    backend.decoder = decoders.ByteLevel()
+    is_opt = "</s>" in vocabulary
+    return _finish(
+        backend, source, settings, _OPT_TOKENS if is_opt else _GPT2_TOKENS, is_opt or None
+    )
+
+
+def adopt(backend: "Tokenizer", settings: Mapping[str, Any], source: str = "") -> LoadedTokenizer:
+    """Makes a tokenizer of a copy of the library's own.
+
+    Args:
+        backend: A byte-level BPE.
+        settings: Entries of tokenizer_config.json.
+        source: What to call it in messages.
+
+    Raises:
+        TokenizerError: It is of another kind.
+    """
+    from tokenizers import Tokenizer
+
+    place, text = Path(source or "tokenizer_object"), backend.to_str()
+    _check_kind(json.loads(text), place)
+    copy = Tokenizer.from_str(text)
+    copy.no_padding()
+    copy.no_truncation()
+    return _finish(copy, place, settings, _USUAL_TOKENS, None)
+
+
+def _finish(
+    backend: "Tokenizer",
+    folder: Path,
+    settings: Mapping[str, Any],
+    usual: Mapping[str, str],
+    add_bos: bool | None,
+) -> LoadedTokenizer:
+    """Special and added tokens, by the files or else as usual where the vocabulary has those."""
+    defaults = {k: v for k, v in usual.items() if backend.token_to_id(v) is not None}
     given = {
-        name: _text(settings[name], folder) for name in NAMES if settings.get(name) is not None
+        name: token_text(settings[name], folder / "tokenizer_config.json")
+        for name in NAMES
+        if settings.get(name) is not None
     }
     first = _prepended(backend, folder)
     if settings.get("add_bos_token", add_bos) is None and first is not None:
@@ -79,15 +163,16 @@ def load(folder: Path) -> LoadedTokenizer:
                 f"{given['bos_token']!r}; set add_bos_token in tokenizer_config.json"
             )
         given["bos_token"], add_bos = first, True
-    named = {**defaults, **given}
-    _add_tokens(backend, folder, settings, named)
-    pad_as_the_model(folder, backend, named)
+    named = {k: v for k, v in {**defaults, **given}.items() if k in given or k not in settings}
+    extra = _add_tokens(backend, folder, settings, named)
     add_bos = bool(settings.get("add_bos_token", add_bos))
     if add_bos and "bos_token" not in named:
-        raise TokenizerError(
-            f"{folder / 'tokenizer_config.json'}: add_bos_token is true, but there is no bos_token"
-        )
-    return LoadedTokenizer(backend, named, add_bos, folder)
+        if settings.get("add_bos_token"):
+            path = folder / "tokenizer_config.json"
+            raise TokenizerError(f"{path}: add_bos_token is true, but there is no bos_token")
+        add_bos = False
+    kept = {name: settings[name] for name in KEPT if settings.get(name) is not None}
+    return LoadedTokenizer(backend, named, add_bos, folder, extra, kept)
 
 
 def save(tokenizer: LoadedTokenizer, folder: Path) -> None:
@@ -99,28 +184,26 @@ def save(tokenizer: LoadedTokenizer, folder: Path) -> None:
             everything, which they cannot for a tokenizer with rules of its own (Galactica's).
     """
     from tokenizers import Tokenizer
-    from tokenizers.processors import TemplateProcessing
 
     backend, named = Tokenizer.from_str(tokenizer.backend.to_str()), tokenizer.named
-    if tokenizer.add_bos:
-        bos = named["bos_token"]
-        backend.post_processor = TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos}:1 $B:1",
-            special_tokens=[(bos, backend.token_to_id(bos))],
-        )
+    bos = named.get("bos_token")
+    bos_id = None if bos is None else backend.token_to_id(bos)
+    if tokenizer.add_bos and bos is not None and bos_id is not None:
+        backend.post_processor = begin_with(bos, bos_id)
     contents: dict[str, Any] = json.loads(backend.to_str())
     plain = _is_plain(contents)
     write_json(folder / "tokenizer.json", contents)
     if plain:
         write_json(folder / "vocab.json", contents["model"]["vocab"])
-        _write_merges(folder / "merges.txt", contents["model"]["merges"])
+        write_merges(folder / "merges.txt", contents["model"]["merges"])
     added = {str(token.pop("id")): token for token in contents["added_tokens"]}
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "GPT2Tokenizer" if plain else "PreTrainedTokenizerFast",
             **named,
+            **({"additional_special_tokens": tokenizer.extra} if tokenizer.extra else {}),
+            **tokenizer.kept,
             "add_bos_token": tokenizer.add_bos,
             "add_prefix_space": plain and contents["pre_tokenizer"]["add_prefix_space"],
             "clean_up_tokenization_spaces": False,
@@ -141,19 +224,16 @@ def _is_plain(contents: Mapping[str, Any]) -> bool:
     )
 
 
-def _write_merges(path: Path, merges: list[Any]) -> None:
-    lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
-    part = path.with_name(f".{path.name}.tmp")
-    part.write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
-    part.replace(path)
-
-
-def _settings(folder: Path) -> dict[str, Any]:
+def _settings(folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json, with what older versions wrote to special_tokens_map.json."""
     path, older = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     settings = read_json(path, TokenizerError) if path.is_file() else {}
     if "added_tokens_decoder" not in settings and older.is_file():
         settings |= read_json(older, TokenizerError)
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        settings["chat_template"] = template.read_text(encoding="utf-8")
+    settings |= changes
     for key in ("add_eos_token", "split_special_tokens"):
         if settings.get(key):
             raise TokenizerError(
@@ -172,11 +252,7 @@ def _read_tokenizer_json(folder: Path, settings: Mapping[str, Any]) -> "Tokenize
 
     path = folder / "tokenizer.json"
     contents = read_json(path, TokenizerError)
-    kinds = [_object(contents.get(name)).get("type") for name in ("model", "decoder")]
-    if kinds != ["BPE", "ByteLevel"]:
-        raise TokenizerError(
-            f"{path}: expected a BPE model and a ByteLevel decoder, received {kinds[0]}, {kinds[1]}"
-        )
+    _check_kind(contents, path)
     try:
         backend = Tokenizer.from_str(json.dumps(contents))
     except Exception as error:  # the library raises nothing narrower
@@ -197,57 +273,22 @@ def _read_tokenizer_json(folder: Path, settings: Mapping[str, Any]) -> "Tokenize
     return backend
 
 
-def _read_vocab_and_merges(folder: Path, settings: Mapping[str, Any]) -> "Tokenizer":
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def _check_kind(contents: Mapping[str, Any], path: Path) -> None:
+    kinds = [_object(contents.get(name)).get("type") for name in ("model", "decoder")]
+    if kinds != ["BPE", "ByteLevel"]:
+        raise TokenizerError(
+            f"{path}: expected a BPE model and a ByteLevel decoder, received {kinds[0]}, {kinds[1]}"
+        )
 
+
+def _read_vocab_and_merges(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     for name, other in (("vocab.json", "merges.txt"), ("merges.txt", "vocab.json")):
         if not (folder / name).is_file():
             beside = f" beside {other}" if (folder / other).is_file() else " and no tokenizer.json"
             raise TokenizerError(f"{folder}: no {name}{beside}; expected both, or tokenizer.json")
     vocabulary = read_json(folder / "vocab.json", TokenizerError)
-    _check_vocabulary(vocabulary, folder / "vocab.json")
-    merges = _read_merges(folder / "merges.txt", vocabulary)
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=bool(settings.get("add_prefix_space"))
-    )
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _check_vocabulary(vocabulary: Mapping[str, Any], path: Path) -> None:
-    seen: dict[int, str] = {}
-    for token, index in vocabulary.items():
-        if type(index) is not int or not 0 <= index < 2**31:
-            raise TokenizerError(f"{path}: {token!r}: expected an id >= 0, received {index!r}")
-        if index in seen:
-            raise TokenizerError(
-                f"{path}: id {index} belongs to both {seen[index]!r} and {token!r}"
-            )
-        seen[index] = token
-    if not seen:
-        raise TokenizerError(f"{path}: no tokens")
-
-
-def _read_merges(path: Path, vocabulary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: not readable as text: {error}") from None
-    merges: list[tuple[str, str]] = []
-    for number, line in enumerate(lines, start=1):
-        if line.startswith("#version") or not line.strip():
-            continue
-        left, _, right = line.rstrip("\r").partition(" ")
-        if not left or not right or " " in right:
-            raise TokenizerError(f"{path}: line {number}: expected two tokens, received {line!r}")
-        for token in (left, right, left + right):
-            if token not in vocabulary:
-                raise TokenizerError(f"{path}: line {number}: {token!r} is not in vocab.json")
-        merges.append((left, right))
-    if not merges:
-        raise TokenizerError(f"{path}: no merges; the file is empty or cut short")
-    return merges
+    check_vocabulary(vocabulary, folder / "vocab.json")
+    return vocabulary, read_merges(folder / "merges.txt", vocabulary)
 
 
 def _prepended(backend: "Tokenizer", folder: Path) -> str | None:
@@ -267,12 +308,15 @@ def _object(value: Any) -> dict[str, Any]:
     return cast(dict[str, Any], value) if isinstance(value, dict) else {}
 
 
-def _text(token: Any, folder: Path) -> str:
-    text = _object(token).get("content", token)
+def token_text(token: Any, place: object) -> str:
+    """The text of a token: a string, an entry of a file, or the library's `AddedToken`.
+
+    Raises:
+        TokenizerError: It is none of them.
+    """
+    text = _object(token).get("content", getattr(token, "content", token))
     if not isinstance(text, str) or not text:
-        raise TokenizerError(
-            f"{folder / 'tokenizer_config.json'}: expected a token, received {token!r}"
-        )
+        raise TokenizerError(f"{place}: expected a token, received {token!r}")
     return text
 
 
@@ -281,13 +325,17 @@ def _added_token(token: Any, folder: Path, *, special: bool) -> "AddedToken":
 
     flags = {"special": special, "normalized": not special}
     flags |= {name: bool(flag) for name, flag in _object(token).items() if name in _ADDED_FLAGS}
-    return AddedToken(_text(token, folder), **flags)
+    return AddedToken(token_text(token, folder / "tokenizer_config.json"), **flags)
 
 
 def _add_tokens(
     backend: "Tokenizer", folder: Path, settings: Mapping[str, Any], named: Mapping[str, str]
-) -> None:
-    """Makes the tokens that the files list as added, or as special, known to the backend."""
+) -> list[str]:
+    """Makes the tokens that the files list as added, or as special, known to the backend.
+
+    Returns:
+        The special ones that have no name.
+    """
     extra: Any = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
     if not isinstance(extra, list | dict | None):
         path = folder / "tokenizer_config.json"
@@ -295,24 +343,20 @@ def _add_tokens(
     listed: list[Any] = [settings.get(name) or text for name, text in named.items()]
     listed += [v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str | dict)]
     listed += _object(extra).values() if isinstance(extra, dict) else cast(list[Any], extra or [])
-    special = {_text(token, folder): token for token in listed}
+    special = {token_text(token, folder / "tokenizer_config.json"): token for token in listed}
     for index, token, path in _listed_as_added(folder, settings, special):
-        text = _text(token, folder)
+        text = token_text(token, folder / "tokenizer_config.json")
         backend.add_tokens(  # pyright: ignore[reportUnknownMemberType]
             [_added_token(token, folder, special=text in special)]
         )
         _check_id(backend, text, index, path)
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for text, token in special.items():
-        if backend.token_to_id(text) is None:
-            raise TokenizerError(
-                f"{folder}: the special token {text!r} has no id in the vocabulary; expected it in "
-                "vocab.json, tokenizer.json or added_tokens.json"
-            )
-        if text not in known:
+        if text not in known:  # without an id it gets the next one, as in transformers
             backend.add_special_tokens(  # pyright: ignore[reportUnknownMemberType]
                 [_added_token(token, folder, special=True)]
             )
+    return [text for text in special if text not in named.values()]
 
 
 def _listed_as_added(

@@ -192,10 +192,21 @@ def open_run(path: Path, settings: Mapping[str, Any], resume: bool) -> Generator
             folder = RunFolder(path)
             try:
                 yield folder
+            except BaseException:
+                if not has_begun(path):  # or the settings at fault would have to stay
+                    about.unlink(missing_ok=True)
+                    (path / METRICS_FILE).unlink(missing_ok=True)
+                raise
             finally:
                 folder.close()
     except OSError as error:
         raise TrainingError(f"{path}: cannot be used: {error.strerror or error}") from None
+
+
+def has_begun(path: Path) -> bool:
+    """Whether a step of a run has been written down."""
+    metrics = path / METRICS_FILE
+    return bool(RunFolder(path).steps()) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

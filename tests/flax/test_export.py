@@ -18,6 +18,7 @@ from opt_core.errors import CheckpointError, ConfigError, GenerationError  # noq
 from opt_flax import sharding  # noqa: E402
 from opt_flax.export import export_stablehlo  # noqa: E402
 from tests.support.backends import ORACLE_TOLERANCE  # noqa: E402
+from tests.support.configs import CONFIGS  # noqa: E402
 from tests.support.reference import make_mask, make_prompts  # noqa: E402
 
 
@@ -146,3 +147,11 @@ def test_what_cannot_be_exported(folder, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="cannot be written"):
         export_stablehlo(model, tmp_path / "file", 9, max_new_tokens=3)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_flatbuffers_it_says_what_to_install(tmp_path, monkeypatch):
+    """TensorFlow brings it, and hid that JAX' export needs it and does not ask for it."""
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    model = opt_flax.FlaxOPTForCausalLM(CONFIGS["pre_ln"])
+    with pytest.raises(ConfigError, match="pip install flatbuffers"):
+        export_stablehlo(model, tmp_path, 8, max_new_tokens=2)

@@ -116,7 +116,7 @@ def test_stop_strings_end_rows_inside_a_run(backend, texts):
     width = prompts.input_ids.shape[1]
     drafts = {"assistant_model": model, "num_assistant_tokens": 7}
     free = backend.generate(model, prompts.input_ids, **settings)
-    stop = tokenizer.decode(free[0, width + 4 : width + 6])
+    stop = tokenizer.decode(free[0, width + 4 : width + 6], True)
     settings["stop_strings"] = [stop, "never written"]
     same(backend, model, prompts.input_ids, drafts, **settings)
 

@@ -54,7 +54,7 @@ def test_hidden_states_of_opt_350m(backend):
 
 def test_logits_of_opt_350m_are_metaseqs(backend):
     tokenizer = OPTTokenizer.from_pretrained(checkpoint("opt-350m"))
-    batch = tokenizer(PROMPTS, add_special_tokens=False)
+    batch = tokenizer(PROMPTS, add_special_tokens=False, padding_side="right")
     out = backend.run(
         backend.load(checkpoint("opt-350m")),
         input_ids=batch.input_ids,
@@ -85,8 +85,9 @@ def test_greedy_texts(backend, name):
     prompts = ["Today is a beautiful day and I want", *PROMPTS[1:]]
     texts = []
     for prompt in prompts:
-        ids = tokenizer(prompt).input_ids
-        texts.append(tokenizer.decode(backend.generate(model, ids, max_length=10)[0]))
+        ids = tokenizer(prompt, return_tensors="np").input_ids
+        made = backend.generate(model, ids, max_length=10)
+        texts += tokenizer.batch_decode(made, skip_special_tokens=True)
     assert texts == GREEDY[name]
 
 
@@ -98,7 +99,7 @@ def test_a_left_padded_batch(backend):
     out = backend.generate(
         model, batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=10
     )
-    assert tokenizer.batch_decode(out) == [
+    assert tokenizer.batch_decode(out, skip_special_tokens=True) == [
         "Hello, my dog is a little bit of a dork.\nI'm a",
         "Today, I was in the middle of a conversation with a friend",
     ]

@@ -16,7 +16,7 @@ PADDING_ROWS = 3
 
 def save_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Saves a random model with a small tokenizer; fields of its config may be changed."""
-    ids = OPTTokenizer.from_pretrained(write_opt_folder(folder)).vocab_size
+    ids = OPTTokenizer.from_pretrained(write_opt_folder(folder)).id_limit
     fields = {"vocab_size": ids + PADDING_ROWS, "init_std": 0.3, **changes}
     config = CONFIGS["pre_ln"].replace(**fields)
     specs = param_specs(config)

@@ -147,7 +147,7 @@ def test_text_files_are_cut_where_asked(tmp_path: Path, tokenizer: OPTTokenizer)
             {"skip_bad": True},
             "no document is left of 2 read: 1 empty file, 1 empty",
         ),
-        ({"a.txt": "dog"}, {}, "validation: none of 1 documents fell on this side"),
+        ({"a.txt": "dog"}, {"validation_fraction": 0.5}, "validation: none of 1 documents fell"),
         ({"a.txt": "dog"}, {"validation_fraction": 0}, "train: 4 tokens fill no block of 16"),
         ({"a.txt": "a\0b"}, {}, "binary data"),
         ({"a.jsonl": "{}"}, {}, "expected a field 'text', found nothing"),

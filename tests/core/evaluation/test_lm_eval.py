@@ -106,7 +106,7 @@ def test_texts_are_written(lm: Any, model: Bigrams, tokenizer: OPTTokenizer):
     contexts = ["The", "The quick brown fox", "I like", TEXT]
     found = lm.generate_until([request(text, greedy) for text in contexts])
     for context, text in zip(contexts, found, strict=True):
-        assert text == tokenizer.decode(model.follow(tokenizer.encode(context), 5))
+        assert text == tokenizer.decode(model.follow(tokenizer.encode(context), 5), True)
     assert all(call["shape"][1] <= 16 - 5 for call in model.asked)
     assert sum(call["shape"][0] for call in model.asked) == 4
     assert not any(call["do_sample"] or "temperature" in call for call in model.asked)

@@ -25,7 +25,9 @@ class Likes:
     """A model to which some pieces of text are dear: each of their tokens costs less."""
 
     def __init__(self, tokenizer: OPTTokenizer, *liked: str) -> None:
-        self.tokens = {i for text in liked for i in tokenizer.encode(text, False)}
+        self.tokens = {
+            i for text in liked for i in tokenizer.encode(text, add_special_tokens=False)
+        }
 
     def __call__(self, ids: Any) -> tuple[Any, Any]:
         is_liked = np.isin(ids[:, 1:], list(self.tokens))
@@ -115,7 +117,10 @@ def test_accuracies(tokenizer: OPTTokenizer):
     ]
     costs = [
         [
-            sum(1 if t in likes.tokens else 2 for t in tokenizer.encode(choice, False))
+            sum(
+                1 if t in likes.tokens else 2
+                for t in tokenizer.encode(choice, add_special_tokens=False)
+            )
             for choice in item.choices
         ]
         for item in items
@@ -137,8 +142,8 @@ def test_lambada_asks_for_the_whole_word(tokenizer: OPTTokenizer):
     items = [Item("The quick brown", (" dog",), 0), Item("The lazy", (" fox",), 0)]
     result = evaluate_choices(Likes(tokenizer, " dog"), tokenizer, items, 64, "lambada")
     assert (result.acc, result.acc_norm) == (0.5, None)
-    fox = tokenizer.encode(" fox", False)
-    dog = tokenizer.encode(" dog", False)
+    fox = tokenizer.encode(" fox", add_special_tokens=False)
+    dog = tokenizer.encode(" dog", add_special_tokens=False)
     nats = len(dog) + sum(1 if t in dog else 2 for t in fox)
     assert result.perplexity == pytest.approx(math.exp(nats / 2))
 
@@ -158,7 +163,10 @@ def test_crows_pairs(tmp_path: Path, tokenizer: OPTTokenizer):
     assert result.kinds == {"age": 50, "gender": 100}
     assert (result.language_model, result.icat) == (None, None)
     costs = [
-        sum(1 if t in tokenizer.encode(" dog", False) else 2 for t in tokenizer.encode(w, False))
+        sum(
+            1 if t in tokenizer.encode(" dog", add_special_tokens=False) else 2
+            for t in tokenizer.encode(w, add_special_tokens=False)
+        )
         for w in (" fox", " dog")
     ]
     assert result.likelihood_difference == pytest.approx(costs[0] - costs[1])

@@ -29,13 +29,21 @@ def folder(tmp_path: Path) -> Path:
 def test_padding_is_the_models(folder: Path):
     with pytest.warns(UserWarning, match=r"tokenizer_config\.json: .*'\[PAD\]'.*config\.json"):
         tokenizer = OPTTokenizer.from_pretrained(folder)
-    assert (tokenizer.pad_token_id, tokenizer._loaded.named["pad_token"]) == (1, "<pad>")
+    assert (tokenizer.pad_token_id, tokenizer.pad_token) == (1, "<pad>")
     model = opt_torch.OPTForCausalLM.from_pretrained(folder)
     encoded = tokenizer(["I like", "I like you"], padding_side="left")
     assert encoded.input_ids[0, 0] == 1
     alone = model.generate(tokenizer(["I like"]).input_ids, max_new_tokens=3)
     batch = model.generate(**encoded, max_new_tokens=3)
     assert batch[0, 1:].tolist() == alone[0].tolist()
+
+
+def test_who_names_a_token_has_it(folder: Path):
+    """As for a model that is resized next."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer = OPTTokenizer.from_pretrained(folder, pad_token="[PAD]")
+    assert tokenizer.pad_token_id == len(tokenizer) - 1
 
 
 def test_a_resized_model_has_the_token_itself(folder: Path):

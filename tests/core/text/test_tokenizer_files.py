@@ -31,12 +31,6 @@ def change_vocab(**changes):
     return change
 
 
-def drop_pad(folder: Path) -> None:
-    vocabulary = json.loads((folder / "vocab.json").read_text())
-    vocabulary["<gone>"] = vocabulary.pop("<pad>")
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-
-
 def write(name: str, contents: str | bytes):
     data = contents.encode() if isinstance(contents, str) else contents
     return lambda folder: (folder / name).write_bytes(data)
@@ -65,7 +59,6 @@ def config(**changes):
         (change_vocab(x="5"), "vocab.json: 'x': expected an id >= 0, received '5'"),
         (change_vocab(x=-1), "vocab.json: 'x': expected an id >= 0"),
         (change_vocab(zzz=7), "vocab.json: id 7 belongs to both .* and 'zzz'"),
-        (drop_pad, "special token '<pad>' has no id"),
         (stale_vocab, "vocab.json: 'a' has id .* stale"),
         (write("merges.txt", ""), "merges.txt: no merges"),
         (write("merges.txt", b"\xff"), "merges.txt: not readable"),
@@ -86,7 +79,6 @@ def config(**changes):
         (config(add_eos_token=True), "add_eos_token=True is not supported"),
         (config(pad_token=3), "tokenizer_config.json: expected a token, received 3"),
         (config(extra_special_tokens="x"), "extra_special_tokens: expected a list"),
-        (config(additional_special_tokens=["<new>"]), "'<new>' has no id"),
         (config(added_tokens_decoder={"x": "y"}), "expected integer ids"),
         (config(added_tokens_decoder={"5": "</s>"}), "'</s>' has id 5, but 2"),
         (config(added_tokens_decoder={"99999": "[far]"}), r"'\[far\]' has id 99999"),

@@ -1,0 +1,45 @@
+"""A tokenizer's methods in KerasHub, over its own."""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+from opt_core.text.decoding import Decoding
+
+
+class KerasHubTokenizer(Decoding):
+    """Methods by which code written for KerasHub calls a tokenizer."""
+
+    @classmethod
+    def from_preset(cls, preset: str | PathLike[str], **settings: Any) -> Any:
+        """Reads the tokenizer of a KerasHub folder, or of any that `from_pretrained` reads.
+
+        Args:
+            preset: The folder.
+            **settings: As of `from_pretrained`.
+        """
+        made, files = cast(Any, cls), Path(preset, "assets", "tokenizer")
+        if not files.is_dir():
+            return made.from_pretrained(preset, **settings)
+        return made(files / "vocabulary.json", files / "merges.txt", **settings)
+
+    def detokenize(self, inputs: Any) -> Any:
+        """KerasHub's name of `decode`."""
+        return self.decode(inputs)
+
+    def vocabulary_size(self) -> int:
+        """KerasHub's name of `len`."""
+        return len(self)
+
+    def get_vocabulary(self) -> list[str]:
+        """Every token, in the order of the ids."""
+        vocabulary = self.loaded.backend.get_vocab(with_added_tokens=True)
+        return sorted(vocabulary, key=vocabulary.__getitem__)
+
+    def id_to_token(self, id: int) -> str | None:
+        """The token of an id."""
+        return self.loaded.backend.id_to_token(id)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token; None where it is none."""
+        return self.loaded.backend.token_to_id(token)
