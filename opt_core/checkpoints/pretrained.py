@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Protocol
 
 from numpy.typing import NDArray
 
+from opt_core.adapters.folders import split_adapter
+from opt_core.adapters.merging import merge_adapter
 from opt_core.checkpoints.load import LoadPlan, open_checkpoint, plan_load
 from opt_core.checkpoints.save import save_checkpoint
 from opt_core.config import DTYPES, OPTConfig
@@ -89,17 +91,20 @@ def open_pretrained(
     config: OPTConfig | None,
     quantize: str | None,
     dtypes: Sequence[str] = DTYPES,
+    adapter: str | PathLike[str] | None = None,
     **hub: Any,
 ) -> Pretrained:
     """Finds a checkpoint and compares it with a model; no tensor is read.
 
     Args:
         head: The head that is to sit on the decoder.
-        path_or_hub_id: Folder, weight file, hub id, or "mini".
+        path_or_hub_id: Folder, weight file, hub id, or "mini"; or an adapter's folder, which is
+            merged into the model that it names.
         dtype: One of `dtypes`, or "auto" for the stored one.
         config: Replaces the checkpoint's config.json.
         quantize: One of `opt_core.quantization.SCHEMES`, or None.
         dtypes: What the backend can load as.
+        adapter: A PEFT adapter's folder or hub id, which is merged into the weights.
         **hub: As in `opt_core.hub.resolve`.
 
     Raises:
@@ -109,10 +114,12 @@ def open_pretrained(
     if dtype not in (*dtypes, "auto"):
         raise ConfigError(f"dtype: expected one of {', '.join(dtypes)} or auto, received {dtype!r}")
     check_scheme(quantize)
-    path = resolve(path_or_hub_id, **hub)
+    path, read = split_adapter(resolve(path_or_hub_id, **hub), adapter, **hub)
     config = config or OPTConfig.from_pretrained(_home(path))
     plan = plan_load(open_checkpoint(path), config, head)
-    return Pretrained(path, plan, plan.entries[0][1].dtype.name if dtype == "auto" else dtype)
+    stored = plan.entries[0][1].dtype.name
+    plan = plan if read is None else merge_adapter(plan, head, read)
+    return Pretrained(path, plan, stored if dtype == "auto" else dtype)
 
 
 def save_pretrained(
