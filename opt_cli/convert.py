@@ -31,6 +31,9 @@ def convert(
     max_shard_size: Annotated[
         str, typer.Option(help="Most bytes of tensors per file.", metavar="SIZE")
     ] = "5GB",
+    adapter: Annotated[
+        str | None, typer.Option(help="PEFT adapter to merge: folder or hub id.", metavar="DIR")
+    ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="NAME")
     ] = None,
@@ -52,6 +55,7 @@ def convert(
             dtype=dtype,
             max_shard_size=max_shard_size,
             progress=progress,
+            adapter=adapter,
             revision=revision,
         )
     if json:

@@ -123,7 +123,7 @@ class AdaptedTensor:
             return LowRank(high, low, scale)
         weight, rank = _wide(self.base), len(low)
         if self.initialization == "pissa":
-            left, sizes, right = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
+            left, sizes, right = np.linalg.svd(weight, full_matrices=False)
             taken, part = left[:, :rank] * (-sizes[:rank] / scale), right[:rank]
         else:
             left, right = np.linalg.qr(weight)

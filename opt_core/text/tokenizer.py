@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.adapters.folders import tokenizer_folder
 from opt_core.errors import TokenizerError
 from opt_core.hub import TOKENIZER_FILES, resolve
 from opt_core.text import byte_level, tokenizer_files
@@ -75,6 +76,7 @@ class OPTTokenizer:
             TokenizerError: Its files are missing, damaged, or describe no byte-level BPE.
         """
         path = resolve(path_or_hub_id, files=(), optional=TOKENIZER_FILES, **hub)
+        path = tokenizer_folder(path, **hub)
         return cls(tokenizer_files.load(path if path.is_dir() else path.parent))
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
