@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
+from opt_core.config import OPTConfig
 from opt_core.dialects import KERAS
 from opt_core.training import lora as files
 from opt_core.training.lora import Adapter
 from opt_tf import _private
 from opt_tf.checkpoint import get_parameter, set_parameter
-from opt_tf.linear import Linear
+from opt_tf.linear import Embedding, Linear
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
@@ -74,13 +75,8 @@ def apply(
         ConfigError: A value that cannot be, or the model has adapters already.
     """
     adapter = Adapter(rank, alpha, tuple(targets))
-    for parent, name in files.plan_adapters(model, KERAS, adapter, Linear, bool(adapters(model))):
-        layer = getattr(parent, name)
-        _private.replace_layer(parent, name, LoraLinear(layer, adapter))
-    for spec, values in files.initial_adapters(model.config, adapter, seed):
-        set_parameter(model, spec, values)
     model.programs.clear()
-    return adapter
+    return files.apply(model, adapter, seed, _HANDS, bool(adapters(model)))
 
 
 def merge(model: "TFOPTPreTrainedModel") -> None:
@@ -102,6 +98,16 @@ def unmerge(model: "TFOPTPreTrainedModel") -> None:
         if not layer.adapts:
             _weights(layer)[0].assign(layer.unmerged)
             layer.unmerged = None
+    model.programs.clear()
+
+
+def unload(model: "TFOPTPreTrainedModel") -> None:
+    """Takes the adapters off: what was merged stays, other layers are what they were before.
+
+    Args:
+        model: With adapters or without.
+    """
+    files.unload(model, _HANDS)
     model.programs.clear()
 
 
@@ -127,14 +133,20 @@ def save_adapter(
 def load_adapter(model: "TFOPTPreTrainedModel", folder: str | PathLike[str]) -> None:
     """Puts the adapters of a folder, PEFT's or ours, on a model that has none.
 
+    Linear layers get theirs beside their weights, which `merge` adds and `unmerge` takes back. What
+    can only be had in the weights themselves (DoRA, embeddings, biases, modules trained as a whole)
+    replaces them; the vocabulary becomes what the adapter was trained with.
+
     Args:
         model: The model that they were trained on.
-        folder: The folder.
+        folder: The folder, or a hub id.
 
     Raises:
         CheckpointError: The files are damaged or do not fit the model.
+        ConfigError: The model has adapters already.
     """
-    files.load_adapter(model, folder, apply, set_parameter)
+    files.load_adapter(model, folder, _HANDS, bool(adapters(model)))
+    model.programs.clear()
 
 
 def adapters(model: "TFOPTPreTrainedModel") -> list[LoraLinear]:
@@ -144,3 +156,38 @@ def adapters(model: "TFOPTPreTrainedModel") -> list[LoraLinear]:
 
 def _weights(layer: LoraLinear) -> tuple[Any, Any, Any]:
     return layer.weight, layer.lora_A.weight, layer.lora_B.weight
+
+
+def _fit(model: "TFOPTPreTrainedModel", config: OPTConfig) -> None:
+    decoder = model.get_decoder()
+    table = decoder.embed_tokens
+    if table.input_dim != config.vocab_size:
+        rows, columns, options = config.vocab_size, config.embed_dim, _options(table)
+        _renew(decoder, "embed_tokens", Embedding(rows, columns, table.padding_idx, **options))
+    if model.head == "causal_lm" and not config.tie_word_embeddings:
+        options = _options(table) | {"name": "lm_head"}
+        _renew(model, "lm_head", Linear(config.embed_dim, config.vocab_size, False, **options))
+
+
+def _wrap(parent: Any, name: str, adapter: Adapter) -> None:
+    _private.replace_layer(parent, name, LoraLinear(getattr(parent, name), adapter))
+
+
+def _unwrap(parent: Any, name: str) -> None:
+    layer = getattr(parent, name)
+    plain = Linear(layer.in_features, layer.out_features, layer.use_bias, **_options(layer))
+    plain.weight, plain.bias = layer.weight, layer.bias
+    plain.built = True
+    _private.replace_layer(parent, name, plain)
+
+
+def _renew(parent: Any, name: str, layer: Any) -> None:
+    layer.build()
+    _private.replace_layer(parent, name, layer)
+
+
+def _options(layer: Any) -> dict[str, Any]:
+    return {"name": layer.name, "dtype": layer.dtype_policy}
+
+
+_HANDS = files.Hands(KERAS, Linear, get_parameter, set_parameter, _fit, _wrap, _unwrap)
