@@ -93,6 +93,12 @@ class AdaptedTensor:
         return self.base.offset
 
     @property
+    def rank(self) -> int:
+        """Rank of the product that the file has."""
+        low = self.parts.low if self.parts.embedding_low is None else self.parts.embedding_low
+        return 0 if low is None else low.shape[0]
+
+    @property
     def is_beside(self) -> bool:
         """Whether the adapter is nothing but a product that can be computed beside the weight."""
         parts = self.parts

@@ -301,11 +301,11 @@ def _pair(spec: ParamSpec, rank: int) -> list[ParamSpec]:
 
 def _common(plan: LivePlan, model: Any) -> Adapter | None:
     """What all layers have, where the adapter is such as `apply` makes and nothing else changes."""
-    settings, names = plan.adapter.settings, {spec.name for spec, _ in plan.beside}
+    names = {spec.name for spec, _ in plan.beside}
     targets = tuple(sorted({name.split(".")[-2] for name in names}))
-    scales = {settings.rank_and_scale(name.removesuffix(".weight")) for name in names}
+    sizes = {(tensor.rank, tensor.scale) for _, tensor in plan.beside}
     heads = {spec.name for spec in _new_head(model.config, model.head)}
-    if len(scales) != 1 or settings.initialization != "kept":
+    if len(sizes) != 1 or any(tensor.initialization != "kept" for _, tensor in plan.beside):
         return None
     if not targets or any(name not in _LAYERS for name in targets):
         return None
@@ -313,5 +313,5 @@ def _common(plan: LivePlan, model: Any) -> Adapter | None:
         return None
     if {spec.name for spec, _ in plan.replaced} - heads:
         return None
-    rank, scale = scales.pop()
+    rank, scale = sizes.pop()
     return Adapter(rank, scale * rank, targets)
