@@ -171,7 +171,7 @@ def _fit(model: "FlaxOPTPreTrainedModel", config: OPTConfig) -> None:
     if model.head == "causal_lm" and not config.tie_word_embeddings:
         head = Linear(config.embed_dim, config.vocab_size, bias=False, mesh=model.mesh)
         head.weight.set_value(table.embedding[...])  # of the type that it is to have
-        setattr(model, "lm_head", head)  # noqa: B010
+        setattr(model, "lm_head", nnx.data(head))  # noqa: B010
 
 
 def _wrap(parent: Any, name: str, adapter: Adapter) -> None:

@@ -58,7 +58,7 @@ def make_adapter(
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter) * 0.2)
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
                     if half:
                         parameter.copy_(parameter.bfloat16())
         logits = theirs_logits(model.eval(), ids)
