@@ -41,13 +41,26 @@ def split_adapter(
     return _base(read, hub), read
 
 
-def tokenizer_folder(path: Path, **hub: Any) -> Path:
-    """Where the tokenizer of a model is: an adapter's folder if it has one, else its model's."""
-    names = ("vocab.json", "tokenizer.json")
-    folder = path if path.is_dir() else path.parent
-    if not is_adapter(path) or any((folder / name).exists() for name in names):
+def tokenizer_folder(path: Path, adapter: str | PathLike[str] | None = None, **hub: Any) -> Path:
+    """Where the tokenizer of a model is: in the adapter's folder if there is one, else its own.
+
+    Args:
+        path: A model on disk, whole or an adapter.
+        adapter: An adapter for a whole model.
+        **hub: As in `opt_core.hub.resolve`.
+    """
+    if adapter is not None:
+        hub = {key: value for key, value in hub.items() if key != "revision"}
+        found = resolve(adapter, **hub)
+        return found if _has_tokenizer(found) else path
+    if not is_adapter(path) or _has_tokenizer(path):
         return path
     return split_adapter(path, **hub)[0]
+
+
+def _has_tokenizer(path: Path) -> bool:
+    folder = path if path.is_dir() else path.parent
+    return any((folder / name).exists() for name in ("vocab.json", "tokenizer.json"))
 
 
 def _base(adapter: AdapterFolder, hub: dict[str, Any]) -> Path:
