@@ -1,4 +1,4 @@
-"""What `describe` says about an adapter's folder."""
+"""The part of a description that adapters alone have."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -31,7 +31,7 @@ class AdapterSummary:
 
 
 def summarize(adapter: AdapterFolder) -> AdapterSummary:
-    """What an adapter is."""
+    """An adapter in a few words."""
     settings = adapter.settings
     adapted = [name for name, parts in adapter.parts.items() if parts.has_adapter]
     targets = {name.split(".")[-2] for name in adapted}

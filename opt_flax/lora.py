@@ -8,7 +8,6 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
-from opt_core.config import OPTConfig
 from opt_core.dialects import NNX
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec
@@ -72,9 +71,8 @@ def apply(
     Raises:
         ConfigError: A value that cannot be, or the model has adapters already.
     """
-    adapter = Adapter(rank, alpha, tuple(targets))
     _check_unstacked(model)
-    return files.apply(model, adapter, seed, _HANDS, bool(adapters(model)))
+    return files.apply(model, Adapter(rank, alpha, tuple(targets)), seed, _HANDS)
 
 
 def merge(model: "FlaxOPTPreTrainedModel") -> None:
@@ -117,10 +115,7 @@ def save_adapter(
     Raises:
         ConfigError: The model has no adapters.
     """
-    files.save_adapter(
-        folder, model.config, model.head, files.adapter_of(adapters(model)),
-        lambda spec: _fetch(model, spec), base,
-    )  # fmt: skip
+    files.save_model_adapter(model, folder, base, _HANDS)
 
 
 def load_adapter(model: "FlaxOPTPreTrainedModel", folder: str | PathLike[str]) -> None:
@@ -139,7 +134,7 @@ def load_adapter(model: "FlaxOPTPreTrainedModel", folder: str | PathLike[str]) -
         ConfigError: The model has adapters already.
     """
     _check_unstacked(model)
-    files.load_adapter(model, folder, _HANDS, bool(adapters(model)))
+    files.load_adapter(model, folder, _HANDS)
 
 
 def adapters(model: "FlaxOPTPreTrainedModel") -> list[LoraLinear]:
@@ -165,24 +160,17 @@ def _put(model: "FlaxOPTPreTrainedModel", spec: ParamSpec, values: NDArray[Any])
         set_parameter(model, spec, values)
 
 
-def _fit(model: "FlaxOPTPreTrainedModel", config: OPTConfig) -> None:
+def _fit(model: "FlaxOPTPreTrainedModel") -> None:
     table = model.get_decoder().embed_tokens
-    table.num_embeddings = config.vocab_size
-    if model.head == "causal_lm" and not config.tie_word_embeddings:
-        head = Linear(config.embed_dim, config.vocab_size, bias=False, mesh=model.mesh)
+    table.num_embeddings = model.config.vocab_size
+    if model.head == "causal_lm" and not model.config.tie_word_embeddings:
+        head = Linear(model.config.embed_dim, model.config.vocab_size, bias=False, mesh=model.mesh)
         head.weight.set_value(table.embedding[...])  # of the type that it is to have
         setattr(model, "lm_head", nnx.data(head))  # noqa: B010
 
 
-def _wrap(parent: Any, name: str, adapter: Adapter) -> None:
-    setattr(parent, name, LoraLinear(getattr(parent, name), adapter))
+def _bare(layer: LoraLinear) -> Linear:
+    return Linear(layer.in_features, layer.out_features, layer.bias is not None, layer.mesh)
 
 
-def _unwrap(parent: Any, name: str) -> None:
-    layer = getattr(parent, name)
-    plain = Linear(layer.in_features, layer.out_features, layer.bias is not None, layer.mesh)
-    plain.weight, plain.bias = layer.weight, layer.bias
-    setattr(parent, name, plain)
-
-
-_HANDS = files.Hands(NNX, Linear, _fetch, _put, _fit, _wrap, _unwrap)
+_HANDS = files.Hands(NNX, Linear, LoraLinear, _fetch, _put, _fit, _bare, setattr)

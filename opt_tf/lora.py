@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from opt_core.config import OPTConfig
 from opt_core.dialects import KERAS
 from opt_core.training import lora as files
 from opt_core.training.lora import Adapter
@@ -74,9 +73,8 @@ def apply(
     Raises:
         ConfigError: A value that cannot be, or the model has adapters already.
     """
-    adapter = Adapter(rank, alpha, tuple(targets))
     model.programs.clear()
-    return files.apply(model, adapter, seed, _HANDS, bool(adapters(model)))
+    return files.apply(model, Adapter(rank, alpha, tuple(targets)), seed, _HANDS)
 
 
 def merge(model: "TFOPTPreTrainedModel") -> None:
@@ -124,10 +122,7 @@ def save_adapter(
     Raises:
         ConfigError: The model has no adapters.
     """
-    files.save_adapter(
-        folder, model.config, model.head, files.adapter_of(adapters(model)),
-        lambda spec: get_parameter(model, spec), base,
-    )  # fmt: skip
+    files.save_model_adapter(model, folder, base, _HANDS)
 
 
 def load_adapter(model: "TFOPTPreTrainedModel", folder: str | PathLike[str]) -> None:
@@ -145,7 +140,7 @@ def load_adapter(model: "TFOPTPreTrainedModel", folder: str | PathLike[str]) -> 
         CheckpointError: The files are damaged or do not fit the model.
         ConfigError: The model has adapters already.
     """
-    files.load_adapter(model, folder, _HANDS, bool(adapters(model)))
+    files.load_adapter(model, folder, _HANDS)
     model.programs.clear()
 
 
@@ -158,27 +153,25 @@ def _weights(layer: LoraLinear) -> tuple[Any, Any, Any]:
     return layer.weight, layer.lora_A.weight, layer.lora_B.weight
 
 
-def _fit(model: "TFOPTPreTrainedModel", config: OPTConfig) -> None:
+def _fit(model: "TFOPTPreTrainedModel") -> None:
     decoder = model.get_decoder()
     table = decoder.embed_tokens
-    if table.input_dim != config.vocab_size:
-        rows, columns, options = config.vocab_size, config.embed_dim, _options(table)
+    rows, columns, options = model.config.vocab_size, model.config.embed_dim, _options(table)
+    if table.input_dim != rows:
         _renew(decoder, "embed_tokens", Embedding(rows, columns, table.padding_idx, **options))
-    if model.head == "causal_lm" and not config.tie_word_embeddings:
+    if model.head == "causal_lm" and not model.config.tie_word_embeddings:
         options = _options(table) | {"name": "lm_head"}
-        _renew(model, "lm_head", Linear(config.embed_dim, config.vocab_size, False, **options))
+        _renew(
+            model,
+            "lm_head",
+            Linear(model.config.embed_dim, model.config.vocab_size, False, **options),
+        )
 
 
-def _wrap(parent: Any, name: str, adapter: Adapter) -> None:
-    _private.replace_layer(parent, name, LoraLinear(getattr(parent, name), adapter))
-
-
-def _unwrap(parent: Any, name: str) -> None:
-    layer = getattr(parent, name)
+def _bare(layer: LoraLinear) -> Linear:
     plain = Linear(layer.in_features, layer.out_features, layer.use_bias, **_options(layer))
-    plain.weight, plain.bias = layer.weight, layer.bias
     plain.built = True
-    _private.replace_layer(parent, name, plain)
+    return plain
 
 
 def _renew(parent: Any, name: str, layer: Any) -> None:
@@ -190,4 +183,6 @@ def _options(layer: Any) -> dict[str, Any]:
     return {"name": layer.name, "dtype": layer.dtype_policy}
 
 
-_HANDS = files.Hands(KERAS, Linear, get_parameter, set_parameter, _fit, _wrap, _unwrap)
+_HANDS = files.Hands(
+    KERAS, Linear, LoraLinear, get_parameter, set_parameter, _fit, _bare, _private.replace_layer
+)

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from opt_core.config import OPTConfig
 from opt_core.dialects import TORCH
 from opt_core.params import ParamSpec
 from opt_core.training import lora as files
@@ -71,8 +70,7 @@ def apply(
     Raises:
         ConfigError: A value that cannot be, or the model has adapters already.
     """
-    adapter = Adapter(rank, alpha, tuple(targets))
-    return files.apply(model, adapter, seed, _HANDS, bool(adapters(model)))
+    return files.apply(model, Adapter(rank, alpha, tuple(targets)), seed, _HANDS)
 
 
 def merge(model: "OPTPreTrainedModel") -> None:
@@ -114,10 +112,7 @@ def save_adapter(model: "OPTPreTrainedModel", folder: str | PathLike[str], base:
     Raises:
         ConfigError: The model has no adapters.
     """
-    files.save_adapter(
-        folder, model.config, model.head, files.adapter_of(adapters(model)),
-        lambda spec: _fetch(model, spec), base,
-    )  # fmt: skip
+    files.save_model_adapter(model, folder, base, _HANDS)
 
 
 def load_adapter(model: "OPTPreTrainedModel", folder: str | PathLike[str]) -> None:
@@ -135,7 +130,7 @@ def load_adapter(model: "OPTPreTrainedModel", folder: str | PathLike[str]) -> No
         CheckpointError: The files are damaged or do not fit the model.
         ConfigError: The model has adapters already.
     """
-    files.load_adapter(model, folder, _HANDS, bool(adapters(model)))
+    files.load_adapter(model, folder, _HANDS)
 
 
 def adapters(model: "OPTPreTrainedModel") -> list[LoraLinear]:
@@ -154,24 +149,18 @@ def _put(model: "OPTPreTrainedModel", spec: ParamSpec, values: NDArray[Any]) -> 
     tie(model)
 
 
-def _fit(model: "OPTPreTrainedModel", config: OPTConfig) -> None:
+def _fit(model: "OPTPreTrainedModel") -> None:
     table: Any = model.get_decoder().embed_tokens
-    table.num_embeddings = config.vocab_size
+    table.num_embeddings = model.config.vocab_size
     if model.head == "causal_lm":
         head: Any = model.get_submodule("lm_head")
-        head.out_features = config.vocab_size
+        head.out_features = model.config.vocab_size
 
 
-def _wrap(parent: nn.Module, name: str, adapter: Adapter) -> None:
-    setattr(parent, name, LoraLinear(getattr(parent, name), adapter))
-
-
-def _unwrap(parent: nn.Module, name: str) -> None:
-    layer = getattr(parent, name)
+def _bare(layer: LoraLinear) -> Linear:
     with torch.device("meta"):
         plain = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    plain.weight, plain.bias = layer.weight, layer.bias
-    setattr(parent, name, plain.train(layer.training))
+    return plain.train(layer.training)
 
 
-_HANDS = files.Hands(TORCH, Linear, _fetch, _put, _fit, _wrap, _unwrap)
+_HANDS = files.Hands(TORCH, Linear, LoraLinear, _fetch, _put, _fit, _bare, setattr)

@@ -26,7 +26,7 @@ Fetch = Callable[[ParamSpec], NDArray[Any]]
 
 @dataclass(frozen=True)
 class LivePlan:
-    """What an adapter does to a model.
+    """The changes that an adapter makes to a model.
 
     Attributes:
         adapter: The adapter.

@@ -31,7 +31,7 @@ Matrix = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LowRank:
-    """What is added to a weight: scale times high times low.
+    """A product that is added to a weight: scale times high times low.
 
     Attributes:
         high: B, (out, rank).
@@ -224,7 +224,7 @@ class _Merging:
         return self._keys.get(f"{name.rpartition('.')[0]}.weight", name)
 
     def _start(self, name: str) -> LazyTensor | None:
-        """What the adapter is put on: the model's weight, or one that the adapter's file has."""
+        """The tensor under the adapter: the model's own, or one of the adapter's file."""
         pair = (name, EMBEDDING, LM_HEAD) if self._is_tied else (name,)
         if name in (EMBEDDING, LM_HEAD) and name not in self._saved:
             for twin in pair:  # both names stand for one weight

@@ -15,7 +15,7 @@ from opt_core.json_files import read_json
 CONFIG_FILE = "adapter_config.json"
 
 Initialization = Literal["kept", "pissa", "olora"]
-"""What making the adapter did to the weight under it: nothing, or take a part of it away."""
+"""The way the adapter was made: the weight under it was kept, or a part was taken away from it."""
 
 _KEPT = ("gaussian", "orthogonal", "eva", "mica")
 _REFUSED = (
@@ -40,7 +40,7 @@ _WITHOUT_EFFECT = (
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What an adapter's configuration says; PEFT's names and meanings.
+    """The configuration of an adapter; PEFT's names and meanings.
 
     Attributes:
         path: The file.

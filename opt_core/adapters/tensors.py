@@ -26,7 +26,7 @@ _KINDS = {
 
 @dataclass
 class Parts:
-    """What an adapter's file holds for one parameter; None for what it lacks.
+    """The tensors of an adapter's file for one parameter; None for what it lacks.
 
     Attributes:
         whole: The parameter itself, in place of the model's.

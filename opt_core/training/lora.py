@@ -119,29 +119,31 @@ def initial_adapter(spec: ParamSpec, seed: int) -> NDArray[np.float32]:
 
 
 class Hands(NamedTuple):
-    """What a backend does to its models.
+    """The part of a backend in this: how it handles its models.
 
     Attributes:
         dialect: How it spells parameters.
         plain: Its class of linear layers, and no subclass, which can have adapters.
+        adapted: `adapted(layer, adapter)` makes a layer with an adapter of such a one.
         fetch: `fetch(model, spec)` gives the values of a parameter, in the canonical layout.
         put: `put(model, spec, values)` gives a parameter its values.
-        fit: `fit(model, config)` makes room for a vocabulary of another size, or for the weight of
-            a head that is tied no more; the values of both are put then.
-        wrap: `wrap(parent, name, adapter)` puts an adapter without values on a layer.
-        unwrap: `unwrap(parent, name)` takes it off again.
+        fit: `fit(model)` makes room for the embeddings of the model's configuration, which has
+            another vocabulary or ties the head no more; the values of both are put then.
+        bare: `bare(layer)` makes a plain layer of an adapted one's sizes, without parameters.
+        replace: `replace(parent, name, layer)` puts a layer in the place of another.
     """
 
     dialect: Dialect
     plain: type
+    adapted: Callable[[Any, Adapter], Any]
     fetch: Callable[[Any, ParamSpec], NDArray[Any]]
     put: Callable[[Any, ParamSpec, NDArray[Any]], None]
-    fit: Callable[[Any, OPTConfig], None]
-    wrap: Callable[[Any, str, Adapter], None]
-    unwrap: Callable[[Any, str], None]
+    fit: Callable[[Any], None]
+    bare: Callable[[Any], Any]
+    replace: Callable[[Any, str, Any], None]
 
 
-def apply(model: Any, adapter: Adapter, seed: int, hands: Hands, has_some: bool) -> Adapter:
+def apply(model: Any, adapter: Adapter, seed: int, hands: Hands) -> Adapter:
     """Puts adapters with their first values on a model.
 
     Args:
@@ -149,62 +151,43 @@ def apply(model: Any, adapter: Adapter, seed: int, hands: Hands, has_some: bool)
         adapter: What the layers get.
         seed: Seed of A.
         hands: The backend's.
-        has_some: Whether layers of the model have adapters already.
 
     Raises:
-        ConfigError: They do, or a layer is of another class.
+        ConfigError: Layers of the model have adapters already, or are of another class.
     """
-    for place in _places(model, adapted_specs(model.config, adapter.targets), hands, has_some):
-        hands.wrap(*place, adapter)
+    for parent, name in _places(model, adapted_specs(model.config, adapter.targets), hands):
+        hands.replace(parent, name, hands.adapted(getattr(parent, name), adapter))
     for spec in adapter_specs(model.config, adapter.rank, adapter.targets):
         hands.put(model, spec, initial_adapter(spec, seed))
     return adapter
 
 
-def load_adapter(model: Any, folder: str | PathLike[str], hands: Hands, has_some: bool) -> None:
+def load_adapter(model: Any, folder: str | PathLike[str], hands: Hands) -> None:
     """Puts the adapters of a folder on a model, and whatever else was trained with them.
 
     Args:
         model: A backend's model.
         folder: Folder or hub id of an adapter, PEFT's or ours.
         hands: The backend's.
-        has_some: Whether layers of the model have adapters already.
 
     Raises:
-        ConfigError: They do, or a layer is of another class.
+        ConfigError: Layers of the model have adapters already, or are of another class.
         CheckpointError: As `plan_live`.
     """
     plan = plan_live(model, folder, partial(hands.fetch, model))
-    places = _places(model, [spec for spec, _ in plan.beside], hands, has_some)
+    places = _places(model, [spec for spec, _ in plan.beside], hands)
     if plan.config != model.config:
         set_config(model, plan.config)
-        hands.fit(model, plan.config)
+        hands.fit(model)
     for spec, values in plan.values():
         hands.put(model, spec, values)
     common = _common(plan, model)
-    for (spec, product), place in zip(plan.products(), places, strict=True):
+    for (spec, product), (parent, name) in zip(plan.products(), places, strict=True):
         rank, scale = product.low.shape[0], product.scale
-        source = str(plan.adapter.file.parent)
-        hands.wrap(*place, common or Adapter(rank, scale * rank, (), source))
+        adapter = common or Adapter(rank, scale * rank, (), str(plan.adapter.file.parent))
+        hands.replace(parent, name, hands.adapted(getattr(parent, name), adapter))
         for one, values in zip(_pair(spec, rank), (product.low, product.high), strict=True):
             hands.put(model, one, values)
-
-
-def adapter_of(layers: Sequence[Any]) -> Adapter:
-    """The adapter of a model's adapted layers.
-
-    Raises:
-        ConfigError: There are no such layers, or theirs are of a form that is not written.
-    """
-    if not layers:
-        raise ConfigError("the model has no adapters to save")
-    adapter: Adapter = layers[0].adapter
-    if adapter.source:
-        raise ConfigError(
-            f"adapters read from {adapter.source} are not written again: their layers differ, or "
-            "other weights go with them; copy that folder, or merge them and save the model"
-        )
-    return adapter
 
 
 def unload(model: Any, hands: Hands) -> None:
@@ -214,11 +197,26 @@ def unload(model: Any, hands: Hands) -> None:
         model: A backend's model.
         hands: The backend's.
     """
-    for spec in param_specs(model.config, "none"):
-        if spec.kind == "linear":
-            parent, name = hands.dialect.parent(model, spec)
-            if hasattr(getattr(parent, name), "adapts"):
-                hands.unwrap(parent, name)
+    for parent, name, layer in _adapted(model, hands):
+        plain = hands.bare(layer)
+        plain.weight, plain.bias = layer.weight, layer.bias
+        hands.replace(parent, name, plain)
+
+
+def save_model_adapter(model: Any, folder: str | PathLike[str], base: str, hands: Hands) -> None:
+    """Writes a model's adapters; see `save_adapter`.
+
+    Args:
+        model: A backend's model.
+        folder: A new folder.
+        base: Name or path of the model without them.
+        hands: The backend's.
+
+    Raises:
+        ConfigError: There are none, or they are of a form that is not written.
+    """
+    adapter = _adapter_of([layer for _, _, layer in _adapted(model, hands)])
+    save_adapter(folder, model.config, model.head, adapter, partial(hands.fetch, model), base)
 
 
 def save_adapter(
@@ -274,11 +272,34 @@ def _new_head(config: OPTConfig, head: Head) -> list[ParamSpec]:
     return [spec for spec in param_specs(config, head) if spec.name in names]
 
 
-def _places(
-    model: Any, specs: Iterable[ParamSpec], hands: Hands, has_some: bool
-) -> list[tuple[Any, str]]:
+def _adapter_of(layers: Sequence[Any]) -> Adapter:
+    """The adapter of a model's adapted layers.
+
+    Raises:
+        ConfigError: There are no such layers, or theirs are of a form that is not written.
+    """
+    if not layers:
+        raise ConfigError("the model has no adapters to save")
+    adapter: Adapter = layers[0].adapter
+    if adapter.source:
+        raise ConfigError(
+            f"adapters read from {adapter.source} are not written again: their layers differ, or "
+            "other weights go with them; copy that folder, or merge them and save the model"
+        )
+    return adapter
+
+
+def _adapted(model: Any, hands: Hands) -> list[tuple[Any, str, Any]]:
+    """The layers with adapters, each with the module that holds it and its name there."""
+    linear = (spec for spec in param_specs(model.config, "none") if spec.kind == "linear")
+    places = (hands.dialect.parent(model, s) for s in linear if s.name.endswith(".weight"))
+    layers = ((parent, name, getattr(parent, name)) for parent, name in places)
+    return [place for place in layers if hasattr(place[2], "adapts")]
+
+
+def _places(model: Any, specs: Iterable[ParamSpec], hands: Hands) -> list[tuple[Any, str]]:
     """The modules that hold the layers of some weights, and the layers' names there."""
-    if has_some:
+    if _adapted(model, hands):
         raise ConfigError("the model has adapters already; merge and unload them first")
     places: list[tuple[Any, str]] = []
     for spec in specs:
@@ -300,7 +321,7 @@ def _pair(spec: ParamSpec, rank: int) -> list[ParamSpec]:
 
 
 def _common(plan: LivePlan, model: Any) -> Adapter | None:
-    """What all layers have, where the adapter is such as `apply` makes and nothing else changes."""
+    """The one adapter of all layers, if it is such as `apply` makes and nothing else changes."""
     names = {spec.name for spec, _ in plan.beside}
     targets = tuple(sorted({name.split(".")[-2] for name in names}))
     sizes = {(tensor.rank, tensor.scale) for _, tensor in plan.beside}

@@ -1,6 +1,6 @@
-"""What an adapter's folder says that is not honoured, or does not fit: one line that names it.
+"""Settings and tensors of adapters that are not honoured or do not fit: one line that names them.
 
-What is honoured is compared with live PEFT in tests/torch/test_adapters.py.
+Those honoured are compared with live PEFT in tests/torch/test_adapters.py.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Adapters of live PEFT in every backend, and ours in live PEFT: the same logits.
 
-What each setting of PEFT does is neutral and tested in tests/torch/test_adapters.py.
+The rules of each setting are neutral and tested in tests/torch/test_adapters.py.
 """
 
 import importlib
@@ -56,7 +56,7 @@ def test_as_peft(backend, lora, kind, folder, tmp_path):
 
 
 def test_ours_in_peft(backend, lora, folder, tmp_path):
-    """What is written loads in live PEFT, also from a model that has read it from there."""
+    """A model that has read an adapter of PEFT writes one that PEFT reads: the same logits."""
     peft = pytest.importorskip("peft")
     base, first, again = folder(CONFIG), tmp_path / "first", tmp_path / "again"
     expected = make_adapter(base, first, IDS, use_rslora=True)

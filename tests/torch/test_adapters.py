@@ -1,4 +1,4 @@
-"""Whatever PEFT can save for OPT is computed as PEFT does: merged when loaded, and in place."""
+"""All that PEFT can save for OPT is computed as PEFT does: merged when loaded, and in place."""
 
 import numpy as np
 import pytest
