@@ -9,6 +9,9 @@ from opt_core.adapters.tensors import AdapterFolder, is_adapter, read_adapter
 from opt_core.errors import CheckpointError
 from opt_core.hub import resolve
 
+_CARD = "README.md"
+_SHOWN = 8
+
 
 def split_adapter(
     path: Path, adapter: str | PathLike[str] | None = None, **hub: Any
@@ -36,6 +39,7 @@ def split_adapter(
             raise CheckpointError(f"{folder}: an adapter itself; merge it first (opt-lm convert)")
         return path, read_adapter(found if found.is_dir() else found.parent)
     if not is_adapter(path):
+        _check_not_above(path)
         return path, None
     read = read_adapter(folder)
     return _base(read, hub), read
@@ -56,6 +60,15 @@ def tokenizer_folder(path: Path, adapter: str | PathLike[str] | None = None, **h
     if not is_adapter(path) or _has_tokenizer(path):
         return path
     return split_adapter(path, **hub)[0]
+
+
+def _check_not_above(path: Path) -> None:
+    """Says which folders are adapters', where PEFT or a trainer wrote nothing else into one."""
+    if not path.is_dir() or any(file.is_file() and file.name != _CARD for file in path.iterdir()):
+        return
+    if found := sorted(file.parent.name for file in path.glob(f"*/{CONFIG_FILE}")):
+        names = ", ".join(found[:_SHOWN])
+        raise CheckpointError(f"{path}: no model, but adapters in {names}; name one of these")
 
 
 def _has_tokenizer(path: Path) -> bool:

@@ -244,7 +244,9 @@ class _Merging:
 
     def _fitted(self, merged: dict[str, LazyTensor]) -> OPTConfig:
         """The configuration of what came out."""
-        changes: dict[str, Any] = {"vocab_size": merged[EMBEDDING].shape[0]}
+        changes: dict[str, Any] = {}
+        if len(merged[EMBEDDING].shape) == 2:  # else it is refused a little later
+            changes["vocab_size"] = merged[EMBEDDING].shape[0]
         if self._is_tied:
             changes["tie_word_embeddings"] = self._stays_tied()
         if _LABELS in self._parts and len(merged[_LABELS].shape) == 2:
@@ -302,6 +304,10 @@ class _Merging:
         elif is_key and settings.use_dora != (parts.magnitude is not None):
             what = "missing" if settings.use_dora else "unexpected"
             yield f"{what} {self._file_name(name, 'lora_magnitude_vector')}"
+        if parts.magnitude is not None and not parts.has_adapter:
+            yield f"unexpected {self._file_name(name, 'lora_magnitude_vector')}"
+        if parts.shift is not None and self._key(name) == name:
+            yield f"unexpected {self._file_name(name, 'lora_B')}"
         implied = name == LM_HEAD and self._is_tied
         if bool(self._rows(name)) != (parts.tokens is not None) and not implied:
             yield f"trainable_token_indices does not fit {self._file_name(name)}"
@@ -349,8 +355,8 @@ class _Merging:
         return f"{self._file_name(name, kind)}: expected {list(shape)}, found {list(found.shape)}"
 
     def _file_name(self, name: str, kind: str = "") -> str:
-        name = PREFIX + name.removeprefix(self._adapter.prefix)
-        return name if not kind else f"{name.rpartition('.')[0]}.{kind}.weight"
+        module, _, leaf = name.removeprefix(self._adapter.prefix).rpartition(".")
+        return f"{PREFIX}{module}.{kind}.{leaf}" if kind else f"{PREFIX}{module}.{leaf}"
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:

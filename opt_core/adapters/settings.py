@@ -139,9 +139,9 @@ def read_settings(folder: Path) -> AdapterSettings:
         target_modules=read.target_modules(),
         exclude_modules=read.rule("exclude_modules"),
         layers_to_transform=read.indices("layers_to_transform", layers) or None,
-        layers_pattern=read.names("layers_pattern"),
+        layers_pattern=read.expressions("layers_pattern"),
         target_parameters=read.names("target_parameters"),
-        modules_to_save=read.names("modules_to_save"),
+        modules_to_save=read.expressions("modules_to_save"),
         ensure_weight_tying=read.flag("ensure_weight_tying"),
         token_indices=read.token_indices(),
         initialization=_initialization(path, about.get("init_lora_weights", True)),
@@ -211,6 +211,9 @@ class _Reader:
         ):
             raise self._failure(name, "a list of names", value)
         return tuple(cast("list[str]", values))
+
+    def expressions(self, name: str) -> tuple[str, ...]:
+        return tuple(self._expression(name, value) for value in self.names(name))
 
     def rule(self, name: str) -> str | tuple[str, ...]:
         value = self._about.get(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from opt_core.adapters.settings import CONFIG_FILE, AdapterSettings, read_settings
 from opt_core.checkpoints.load import canonical_name
 from opt_core.checkpoints.safetensors_format import read_safetensors
-from opt_core.checkpoints.tensors import StoredTensor
+from opt_core.checkpoints.tensors import FLOAT_DTYPES, StoredTensor
 from opt_core.checkpoints.torch_format import read_torch_file
 from opt_core.errors import CheckpointError
 
@@ -103,6 +103,8 @@ def is_adapter(path: Path) -> bool:
 
 def _file_away(file: Path, name: str, tensor: StoredTensor, parts: dict[str, Parts]) -> None:
     """Puts a tensor where it belongs."""
+    if tensor.dtype not in FLOAT_DTYPES.values():
+        raise CheckpointError(f"{file}: {name}: {tensor.dtype} is no floating-point type")
     inner = name.removeprefix(PREFIX)
     if ".original_module." in inner:  # what `modules_to_save` replaced
         return

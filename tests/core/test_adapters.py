@@ -82,6 +82,7 @@ def test_what_is_written_is_read(base, adapter):
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern: expected a regular expression"),
         ({"target_modules": [1]}, "target_modules: expected a list of names"),
         ({"target_modules": "["}, "target_modules: expected a regular expression"),
+        ({"modules_to_save": ["*"]}, "modules_to_save: expected a regular expression"),
         ({"layers_to_transform": ["a"]}, "layers_to_transform: expected a list of integers"),
         ({"trainable_token_indices": [-1]}, "trainable_token_indices: expected a list of integ"),
         ({"r": 4}, r"lora_A.weight: expected \[4, 8\], found \[3, 8\]"),
@@ -119,8 +120,20 @@ def test_missing_files_and_tensors(base, adapter, tmp_path):
         save_file({name: value for name, value in tensors.items() if name != lost}, path)
         with pytest.raises(CheckpointError, match=f"missing {lost}"):
             merged(base, adapter)
-    save_file(tensors | {f"{PREFIX}.0.fc1.lora_C.weight": np.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match=r"unexpected .*lora_C"):
+    more = {
+        f"{PREFIX}.0.fc1.lora_C.weight": r"unexpected .*lora_C",
+        f"{PREFIX}.0.fc2.lora_A.weight": r"unexpected .*fc2.lora_A.weight",
+        f"{PREFIX}.0.fc2.lora_B.bias": r"unexpected .*fc2.lora_B.bias",
+        f"{PREFIX}.0.fc2.lora_magnitude_vector": r"unexpected .*fc2.lora_magnitude_vector",
+        f"{PREFIX}.0.fc2.gain": r"unexpected .*fc2.gain",
+        "base_model.model.model.decoder.embed_tokens.weight": r"expected \[20, 8\], found \[1\]",
+    }
+    for name, message in more.items():
+        save_file(tensors | {name: np.zeros(1)}, path)
+        with pytest.raises(CheckpointError, match=message):
+            merged(base, adapter)
+    save_file(tensors | {f"{PREFIX}.0.fc2.bias": np.zeros(8, np.int32)}, path)
+    with pytest.raises(CheckpointError, match=r"fc2.bias: int32 is no floating-point type"):
         merged(base, adapter)
     save_file(
         {
@@ -145,6 +158,8 @@ def test_from_a_folder_to_its_model(base, adapter, tmp_path):
     assert tokenizer_folder(adapter) == tokenizer_folder(base, adapter) == base
     (adapter / "vocab.json").touch()
     assert tokenizer_folder(adapter) == tokenizer_folder(base, adapter) == adapter
+    with pytest.raises(CheckpointError, match="no model, but adapters in adapter; name one"):
+        split_adapter(tmp_path)
     with pytest.raises(CheckpointError, match=r"no adapter_config\.json; expected the folder of"):
         split_adapter(base, base)
     with pytest.raises(CheckpointError, match="an adapter itself; merge it first"):
