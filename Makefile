@@ -7,9 +7,9 @@ FRAMEWORKS := torch tensorflow keras jax flax transformers
 
 # One thread per test worker: workers that each start a thread per core only wait for one another.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-PYTEST := -m pytest -q -n auto --maxprocesses 8
+PYTEST := -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo test lint core-test format clean
+.PHONY: help demo test test-all lint core-test format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -20,8 +20,11 @@ help: ## List these targets
 demo: $(VENV)/.installed-torch ## Install what text generation needs and let the embedded model write
 	$(VENV)/bin/opt-lm generate "ROMEO:" --max-new-tokens 120 --seed 1
 
-test: $(VENV)/.installed-test ## Install everything and run the whole suite
+test: $(VENV)/.installed-test ## Install everything and run the tests, but for repetitions that are slow
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) $(ARGS)
+
+test-all: $(VENV)/.installed-test ## The tests with their slow repetitions (four times as long)
+	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m "" $(ARGS)
 
 core-test: $(CORE_VENV)/.installed-test-core ## Run the core's tests where no framework is installed
 	@$(CORE_VENV)/bin/python -c "import importlib.util as u, sys; \
@@ -29,7 +32,7 @@ core-test: $(CORE_VENV)/.installed-test-core ## Run the core's tests where no fr
 	  sys.exit(f'$(CORE_VENV) must hold no framework, found: {found}' if found else 0)" $(FRAMEWORKS)
 	$(TEST_ENV) $(CORE_VENV)/bin/python $(PYTEST) tests/core $(ARGS)
 
-lint: $(VENV)/.installed-test $(VENV)/.installed-plots $(VENV)/.installed-lint ## Check style, spelling and types
+lint: $(VENV)/.installed-test $(VENV)/.installed-lint ## Check style, spelling and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/codespell

@@ -46,8 +46,16 @@ from opt_core.config import OPTConfig
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.request import Request
 from opt_core.training import TrainConfig
-from opt_flax import FlaxOPTForCausalLM, attention, checkpoint, generation, sharding, training
-from opt_flax.compilation import Prompts, program_settings
+from opt_flax import (
+    FlaxOPTForCausalLM,
+    attention,
+    checkpoint,
+    generation,
+    sampling,
+    sharding,
+    training,
+)
+from opt_flax.compilation import Prompts
 
 RESULTS = Path(__file__).parent / "results" / "tpu.json"
 PROGRAMS = ("prefill", "decode step", "decode loop", "training step")
@@ -178,18 +186,19 @@ def lower_generation(config: OPTConfig, mesh: Mesh) -> Iterator[tuple[str, Any]]
     graph, state = nnx.split(model)
     state = abstract_arguments(state, mesh)
     new = GenerationConfig(max_new_tokens=2, eos_token_id=2)
-    request = Request(np.zeros((ROWS, LENGTH - 2), np.int32), None, new, 2, config.vocab_size, 1)
-    settings = program_settings(request, jax.eval_shape(lambda: jax.random.key(0)))
+    V = config.vocab_size
+    request = Request(np.zeros((ROWS, LENGTH - 2), np.int32), None, new, 2, V, V, 1)
+    rules = sampling.request_rules(model, request, jax.eval_shape(lambda: jax.random.key(0)))
     ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     mask = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.bool_)
     prompts = Prompts(ids, None, np.int32(LENGTH - 1), None)
-    start = generation._start.lower(graph, state, prompts, ids, mask, settings)
+    start = generation._start.lower(graph, state, prompts, ids, mask, rules)
     compiled = start.compile()
     yield "prefill", compiled
     rows, places = start.out_info[0], compiled.output_shardings[0]
     rows = abstract_arguments(rows, mesh, places)
-    yield "decode step", generation._step.lower(graph, state, rows, settings).compile()
-    yield "decode loop", generation._loop.lower(graph, state, rows, settings).compile()
+    yield "decode step", generation._step.lower(graph, state, rows, rules).compile()
+    yield "decode loop", generation._loop.lower(graph, state, rows, rules).compile()
 
 
 def lower_training(config: OPTConfig, mesh: Mesh, rows: int) -> Iterator[tuple[str, Any]]:

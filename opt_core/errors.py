@@ -32,6 +32,10 @@ class InputError(OPTError, ValueError):
     """Model inputs of wrong shape or range: ids outside the vocabulary, masks of another size."""
 
 
+class ArgumentError(OPTError, TypeError):
+    """An argument of a name that nothing here has, or of a kind that cannot be meant."""
+
+
 class DataError(OPTError, ValueError):
     """Texts, labels or a prepared data set that cannot be used as they are."""
 

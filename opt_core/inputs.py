@@ -36,7 +36,7 @@ def check_inputs(
     attention_mask: Any,
     position_ids: Any,
     inputs_embeds: Any,
-    filled: Callable[[int], int] | None,
+    cache: Any,
     check_range: Callable[[str, Any, int, int, str], None],
 ) -> tuple[int | None, int | None]:
     """Refuses inputs that do not fit the model or one another.
@@ -44,10 +44,11 @@ def check_inputs(
     Args:
         config: The model's configuration.
         input_ids: Tensor (B, T), or None.
-        attention_mask: Tensor (B, T), or over the slots that are filled then; or None.
+        attention_mask: Tensor (B, T), or over the slots of a cache: those that are filled then, or
+            all; or None.
         position_ids: Tensor (B, T) or (1, T), or None.
         inputs_embeds: Tensor (B, T, P) in place of `input_ids`, or None.
-        filled: The slots of a cache that are filled after so many more tokens; None: no cache.
+        cache: What came before, or None.
         check_range: Called with a name, its tensor or None, and the lowest and highest value it
             may have and why: refuses others where values can be looked at.
 
@@ -74,8 +75,9 @@ def check_inputs(
     if positions is not None and not any(_fits(positions, (rows, T)) for rows in (1, B)):
         raise InputError(f"position_ids: expected shape ({B}, {T}), received {positions}")
     if mask is not None:
-        slots = T if filled is None or T is None else filled(T)
-        if not any(_fits(mask, (B, width)) for width in (T, slots)):
+        slots = T if cache is None or T is None else cache.filled(T)
+        every = slots if cache is None or cache.grows else cache.max_length
+        if not any(_fits(mask, (B, width)) for width in (T, slots, every)):
             raise InputError(
                 f"attention_mask: expected shape ({B}, {T})"
                 + (f" or ({B}, {slots})" if slots != T else "")
@@ -112,9 +114,8 @@ def check_window(config: OPTConfig, longest: int) -> None:
 def check_cache(
     config: OPTConfig,
     dtype: str,
-    keys: Sequence[Any],
-    kind: str,
-    taken: int | None,
+    cache: Any,
+    name_type: Callable[[Any], str],
     rows: int | None,
     count: int | None,
 ) -> None:
@@ -123,14 +124,15 @@ def check_cache(
     Args:
         config: The model's configuration.
         dtype: Type the model computes in.
-        keys: The cache's buffers of keys, (B, H, S, K) each.
-        kind: Their type.
-        taken: Slots in use.
+        cache: A backend's cache.
+        name_type: Gives the name of a tensor's type.
         rows: Rows B of the input.
         count: New tokens T.
     """
-    held, heads, slots, size = keys[0].shape
-    made = (len(keys), heads, size, kind)
+    if not cache.keys:
+        return
+    held, heads, slots, size = cache.keys[0].shape
+    made = (len(cache.keys), heads, size, name_type(cache.keys[0]))
     expected = (config.num_hidden_layers, config.num_attention_heads, config.head_dim, dtype)
     if made != expected:
         raise InputError(
@@ -139,8 +141,8 @@ def check_cache(
         )
     if None not in (rows, held) and held != rows:
         raise InputError(f"past_key_values holds {held} rows, the input has {rows}")
-    taken = taken or 0
-    if count is not None and slots is not None and taken + count > slots:
+    taken = cache.known_length or 0
+    if not (cache.grows or None in (count, slots)) and taken + (count or 0) > slots:
         raise InputError(
             f"past_key_values has {slots} slots; {taken} are taken and {count} more are needed"
         )

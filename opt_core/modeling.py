@@ -8,6 +8,13 @@ from collections.abc import Callable
 from os import PathLike
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+from opt_core.compatibility.calls import (
+    CallOptions,
+    check_cache_position,
+    check_options,
+    each_layers_heads,
+    kept_tokens,
+)
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError
 from opt_core.generation.config import GenerationConfig
@@ -25,13 +32,17 @@ class Backend(NamedTuple):
     Attributes:
         attention: Its `IMPLEMENTATIONS`.
         checkpoint: Its `save_pretrained`.
-        inputs: Its `full_mask` and `check_window`; `check_prompts(model, input_ids,
-            attention_mask)`, which returns ids (B, T) and their bool mask, or None, in NumPy;
+        inputs: Its `to_tensor`, `to_array`, `full_mask` and `check_window`;
+            `check_prompts(model, input_ids, attention_mask)`, which returns ids (B, T) and their
+            bool mask, or None, in NumPy;
             `check_prefix(model, cache, ids, mask)`.
         losses: Its `causal_lm`, `last_token`, `classification` and `span_position`.
         generation: Its `generate(model, request)` and `stream(model, request)`, token by token.
         beam: Its `search(model, request)`.
         speculative: Its `generate(model, request)` and `stream(model, request)`, by drafts.
+        sampling: The filters that `opt_core.generation.filters` applies; its `request_rules`,
+            `random_source` and `draw_seed`.
+        prefill: Its `observe`, for `opt_core.generation.observed`.
     """
 
     attention: Any
@@ -41,6 +52,8 @@ class Backend(NamedTuple):
     generation: Any
     beam: Any
     speculative: Any
+    sampling: Any
+    prefill: Any
 
 
 class PreTrainedMixin(Generic[Decoder]):
@@ -102,33 +115,89 @@ class PreTrainedMixin(Generic[Decoder]):
     def _decode(
         self,
         given: tuple[Any, ...],
-        output_hidden_states: bool,
-        output_attentions: bool,
-        **options: Any,
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+        options: CallOptions,
+        **mode: Any,
     ) -> Any:
         """Checks the inputs, embeds them and runs the decoder.
 
         Args:
             given: `input_ids`, `attention_mask`, `position_ids`, `inputs_embeds` and
                 `past_key_values`, as the model was given them.
-            output_hidden_states: Return the states between the layers too.
-            output_attentions: Return the attention weights too.
-            **options: More arguments of the framework's decoder.
+            output_hidden_states: Return the states between the layers too; None: as configured.
+            output_attentions: Return the attention weights too; None: as configured.
+            options: The call's other arguments.
+            **mode: More arguments of the framework's decoder.
         """
-        cache, inputs = given[-1], self.backend.inputs
-        ids, mask, positions, embeds = self._check_inputs(*given)
+        own = "input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values"
+        check_options(options, (*own, "labels", "output_hidden_states", "output_attentions"))
+        config, use_cache, inputs = self.config, options.get("use_cache"), self.backend.inputs
+        cache = self._adopt(given[-1], self._starts_cache(use_cache, *given[:-1], **mode))
+        ids, mask, positions, embeds, cache = self._check_inputs(*given[:-1], cache)
         decoder: Any = self.get_decoder()
         if embeds is None:
             embeds = decoder.embed_tokens(ids)
         count, length = self._lengths(embeds, cache)
+        slots = options.get("cache_position")
+        if slots is not None and inputs.is_known(slots) and inputs.is_known(length):
+            check_cache_position(slots, length - count, count)
         mask = inputs.full_mask(mask, count, cache)
         if positions is None:
-            inputs.check_window(self.config, mask, length)
-        return decoder(
+            inputs.check_window(config, mask, length)
+        if options.get("head_mask") is not None:
+            heads = self._as_floats("head_mask", options["head_mask"])
+            mode["head_mask"] = each_layers_heads(config, heads)
+        if output_hidden_states is None:
+            output_hidden_states = getattr(config, "output_hidden_states", False)
+        if output_attentions is None:
+            output_attentions = getattr(config, "output_attentions", False)
+        out = decoder(
             embeds, position_ids=positions, mask_BS=mask, cache=cache,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-            **options,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions, **mode,
         )  # fmt: skip
+        if use_cache is False:
+            out.past_key_values = None
+        return out
+
+    def _finish(self, out: Any, options: CallOptions) -> Any:
+        """The output in the shape that was asked for."""
+        return_dict = options.get("return_dict")
+        if return_dict is None:
+            return_dict = getattr(self.config, "use_return_dict", True)
+        return out if return_dict else out.to_tuple()
+
+    def _starts_cache(self, use_cache: bool | None, *tensors: Any, **mode: Any) -> bool:
+        """Whether a call without a cache begins one.
+
+        Args:
+            use_cache: As the caller gave it; None: where it costs nothing.
+            *tensors: The inputs as they were given.
+            **mode: More arguments of the framework's decoder.
+        """
+        decoder: Any = self.get_decoder()
+        trains = self._trains(**mode)
+        if trains and decoder.gradient_checkpointing:
+            return False  # as in transformers: the layers run twice
+        if use_cache is None:
+            return self.config.use_cache and not trains and not self._is_traced(*tensors)
+        return use_cache
+
+    def _adopt(self, past: Any, starts: bool) -> Any:
+        """The cache that a call goes on from: see `CacheMixin.adopt`."""
+        return self.backend.inputs.KVCache.adopt(past, starts)
+
+    def _as_floats(self, name: str, values: Any) -> Any:
+        """Numbers as a tensor of the type the model computes in."""
+        raise NotImplementedError
+
+    def _trains(self, **mode: Any) -> bool:
+        """Whether dropout is on."""
+        raise NotImplementedError
+
+    def _is_traced(self, *tensors: Any) -> bool:
+        """Whether the call becomes part of a program, whose results a cache would add to."""
+        raise NotImplementedError
 
     def _make_layers(self) -> None:
         """Makes the decoder, and the head that sits on it."""
@@ -199,14 +268,21 @@ class CausalLMMixin(GenerationMixin):
         """The language-model head: (..., P) states to (..., V) logits."""
         raise NotImplementedError
 
-    def _finish(self, out: Any, labels: Any, logits_to_keep: int) -> Any:
+    def _keep(self, hidden: Any, places: Any) -> Any:
+        """The states of some tokens: a slice of them, or an index."""
+        return hidden[:, places]
+
+    def _finish(
+        self, out: Any, options: CallOptions, labels: Any = None, logits_to_keep: Any = 0
+    ) -> Any:
         """Adds the logits, and the loss where labels are given."""
-        if logits_to_keep < 0:
-            raise InputError(f"logits_to_keep: expected at least 0, received {logits_to_keep}")
-        out.logits = self.compute_logits(out.last_hidden_state[:, -logits_to_keep:])
+        kept = self._keep(out.last_hidden_state, kept_tokens(logits_to_keep))
+        logits, loss = self.compute_logits(kept), None
         if labels is not None:
-            out.loss = self.backend.losses.causal_lm(out.logits, labels)
-        return out
+            items = options.get("num_items_in_batch")
+            loss = self.backend.losses.causal_lm(logits, labels, items=items)
+        base: Any = super()
+        return base._finish(out.headed(loss=loss, logits=logits), options)
 
 
 class SequenceClassificationMixin:
@@ -222,14 +298,15 @@ class SequenceClassificationMixin:
         base._make_layers()
         self.score = base._make_head("score", self.config.num_labels, bias=False)
 
-    def _finish(self, out: Any, input_ids: Any, labels: Any) -> Any:
+    def _finish(self, out: Any, options: CallOptions, input_ids: Any, labels: Any) -> Any:
         """Adds the scores of each row's last token, and the loss where labels are given."""
         losses, hidden_BTP = self.backend.losses, out.last_hidden_state
         last_B = losses.last_token(input_ids, hidden_BTP, self.config.pad_token_id)
-        out.logits = self.score(self._pick(hidden_BTP, last_B))
+        logits, loss = self.score(self._pick(hidden_BTP, last_B)), None
         if labels is not None:
-            out.loss = losses.classification(out.logits, labels, self.config)
-        return out
+            loss = losses.classification(logits, labels, self.config)
+        base: Any = super()
+        return base._finish(out.headed(loss=loss, logits=logits), options)
 
     def _pick(self, hidden_BTP: Any, index_B: Any) -> Any:
         """One state of each row, (B, P)."""
@@ -248,18 +325,17 @@ class QuestionAnsweringMixin:
         base._make_layers()
         self.qa_outputs = base._make_head("qa_outputs", 2, bias=True)
 
-    def _finish(self, out: Any, start_positions: Any, end_positions: Any) -> Any:
+    def _finish(
+        self, out: Any, options: CallOptions, start_positions: Any, end_positions: Any
+    ) -> Any:
         """Adds the logits of start and end, and the loss where both positions are given."""
         if (start_positions is None) != (end_positions is None):
             raise InputError("start_positions and end_positions belong together, received one")
-        logits_BT2 = self.qa_outputs(out.last_hidden_state)
-        out.start_logits, out.end_logits = logits_BT2[..., 0], logits_BT2[..., 1]
+        logits_BT2, loss = self.qa_outputs(out.last_hidden_state), None
+        start, end = logits_BT2[..., 0], logits_BT2[..., 1]
         if start_positions is not None:
-            out.loss = question_answering(
-                self.backend.losses,
-                out.start_logits,
-                out.end_logits,
-                start_positions,
-                end_positions,
+            loss = question_answering(
+                self.backend.losses, start, end, start_positions, end_positions
             )
-        return out
+        base: Any = super()
+        return base._finish(out.headed(loss=loss, start_logits=start, end_logits=end), options)

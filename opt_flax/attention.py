@@ -44,6 +44,7 @@ class FlaxOPTAttention(nnx.Module):
         layer: int,
         key: Array | None,
         output_attentions: bool,
+        head_mask: Array | None = None,
     ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
         """Mixes every token with those before it.
 
@@ -55,6 +56,7 @@ class FlaxOPTAttention(nnx.Module):
             layer: Which of the cache's layers this is.
             key: Random key of dropout; None: no dropout.
             output_attentions: Return the attention weights too (this takes the eager path).
+            head_mask: (H,) numbers that the heads' weights are multiplied by; None: all 1.
 
         Returns:
             The mixed states (B, T, D), the weights (B, H, T, S) or None, and the layer's new cache
@@ -78,6 +80,9 @@ class FlaxOPTAttention(nnx.Module):
             mixed = sdpa(query, key_states, value, bias_B1TS)
         else:
             mixed, weights = eager(query, key_states, value, bias_B1TS, dropout, key)
+        if head_mask is not None:
+            heads_H11 = head_mask[:, None, None]
+            mixed, weights = mixed * heads_H11, None if weights is None else weights * heads_H11
         mixed = self.out_proj(mixed.swapaxes(1, 2).reshape(B, T, D))
         return mixed, weights if output_attentions else None, buffers
 

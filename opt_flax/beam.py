@@ -13,16 +13,11 @@ from flax import nnx
 from jax import Array, lax
 
 from opt_core.generation import filters
-from opt_core.generation.request import (
-    ProgramSettings,
-    Request,
-    allocate_tokens,
-    check_beams,
-    check_logits,
-)
+from opt_core.generation.request import Request, allocate_tokens, check_logits
+from opt_core.generation.rules import Rules
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts, program_inputs, program_settings
+from opt_flax.compilation import Prompts, program_inputs
 from opt_flax.prefill import prefill_prompts
 from opt_flax.sharding import replicate
 
@@ -68,24 +63,23 @@ def search(model: "FlaxOPTForCausalLM", request: Request) -> Array:
         (B * num_return_sequences, T + new) ids, each prompt's best first.
 
     Raises:
-        GenerationError: Stop strings were asked for.
+        GenerationError: No token can come in a row.
     """
-    check_beams(request)
     (B, prompt), slots = request.ids.shape, request.slots
     graph, state = nnx.split(model)
-    settings = program_settings(request)
+    rules = sampling.request_rules(model, request)
     history, mask = allocate_tokens(request, slots, request.settings.num_beams)
     prompts = program_inputs(request, slots)
-    search, best = _start(graph, state, prompts, history, mask, settings, request.chunk)
+    search, best = _start(graph, state, prompts, history, mask, rules, request.chunk)
     check_logits(np.asarray(best))
-    finished = _loop(graph, state, search, settings).finished
+    finished = _loop(graph, state, search, rules).finished
     count = request.settings.num_return_sequences
     ids, lengths = (np.asarray(x)[:, :count] for x in (finished.ids, finished.lengths))
     return jnp.asarray(ids[:, :, : prompt + lengths.max()].reshape(B * count, -1))
 
 
 def extend_beams(
-    running: Beams, scores_RV: Array, end: Array, made: int | Array, settings: Any
+    running: Beams, scores_RV: Array, end: Array, made: int | Array, rules: Rules
 ) -> tuple[Beams, Array]:
     """The best continuations of the running beams by one token.
 
@@ -96,7 +90,7 @@ def extend_beams(
         scores_RV: Log-probabilities of the next token of each of the B * W beams.
         end: Slot of the next token.
         made: Tokens each beam has.
-        settings: Number of beams and of EOS ids.
+        rules: Those of the request.
 
     Returns:
         The grown beams, (B, C), and the number of the beam each came from, (B, C).
@@ -104,7 +98,7 @@ def extend_beams(
     B, W = running.scores.shape
     V = scores_RV.shape[1]
     totals = (scores_RV.reshape(B, W, V) + running.scores[..., None]).reshape(B, W * V)
-    count = min(max(2, 1 + len(settings.eos_ids)) * W, W * V)
+    count = min(max(2, 1 + rules.end_tokens) * W, W * V)
     scores, index = lax.top_k(totals, count)
     grown = running.pick(index // V)
     token = (index % V).astype(grown.ids.dtype)[..., None]
@@ -118,7 +112,7 @@ def finish_beams(
     ends_BC: Array,
     made: int | Array,
     is_open: Array,
-    settings: Any,
+    rules: Rules,
 ) -> Beams:
     """The W best finished beams after some of the grown ones ended.
 
@@ -127,9 +121,9 @@ def finish_beams(
     W = finished.scores.shape[1]
     ends_BC = ends_BC & (jnp.arange(ends_BC.shape[1]) < W)
     closed = ~is_open
-    if settings.early_stopping is True:
+    if rules.early_stopping is True:
         closed = closed | (finished.lengths > 0).all(1, keepdims=True)
-    scores = grown.scores / jnp.float32(made + 1) ** settings.length_penalty
+    scores = grown.scores / jnp.float32(made + 1) ** rules.length_penalty
     scores = scores + closed * NEG_INF + ~ends_BC * NEG_INF
     grown = Beams(grown.ids, scores, grown.lengths * ends_BC)
     both = Beams(*(jnp.concatenate(pair, 1) for pair in zip(finished, grown, strict=True)))
@@ -137,28 +131,28 @@ def finish_beams(
 
 
 def can_improve(
-    running: Beams, finished: Beams, made: int | Array, limit: int | Array, settings: Any
+    running: Beams, finished: Beams, made: int | Array, limit: int | Array, rules: Rules
 ) -> Array:
     """Whether a running beam could still beat a finished one, (B, 1).
 
     `early_stopping="never"` assumes the length that favours it most; otherwise its present one.
     """
     length = jnp.float32(made)
-    if settings.early_stopping == "never":
-        length = jnp.where(settings.length_penalty > 0, jnp.float32(limit), length)
-    best = running.scores[:, :1] / length**settings.length_penalty
+    if rules.early_stopping == "never":
+        length = jnp.where(rules.length_penalty > 0, jnp.float32(limit), length)
+    best = running.scores[:, :1] / length**rules.length_penalty
     worst = finished.scores.min(1, keepdims=True)
     return (best > jnp.where(finished.lengths > 0, worst, NEG_INF)).any(1, keepdims=True)
 
 
 def run(
     graph: Any, state: Any, prompts: Prompts, history_RS: Array, mask_RS: Array,
-    settings: ProgramSettings,
+    rules: Rules,
 ) -> tuple[Array, Array]:  # fmt: skip
     """All of a search as one program: its best rows, and the highest scores at its start."""
-    search, best = _start(graph, state, prompts, history_RS, mask_RS, settings)
-    found = _loop(graph, state, search, settings).finished.ids
-    return found[:, : settings.num_return_sequences].reshape(-1, found.shape[2]), best
+    search, best = _start(graph, state, prompts, history_RS, mask_RS, rules)
+    found = _loop(graph, state, search, rules).finished.ids
+    return found[:, : rules.num_return_sequences].reshape(-1, found.shape[2]), best
 
 
 class _Search(NamedTuple):
@@ -182,7 +176,7 @@ def _start(
     prompts: Prompts,
     history_RS: Array,
     mask_RS: Array,
-    settings: ProgramSettings,
+    rules: Rules,
     chunk: int | None = None,
 ) -> tuple[_Search, Array]:
     """The beams with their first token, and the highest score of each row."""
@@ -200,26 +194,27 @@ def _start(
     search = _Search(
         cache, mask_RS, running, empty, open_all, parents, 0, prompts.length, jnp.array(True)
     )
-    search, scores = _choose(search, logits, settings)
+    search, scores = _choose(search, logits, rules)
     return search, replicate(scores.max(-1), model.mesh)
 
 
-def _choose(search: _Search, logits: Array, settings: ProgramSettings) -> tuple[_Search, Array]:
+def _choose(search: _Search, logits: Array, rules: Rules) -> tuple[_Search, Array]:
     """Gives every beam its next token; returns the constrained scores too."""
     made, (B, W, S) = search.made, search.running.ids.shape
-    end, limit = search.prompt + made, settings.new_tokens
+    end, limit = search.prompt + made, rules.new_tokens
     mask = search.mask & (jnp.arange(S) < end)
-    scores = jax.nn.log_softmax(generation.mask_vocabulary(logits, settings.vocabulary), -1)
+    scores = jax.nn.log_softmax(generation.mask_vocabulary(logits, rules.vocabulary), -1)
     history = search.running.ids.reshape(B * W, S)
-    scores = filters.process_logits(sampling, scores, history, mask, end, made, settings)
-    grown, parents = extend_beams(search.running, scores, end, made, settings)
+    is_last = made + 1 == limit
+    scores = filters.process_logits(sampling, scores, history, mask, end, made, rules, is_last)
+    grown, parents = extend_beams(search.running, scores, end, made, rules)
     last = lax.dynamic_index_in_dim(grown.ids, end, 2, keepdims=False)
-    ends = jnp.isin(last, jnp.array(settings.eos_ids, jnp.int32)) | (made + 1 == limit)
-    finished = finish_beams(search.finished, grown, ends, made, search.is_open, settings)
+    ends = rules.ends[last] | is_last
+    finished = finish_beams(search.finished, grown, ends, made, search.is_open, rules)
     running, index = grown._replace(scores=grown.scores + ends * NEG_INF).best(W)
-    is_open = search.is_open & can_improve(running, finished, made + 1, limit, settings)
+    is_open = search.is_open & can_improve(running, finished, made + 1, limit, rules)
     keep_going = ~ends.all() & is_open.any()
-    if settings.early_stopping is True:
+    if rules.early_stopping is True:
         keep_going &= ~(finished.lengths > 0).all()
     parents = jnp.take_along_axis(parents, index, 1)
     search = search._replace(
@@ -230,7 +225,7 @@ def _choose(search: _Search, logits: Array, settings: ProgramSettings) -> tuple[
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="search")
-def _loop(graph: Any, state: Any, search: _Search, settings: ProgramSettings) -> _Search:
+def _loop(graph: Any, state: Any, search: _Search, rules: Rules) -> _Search:
     """Tokens until no beam can become one of the best."""
     model = nnx.merge(graph, state)
 
@@ -239,7 +234,7 @@ def _loop(graph: Any, state: Any, search: _Search, settings: ProgramSettings) ->
         last = lax.dynamic_index_in_dim(search.running.ids, slot, 2, keepdims=False)
         cache = search.cache.regroup(search.parents, model.mesh)
         logits, cache = generation.decode_step(model, last.reshape(-1), cache)
-        return _choose(search._replace(cache=cache), logits, settings)[0]
+        return _choose(search._replace(cache=cache), logits, rules)[0]
 
     search = lax.while_loop(lambda search: search.keep_going, advance, search)
     finished = Beams(*(replicate(values, model.mesh) for values in search.finished))

@@ -1,7 +1,7 @@
 """The key-value cache: buffers of a fixed size, and positions that follow from what they hold."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from opt_core import inputs as rules
+from opt_core.compatibility.caches import CacheMixin
 from opt_core.config import OPTConfig
 from opt_core.params import POSITION_OFFSET
 from opt_flax.sharding import constrain_rows
@@ -17,7 +18,7 @@ from opt_flax.sharding import constrain_rows
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class KVCache:
+class KVCache(CacheMixin):
     """Keys and values of the tokens seen so far.
 
     A cache is a value: writing gives new buffers (within a compiled program XLA writes in place),
@@ -29,17 +30,19 @@ class KVCache:
         length: Slots filled; a number, or a traced scalar inside a compiled program.
         mask: (B, S) bool, True where a filled slot holds a token and False where it holds padding;
             None while no padding was seen.
+        grows: Whether it is made larger where it is full; one of `init_cache` is not.
     """
 
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
+    keys: tuple[Array, ...] = ()
+    values: tuple[Array, ...] = ()
     length: int | Array = 0
     mask: Array | None = None
+    grows: bool = field(default=False, metadata={"static": True})
 
     @property
     def max_length(self) -> int:
         """Slots S there are."""
-        return self.keys[0].shape[2]
+        return self.keys[0].shape[2] if self.keys else 0
 
     @property
     def is_empty(self) -> bool:
@@ -57,6 +60,8 @@ class KVCache:
         Returns:
             The layer's buffers (B, H, S, K) with them.
         """
+        if not self.keys:  # nothing is copied before something follows
+            return key_BHTK, value_BHTK
         return self._put(self.keys[layer], key_BHTK), self._put(self.values[layer], value_BHTK)
 
     def _put(self, buffer: Array, new_BHTK: Array) -> Array:
@@ -111,10 +116,13 @@ class KVCache:
             keys: The buffers that `write` returned.
             values: The buffers that `write` returned.
         """
+        if not self.keys:
+            return KVCache(keys, values, count, mask_BS, grows=True)
         if mask_BS is not None:
             free = ((0, 0), (0, self.max_length - self.visible(count)))
             mask_BS = jnp.pad(mask_BS, free, constant_values=True)
-        return KVCache(keys, values, self.length + count, self.mask if mask_BS is None else mask_BS)
+        mask = self.mask if mask_BS is None else mask_BS
+        return replace(self, keys=keys, values=values, length=self.length + count, mask=mask)
 
     def crop(self, length: int) -> "KVCache":
         """Goes back to the first `length` slots: what is behind them is overwritten.
@@ -157,6 +165,7 @@ class KVCache:
             keys=tuple(copy(buffer, 0, 2, 1) for buffer in self.keys),
             values=tuple(copy(buffer, 0, 2, 1) for buffer in self.values),
             mask=None if self.mask is None else copy(self.mask, True, 1),
+            grows=False,
         )
 
     def select(self, rows: Array) -> "KVCache":

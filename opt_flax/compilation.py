@@ -1,24 +1,24 @@
 """Compiled programs of generation: what they are made for, and what they take as arguments.
 
-A program belongs to a model's structure and to those settings that decide its own. Shapes come from
-a few lengths only, and all that is a number is an argument: another prompt, seed or temperature
-finds the program made already.
+A program belongs to a model's structure and to that of the rules (`opt_core.generation.rules`).
+Shapes come from a few lengths only, and all that is a number is an argument: another prompt, seed
+or temperature finds the program made already.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import Array
 
-from opt_core.generation.request import ProgramSettings, Request, bucket, pad_right, split_settings
+from opt_core.generation.request import Request, bucket, pad_right
+from opt_core.generation.rules import Rules
 from opt_flax.cache import KVCache
 
 # In a program the numbers are traced; the rest tells it from others.
 jax.tree_util.register_pytree_node(
-    ProgramSettings,
-    lambda settings: ((settings.numbers,), settings.structure),
-    lambda structure, numbers: ProgramSettings(structure, *numbers),
+    Rules,
+    lambda rules: ((rules.numbers,), rules.structure),
+    lambda structure, numbers: Rules(structure, *numbers),
 )
 
 
@@ -38,20 +38,6 @@ class Prompts(NamedTuple):
     mask: Any
     length: Any
     past: KVCache | None
-
-
-def program_settings(request: Request, key: Array | None = None) -> ProgramSettings:
-    """The settings that a program of generation is made for, and the numbers it is given.
-
-    Args:
-        request: What to generate.
-        key: Source of random numbers; None: the request's seed.
-    """
-    structure, numbers = split_settings(request.settings)
-    if key is None:
-        key = jax.random.fold_in(jax.random.key(request.seed % 2**31), request.seed // 2**31)
-    numbers |= {"vocabulary": request.vocabulary, "pad": request.pad}
-    return ProgramSettings(structure, numbers | {"new_tokens": request.new_tokens, "key": key})
 
 
 def program_inputs(request: Request, slots: int) -> Prompts:

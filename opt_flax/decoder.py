@@ -1,6 +1,6 @@
 """The decoder: layers, norms, embeddings and projections, and what a model returns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey
 
 from opt_core.config import OPTConfig
 from opt_core.modeling import DecoderLayerMixin, DecoderMixin
@@ -29,9 +30,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-@jax.tree_util.register_dataclass
 class FlaxOPTOutput(ModelOutput[Array, KVCache]):
     """The output of a model: see `ModelOutput` for its fields."""
+
+
+jax.tree_util.register_pytree_with_keys(
+    FlaxOPTOutput,
+    lambda output: ([(DictKey(name), value) for name, value in output.items()], tuple(output)),
+    lambda names, values: FlaxOPTOutput(zip(names, values, strict=True)),
+)
 
 
 class FlaxOPTDecoderLayer(DecoderLayerMixin, nnx.Module):
@@ -57,13 +64,14 @@ class FlaxOPTDecoderLayer(DecoderLayerMixin, nnx.Module):
         layer: int,
         key: Array | None,
         output_attentions: bool,
+        head_mask: Array | None = None,
     ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
         """Returns the new states (B, T, D), the attention weights if asked for, and the buffers."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
 
         def attend(hidden: Array) -> tuple[Any, ...]:
             hidden, *rest = self.self_attn(
-                hidden, bias, mask_BS, cache, layer, keys[0], output_attentions
+                hidden, bias, mask_BS, cache, layer, keys[0], output_attentions, head_mask
             )
             return apply_dropout(hidden, self.dropout, keys[1]), *rest
 
@@ -115,6 +123,7 @@ class FlaxOPTDecoder(DecoderMixin, nnx.Module):
         output_attentions: bool = False,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
+        head_mask: Sequence[Array] | None = None,
     ) -> FlaxOPTOutput:
         """Runs the decoder.
 
@@ -127,6 +136,7 @@ class FlaxOPTDecoder(DecoderMixin, nnx.Module):
             output_attentions: Return the attention weights too.
             deterministic: No dropout; None: as `model.train()` and `model.eval()` set it.
             rngs: Source of dropout; None: the model's own.
+            head_mask: (H,) numbers for each layer, which its heads' weights are multiplied by.
         """
         count, past = embeds.shape[1], cache.length if cache else 0
         slots = cache.visible(count) if cache else count
@@ -140,7 +150,7 @@ class FlaxOPTDecoder(DecoderMixin, nnx.Module):
         keys = self._dropout_keys(deterministic, rngs)
         run = self._scan if self.scan_layers else self._unroll
         hidden, states, attentions, buffers = run(
-            hidden, bias, mask_BS, cache, keys, output_attentions
+            hidden, bias, mask_BS, cache, keys, output_attentions, head_mask
         )
         hidden = self._leave(hidden)
         filled = cache.filled(count) if cache else count
@@ -165,51 +175,56 @@ class FlaxOPTDecoder(DecoderMixin, nnx.Module):
         return jax.random.split(key, config.num_hidden_layers)
 
     def _layer(
-        self, layer, hidden, bias, mask, cache, index, key, output_attentions
+        self, layer, hidden, bias, mask, cache, index, key, output_attentions, heads
     ):  # fmt: skip
         """One layer, dropped or recomputed in the backward pass where that is asked for."""
 
-        def run(layer, hidden, bias, mask, cache, key):
-            return layer(hidden, bias, mask, cache, index, key, output_attentions)
+        def run(layer, hidden, bias, mask, cache, key, heads):
+            return layer(hidden, bias, mask, cache, index, key, output_attentions, heads)
 
         call = nnx.remat(run) if self.gradient_checkpointing and cache is None else run
-        new, weights, buffers = call(layer, hidden, bias, mask, cache, key)
+        new, weights, buffers = call(layer, hidden, bias, mask, cache, key, heads)
         new = _spread(new, self.mesh)
         if key is not None and self.config.layerdrop:
             dropped = jax.random.bernoulli(jax.random.fold_in(key, 3), self.config.layerdrop)
             new = jnp.where(dropped, hidden, new)
         return new, weights, buffers
 
-    def _unroll(self, hidden, bias, mask, cache, keys, output_attentions):
+    def _unroll(self, hidden, bias, mask, cache, keys, output_attentions, head_mask):
         """The layers one after the other: the fastest program."""
         states, attentions, buffers = [], [], []
         for i, layer in enumerate(self.layers):
             states.append(hidden)
             key = None if keys is None else keys[i]
             hidden, weights, written = self._layer(
-                layer, hidden, bias, mask, cache, i, key, output_attentions
-            )
+                layer, hidden, bias, mask, cache, i, key, output_attentions,
+                None if head_mask is None else head_mask[i],
+            )  # fmt: skip
             attentions.append(weights)
             buffers.append(written)
         buffers = None if cache is None else tuple(zip(*buffers, strict=True))
         return hidden, states, tuple(attentions), buffers
 
-    def _scan(self, hidden, bias, mask, cache, keys, output_attentions):
+    def _scan(self, hidden, bias, mask, cache, keys, output_attentions, head_mask):
         """One layer's program, run N times."""
         graph, state = nnx.split(self.layers)
-        stacked = None if cache is None else (jnp.stack(cache.keys), jnp.stack(cache.values))
+        stacked = None
+        if cache is not None and cache.keys:
+            stacked = jnp.stack(cache.keys), jnp.stack(cache.values)
+        heads = None if head_mask is None else jnp.stack(head_mask)
 
         def body(hidden, inputs):
-            state, buffers, key = inputs
-            one = None
-            if cache is not None:
+            state, buffers, key, heads = inputs
+            one = cache
+            if cache is not None and cache.keys:
                 one = KVCache((buffers[0],), (buffers[1],), cache.length)
             new, weights, written = self._layer(
-                nnx.merge(graph, state), hidden, bias, mask, one, 0, key, output_attentions
+                nnx.merge(graph, state), hidden, bias, mask, one, 0, key, output_attentions, heads
             )
             return new, (hidden, weights, written)
 
-        hidden, (states, weights, written) = jax.lax.scan(body, hidden, (state, stacked, keys))
+        each = state, stacked, keys, heads
+        hidden, (states, weights, written) = jax.lax.scan(body, hidden, each)
         attentions = tuple(weights) if output_attentions else ()
         buffers = None if cache is None else tuple(tuple(b) for b in written)
         return hidden, list(states), attentions, buffers

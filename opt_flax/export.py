@@ -19,7 +19,6 @@ from opt_core.generation.request import Request, check_export
 from opt_core.quantization import check_not_quantized
 from opt_core.text.tokenizer import OPTTokenizer
 from opt_flax import beam, generation
-from opt_flax.compilation import Prompts, program_settings
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
@@ -142,7 +141,7 @@ def _generate(
     rebuild: Callable[[Weights], "FlaxOPTForCausalLM"],
     request: Request,
 ) -> Program:
-    settings, max_prompt, new_tokens = request.settings, request.ids.shape[1], request.new_tokens
+    settings, new_tokens = request.settings, request.new_tokens
     count = settings.num_return_sequences
     rows = settings.num_beams if settings.is_beam_search else count
     run = beam.run if settings.is_beam_search else generation.run
@@ -150,22 +149,12 @@ def _generate(
     def generate(
         weights: Weights, input_ids: Array, attention_mask: Array, seed: Array | int = 0
     ) -> dict[str, Array]:
-        graph, state = nnx.split(rebuild(weights))
-        T, mask = input_ids.shape[1], attention_mask.astype(bool)
-        ids, real = (
-            jnp.pad(values, ((0, 0), (0, max_prompt - T)), constant_values=fill)
-            for values, fill in ((input_ids, request.pad), (mask, True))
-        )
-        free = ((0, 0), (0, new_tokens))
-        history = jnp.repeat(jnp.pad(ids, free, constant_values=request.pad), rows, 0)
-        known = jnp.repeat(jnp.pad(real, free, constant_values=True), rows, 0)
-        prompts = Prompts(ids, real, jnp.asarray(T, jnp.int32), None)
+        mask = attention_mask.astype(bool)
         key = jax.random.fold_in(jax.random.key(seed), 0)
-        numbers = program_settings(request, key)
-        found, best = run(graph, state, prompts, history, known, numbers)
+        found, best = generation.trace(rebuild(weights), request, run, input_ids, mask, key)
         fits = (input_ids >= 0) & (input_ids < model.config.vocab_size)
         fits = fits.all(1) & mask[:, -1] & jnp.isfinite(best).reshape(-1, rows).all(1)
-        found = found[:, : T + new_tokens]
+        found = found[:, : input_ids.shape[1] + new_tokens]
         return {"sequences": jnp.where(jnp.repeat(fits, count)[:, None], found, REFUSED)}
 
     return generate

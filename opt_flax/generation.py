@@ -5,7 +5,7 @@ Programs depend on the number of rows and on lengths rounded up to a bucket, not
 seed or the numbers of the settings.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,10 +17,11 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from opt_core.generation import filters
-from opt_core.generation.request import ProgramSettings, Request, allocate_tokens, check_logits
+from opt_core.generation.request import Request, allocate_tokens, check_logits
+from opt_core.generation.rules import BANNED, Rules
 from opt_flax import sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts, program_inputs, program_settings
+from opt_flax.compilation import Prompts, program_inputs
 from opt_flax.prefill import prefill_prompts
 from opt_flax.sharding import replicate
 
@@ -75,7 +76,7 @@ def stream(model: "FlaxOPTForCausalLM", request: Request) -> Iterator[Array]:
     Yields:
         (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
     """
-    graph, state, rows, settings = _run_start(model, request)
+    graph, state, rows, rules = _run_start(model, request)
     trackers = request.stop_trackers(len(rows.ended))
     can_end = bool(request.settings.eos_ids or trackers)
     for made in range(1, request.new_tokens + 1):
@@ -85,15 +86,15 @@ def stream(model: "FlaxOPTForCausalLM", request: Request) -> Iterator[Array]:
         yield rows.token
         if made == request.new_tokens or (can_end and bool(rows.ended.all())):
             return
-        rows = _step(graph, state, rows._replace(token=rows.token.copy()), settings)
+        rows = _step(graph, state, rows._replace(token=rows.token.copy()), rules)
 
 
 def generate(model: "FlaxOPTForCausalLM", request: Request) -> Array:
     """The prompts and all that `stream` yields after them."""
     if request.settings.stops:  # texts are watched on the host
         return jnp.asarray(request.join(stream(model, request)))
-    graph, state, rows, settings = _run_start(model, request)
-    rows = _loop(graph, state, rows, settings)
+    graph, state, rows, rules = _run_start(model, request)
+    rows = _loop(graph, state, rows, rules)
     length = request.ids.shape[1] + int(rows.made)
     return jnp.asarray(np.asarray(rows.history)[:, :length])
 
@@ -101,29 +102,65 @@ def generate(model: "FlaxOPTForCausalLM", request: Request) -> Array:
 def mask_vocabulary(logits_BV: Array, vocabulary: int | Array) -> Array:
     """Logits in float32, ids from `vocabulary` on banned."""
     known = jnp.arange(logits_BV.shape[1]) < vocabulary
-    return jnp.where(known, logits_BV.astype(jnp.float32), sampling.BANNED)
+    return jnp.where(known, logits_BV.astype(jnp.float32), BANNED)
 
 
 def run(
     graph: Any, state: Any, prompts: Prompts, history_RS: Array, mask_RS: Array,
-    settings: ProgramSettings,
+    rules: Rules,
 ) -> tuple[Array, Array]:  # fmt: skip
     """All of a generation as one program: the rows (R, S), and the highest logits at its start."""
-    rows, best = _start(graph, state, prompts, history_RS, mask_RS, settings)
-    return _loop(graph, state, rows, settings).history, best
+    rows, best = _start(graph, state, prompts, history_RS, mask_RS, rules)
+    return _loop(graph, state, rows, rules).history, best
 
 
-def _run_start(
-    model: "FlaxOPTForCausalLM", request: Request
-) -> tuple[Any, Any, _Rows, ProgramSettings]:
+def trace(
+    model: "FlaxOPTForCausalLM",
+    request: Request,
+    run: Callable[..., tuple[Array, Array]],
+    ids_BT: Array,
+    mask_BT: Array | None,
+    seed: int | Array | None,
+) -> tuple[Array, Array]:
+    """A generation as a part of the program that is being traced.
+
+    Args:
+        model: The language model.
+        request: What to generate; its prompts are of the greatest length there may be.
+        run: This module's `run`, or that of `beam`.
+        ids_BT: The prompts.
+        mask_BT: bool, False at padding; None: nothing is padded.
+        seed: Of sampling, or a key; None: the request's.
+
+    Returns:
+        Rows (R, S), and the largest logits at the start.
+    """
+    graph, state = nnx.split(model)
+    settings, T, longest = request.settings, ids_BT.shape[1], request.ids.shape[1]
+    copies = settings.num_beams if settings.is_beam_search else settings.num_return_sequences
+    mask_BT = jnp.ones(ids_BT.shape, bool) if mask_BT is None else mask_BT
+    ids, real = (
+        jnp.pad(values, ((0, 0), (0, longest - T)), constant_values=fill)
+        for values, fill in ((ids_BT, request.pad), (mask_BT, True))
+    )
+    free = ((0, 0), (0, request.new_tokens))
+    history = jnp.repeat(jnp.pad(ids, free, constant_values=request.pad), copies, 0)
+    known = jnp.repeat(jnp.pad(real, free, constant_values=True), copies, 0)
+    prompts = Prompts(ids, real, jnp.asarray(T, jnp.int32), None)
+    key = None if seed is None else sampling.as_key(seed)
+    rules = sampling.request_rules(model, request, key)
+    return run(graph, state, prompts, history, known, rules)
+
+
+def _run_start(model: "FlaxOPTForCausalLM", request: Request) -> tuple[Any, Any, _Rows, Rules]:
     """Reads the prompts and chooses the first token; the model comes back in its two parts."""
     graph, state = nnx.split(model)
-    settings = program_settings(request)
+    rules = sampling.request_rules(model, request)
     history, mask = allocate_tokens(request, request.slots, request.settings.num_return_sequences)
     prompts = program_inputs(request, request.slots)
-    rows, best = _start(graph, state, prompts, history, mask, settings, request.chunk)
+    rows, best = _start(graph, state, prompts, history, mask, rules, request.chunk)
     check_logits(np.asarray(best))
-    return graph, state, rows, settings
+    return graph, state, rows, rules
 
 
 @partial(jax.jit, static_argnames=("graph", "chunk"))
@@ -133,7 +170,7 @@ def _start(
     prompts: Prompts,
     history_RS: Array,
     mask_RS: Array,
-    settings: ProgramSettings,
+    rules: Rules,
     chunk: int | None = None,
 ) -> tuple[_Rows, Array]:
     """The rows with their first token, and the highest logit of each."""
@@ -141,50 +178,49 @@ def _start(
     logits, cache = prefill_prompts(model, prompts, chunk, S, R // prompts.ids.shape[0])
     none, length = jnp.zeros(R, jnp.int32), prompts.length
     rows = _Rows(history_RS, mask_RS, jnp.zeros(R, bool), none, cache, 0, length)
-    rows, scores = _choose(rows, logits, settings, model.mesh)
+    rows, scores = _choose(rows, logits, rules, model.mesh)
     return rows, replicate(scores.max(-1), model.mesh)
 
 
-def _choose(
-    rows: _Rows, logits: Array, settings: ProgramSettings, mesh: Mesh | None
-) -> tuple[_Rows, Array]:
+def _choose(rows: _Rows, logits: Array, rules: Rules, mesh: Mesh | None) -> tuple[_Rows, Array]:
     """Gives every row its next token; returns the constrained logits too."""
     end = rows.prompt + rows.made
     mask = rows.mask & (jnp.arange(rows.mask.shape[1]) < end)
-    scores = mask_vocabulary(logits, settings.vocabulary)
-    scores = filters.process_logits(sampling, scores, rows.history, mask, end, rows.made, settings)
-    token = filters.select_tokens(
-        sampling, scores, settings, jax.random.fold_in(settings.key, rows.made)
+    scores = mask_vocabulary(logits, rules.vocabulary)
+    is_last = rows.made + 1 == rules.new_tokens
+    scores = filters.process_logits(
+        sampling, scores, rows.history, mask, end, rows.made, rules, is_last
     )
-    token = replicate(jnp.where(rows.ended, settings.pad, token), mesh)
-    ended = rows.ended | jnp.isin(token, jnp.array(settings.eos_ids, jnp.int32))
+    token = filters.select_tokens(sampling, scores, rules, jax.random.fold_in(rules.key, rows.made))
+    token = replicate(jnp.where(rows.ended, rules.pad, token), mesh)
+    ended = rows.ended | rules.ends[token]
     history = lax.dynamic_update_slice(rows.history, token[:, None], (0, end))
     rows = rows._replace(history=history, ended=ended, token=token, made=rows.made + 1)
     return rows, scores
 
 
-def _advance(model: Any, rows: _Rows, settings: ProgramSettings) -> _Rows:
+def _advance(model: Any, rows: _Rows, rules: Rules) -> _Rows:
     """Reads the newest token of every row and chooses the next."""
     logits, cache = decode_step(model, rows.token, rows.cache)
-    return _choose(rows._replace(cache=cache), logits, settings, model.mesh)[0]
+    return _choose(rows._replace(cache=cache), logits, rules, model.mesh)[0]
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="rows")
-def _step(graph: Any, state: Any, rows: _Rows, settings: ProgramSettings) -> _Rows:
+def _step(graph: Any, state: Any, rows: _Rows, rules: Rules) -> _Rows:
     """One more token per row."""
-    return _advance(nnx.merge(graph, state), rows, settings)
+    return _advance(nnx.merge(graph, state), rows, rules)
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="rows")
-def _loop(graph: Any, state: Any, rows: _Rows, settings: ProgramSettings) -> _Rows:
+def _loop(graph: Any, state: Any, rows: _Rows, rules: Rules) -> _Rows:
     """Tokens until there are enough of them or every row has ended."""
     model = nnx.merge(graph, state)
 
     def keep_going(rows: _Rows) -> Array:
-        return (rows.made < settings.new_tokens) & ~rows.ended.all()
+        return (rows.made < rules.new_tokens) & ~rows.ended.all()
 
     def advance(rows: _Rows) -> _Rows:
-        rows = _advance(model, rows._replace(cache=rows.cache.unsqueezed()), settings)
+        rows = _advance(model, rows._replace(cache=rows.cache.unsqueezed()), rules)
         return rows._replace(cache=rows.cache.squeezed())
 
     rows = lax.while_loop(keep_going, advance, rows._replace(cache=rows.cache.squeezed()))

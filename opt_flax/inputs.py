@@ -1,11 +1,13 @@
 """Model inputs: made into tensors and checked before anything is computed."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
+from numpy.typing import NDArray
 
 from opt_core import inputs as rules
 from opt_core.config import OPTConfig
@@ -22,7 +24,7 @@ def check_inputs(
     position_ids: Any,
     inputs_embeds: Any,
     cache: KVCache | None,
-) -> tuple[Array | None, Array | None, Array | None, Array | None]:
+) -> tuple[Array | None, Array | None, Array | None, Array | None, KVCache | None]:
     """Turns tensors and lists into JAX arrays and checks shapes and ranges.
 
     Args:
@@ -35,7 +37,7 @@ def check_inputs(
         cache: What came before, or None.
 
     Returns:
-        The four inputs as arrays or None, the mask as bool.
+        The four inputs as arrays or None, the mask as bool, and the cache with room for them.
 
     Raises:
         InputError: What does not fit, expected and received.
@@ -47,15 +49,18 @@ def check_inputs(
     if inputs_embeds is not None:
         embeds = as_tensor("inputs_embeds", inputs_embeds).astype(dtype)
     given = ids, mask, positions, embeds
-    B, T = rules.check_inputs(config, *given, cache and cache.filled, check_range)
+    B, T = rules.check_inputs(config, *given, cache, check_range)
     if cache is not None:
+        if is_known(cache.length):
+            cache = replace(cache, length=int(cache.length))
         check_cache(config, dtype, cache, B, T)
-    return ids, None if mask is None else mask.astype(bool), positions, embeds
+        cache = cache.with_room(T)
+    return ids, None if mask is None else mask.astype(bool), positions, embeds, cache
 
 
 def check_prompts(model: Any, input_ids: Any, attention_mask: Any) -> tuple[Ids, Mask | None]:
     """Checks prompts, (B, T); the ids and their mask, or None, in NumPy."""
-    ids, mask, _, _ = check_inputs(
+    ids, mask, *_ = check_inputs(
         model.config, model.dtype, input_ids, attention_mask, None, None, None
     )
     return np.asarray(ids), None if mask is None else np.asarray(mask)
@@ -73,8 +78,8 @@ def check_cache(
         rows: Rows B of the input.
         count: New tokens T.
     """
-    expected, kind = jnp.dtype(dtype).name, cache.keys[0].dtype.name
-    rules.check_cache(config, expected, cache.keys, kind, cache.known_length, rows, count)
+    kind = jnp.dtype(dtype).name
+    rules.check_cache(config, kind, cache, lambda keys: keys.dtype.name, rows, count)
 
 
 def check_prefix(model: Any, cache: Any, ids_BT: Ids, mask_BT: Mask | None) -> None:
@@ -96,7 +101,8 @@ def full_mask(mask_BT: Array | None, count: int, cache: KVCache | None) -> Array
     """The mask over everything: what the cache remembers and the new tokens.
 
     Args:
-        mask_BT: bool mask of the new tokens, or of the past ones too; None: they are all real.
+        mask_BT: bool mask of the new tokens, of the past ones too, or of all slots of the cache;
+            None: they are all real.
         count: New tokens T.
         cache: What came before, or None.
 
@@ -110,8 +116,12 @@ def full_mask(mask_BT: Array | None, count: int, cache: KVCache | None) -> Array
         before = cache.mask
         if before is None:
             before = jnp.ones((mask_BT.shape[0], cache.max_length), bool)
-        start = cache.length if mask_BT.shape[1] == count else 0
+        start, width = cache.length, mask_BT.shape[1]
+        if width != count:
+            start, mask_BT = 0, mask_BT | (jnp.arange(width) >= cache.length + count)
         mask_BT = lax.dynamic_update_slice(before, mask_BT, (0, start))
+    elif cache is not None:
+        mask_BT = mask_BT[:, :count]
     # A mask of ones would only keep the fast causal kernels from running.
     return None if is_known(mask_BT) and bool(mask_BT.all()) else mask_BT
 
@@ -130,11 +140,13 @@ def check_window(config: OPTConfig, mask_BS: Array | None, length: int) -> None:
 
 
 def as_integers(name: str, values: Any) -> Array | None:
-    """A 2-D int32 array, or None; where values can be looked at they must fit into int32."""
+    """A 2-D int32 array, or None; where values can be looked at they must be whole and fit."""
     if values is None:
         return None
     array = values if isinstance(values, Array) else as_tensor(name, values)
-    is_integer = jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool
+    is_integer = not jnp.issubdtype(array.dtype, jnp.complexfloating)
+    if jnp.issubdtype(array.dtype, jnp.floating) and is_known(array):
+        is_integer = bool((array == jnp.round(array)).all())
     rules.check_kind(name, is_integer, array.dtype, array.shape)
     return array.astype(jnp.int32)
 
@@ -166,3 +178,13 @@ def is_known(value: Any) -> bool:
     if isinstance(value, Tracer):
         return False
     return not isinstance(value, Array) or value.is_fully_addressable
+
+
+def to_tensor(model: Any, values: Any) -> Array:
+    """NumPy's values on the device."""
+    return jnp.asarray(values)
+
+
+def to_array(values: Array) -> NDArray[Any]:
+    """NumPy's values."""
+    return np.asarray(values)

@@ -39,17 +39,20 @@ def check_labels(name: str, labels: Array, shape: tuple[int, ...], count: int) -
     return labels.astype(jnp.int32)
 
 
-def causal_lm(logits_BTV: Array, labels: Any, label_smoothing: float = 0.0) -> Array:
+def causal_lm(
+    logits_BTV: Array, labels: Any, label_smoothing: float = 0.0, items: Any = None
+) -> Array:
     """Mean cross entropy of each next token, labels of -100 left out.
 
     Args:
         logits_BTV: The model's logits.
         labels: (B, T) ids, unshifted.
         label_smoothing: Share of the likelihood that is asked for everywhere.
+        items: What the sum is divided by; None: the number of labels, for the mean.
     """
     B, T, V = logits_BTV.shape
     targets = _shifted(check_labels("labels", as_tensor("labels", labels), (B, T), V))
-    return _cross_entropy(logits_BTV, targets, IGNORE_INDEX, label_smoothing)
+    return _cross_entropy(logits_BTV, targets, IGNORE_INDEX, label_smoothing, items)
 
 
 def chunked_causal_lm(
@@ -194,7 +197,9 @@ def _shifted(labels_BT: Array) -> Array:
     return jnp.pad(labels_BT[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
 
 
-def _cross_entropy(logits: Array, targets: Array, ignored: int, smoothing: float = 0.0) -> Array:
+def _cross_entropy(
+    logits: Array, targets: Array, ignored: int, smoothing: float = 0.0, items: Any = None
+) -> Array:
     """Mean negative log-likelihood of the targets, those that equal `ignored` left out."""
     logits, kept = upcast(logits), targets != ignored
     # Compared, not looked up: the gradient is then one pass over the logits, without a scatter.
@@ -203,4 +208,4 @@ def _cross_entropy(logits: Array, targets: Array, ignored: int, smoothing: float
     nats = jax.nn.logsumexp(logits, -1) - (1 - smoothing) * picked
     if smoothing:
         nats = nats - smoothing * logits.mean(-1)
-    return jnp.where(kept, nats, 0).sum() / kept.sum()
+    return jnp.where(kept, nats, 0).sum() / (kept.sum() if items is None else items)

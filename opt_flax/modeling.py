@@ -1,13 +1,13 @@
 """The models: what all share, the decoder alone, and the language model."""
 
-import dataclasses
 from collections.abc import Callable
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import Mesh, Sharding
 
 from opt_core.config import OPTConfig
@@ -20,10 +20,13 @@ from opt_flax import (
     generation,
     inputs,
     losses,
+    prefill,
+    sampling,
     sharding,
     speculative,
 )  # fmt: skip
 from opt_flax.cache import KVCache, init_cache
+from opt_flax.compatibility import FlaxCallOptions, split_mode
 from opt_flax.decoder import FlaxOPTDecoder, FlaxOPTOutput
 from opt_flax.linear import Linear
 
@@ -32,7 +35,7 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
 
     def __init__(
@@ -140,11 +143,22 @@ class FlaxOPTPreTrainedModel(PreTrainedMixin[FlaxOPTDecoder], nnx.Module):
             **hub,
         )
 
-    def _decode(self, given: tuple[Any, ...], *flags: Any, **options: Any) -> FlaxOPTOutput:
-        *tensors, cache = given
-        if cache is not None and inputs.is_known(cache.length):
-            cache = dataclasses.replace(cache, length=int(cache.length))
-        return super()._decode((*tensors, cache), *flags, **options)
+    def _decode(
+        self, *values: Any, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
+    ) -> FlaxOPTOutput:
+        *given, options = values
+        options, deterministic, rngs = split_mode(options, deterministic, rngs)
+        return super()._decode(*given, options, deterministic=deterministic, rngs=rngs)
+
+    def _trains(self, deterministic: bool | None = None, **mode: Any) -> bool:
+        return not (self.get_decoder().deterministic if deterministic is None else deterministic)
+
+    def _is_traced(self, *tensors: Any) -> bool:
+        weight = self.get_decoder().embed_positions.embedding[...]
+        return any(isinstance(x, Tracer) for x in (weight, *tensors))
+
+    def _as_floats(self, name: str, values: Any) -> Array:
+        return inputs.as_tensor(name, values).astype(self.dtype)
 
     def _check_inputs(self, *values: Any) -> Any:
         return inputs.check_inputs(self.config, self.dtype, *values)
@@ -171,10 +185,11 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
         position_ids: Any = None,
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
+        **kwargs: Unpack[FlaxCallOptions],
     ) -> FlaxOPTOutput:
         """Computes the hidden states.
 
@@ -183,19 +198,23 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
             attention_mask: (B, T), or (B, past + T) with a cache: 1 for tokens, 0 for padding.
             position_ids: (B, T) positions, -1 for padding; by default they follow from the mask.
             inputs_embeds: (B, T, P) embeddings in place of `input_ids`.
-            past_key_values: A cache (`init_cache`): these tokens follow the ones it holds.
-            output_hidden_states: Return `hidden_states`.
-            output_attentions: Return `attentions`.
+            past_key_values: A cache, of an earlier output or of `init_cache`: these tokens follow
+                the ones it holds.
+            output_hidden_states: Return `hidden_states`; None: as configured.
+            output_attentions: Return `attentions`; None: as configured.
             deterministic: Whether dropout is off; None: `model.eval()` and `model.train()` say.
             rngs: Source of dropout, its stream "dropout"; None: the model's own.
+            **kwargs: `use_cache`, `return_dict` and the others of `FlaxCallOptions`.
 
         Raises:
             InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        return self._decode(
-            given, output_hidden_states, output_attentions, deterministic=deterministic, rngs=rngs
-        )
+        out = self._decode(
+            given, output_hidden_states, output_attentions, kwargs,
+            deterministic=deterministic, rngs=rngs,
+        )  # fmt: skip
+        return self._finish(out, kwargs)
 
 
 class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
@@ -215,11 +234,12 @@ class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
         labels: Any = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: Any = 0,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
+        **kwargs: Unpack[FlaxCallOptions],
     ) -> FlaxOPTOutput:
         """Computes logits, and the loss where labels are given.
 
@@ -230,17 +250,20 @@ class FlaxOPTForCausalLM(CausalLMMixin, FlaxOPTPreTrainedModel):
             inputs_embeds: See there.
             past_key_values: See there.
             labels: (B, T) ids, -100 to ignore one; the model shifts them. Usually `input_ids`.
-            output_hidden_states: Return `hidden_states`.
-            output_attentions: Return `attentions`.
-            logits_to_keep: Compute logits for this many last tokens only; 0 for all.
+            output_hidden_states: See there.
+            output_attentions: See there.
+            logits_to_keep: Compute logits for this many last tokens only, 0 for all, or for those
+                of an index.
             deterministic: See there.
             rngs: See there.
+            **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
         out = self._decode(
-            given, output_hidden_states, output_attentions, deterministic=deterministic, rngs=rngs
-        )
-        return self._finish(out, labels, logits_to_keep)
+            given, output_hidden_states, output_attentions, kwargs,
+            deterministic=deterministic, rngs=rngs,
+        )  # fmt: skip
+        return self._finish(out, kwargs, labels, logits_to_keep)
 
     def compute_logits(self, hidden: Array) -> Array:
         """The language-model head: (..., P) states to (..., V) logits."""

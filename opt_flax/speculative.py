@@ -16,11 +16,12 @@ from flax import nnx
 from jax import Array, lax
 
 from opt_core.generation import filters
-from opt_core.generation.request import Ids, ProgramSettings, Request, check_logits
+from opt_core.generation.request import Ids, Request, check_logits
+from opt_core.generation.rules import Rules
 from opt_core.generation.speculation import Counts, Reader, Rows, speculate
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts, program_inputs, program_settings
+from opt_flax.compilation import Prompts, program_inputs
 from opt_flax.prefill import prefill_prompts
 from opt_flax.sharding import replicate
 
@@ -53,7 +54,7 @@ def accept_draft(
     draft_RG: Array,
     counts_R: Array,
     probs_RGV: Array | None,
-    settings: Any,
+    rules: Rules,
     key: Array,
 ) -> tuple[Array, Array]:
     """Which drafted tokens are right, and the token after them.
@@ -66,7 +67,7 @@ def accept_draft(
         draft_RG: G = T - 1 ids.
         counts_R: How many of them were drafted.
         probs_RGV: The probabilities they were drawn by; None: they were not drawn.
-        settings: How tokens are chosen.
+        rules: Those of the request.
         key: Source of random numbers.
 
     Returns:
@@ -75,11 +76,11 @@ def accept_draft(
     """
     R, T, V = scores_RTV.shape
     is_drafted = jnp.arange(T - 1) < counts_R[:, None]
-    if not settings.do_sample:
+    if not rules.do_sample:
         tokens = scores_RTV.argmax(-1).astype(jnp.int32)
         right = is_drafted & (tokens[:, :-1] == draft_RG)
         return tokens, jnp.cumprod(right, 1, dtype=jnp.int32).sum(1) + 1
-    p_RTV = probabilities(scores_RTV.reshape(R * T, V), settings).reshape(R, T, V)
+    p_RTV = probabilities(scores_RTV.reshape(R * T, V), rules).reshape(R, T, V)
     # What was not drawn was certain.
     q_RGV = jax.nn.one_hot(draft_RG, V) if probs_RGV is None else probs_RGV
     places = draft_RG[..., None]
@@ -97,9 +98,9 @@ def accept_draft(
     return tokens.at[row, right].set(_draw(rest, key)), right + 1
 
 
-def probabilities(logits_BV: Array, settings: Any) -> Array:
+def probabilities(logits_BV: Array, rules: Rules) -> Array:
     """Probabilities (B, V) that sampling draws the next token by."""
-    logits_BC, ids_BC = filters.candidates(sampling, logits_BV, settings)
+    logits_BC, ids_BC = filters.candidates(sampling, logits_BV, rules)
     rows = jnp.arange(len(logits_BV))[:, None]
     return jnp.zeros_like(logits_BV).at[rows, ids_BC].set(jax.nn.softmax(logits_BC, -1))
 
@@ -127,11 +128,11 @@ class _Reader(Reader):
         super().__init__(model, request, rows, slots)
         self.graph, self.state = nnx.split(model)
         self.is_bare = len(rows.texts) == 1 and self.slots.is_plain  # and stays so
-        settings = program_settings(request)
-        self.key = settings.key
+        rules = sampling.request_rules(model, request)
+        self.key = rules.key
         self.token, self.best, self.keys, self.values = _open(
             self.graph, self.state, program_inputs(request, slots), self._history(rows.no_draft),
-            settings, request.chunk, slots,
+            rules, request.chunk, slots,
         )  # fmt: skip
 
     def first_tokens(self) -> Ids:
@@ -141,7 +142,7 @@ class _Reader(Reader):
     def propose(self, count: int, step: int) -> tuple[Ids, Array | None]:
         draft, probs, self.keys, self.values = _propose(
             self.graph, self.state, self.keys, self.values, self._place(count + 1, 2),
-            self.rows.newest(2), self._history(self.rows.no_draft), self._settings(step), count,
+            self.rows.newest(2), self._history(self.rows.no_draft), self._rules(step), count,
         )  # fmt: skip
         return np.asarray(draft), probs
 
@@ -151,15 +152,15 @@ class _Reader(Reader):
         ids = np.concatenate([self.rows.newest(1), draft], 1)
         tokens, kept, self.keys, self.values = _check(
             self.graph, self.state, self.keys, self.values, self._place(ids.shape[1], 1), ids,
-            counts, probs, self._history(draft), self._settings(step),
+            counts, probs, self._history(draft), self._rules(step),
         )  # fmt: skip
         return np.asarray(tokens), np.asarray(kept)
 
     def reorder(self, order: Ids) -> None:
         self.keys, self.values = _reorder(self.keys, self.values, order)
 
-    def _settings(self, step: int) -> ProgramSettings:
-        return program_settings(self.request, jax.random.fold_in(self.key, step))
+    def _rules(self, step: int) -> Rules:
+        return sampling.request_rules(self.model, self.request, jax.random.fold_in(self.key, step))
 
     def _history(self, draft: Ids) -> _History:
         return _History(*self.histories(draft))
@@ -171,15 +172,15 @@ class _Reader(Reader):
 
 @partial(jax.jit, static_argnames=("graph", "chunk", "slots"))
 def _open(
-    graph: Any, state: Any, prompts: Prompts, history: _History, settings: ProgramSettings,
+    graph: Any, state: Any, prompts: Prompts, history: _History, rules: Rules,
     chunk: int | None, slots: int,
 ) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:  # fmt: skip
     """The first token of each row, the highest logit it was chosen by, and the cache's buffers."""
     model = nnx.merge(graph, state)
     copies = len(history.ids) // len(prompts.ids)
     logits, cache = prefill_prompts(model, prompts, chunk, slots, copies)
-    scores = _constrained(logits[:, None], history._replace(made=0), settings)[:, 0]
-    token = filters.select_tokens(sampling, scores, settings, settings.key)
+    scores = _constrained(logits[:, None], history._replace(made=0), rules)[:, 0]
+    token = filters.select_tokens(sampling, scores, rules, rules.key)
     token, best = (replicate(x, model.mesh) for x in (token, scores.max(-1)))
     return token, best, cache.keys, cache.values
 
@@ -188,14 +189,14 @@ def _open(
 def _check(
     graph: Any, state: Any, keys: tuple[Array, ...], values: tuple[Array, ...], place: _Place,
     ids_RT: Array, counts_R: Array, probs_RGV: Array | None, history: _History,
-    settings: ProgramSettings,
+    rules: Rules,
 ) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:  # fmt: skip
     """The answer of `accept_draft` for the draft behind each newest token, and the new buffers."""
     model = nnx.merge(graph, state)
     cache = KVCache(keys, values, place.length, place.mask)
     logits, cache = _read(model, ids_RT, place.positions, cache)
-    scores = _constrained(logits, history, settings)
-    found = accept_draft(scores, ids_RT[:, 1:], counts_R, probs_RGV, settings, settings.key)
+    scores = _constrained(logits, history, rules)
+    found = accept_draft(scores, ids_RT[:, 1:], counts_R, probs_RGV, rules, rules.key)
     tokens, counts = (replicate(x, model.mesh) for x in found)
     return tokens, counts, cache.keys, cache.values
 
@@ -203,7 +204,7 @@ def _check(
 @partial(jax.jit, static_argnames=("graph", "count"), donate_argnames=("keys", "values"))
 def _propose(
     graph: Any, state: Any, keys: tuple[Array, ...], values: tuple[Array, ...], place: _Place,
-    newest_R2: Array, history: _History, settings: ProgramSettings, count: int,
+    newest_R2: Array, history: _History, rules: Rules, count: int,
 ) -> tuple[Array, Array | None, tuple[Array, ...], tuple[Array, ...]]:  # fmt: skip
     """Tokens (R, count) one after the other, their probabilities, and the cache's buffers."""
     model = nnx.merge(graph, state)
@@ -211,8 +212,8 @@ def _propose(
     def step(carry: Any, inputs: Any) -> Any:
         (ids, cache, history), (positions, key) = carry, inputs
         logits, cache = _read(model, ids, positions, cache)
-        scores = _constrained(logits[:, -1:], history, settings)[:, 0]
-        p = probabilities(scores, settings) if settings.do_sample else None
+        scores = _constrained(logits[:, -1:], history, rules)[:, 0]
+        p = probabilities(scores, rules) if rules.do_sample else None
         token = scores.argmax(-1) if p is None else _draw(p, key)
         token = token.astype(jnp.int32)[:, None]
         ids = jnp.concatenate([history.ids[:, :, 1:], token[..., None]], 2)
@@ -220,7 +221,7 @@ def _propose(
         return (token, cache, _History(ids, mask, history.made + 1)), (token[:, 0], p)
 
     # Another key than the one that drafts are checked by.
-    draws = jax.random.split(jax.random.fold_in(settings.key, 1), count)
+    draws = jax.random.split(jax.random.fold_in(rules.key, 1), count)
     cache = KVCache(keys, values, place.length, place.mask)
     carry, first = step((newest_R2, cache, history), (place.positions[:, :2], draws[0]))
     others = place.positions[:, 2:].T[..., None]
@@ -248,13 +249,14 @@ def _read(
     return model.compute_logits(out.last_hidden_state), out.past_key_values
 
 
-def _constrained(logits_RTV: Array, history: _History, settings: ProgramSettings) -> Array:
+def _constrained(logits_RTV: Array, history: _History, rules: Rules) -> Array:
     """Constrained logits (R, T, V) of the tokens after T histories of each row."""
     (R, T, V), W = logits_RTV.shape, history.ids.shape[2]
     made = history.made if isinstance(history.made, int) else history.made.reshape(R * T)
+    is_last = made + 1 == rules.new_tokens
     ids, mask = (x.reshape(R * T, W) for x in history[:2])
-    scores = generation.mask_vocabulary(logits_RTV.reshape(R * T, V), settings.vocabulary)
-    scores = filters.process_logits(sampling, scores, ids, mask, W, made, settings)
+    scores = generation.mask_vocabulary(logits_RTV.reshape(R * T, V), rules.vocabulary)
+    scores = filters.process_logits(sampling, scores, ids, mask, W, made, rules, is_last)
     return scores.reshape(R, T, V)
 
 

@@ -32,13 +32,13 @@ def keep_inputs(model: keras.Model) -> None:
 def register_pytree(cls: Any) -> None:
     """Lets outputs through Keras' fit and predict, which flatten what they find in this namespace.
 
-    Keras' way in, `keras.tree`, only uses what is registered. Without optree Keras flattens by
-    TensorFlow's protocol instead, which outputs have too.
+    Keras' way in, `keras.tree`, only uses what is registered. Without optree Keras flattens them as
+    TensorFlow does, which takes them for the mappings they are.
     """
     optree.register_pytree_node(
         cls,
-        lambda output: cls.__tf_flatten__(output)[::-1],
-        cls.__tf_unflatten__,
+        lambda output: (tuple(output.values()), tuple(output), tuple(output)),
+        lambda names, values: cls(zip(names, values, strict=True)),
         namespace="keras",
     )
 

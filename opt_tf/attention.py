@@ -42,6 +42,7 @@ class TFOPTAttention(keras.layers.Layer):
         layer: int = 0,
         seed: tf.Tensor | None = None,
         output_attentions: bool = False,
+        head_mask: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor | None, tuple[tf.Tensor, tf.Tensor] | None]:
         """Mixes every token with those before it.
 
@@ -52,6 +53,7 @@ class TFOPTAttention(keras.layers.Layer):
             layer: Which of the cache's layers this is.
             seed: int32 (2,), of dropout; None: no dropout.
             output_attentions: Return the attention weights too (this takes the eager path).
+            head_mask: (H,) numbers that the heads' weights are multiplied by; None: all 1.
 
         Returns:
             The mixed states (B, T, D), the weights (B, H, T, S) or None, and the layer's new cache
@@ -76,6 +78,9 @@ class TFOPTAttention(keras.layers.Layer):
             mixed, weights = eager(query, key, value, bias_B1TS, self.dropout, seed)
         else:
             mixed = sdpa(query, key, value, bias_B1TS)
+        if head_mask is not None:
+            heads_H11 = head_mask[:, None, None]
+            mixed, weights = mixed * heads_H11, None if weights is None else weights * heads_H11
         mixed = self.out_proj(tf.reshape(tf.transpose(mixed, (0, 2, 1, 3)), (B, T, D)))
         return mixed, weights if output_attentions else None, buffers
 

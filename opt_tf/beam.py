@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tensorflow as tf
 
 from opt_core.generation import filters
-from opt_core.generation.config import GenerationConfig
-from opt_core.generation.request import Request, check_beams, check_logits
+from opt_core.generation.request import Request, check_logits
+from opt_core.generation.rules import Rules
 from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
 from opt_tf.compilation import generation_program, program_inputs
@@ -79,14 +79,14 @@ def search(model: "TFOPTForCausalLM", request: Request) -> tf.Tensor:
         (B * num_return_sequences, T + new) ids, each prompt's best first.
 
     Raises:
-        GenerationError: Stop strings were asked for.
+        GenerationError: No token can come in a row.
     """
-    check_beams(request)
     inputs = program_inputs(request, request.slots)
     state, best = generation_program(model, request, _start)(inputs)
     check_logits(best.numpy())
     finished = generation_program(model, request, _loop)(inputs, state)
-    return _result(finished, request.settings, inputs)
+    found, made = _result(finished, request.settings)
+    return found[:, : inputs["prompt"] + made]
 
 
 def extend_beams(
@@ -94,7 +94,7 @@ def extend_beams(
     scores_RV: tf.Tensor,
     end: tf.Tensor,
     made: int | tf.Tensor,
-    settings: GenerationConfig,
+    rules: Rules,
 ) -> tuple[Beams, tf.Tensor]:
     """The best continuations of the running beams by one token.
 
@@ -105,14 +105,14 @@ def extend_beams(
         scores_RV: Log-probabilities of the next token of each of the B * W beams.
         end: Slot of the next token.
         made: Tokens each beam has.
-        settings: Number of beams and of EOS ids.
+        rules: Those of the request.
 
     Returns:
         The grown beams, (B, C), and the number of the beam each came from, (B, C).
     """
     W, V, S = sizes(running.scores)[1], sizes(scores_RV)[1], sizes(running.ids)[2]
     totals = tf.reshape(scores_RV, (-1, W, V)) + tf.expand_dims(running.scores, -1)
-    count = min(max(2, 1 + len(settings.eos_ids)) * W, W * V)
+    count = min(max(2, 1 + rules.end_tokens) * W, W * V)
     scores, index = tf.math.top_k(tf.reshape(totals, (-1, W * V)), count)
     grown = running.pick(index // V)
     is_here = tf.range(S) == end
@@ -126,7 +126,7 @@ def finish_beams(
     ends_BC: tf.Tensor,
     made: int | tf.Tensor,
     is_open: tf.Tensor,
-    settings: GenerationConfig,
+    rules: Rules,
 ) -> Beams:
     """The W best finished beams after some of the grown ones ended.
 
@@ -135,9 +135,9 @@ def finish_beams(
     W = sizes(finished.scores)[1]
     ends_BC &= tf.range(sizes(ends_BC)[1]) < W
     closed = tf.logical_not(is_open)
-    if settings.early_stopping is True:
+    if rules.early_stopping is True:
         closed |= tf.reduce_all(finished.lengths > 0, 1, keepdims=True)
-    scores = grown.scores / _power(made + 1, settings)
+    scores = grown.scores / _power(made + 1, rules)
     scores += tf.where(closed, NEG_INF, 0.0) + tf.where(ends_BC, 0.0, NEG_INF)
     grown = Beams(grown.ids, scores, tf.where(ends_BC, grown.lengths, 0))
     both = Beams(*(tf.concat(pair, 1) for pair in zip(finished, grown, strict=True)))
@@ -149,46 +149,46 @@ def can_improve(
     finished: Beams,
     made: int | tf.Tensor,
     limit: tf.Tensor,
-    settings: GenerationConfig,
+    rules: Rules,
 ) -> tf.Tensor:
     """Whether a running beam could still beat a finished one, (B, 1).
 
     `early_stopping="never"` assumes the length that favours it most; otherwise its present one.
     """
     length = tf.convert_to_tensor(made)
-    if settings.early_stopping == "never":
-        length = tf.where(tf.convert_to_tensor(settings.length_penalty) > 0, limit, length)
-    best = running.scores[:, :1] / _power(length, settings)
+    if rules.early_stopping == "never":
+        length = tf.where(tf.convert_to_tensor(rules.length_penalty) > 0, limit, length)
+    best = running.scores[:, :1] / _power(length, rules)
     worst = tf.reduce_min(finished.scores, 1, keepdims=True)
     return tf.reduce_any(best > tf.where(finished.lengths > 0, worst, NEG_INF), 1, keepdims=True)
 
 
-def _power(length: int | tf.Tensor, settings: GenerationConfig) -> tf.Tensor:
-    return tf.cast(length, tf.float32) ** settings.length_penalty
+def _power(length: int | tf.Tensor, rules: Rules) -> tf.Tensor:
+    return tf.cast(length, tf.float32) ** rules.length_penalty
 
 
 def run(
-    model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any]
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """All of a search as one program: the ids, and the largest scores at its start."""
-    state, best = _start(model, settings, inputs)
-    return _result(_loop(model, settings, inputs, state), settings, inputs), best
+    model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any]
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """All of a search: its best rows (R, S), the most tokens made, the largest scores at first."""
+    state, best = _start(model, rules, inputs)
+    return *_result(_loop(model, rules, inputs, state), rules), best
 
 
-def _result(finished: Beams, settings: Any, inputs: dict[str, Any]) -> tf.Tensor:
-    """Each prompt's best rows, cut to the longest of them."""
-    count = settings.num_return_sequences
-    end = inputs["prompt"] + tf.reduce_max(finished.lengths[:, :count])
-    return tf.reshape(finished.ids[:, :count, :end], (-1, end))
+def _result(finished: Beams, rules: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """Each prompt's best rows, and the tokens of the longest."""
+    count, S = rules.num_return_sequences, sizes(finished.ids)[2]
+    made = tf.reduce_max(finished.lengths[:, :count])
+    return tf.reshape(finished.ids[:, :count], (-1, S)), made
 
 
 def _start(
-    model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any]
+    model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any]
 ) -> tuple[_State, tf.Tensor]:
     """The first token of each beam, and the largest score it was chosen by."""
-    B, W = sizes(inputs["history"])[0], settings.num_beams
+    B, W = sizes(inputs["history"])[0], rules.num_beams
     slots = sizes(inputs["history"])[1]
-    logits, cache = prefill_prompts(model, inputs, settings.chunk, slots, W)
+    logits, cache = prefill_prompts(model, inputs, rules.chunk, slots, W)
     none = Beams(
         tf.repeat(inputs["history"][:, None], W, 1),
         tf.fill((B, W), NEG_INF),
@@ -198,12 +198,12 @@ def _start(
     running = none._replace(scores=tf.repeat(tf.where(tf.range(W) == 0, 0.0, NEG_INF)[None], B, 0))
     is_open, is_done = tf.ones((B, 1), tf.bool), tf.constant(False)
     state = _State(tf.constant(0), running, none, is_open, is_done, cache.keys, cache.values)
-    return _choose(logits, settings, inputs, state, 0)
+    return _choose(logits, rules, inputs, state, 0)
 
 
-def _loop(model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any], state: _State) -> Beams:
+def _loop(model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State) -> Beams:
     """Steps until nothing can change any more; the finished beams."""
-    mask = tf.repeat(inputs["mask"], settings.num_beams, 0)
+    mask = tf.repeat(inputs["mask"], rules.num_beams, 0)
 
     def step(*parts: Any) -> _State:
         state = _State(*parts)
@@ -212,7 +212,7 @@ def _loop(model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any], stat
         cache = KVCache(state.keys, state.values, end, mask)
         logits, cache = generation.decode_step(model, last, cache)
         state = state._replace(keys=cache.keys, values=cache.values)
-        return _choose(logits, settings, inputs, state, state.made)[0]
+        return _choose(logits, rules, inputs, state, state.made)[0]
 
     return _State(
         *tf.while_loop(lambda *s: tf.logical_not(_State(*s).is_done), step, state)
@@ -220,26 +220,25 @@ def _loop(model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any], stat
 
 
 def _choose(
-    logits: tf.Tensor, settings: Any, inputs: dict[str, Any], state: _State, made: int | tf.Tensor
+    logits: tf.Tensor, rules: Rules, inputs: dict[str, Any], state: _State, made: int | tf.Tensor
 ) -> tuple[_State, tf.Tensor]:
     """Grows the beams by one token, and the largest score there was for each row."""
     B, W, S = sizes(state.running.ids)
-    limit, end = inputs["new_tokens"], inputs["prompt"] + made
+    limit, end = rules.new_tokens, inputs["prompt"] + made
     mask = tf.repeat(inputs["mask"], W, 0) & (tf.range(S) < end)
-    scores = tf.nn.log_softmax(generation.mask_vocabulary(logits, settings.vocabulary), -1)
+    scores = tf.nn.log_softmax(generation.mask_vocabulary(logits, rules.vocabulary), -1)
     history = tf.reshape(state.running.ids, (-1, S))
-    scores = filters.process_logits(sampling, scores, history, mask, end, made, settings)
-    grown, parents = extend_beams(state.running, scores, end, made, settings)
+    is_last = made + 1 == limit
+    scores = filters.process_logits(sampling, scores, history, mask, end, made, rules, is_last)
+    grown, parents = extend_beams(state.running, scores, end, made, rules)
     token = tf.gather(grown.ids, end, axis=2)
-    ends = tf.repeat(tf.fill((B, 1), made + 1 == limit), sizes(token)[1], 1)
-    if settings.eos_ids:
-        ends |= tf.reduce_any(token[..., None] == tf.constant(settings.eos_ids), -1)
-    finished = finish_beams(state.finished, grown, ends, made, state.is_open, settings)
+    ends = tf.gather(rules.ends, token) | is_last
+    finished = finish_beams(state.finished, grown, ends, made, state.is_open, rules)
     open_scores = grown.scores + tf.where(ends, NEG_INF, 0.0)
     running, index = grown._replace(scores=open_scores).best(W)
-    is_open = state.is_open & can_improve(running, finished, made + 1, limit, settings)
+    is_open = state.is_open & can_improve(running, finished, made + 1, limit, rules)
     is_done = tf.reduce_all(ends) | ~tf.reduce_any(is_open)
-    if settings.early_stopping is True:
+    if rules.early_stopping is True:
         is_done |= tf.reduce_all(finished.lengths > 0)
     parents = tf.gather(parents, index, batch_dims=1) + W * tf.range(B)[:, None]
     rows = tf.reshape(parents, (-1,))

@@ -8,13 +8,14 @@ import keras
 import tensorflow as tf
 
 from opt_core import inputs as rules
+from opt_core.compatibility.caches import CacheMixin
 from opt_core.config import OPTConfig
 from opt_core.params import POSITION_OFFSET
 from opt_tf.linear import sizes
 
 
 @dataclass(frozen=True)
-class KVCache:
+class KVCache(CacheMixin):
     """Keys and values of the tokens seen so far.
 
     A cache is a value: writing gives new buffers (within a compiled program XLA writes in place),
@@ -25,17 +26,19 @@ class KVCache:
         values: One (B, H, S, K) buffer per layer.
         length: Slots filled; a number, or a scalar int32 tensor inside a compiled program.
         mask: (B, S) bool, False where a slot holds padding; None while no padding was seen.
+        grows: Whether it is made larger where it is full; one of `init_cache` is not.
     """
 
-    keys: tuple[tf.Tensor, ...]
-    values: tuple[tf.Tensor, ...]
+    keys: tuple[tf.Tensor, ...] = ()
+    values: tuple[tf.Tensor, ...] = ()
     length: int | tf.Tensor = 0
     mask: tf.Tensor | None = None
+    grows: bool = False
 
     @property
     def max_length(self) -> int:
         """Slots S there are."""
-        return sizes(self.keys[0])[2]
+        return sizes(self.keys[0])[2] if self.keys else 0
 
     @property
     def is_empty(self) -> bool:
@@ -55,6 +58,8 @@ class KVCache:
         Returns:
             The layer's buffers (B, H, S, K) with them.
         """
+        if not self.keys:  # nothing is copied before something follows
+            return key_BHTK, value_BHTK
         return self._put(self.keys[layer], key_BHTK), self._put(self.values[layer], value_BHTK)
 
     def _put(self, buffer: tf.Tensor, new_BHTK: tf.Tensor) -> tf.Tensor:
@@ -106,10 +111,13 @@ class KVCache:
             keys: The buffers that `write` returned.
             values: The buffers that `write` returned.
         """
+        if not self.keys:
+            return KVCache(keys, values, count, mask_BS, grows=True)
         if mask_BS is not None:
             free = [[0, 0], [0, self.max_length - self.visible(count)]]
             mask_BS = tf.pad(mask_BS, free, constant_values=True)
-        return KVCache(keys, values, self.length + count, self.mask if mask_BS is None else mask_BS)
+        mask = self.mask if mask_BS is None else mask_BS
+        return replace(self, keys=keys, values=values, length=self.length + count, mask=mask)
 
     def crop(self, length: int) -> "KVCache":
         """Goes back to the first `length` slots: what is behind them is overwritten.
@@ -148,6 +156,7 @@ class KVCache:
             keys=tuple(copy(buffer, 2, 0) for buffer in self.keys),
             values=tuple(copy(buffer, 2, 0) for buffer in self.values),
             mask=None if self.mask is None else copy(self.mask, 1, True),
+            grows=False,
         )
 
     def select(self, rows: tf.Tensor) -> "KVCache":
@@ -162,14 +171,14 @@ class KVCache:
     # What lets caches go in and out of a tf.function.
     def __tf_flatten__(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         if isinstance(self.length, int):
-            return (self.length,), (self.keys, self.values, self.mask)
-        return (), (self.keys, self.values, self.mask, self.length)
+            return (self.grows, self.length), (self.keys, self.values, self.mask)
+        return (self.grows,), (self.keys, self.values, self.mask, self.length)
 
     @classmethod
     def __tf_unflatten__(cls, metadata: tuple[Any, ...], components: tuple[Any, ...]) -> "KVCache":
-        keys, values, mask, *length = components
-        (length,) = (*metadata, *length)
-        return cls(keys, values, length, mask)
+        (grows, *known), (keys, values, mask, *length) = metadata, components
+        (length,) = (*known, *length)
+        return cls(keys, values, length, mask, grows)
 
 
 def init_cache(config: OPTConfig, batch_size: int, max_length: int, dtype: str) -> KVCache:

@@ -1,8 +1,8 @@
 """Programs that XLA compiles: what they are made for, and what goes into them.
 
-A program belongs to a model and to what is fixed in it; those of generation to the settings that
-decide their structure. Shapes come from a few lengths only, and all that is a number is an input:
-another prompt, seed or temperature finds the program made already.
+A program belongs to a model and to what is fixed in it; those of generation to the structure of the
+rules (`opt_core.generation.rules`). Shapes come from a few lengths only, and all that is a number
+is an input: another prompt, seed or temperature finds the program made already.
 """
 
 from collections.abc import Callable
@@ -11,14 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from opt_core.generation.config import GenerationConfig
-from opt_core.generation.request import (
-    ProgramSettings,
-    Request,
-    allocate_tokens,
-    bucket,
-    split_settings,
-)
+from opt_core.generation.request import Request, allocate_tokens, bucket
+from opt_core.generation.rules import Rules, Structure, make_rules
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM, TFOPTPreTrainedModel
@@ -54,25 +48,15 @@ def generation_program(
 
     Args:
         model: The language model.
-        request: Its settings are the program's, except for numbers.
-        program: Called with the model, the settings (`program_settings`), the inputs
-            (`program_inputs`) and further tensors.
+        request: The structure of its rules is the program's.
+        program: Called with the model, the `Rules`, the inputs (`program_inputs`) and further
+            tensors.
 
     Returns:
         A function of the inputs and further tensors.
     """
-    structure, _ = split_settings(request.settings)
-    fixed = (structure, request.vocabulary, request.pad, request.chunk)
-    return compiled(model, _run, program, *fixed)
-
-
-def program_settings(
-    settings: GenerationConfig, vocabulary: int, pad: int, chunk: int | None, **numbers: Any
-) -> ProgramSettings:
-    """The settings of a program of generation, numbers in place of theirs, and more."""
-    return ProgramSettings(
-        settings, {"vocabulary": vocabulary, "pad": pad, "chunk": chunk} | numbers
-    )
+    structure, _ = make_rules(request, is_compiled=True)
+    return compiled(model, _run, program, structure, request.chunk)
 
 
 def program_inputs(request: Request, slots: int) -> dict[str, Any]:
@@ -84,9 +68,8 @@ def program_inputs(request: Request, slots: int) -> dict[str, Any]:
 
     Returns:
         `history` (B, S), the prompts with free slots behind them, and `mask`, False at padding;
-        `ids` (B, T), the prompts padded on the right; `seed`; the lengths `prompt` and
-        `new_tokens`; `past`, the parts of a cache, if there is one; and `numbers`, those of the
-        settings.
+        `ids` (B, T), the prompts padded on the right; `seed`; the length `prompt`; `past`, the
+        parts of a cache, if there is one; and `numbers`, those of the rules.
     """
     history, mask = allocate_tokens(request, slots)
     prompt, past = request.ids.shape[1], request.past
@@ -98,21 +81,17 @@ def program_inputs(request: Request, slots: int) -> dict[str, Any]:
         "history": tf.constant(history),
         "mask": tf.constant(mask),
         "prompt": tf.constant(prompt, tf.int32),
-        "new_tokens": tf.constant(request.new_tokens, tf.int32),
         "seed": tf.constant(request.seed, tf.int64),
-        "numbers": {k: tf.constant(v) for k, v in split_settings(request.settings)[1].items()},
+        "numbers": {name: tf.constant(x) for name, x in make_rules(request, True)[1].items()},
     }
 
 
 def _run(
     model: "TFOPTForCausalLM",
     program: Callable[..., Any],
-    structure: GenerationConfig,
-    vocabulary: int,
-    pad: int,
+    structure: Structure,
     chunk: int | None,
     inputs: dict[str, Any],
     *state: Any,
 ) -> Any:
-    settings = program_settings(structure, vocabulary, pad, chunk, **inputs["numbers"])
-    return program(model, settings, inputs, *state)
+    return program(model, Rules(structure, inputs["numbers"] | {"chunk": chunk}), inputs, *state)

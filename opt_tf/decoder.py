@@ -1,6 +1,6 @@
 """The decoder: layers, norms, embeddings and projections, and what a model returns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,17 +28,6 @@ ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
 
 class TFOPTOutput(ModelOutput[tf.Tensor, KVCache]):
     """The output of a model: see `ModelOutput` for its fields."""
-
-    # What lets outputs through tf.function and through Keras' fit and predict.
-    def __tf_flatten__(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-        present = {name: value for name, value in vars(self).items() if value is not None}
-        return tuple(present), tuple(present.values())
-
-    @classmethod
-    def __tf_unflatten__(
-        cls, metadata: tuple[str, ...], components: tuple[Any, ...]
-    ) -> "TFOPTOutput":
-        return cls(**dict(zip(metadata, components, strict=True)))
 
 
 register_pytree(TFOPTOutput)
@@ -76,6 +65,7 @@ class TFOPTDecoderLayer(DecoderLayerMixin, keras.layers.Layer):
         layer: int = 0,
         seed: tf.Tensor | None = None,
         output_attentions: bool = False,
+        head_mask: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor | None, tuple[tf.Tensor, tf.Tensor] | None]:
         """Returns the new states (B, T, D), the attention weights if asked for, and the buffers."""
         seeds = (None,) * 3 if seed is None else tuple(_split(seed, 3))
@@ -83,7 +73,7 @@ class TFOPTDecoderLayer(DecoderLayerMixin, keras.layers.Layer):
         def attend(hidden: tf.Tensor) -> tuple[Any, ...]:
             hidden, *rest = self.self_attn(
                 hidden, bias_B1TS=bias, cache=cache, layer=layer, seed=seeds[0],
-                output_attentions=output_attentions,
+                output_attentions=output_attentions, head_mask=head_mask,
             )  # fmt: skip
             return apply_dropout(hidden, self.dropout, seeds[1]), *rest
 
@@ -145,6 +135,7 @@ class TFOPTDecoder(DecoderMixin, keras.layers.Layer):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         training: bool | None = None,
+        head_mask: Sequence[tf.Tensor] | None = None,
     ) -> TFOPTOutput:
         """Runs the decoder.
 
@@ -156,6 +147,7 @@ class TFOPTDecoder(DecoderMixin, keras.layers.Layer):
             output_hidden_states: Return the states between the layers too.
             output_attentions: Return the attention weights too.
             training: Whether to apply dropout and layerdrop.
+            head_mask: (H,) numbers for each layer, which its heads' weights are multiplied by.
         """
         count = sizes(embeds)[1]
         past, slots = (cache.length, cache.visible(count)) if cache else (0, count)
@@ -174,6 +166,7 @@ class TFOPTDecoder(DecoderMixin, keras.layers.Layer):
                 return block(
                     hidden, bias=bias, cache=cache, layer=i, seed=seed,
                     output_attentions=output_attentions,
+                    head_mask=None if head_mask is None else head_mask[i],
                 )  # fmt: skip
 
             if training and self.gradient_checkpointing and not (cache or output_attentions):

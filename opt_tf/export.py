@@ -14,7 +14,6 @@ from opt_core.generation.request import Request, check_export, merge_settings
 from opt_core.quantization import check_not_quantized
 from opt_core.text.tokenizer import OPTTokenizer
 from opt_tf import beam, generation
-from opt_tf.compilation import program_settings
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -108,8 +107,8 @@ def _forward(model: "TFOPTForCausalLM") -> Any:
 
 
 def _generate(model: "TFOPTForCausalLM", request: Request) -> Any:
-    settings, max_prompt, new_tokens = request.settings, request.ids.shape[1], request.new_tokens
-    fixed = program_settings(settings, request.vocabulary, request.pad, None)
+    max_prompt = request.ids.shape[1]
+    run = beam.run if request.settings.is_beam_search else generation.run
 
     def generate(
         input_ids: tf.Tensor, attention_mask: tf.Tensor, seed: tf.Tensor | int = 0
@@ -118,22 +117,10 @@ def _generate(model: "TFOPTForCausalLM", request: Request) -> Any:
         tf.debugging.assert_less_equal(prompt, max_prompt, "prompt longer than max_prompt")
         tf.debugging.assert_equal(attention_mask[:, -1], 1, "pad prompts on the left")
         _check_ids(model, input_ids)
-        # Slots of a number that is known, so that the loop's shapes are.
-        behind = [[0, 0], [0, max_prompt + new_tokens - prompt]]
-        history = tf.pad(input_ids, behind, constant_values=request.pad)
-        mask = tf.pad(tf.cast(attention_mask, tf.bool), behind, constant_values=True)
-        inputs = {
-            "ids": input_ids,
-            "history": tf.reshape(history, (-1, max_prompt + new_tokens)),
-            "mask": tf.reshape(mask, (-1, max_prompt + new_tokens)),
-            "prompt": prompt,
-            "new_tokens": tf.constant(new_tokens),
-            "seed": tf.cast(seed, tf.int64),
-        }
-        run = beam.run if settings.is_beam_search else generation.run
-        sequences, best = run(model, fixed, inputs)
+        mask = tf.cast(attention_mask, tf.bool)
+        found, made, best = generation.trace(model, request, run, input_ids, mask, seed)
         tf.debugging.assert_all_finite(best, "no token can be generated")
-        return {"sequences": sequences}
+        return {"sequences": found[:, : prompt + made]}
 
     return generate
 

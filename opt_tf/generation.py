@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from opt_core.generation import filters
 from opt_core.generation.request import Request, check_logits
+from opt_core.generation.rules import BANNED, Rules
 from opt_tf import sampling
 from opt_tf.cache import KVCache
 from opt_tf.compilation import generation_program, program_inputs
@@ -90,19 +91,55 @@ def generate(model: "TFOPTForCausalLM", request: Request) -> tf.Tensor:
     return state.history[:, : request.ids.shape[1] + int(state.made)]
 
 
-def mask_vocabulary(logits_BV: tf.Tensor, vocabulary: int) -> tf.Tensor:
+def mask_vocabulary(logits_BV: tf.Tensor, vocabulary: int | tf.Tensor) -> tf.Tensor:
     """Logits in float32, ids from `vocabulary` on banned."""
-    logits_BV, V = tf.cast(logits_BV, tf.float32), sizes(logits_BV)[1]
-    return sampling.ban_tokens(logits_BV, range(vocabulary, V)) if vocabulary < V else logits_BV
+    known = tf.range(sizes(logits_BV)[1]) < vocabulary
+    return tf.where(known, tf.cast(logits_BV, tf.float32), BANNED)
 
 
 def run(
-    model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any]
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """All of a generation as one program: the ids, and the largest logits at its start."""
-    state, best = _start(model, settings, inputs)
-    state = _loop(model, settings, inputs, state)
-    return state.history[:, : inputs["prompt"] + state.made], best
+    model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any]
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """All of a generation: the rows (R, S), tokens made, and the largest logits at its start."""
+    state, best = _start(model, rules, inputs)
+    state = _loop(model, rules, inputs, state)
+    return state.history, state.made, best
+
+
+def trace(
+    model: "TFOPTForCausalLM",
+    request: Request,
+    run: Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
+    ids_BT: tf.Tensor,
+    mask_BT: tf.Tensor | None,
+    seed: tf.Tensor | int | None,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """A generation as a part of the program that is being traced.
+
+    Args:
+        model: The language model.
+        request: What to generate; its prompts are of the greatest length there may be.
+        run: This module's `run`, or that of `beam`.
+        ids_BT: The prompts.
+        mask_BT: bool, False at padding; None: nothing is padded.
+        seed: Of sampling; None: the request's.
+
+    Returns:
+        Rows (R, S), how many tokens were made, and the largest logits at the start.
+    """
+    prompt, slots = tf.shape(ids_BT)[1], request.ids.shape[1] + request.new_tokens
+    # Slots of a number that is known, so that the loop's shapes are.
+    behind = [[0, 0], [0, slots - prompt]]
+    mask_BT = tf.ones_like(ids_BT, tf.bool) if mask_BT is None else mask_BT
+    history = tf.pad(ids_BT, behind, constant_values=request.pad)
+    inputs = {
+        "ids": ids_BT,
+        "history": tf.reshape(history, (-1, slots)),
+        "mask": tf.reshape(tf.pad(mask_BT, behind, constant_values=True), (-1, slots)),
+        "prompt": prompt,
+        "seed": tf.cast(request.seed if seed is None else seed, tf.int64),
+    }
+    return run(model, sampling.request_rules(model, request), inputs)
 
 
 def _run_start(model: "TFOPTForCausalLM", request: Request) -> tuple[dict[str, Any], _State]:
@@ -114,51 +151,47 @@ def _run_start(model: "TFOPTForCausalLM", request: Request) -> tuple[dict[str, A
 
 
 def _start(
-    model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any]
+    model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any]
 ) -> tuple[_State, tf.Tensor]:
     """The first token of each row, and the largest logit it was chosen by."""
-    copies, slots = settings.num_return_sequences, sizes(inputs["history"])[1]
-    logits, cache = prefill_prompts(model, inputs, settings.chunk, slots, copies)
+    copies, slots = rules.num_return_sequences, sizes(inputs["history"])[1]
+    logits, cache = prefill_prompts(model, inputs, rules.chunk, slots, copies)
     history = tf.repeat(inputs["history"], copies, 0) if copies > 1 else inputs["history"]
     no_row = tf.zeros(tf.shape(history)[0], tf.bool)
     state = _State(tf.constant(0), no_row, no_row, history, cache.keys, cache.values)
-    logits = _constrained(logits, settings, inputs, state, _mask(settings, inputs), 0)
-    return _write(logits, settings, inputs, state), tf.reduce_max(logits, -1)
+    logits = _constrained(logits, rules, inputs, state, _mask(rules, inputs), 0)
+    return _write(logits, rules, inputs, state), tf.reduce_max(logits, -1)
 
 
-def _step(
-    model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any], state: _State
-) -> _State:
+def _step(model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
     """Reads the newest token and chooses the next one."""
-    mask = _mask(settings, inputs)
+    mask = _mask(rules, inputs)
     length = inputs["prompt"] + state.made - 1
     logits, cache = decode_step(model, state.token, KVCache(state.keys, state.values, length, mask))
     state = state._replace(keys=cache.keys, values=cache.values)
-    logits = _constrained(logits, settings, inputs, state, mask, state.made)
-    return _write(logits, settings, inputs, state)
+    logits = _constrained(logits, rules, inputs, state, mask, state.made)
+    return _write(logits, rules, inputs, state)
 
 
-def _loop(
-    model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any], state: _State
-) -> _State:
+def _loop(model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
     """Steps until all rows have ended or are full; the state without a cache."""
 
     def keep_going(*state: Any) -> tf.Tensor:
         state = _State(*state)
-        is_open = state.made < inputs["new_tokens"]
-        return is_open & ~tf.reduce_all(state.ended) if settings.eos_ids else is_open
+        is_open = state.made < rules.new_tokens
+        return is_open & ~tf.reduce_all(state.ended)
 
     def step(*state: Any) -> _State:
         state = _with(_State(*state), KVCache.unsqueezed)
-        return _with(_step(model, settings, inputs, state), KVCache.squeezed)
+        return _with(_step(model, rules, inputs, state), KVCache.squeezed)
 
     state = _State(*tf.while_loop(keep_going, step, _with(state, KVCache.squeezed)))
     return state._replace(keys=(), values=())
 
 
-def _mask(settings: Any, inputs: dict[str, Any]) -> tf.Tensor:
+def _mask(rules: Rules, inputs: dict[str, Any]) -> tf.Tensor:
     """The mask of all rows."""
-    copies = settings.num_return_sequences
+    copies = rules.num_return_sequences
     return tf.repeat(inputs["mask"], copies, 0) if copies > 1 else inputs["mask"]
 
 
@@ -169,23 +202,22 @@ def _with(state: _State, change: Callable[[KVCache], KVCache]) -> _State:
 
 
 def _constrained(
-    logits: tf.Tensor, settings: Any, inputs: dict[str, Any], state: _State, mask: tf.Tensor,
+    logits: tf.Tensor, rules: Rules, inputs: dict[str, Any], state: _State, mask: tf.Tensor,
     made: int | tf.Tensor,
 ) -> tf.Tensor:  # fmt: skip
     end = inputs["prompt"] + made
     mask = mask & (tf.range(sizes(mask)[1]) < end)
-    logits = mask_vocabulary(logits, settings.vocabulary)
-    return filters.process_logits(sampling, logits, state.history, mask, end, made, settings)
+    logits = mask_vocabulary(logits, rules.vocabulary)
+    is_last = made + 1 == rules.new_tokens
+    return filters.process_logits(sampling, logits, state.history, mask, end, made, rules, is_last)
 
 
-def _write(logits: tf.Tensor, settings: Any, inputs: dict[str, Any], state: _State) -> _State:
+def _write(logits: tf.Tensor, rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
     """Chooses a token for each row that has not ended, and writes it down."""
     seed = tf.stack([inputs["seed"], tf.cast(state.made, tf.int64)])
-    token = filters.select_tokens(sampling, logits, settings, seed)
-    token = tf.where(state.ended, settings.pad, token)
-    ended = state.ended
-    if settings.eos_ids:
-        ended |= tf.reduce_any(token[:, None] == tf.constant(settings.eos_ids), 1)
+    token = filters.select_tokens(sampling, logits, rules, seed)
+    token = tf.where(state.ended, rules.pad, token)
+    ended = state.ended | tf.gather(rules.ends, token)
     is_here = tf.range(sizes(state.history)[1]) == inputs["prompt"] + state.made
     history = tf.where(is_here, token[:, None], state.history)
     return state._replace(made=state.made + 1, token=token, ended=ended, history=history)

@@ -1,10 +1,11 @@
 """The models with other heads: sequence classification and question answering."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import keras
 import tensorflow as tf
 
+from opt_core.compatibility.calls import CallOptions
 from opt_core.errors import InputError
 from opt_core.modeling import QuestionAnsweringMixin, SequenceClassificationMixin
 from opt_core.training.labels import question_answering
@@ -26,9 +27,10 @@ class TFOPTForSequenceClassification(SequenceClassificationMixin, TFOPTPreTraine
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
         labels: Any = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         training: bool | None = None,
+        **kwargs: Unpack[CallOptions],
     ) -> TFOPTOutput:
         """Scores each text at its last token that is not `pad_token_id` (transformers' rule).
 
@@ -40,13 +42,16 @@ class TFOPTForSequenceClassification(SequenceClassificationMixin, TFOPTPreTraine
             past_key_values: See there.
             labels: (B,) class numbers, (B,) or (B, num_labels) floats for regression, or
                 (B, num_labels) floats in 0..1 for several labels at once.
-            output_hidden_states: Return `hidden_states`.
-            output_attentions: Return `attentions`.
+            output_hidden_states: See there.
+            output_attentions: See there.
             training: See there.
+            **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(given, output_hidden_states, output_attentions, training=training)
-        return self._finish(out, input_ids, labels)
+        out = self._decode(
+            given, output_hidden_states, output_attentions, kwargs, training=training
+        )
+        return self._finish(out, kwargs, input_ids, labels)
 
     def _pick(self, hidden_BTP: tf.Tensor, index_B: tf.Tensor) -> tf.Tensor:
         return tf.gather(hidden_BTP, index_B, batch_dims=1)
@@ -71,9 +76,10 @@ class TFOPTForQuestionAnswering(QuestionAnsweringMixin, TFOPTPreTrainedModel):
         past_key_values: KVCache | None = None,
         start_positions: Any = None,
         end_positions: Any = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         training: bool | None = None,
+        **kwargs: Unpack[CallOptions],
     ) -> TFOPTOutput:
         """Computes start and end logits, and the loss where both positions are given.
 
@@ -85,13 +91,16 @@ class TFOPTForQuestionAnswering(QuestionAnsweringMixin, TFOPTPreTrainedModel):
             past_key_values: See there.
             start_positions: (B,) first token of the answer; beyond the sequence: ignored.
             end_positions: (B,) last token of the answer; beyond the sequence: ignored.
-            output_hidden_states: Return `hidden_states`.
-            output_attentions: Return `attentions`.
+            output_hidden_states: See there.
+            output_attentions: See there.
             training: See there.
+            **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(given, output_hidden_states, output_attentions, training=training)
-        return self._finish(out, start_positions, end_positions)
+        out = self._decode(
+            given, output_hidden_states, output_attentions, kwargs, training=training
+        )
+        return self._finish(out, kwargs, start_positions, end_positions)
 
     def _predictions(self, output: TFOPTOutput) -> Any:
         return output.start_logits, output.end_logits

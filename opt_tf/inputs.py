@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from opt_core import inputs as rules
 from opt_core.config import OPTConfig
@@ -21,7 +22,7 @@ def check_inputs(
     position_ids: Any,
     inputs_embeds: Any,
     cache: KVCache | None,
-) -> tuple[tf.Tensor | None, tf.Tensor | None, tf.Tensor | None, tf.Tensor | None]:
+) -> tuple[tf.Tensor | None, tf.Tensor | None, tf.Tensor | None, tf.Tensor | None, KVCache | None]:
     """Turns arrays and lists into tensors and checks shapes and ranges.
 
     Args:
@@ -34,7 +35,8 @@ def check_inputs(
         cache: What came before, or None.
 
     Returns:
-        The four inputs as tensors or None, integers as int32 and the mask as bool.
+        The four inputs as tensors or None, integers as int32 the mask as bool, and the cache with
+        room for them.
 
     Raises:
         InputError: What does not fit, expected and received.
@@ -46,16 +48,17 @@ def check_inputs(
     if inputs_embeds is not None:
         embeds = tf.cast(as_tensor("inputs_embeds", inputs_embeds), dtype)
     given = ids, mask, positions, embeds
-    B, T = rules.check_inputs(config, *given, cache and cache.filled, check_range)
+    B, T = rules.check_inputs(config, *given, cache, check_range)
     if cache is not None:
         check_cache(config, dtype, cache, B, T)
+        cache = cache.with_room(T)
     ids, positions = (None if x is None else tf.cast(x, tf.int32) for x in (ids, positions))
-    return ids, None if mask is None else tf.cast(mask, tf.bool), positions, embeds
+    return ids, None if mask is None else tf.cast(mask, tf.bool), positions, embeds, cache
 
 
 def check_prompts(model: Any, input_ids: Any, attention_mask: Any) -> tuple[Ids, Mask | None]:
     """Checks prompts, (B, T); the ids and their mask, or None, in NumPy."""
-    ids, mask, _, _ = check_inputs(
+    ids, mask, *_ = check_inputs(
         model.config, model.compute_dtype, input_ids, attention_mask, None, None, None
     )
     assert ids is not None
@@ -74,8 +77,7 @@ def check_cache(
         rows: Rows B of the input; None while tracing for any number.
         count: New tokens T; None while tracing for any number.
     """
-    kind = cache.keys[0].dtype.name
-    rules.check_cache(config, dtype, cache.keys, kind, cache.known_length, rows, count)
+    rules.check_cache(config, dtype, cache, lambda keys: keys.dtype.name, rows, count)
 
 
 def check_prefix(model: Any, cache: Any, ids_BT: Ids, mask_BT: Mask | None) -> None:
@@ -97,7 +99,8 @@ def full_mask(mask_BT: tf.Tensor | None, count: int, cache: KVCache | None) -> t
     """The mask over everything: what the cache remembers and the new tokens.
 
     Args:
-        mask_BT: bool mask of the new tokens, or of the past ones too; None: they are all real.
+        mask_BT: bool mask of the new tokens, of the past ones too, or of all slots of the cache;
+            None: they are all real.
         count: New tokens T.
         cache: What came before, or None.
 
@@ -112,8 +115,11 @@ def full_mask(mask_BT: tf.Tensor | None, count: int, cache: KVCache | None) -> t
         if before is None:
             before = tf.ones((sizes(mask_BT)[0], cache.max_length), tf.bool)
         start: Any = (0, cache.length)
-        whole: Any = keras.ops.slice_update(before, start, mask_BT)
-        mask_BT = whole[:, :slots]
+        mask_BT = keras.ops.slice_update(before, start, mask_BT)
+    elif cache is not None and not is_known(cache.length):
+        mask_BT = mask_BT | (tf.range(slots) >= cache.length + count)
+    if cache is not None:
+        mask_BT = mask_BT[:, :slots]
     # A mask of ones would only make work.
     return None if is_known(mask_BT) and bool(tf.reduce_all(mask_BT)) else mask_BT
 
@@ -135,11 +141,13 @@ def check_window(config: OPTConfig, mask_BS: tf.Tensor | None, length: int) -> N
 
 
 def as_integers(name: str, values: Any) -> tf.Tensor | None:
-    """A 2-D tensor of integers, or None."""
+    """A 2-D tensor of integers, or None; floats must be whole numbers."""
     if values is None:
         return None
     tensor = as_tensor(name, values)
-    is_integer = tensor.dtype.is_integer or tensor.dtype.is_bool
+    is_integer = not tensor.dtype.is_floating or not is_known(tensor)
+    if not is_integer:
+        is_integer = bool(tf.reduce_all(tensor == tf.round(tensor)))
     rules.check_kind(name, is_integer, tensor.dtype.name, tuple(tensor.shape))
     return tensor
 
@@ -165,3 +173,13 @@ def check_range(name: str, values: tf.Tensor | None, low: int, high: int, why: s
 def is_known(value: Any) -> bool:
     """Whether a value can be read now: not while a tf.function is traced."""
     return not tf.is_symbolic_tensor(value) if tf.is_tensor(value) else value is not None
+
+
+def to_tensor(model: Any, values: Any) -> tf.Tensor:
+    """NumPy's values as a tensor."""
+    return tf.convert_to_tensor(values)
+
+
+def to_array(values: tf.Tensor) -> NDArray[Any]:
+    """NumPy's values."""
+    return values.numpy()

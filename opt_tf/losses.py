@@ -36,17 +36,20 @@ def check_labels(
     return tf.cast(labels, tf.int32)
 
 
-def causal_lm(logits_BTV: tf.Tensor, labels: Any, label_smoothing: float = 0.0) -> tf.Tensor:
+def causal_lm(
+    logits_BTV: tf.Tensor, labels: Any, label_smoothing: float = 0.0, items: Any = None
+) -> tf.Tensor:
     """Mean cross entropy of each next token, labels of -100 left out.
 
     Args:
         logits_BTV: The model's logits.
         labels: (B, T) ids, unshifted.
         label_smoothing: Share of the likelihood that is asked for everywhere.
+        items: What the sum is divided by; None: the number of labels, for the mean.
     """
     B, T, V = tuple(logits_BTV.shape)
     targets = _shifted(check_labels("labels", as_tensor("labels", labels), (B, T), V))
-    return _cross_entropy(logits_BTV, targets, IGNORE_INDEX, label_smoothing)
+    return _cross_entropy(logits_BTV, targets, IGNORE_INDEX, label_smoothing, items)
 
 
 def chunked_causal_lm(
@@ -181,8 +184,9 @@ def _shifted(labels_BT: tf.Tensor) -> tf.Tensor:
 
 
 def _cross_entropy(
-    logits: tf.Tensor, targets: tf.Tensor, ignored: int | tf.Tensor, smoothing: float
-) -> tf.Tensor:
+    logits: tf.Tensor, targets: tf.Tensor, ignored: int | tf.Tensor, smoothing: float,
+    items: Any = None,
+) -> tf.Tensor:  # fmt: skip
     kept, logits = targets != ignored, upcast(logits)
     wanted = tf.where(kept, targets, 0)
     each = tf.nn.sparse_softmax_cross_entropy_with_logits(wanted, logits)
@@ -190,4 +194,5 @@ def _cross_entropy(
         mean = tf.reduce_mean(logits, -1)
         each += smoothing * (tf.gather(logits, wanted, batch_dims=wanted.shape.rank) - mean)
     weights = tf.cast(kept, each.dtype)
-    return tf.reduce_sum(each * weights) / tf.reduce_sum(weights)
+    count = tf.reduce_sum(weights) if items is None else tf.cast(items, each.dtype)
+    return tf.reduce_sum(each * weights) / count

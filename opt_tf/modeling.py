@@ -1,14 +1,14 @@
 """The models: what all share, the decoder alone, and the language model."""
 
-import inspect
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import keras
 import tensorflow as tf
 
+from opt_core.compatibility.calls import CallOptions
 from opt_core.config import OPTConfig
 from opt_core.generation.config import GenerationConfig
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
@@ -21,10 +21,13 @@ from opt_tf import (
     generation,
     inputs,
     losses,
+    prefill,
     quantization,
+    sampling,
     speculative,
 )
 from opt_tf.cache import KVCache, init_cache
+from opt_tf.compatibility import name_inputs
 from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
 from opt_tf.keras_fit import Fitted
 from opt_tf.linear import Linear, sizes
@@ -38,7 +41,7 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
 
     def __init__(
@@ -87,12 +90,8 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
                 part.build()
 
     def __call__(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> TFOPTOutput:
-        """Computes the output (`call`); several inputs may come as one dict, as in Keras' fit."""
-        if isinstance(input_ids, Mapping):
-            return super().__call__(**input_ids, **kwargs)
-        # By name: Keras wants tensors for positional arguments, and lists count here.
-        named = inspect.signature(self.call).bind_partial(input_ids, *args).arguments
-        return super().__call__(**named, **kwargs)
+        """Computes the output (`call`); several inputs may come as one dict, tuple or list."""
+        return super().__call__(**name_inputs(self.call, input_ids, args, kwargs))
 
     @property
     def device(self) -> str:
@@ -162,6 +161,15 @@ class TFOPTPreTrainedModel(PreTrainedMixin[TFOPTDecoder], Fitted):
             check_not_quantized(self, "training=True")
         return super()._decode(*values, training=training, **options)
 
+    def _trains(self, training: bool | None = None, **mode: Any) -> bool:
+        return bool(training)
+
+    def _is_traced(self, *tensors: Any) -> bool:
+        return not tf.executing_eagerly()
+
+    def _as_floats(self, name: str, values: Any) -> tf.Tensor:
+        return tf.cast(inputs.as_tensor(name, values), self.compute_dtype)
+
     def _check_inputs(self, *values: Any) -> Any:
         return inputs.check_inputs(self.config, self.compute_dtype, *values)
 
@@ -188,9 +196,10 @@ class TFOPTModel(TFOPTPreTrainedModel):
         position_ids: Any = None,
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         training: bool | None = None,
+        **kwargs: Unpack[CallOptions],
     ) -> TFOPTOutput:
         """Computes the hidden states.
 
@@ -199,16 +208,21 @@ class TFOPTModel(TFOPTPreTrainedModel):
             attention_mask: (B, T), or (B, past + T) with a cache: 1 for tokens, 0 for padding.
             position_ids: (B, T) positions, -1 for padding; by default they follow from the mask.
             inputs_embeds: (B, T, P) embeddings in place of `input_ids`.
-            past_key_values: A cache (`init_cache`): these tokens follow the ones it holds.
-            output_hidden_states: Return `hidden_states`.
-            output_attentions: Return `attentions`.
+            past_key_values: A cache, of an earlier output or of `init_cache`: these tokens follow
+                the ones it holds.
+            output_hidden_states: Return `hidden_states`; None: as configured.
+            output_attentions: Return `attentions`; None: as configured.
             training: Whether to apply dropout and layerdrop; by default not.
+            **kwargs: `use_cache`, `return_dict` and the others of `CallOptions`.
 
         Raises:
             InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        return self._decode(given, output_hidden_states, output_attentions, training=training)
+        out = self._decode(
+            given, output_hidden_states, output_attentions, kwargs, training=training
+        )
+        return self._finish(out, kwargs)
 
     def _predictions(self, output: TFOPTOutput) -> Any:
         return output.last_hidden_state
@@ -235,10 +249,11 @@ class TFOPTForCausalLM(CausalLMMixin, TFOPTPreTrainedModel):
         inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
         labels: Any = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: Any = 0,
         training: bool | None = None,
+        **kwargs: Unpack[CallOptions],
     ) -> TFOPTOutput:
         """Computes logits, and the loss where labels are given.
 
@@ -249,20 +264,29 @@ class TFOPTForCausalLM(CausalLMMixin, TFOPTPreTrainedModel):
             inputs_embeds: See there.
             past_key_values: See there.
             labels: (B, T) ids, -100 to ignore one; the model shifts them. Usually `input_ids`.
-            output_hidden_states: Return `hidden_states`.
-            output_attentions: Return `attentions`.
-            logits_to_keep: Compute logits for this many last tokens only; 0 for all.
+            output_hidden_states: See there.
+            output_attentions: See there.
+            logits_to_keep: Compute logits for this many last tokens only, 0 for all, or for those
+                of an index.
             training: See there.
+            **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(given, output_hidden_states, output_attentions, training=training)
-        return self._finish(out, labels, logits_to_keep)
+        out = self._decode(
+            given, output_hidden_states, output_attentions, kwargs, training=training
+        )
+        return self._finish(out, kwargs, labels, logits_to_keep)
 
     def compute_logits(self, hidden: tf.Tensor) -> tf.Tensor:
         """The language-model head: (..., P) states to (..., V) logits."""
         if self.lm_head is not None:
             return self.lm_head(hidden)
         return self.get_decoder().embed_tokens.attend(hidden)
+
+    def _keep(self, hidden: tf.Tensor, places: Any) -> tf.Tensor:
+        if isinstance(places, slice):
+            return super()._keep(hidden, places)
+        return tf.gather(hidden, places, axis=1)
 
     def _loss(self, x: Any, y: Any, output: TFOPTOutput) -> tf.Tensor:
         if y is None:

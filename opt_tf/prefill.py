@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
+from opt_core.generation.request import Ids, Mask
 from opt_tf.cache import KVCache
+from opt_tf.compilation import compiled
 from opt_tf.linear import sizes
 
 if TYPE_CHECKING:
@@ -101,3 +103,61 @@ def _prefill_chunks(
         lambda i, *_: i < count, read, (tf.constant(0), nothing, cache.keys, cache.values)
     )
     return model.compute_logits(hidden), KVCache(keys, values, length, mask_BS)
+
+
+def observe(
+    model: "TFOPTForCausalLM", ids_RT: Ids | None, embeds_BTP: tf.Tensor | None, copies: int,
+    mask_RT: Mask | None, cache: KVCache | None, slots: int,
+    output_attentions: bool, output_hidden_states: bool,
+) -> tuple[tf.Tensor, KVCache, Any, Any]:  # fmt: skip
+    """Reads tokens, for `opt_core.generation.observed`.
+
+    Args:
+        model: The language model.
+        ids_RT: Token ids; None: embeddings are given.
+        embeds_BTP: Embeddings in their place, of one row in `copies`.
+        copies: Rows of each row of embeddings.
+        mask_RT: bool, False at padding, for the first tokens; None: nothing is padded.
+        cache: What was read before; None: nothing.
+        slots: Slots of the cache that is then made.
+        output_attentions: Whether attention weights are wanted.
+        output_hidden_states: Whether hidden states are wanted.
+
+    Returns:
+        Logits (R, V) after them, the cache that holds them, attention weights and hidden states.
+    """
+    program = compiled(model, _read, slots, output_hidden_states, output_attentions)
+    ids = None if ids_RT is None else tf.constant(ids_RT)
+    embeds = None if embeds_BTP is None else tf.repeat(embeds_BTP, copies, 0)
+    mask = None if mask_RT is None else tf.constant(mask_RT)
+    held = None
+    if cache is not None:
+        length = tf.convert_to_tensor(cache.length, tf.int32)
+        held = cache.keys, cache.values, length, cache.mask
+    logits, parts, attentions, states = program(ids, embeds, mask, held)
+    return logits, KVCache(*parts), attentions, states
+
+
+def _read(
+    model: "TFOPTForCausalLM",
+    slots: int,
+    output_hidden_states: bool,
+    output_attentions: bool,
+    ids_RT: tf.Tensor | None,
+    embeds_RTP: tf.Tensor | None,
+    mask_RT: tf.Tensor | None,
+    held: Any,
+) -> tuple[Any, ...]:
+    decoder = model.get_decoder()
+    embeds = decoder.embed_tokens(ids_RT) if embeds_RTP is None else embeds_RTP
+    if held is None:
+        cache, mask = model.init_cache(sizes(embeds)[0], slots), mask_RT
+    else:
+        cache = KVCache(*held)
+        mask = cache.mask
+    out = decoder(
+        embeds, None, mask, cache, output_hidden_states, output_attentions, training=False
+    )
+    logits, cache = model.compute_logits(out.last_hidden_state[:, -1]), out.past_key_values
+    parts = cache.keys, cache.values, tf.convert_to_tensor(cache.length), cache.mask
+    return logits, parts, out.attentions, out.hidden_states

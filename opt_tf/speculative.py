@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from opt_core.generation import filters
 from opt_core.generation.request import Ids, Request, check_logits
+from opt_core.generation.rules import Rules
 from opt_core.generation.speculation import Counts, Reader, Rows, speculate
 from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
@@ -49,7 +50,7 @@ def accept_draft(
     draft_RG: tf.Tensor,
     counts_R: tf.Tensor,
     probs_RGV: tf.Tensor | None,
-    settings: Any,
+    rules: Rules,
     seed: tf.Tensor,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Which drafted tokens are right, and the token after them.
@@ -62,7 +63,7 @@ def accept_draft(
         draft_RG: G = T - 1 ids.
         counts_R: How many of them were drafted.
         probs_RGV: The probabilities they were drawn by; None: they were not drawn.
-        settings: How tokens are chosen.
+        rules: Those of the request.
         seed: int64 (2,), of random numbers.
 
     Returns:
@@ -72,10 +73,10 @@ def accept_draft(
     R, T, V = sizes(scores_RTV)
     draft = tf.cast(draft_RG, tf.int32)
     is_drafted = tf.range(T - 1) < tf.cast(counts_R, tf.int32)[:, None]
-    if not settings.do_sample:
+    if not rules.do_sample:
         tokens = tf.argmax(scores_RTV, -1, output_type=tf.int32)
         return tokens, _leading(is_drafted & (tokens[:, :-1] == draft)) + 1
-    p_RTV = tf.reshape(probabilities(tf.reshape(scores_RTV, (R * T, V)), settings), (R, T, V))
+    p_RTV = tf.reshape(probabilities(tf.reshape(scores_RTV, (R * T, V)), rules), (R, T, V))
     # What was not drawn was certain.
     q_RGV = tf.one_hot(draft, V) if probs_RGV is None else probs_RGV
     p, q = (tf.gather(x, draft, batch_dims=2) for x in (p_RTV[:, :-1], q_RGV))
@@ -93,9 +94,9 @@ def accept_draft(
     return tf.where(is_last, _draw(rest, seed)[:, None], tokens), right + 1
 
 
-def probabilities(logits_BV: tf.Tensor, settings: Any) -> tf.Tensor:
+def probabilities(logits_BV: tf.Tensor, rules: Rules) -> tf.Tensor:
     """Probabilities (B, V) that sampling draws the next token by."""
-    logits_BC, ids_BC = filters.candidates(sampling, logits_BV, settings)
+    logits_BC, ids_BC = filters.candidates(sampling, logits_BV, rules)
     B, C = sizes(ids_BC)
     places = tf.stack([tf.repeat(tf.range(B)[:, None], C, 1), ids_BC], -1)
     return tf.scatter_nd(places, tf.nn.softmax(logits_BC, -1), tf.shape(logits_BV))
@@ -165,20 +166,20 @@ class _Reader(Reader):
 
 
 def _open(
-    model: "TFOPTForCausalLM", settings: Any, inputs: dict[str, Any], history: _History
+    model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], history: _History
 ) -> tuple[Any, ...]:
     """The first token of each row, the largest logit it was chosen by, and the cache's buffers."""
-    copies, slots = settings.num_return_sequences, sizes(inputs["mask"])[1]
-    logits, cache = prefill_prompts(model, inputs, settings.chunk, slots, copies)
-    scores = _constrained(logits[:, None], settings, history, is_first=True)[:, 0]
+    copies, slots = rules.num_return_sequences, sizes(inputs["mask"])[1]
+    logits, cache = prefill_prompts(model, inputs, rules.chunk, slots, copies)
+    scores = _constrained(logits[:, None], rules, history, is_first=True)[:, 0]
     seed = tf.stack([inputs["seed"], tf.constant(0, tf.int64)])
-    token = filters.select_tokens(sampling, scores, settings, seed)
+    token = filters.select_tokens(sampling, scores, rules, seed)
     return token, tf.reduce_max(scores, -1), cache.keys, cache.values
 
 
 def _check(
     model: "TFOPTForCausalLM",
-    settings: Any,
+    rules: Rules,
     inputs: dict[str, Any],
     history: _History,
     keys: Any,
@@ -189,14 +190,14 @@ def _check(
     """The answer of `accept_draft` for the draft behind each newest token, and the new buffers."""
     ids, cache = inputs["ids"], KVCache(keys, values, inputs["length"], inputs["mask"])
     logits, cache = _read(model, ids, inputs["positions"], cache)
-    scores = _constrained(logits, settings, history)
-    tokens, counts = accept_draft(scores, ids[:, 1:], counts_R, probs_RGV, settings, inputs["seed"])
+    scores = _constrained(logits, rules, history)
+    tokens, counts = accept_draft(scores, ids[:, 1:], counts_R, probs_RGV, rules, inputs["seed"])
     return tokens, counts, cache.keys, cache.values
 
 
 def _propose(
     model: "TFOPTForCausalLM",
-    settings: Any,
+    rules: Rules,
     inputs: dict[str, Any],
     history: _History,
     keys: Any,
@@ -209,14 +210,14 @@ def _propose(
 
     def step(i: Any, new: Any, ids: Any, positions: Any, cache: KVCache, history: _History) -> Any:
         logits, cache = _read(model, ids, positions, cache)
-        scores = _constrained(logits[:, -1:], settings, history)[:, 0]
-        p = probabilities(scores, settings) if settings.do_sample else scores
+        scores = _constrained(logits[:, -1:], rules, history)[:, 0]
+        p = probabilities(scores, rules) if rules.do_sample else scores
         token = tf.argmax(scores, -1, output_type=tf.int32)
-        if settings.do_sample:
+        if rules.do_sample:
             token = _draw(p, _other(inputs["seed"], i + 1))
         is_here = tf.range(count) == i
         draft = tf.where(is_here, token[:, None], new[0])
-        probs = tf.where(is_here[:, None], p[:, None], new[1]) if settings.do_sample else new[1]
+        probs = tf.where(is_here[:, None], p[:, None], new[1]) if rules.do_sample else new[1]
         history = _History(
             tf.concat([history.ids[:, :, 1:], token[:, None, None]], 2),
             tf.concat([history.mask[:, :, 1:], tf.ones((R, 1, 1), tf.bool)], 2),
@@ -230,7 +231,7 @@ def _propose(
         new, ids, cache, history = step(i, new, ids, positions, cache, _History(*history))
         return i + 1, new, ids, cache.keys, cache.values, history
 
-    probs = tf.zeros((R, count, V)) if settings.do_sample else tf.zeros(())
+    probs = tf.zeros((R, count, V)) if rules.do_sample else tf.zeros(())
     nothing = tf.zeros((R, count), tf.int32), probs
     cache = KVCache(keys, values, inputs["length"], mask)
     new, ids, cache, history = step(
@@ -254,14 +255,15 @@ def _read(
 
 
 def _constrained(
-    logits_RTV: tf.Tensor, settings: Any, history: _History, is_first: bool = False
+    logits_RTV: tf.Tensor, rules: Rules, history: _History, is_first: bool = False
 ) -> tf.Tensor:
     """Constrained logits (R, T, V) of the tokens after T histories of each row."""
     (R, T, V), W = sizes(logits_RTV), sizes(history.ids)[2]
     ids, mask = (tf.reshape(x, (R * T, W)) for x in history[:2])
     made = 0 if is_first else tf.reshape(history.made, (R * T,))
-    scores = generation.mask_vocabulary(tf.reshape(logits_RTV, (R * T, V)), settings.vocabulary)
-    scores = filters.process_logits(sampling, scores, ids, mask, W, made, settings)
+    is_last = made + 1 == rules.new_tokens
+    scores = generation.mask_vocabulary(tf.reshape(logits_RTV, (R * T, V)), rules.vocabulary)
+    scores = filters.process_logits(sampling, scores, ids, mask, W, made, rules, is_last)
     return tf.reshape(scores, (R, T, V))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 mkldnn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 """OneDNN's linear layer, to which torch.compile lowers; without it MKL's, which is slower."""
@@ -71,6 +72,29 @@ def has_hooks(module: nn.Module) -> bool:
         return bool(own or nn.modules.module._has_any_global_hook())
     except AttributeError:
         return True
+
+
+def register_pytree(cls: Any) -> None:
+    """Lets outputs through PyTorch's pytrees: `torch.export`, DDP, FSDP, `torch.func`.
+
+    It is public under no other name. Without it those see an output as one thing and refuse it, or
+    do not find the tensors in it.
+    """
+
+    def flatten(output: Any) -> tuple[list[Any], list[str]]:
+        return list(output.values()), list(output)
+
+    def flatten_with_keys(output: Any) -> tuple[list[Any], list[str]]:
+        keys = [(pytree.MappingKey(name), value) for name, value in output.items()]
+        return keys, list(output)
+
+    pytree.register_pytree_node(
+        cls,
+        flatten,
+        lambda values, names: cls(zip(names, values, strict=True)),
+        serialized_type_name=f"{cls.__module__}.{cls.__name__}",
+        flatten_with_keys_fn=flatten_with_keys,
+    )
 
 
 def replace_buffer(state: dict[str, Any], name: str, value: Tensor | None) -> dict[str, Any]:

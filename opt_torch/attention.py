@@ -37,6 +37,7 @@ class OPTAttention(nn.Module):
         cache: KVCache | None,
         layer: int,
         output_attentions: bool,
+        head_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Mixes every token with those before it.
 
@@ -47,6 +48,7 @@ class OPTAttention(nn.Module):
             cache: Where keys and values are kept; None: nothing came before.
             layer: Which of the cache's layers this is.
             output_attentions: Return the attention weights too (this takes the eager path).
+            head_mask: (H,) numbers that the heads' weights are multiplied by; None: all 1.
 
         Returns:
             The mixed states (B, T, D), and the weights (B, H, T, S) or None.
@@ -66,6 +68,9 @@ class OPTAttention(nn.Module):
             mixed = flash(query, key, value, mask_BS, dropout)
         else:
             mixed = sdpa(query, key, value, bias_B1TS, dropout)
+        if head_mask is not None:
+            heads_H11 = head_mask[:, None, None]
+            mixed, weights = mixed * heads_H11, None if weights is None else weights * heads_H11
         mixed = self.out_proj(mixed.transpose(1, 2).reshape(B, T, D))
         return mixed, weights if output_attentions else None
 
@@ -124,7 +129,8 @@ def sdpa(
     q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B1TS: Tensor | None, dropout: float
 ) -> Tensor:
     """PyTorch's fused attention; it picks the kernel."""
-    is_causal = bias_B1TS is None and q_BHTK.shape[2] > 1
+    # Not `and`: while a program is traced a size may be a symbol or a tensor.
+    is_causal = not (bias_B1TS is not None or q_BHTK.shape[2] == 1)
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, dropout, is_causal)
 
 

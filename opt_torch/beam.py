@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opt_core.generation import filters
-from opt_core.generation.config import GenerationConfig
-from opt_core.generation.request import Request, allocate_tokens, check_beams, check_logits
+from opt_core.generation.request import Request, allocate_tokens, check_logits
+from opt_core.generation.rules import Rules
 from opt_torch import generation, sampling
 from opt_torch.fast_decode import make_step
 from opt_torch.linear import packed
@@ -61,15 +61,14 @@ def search(model: "OPTForCausalLM", request: Request) -> Tensor:
         (B * num_return_sequences, T + new) ids, each prompt's best first.
 
     Raises:
-        GenerationError: Stop strings were asked for.
+        GenerationError: No token can come in a row.
     """
-    check_beams(request)
     settings, device = request.settings, model.device
     (B, prompt), W, new = request.ids.shape, settings.num_beams, request.new_tokens
     history, mask = (
         torch.as_tensor(x, device=device) for x in allocate_tokens(request, prompt + new, W)
     )
-    eos = torch.tensor(settings.eos_ids, dtype=torch.long, device=device)
+    rules = sampling.request_rules(model, request)
     empty = Beams(
         history.long().view(B, W, -1),
         torch.full((B, W), NEG_INF, device=device),
@@ -86,17 +85,18 @@ def search(model: "OPTForCausalLM", request: Request) -> Tensor:
         step = make_step(model) or partial(generation.decode_step, model)
         for made in range(new):
             end, history = prompt + made, running.ids.flatten(0, 1)
-            scores = F.log_softmax(generation.mask_vocabulary(logits, request.vocabulary), -1)
+            scores = sampling.normalize(generation.mask_vocabulary(logits, rules.vocabulary))
             scores = filters.process_logits(
-                sampling, scores, history[:, :end], mask[:, :end], end, made, settings
+                *(sampling, scores, history[:, :end], mask[:, :end], end, made, rules),
+                is_last=made + 1 == new,
             )
             if made == 0:
                 check_logits(scores.amax(-1).cpu().numpy())
-            grown, parents = extend_beams(running, scores, end, made, settings)
-            ends = torch.isin(grown.ids[:, :, end], eos) | (made + 1 == new)
-            finished = finish_beams(finished, grown, ends, made, is_open, settings)
+            grown, parents = extend_beams(running, scores, end, made, rules)
+            ends = rules.ends[grown.ids[:, :, end]] | (made + 1 == new)
+            finished = finish_beams(finished, grown, ends, made, is_open, rules)
             running, index = grown._replace(scores=grown.scores + ends * NEG_INF).best(W)
-            is_open = is_open & can_improve(running, finished, made + 1, new, settings)
+            is_open = is_open & can_improve(running, finished, made + 1, new, rules)
             full = settings.early_stopping is True and bool((finished.lengths > 0).all())
             if full or bool(ends.all()) or not bool(is_open.any()):
                 break
@@ -109,7 +109,7 @@ def search(model: "OPTForCausalLM", request: Request) -> Tensor:
 
 
 def extend_beams(
-    running: Beams, scores_RV: Tensor, end: int, made: int, settings: GenerationConfig
+    running: Beams, scores_RV: Tensor, end: int, made: int, rules: Rules
 ) -> tuple[Beams, Tensor]:
     """The best continuations of the running beams by one token.
 
@@ -120,7 +120,7 @@ def extend_beams(
         scores_RV: Log-probabilities of the next token of each of the B * W beams.
         end: Slot of the next token.
         made: Tokens each beam has.
-        settings: Number of beams and of EOS ids.
+        rules: Those of the request.
 
     Returns:
         The grown beams, (B, C), and the number of the beam each came from, (B, C).
@@ -128,7 +128,7 @@ def extend_beams(
     B, W = running.scores.shape
     V = scores_RV.shape[1]
     totals = (scores_RV.view(B, W, V) + running.scores[..., None]).view(B, W * V)
-    count = min(max(2, 1 + len(settings.eos_ids)) * W, W * V)
+    count = min(max(2, 1 + rules.end_tokens) * W, W * V)
     scores, index = totals.topk(count)
     grown = running.pick(index // V)._replace(scores=scores)
     grown.ids[:, :, end] = index % V
@@ -141,7 +141,7 @@ def finish_beams(
     ends_BC: Tensor,
     made: int,
     is_open: Tensor,
-    settings: GenerationConfig,
+    rules: Rules,
 ) -> Beams:
     """The W best finished beams after some of the grown ones ended.
 
@@ -150,23 +150,21 @@ def finish_beams(
     W = finished.scores.shape[1]
     ends_BC = ends_BC & (torch.arange(ends_BC.shape[1], device=ends_BC.device) < W)
     closed = ~is_open
-    if settings.early_stopping is True:
+    if rules.early_stopping is True:
         closed = closed | (finished.lengths > 0).all(1, keepdim=True)
-    scores = grown.scores / (made + 1) ** settings.length_penalty
+    scores = grown.scores / (made + 1) ** rules.length_penalty
     scores = scores + closed * NEG_INF + ~ends_BC * NEG_INF
     grown = Beams(grown.ids, scores, grown.lengths * ends_BC)
     both = Beams(*(torch.cat(pair, 1) for pair in zip(finished, grown, strict=True)))
     return both.best(W)[0]
 
 
-def can_improve(
-    running: Beams, finished: Beams, made: int, limit: int, settings: GenerationConfig
-) -> Tensor:
+def can_improve(running: Beams, finished: Beams, made: int, limit: int, rules: Rules) -> Tensor:
     """Whether a running beam could still beat a finished one, (B, 1).
 
     `early_stopping="never"` assumes the length that favours it most; otherwise its present one.
     """
-    is_longer_better = settings.early_stopping == "never" and settings.length_penalty > 0
-    best = running.scores[:, :1] / (limit if is_longer_better else made) ** settings.length_penalty
+    is_longer_better = rules.early_stopping == "never" and rules.length_penalty > 0
+    best = running.scores[:, :1] / (limit if is_longer_better else made) ** rules.length_penalty
     worst = finished.scores.min(1, keepdim=True).values
     return (best > torch.where(finished.lengths > 0, worst, NEG_INF)).any(1, keepdim=True)

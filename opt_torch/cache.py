@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opt_core import inputs as rules
+from opt_core.compatibility.caches import CacheMixin
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.params import POSITION_OFFSET
@@ -16,7 +17,7 @@ USED_UP = -1
 
 
 @dataclass(frozen=True)
-class KVCache:
+class KVCache(CacheMixin):
     """Keys and values of the tokens seen so far.
 
     The buffers are written in place and shared between a cache and its successors; `length` says
@@ -29,20 +30,28 @@ class KVCache:
         length: Slots filled.
         mask: (B, S) bool, True where a filled slot holds a token and False where it holds padding;
             None while no padding was seen.
+        grows: Whether it is made larger where it is full; one of `init_cache` is not.
         frontier: The `length` of the newest successor, shared by all of them; `USED_UP` where the
             slots went to a cache that does not share it.
+        made: Each layer's keys and values, as they are written, while there are no buffers.
     """
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
     length: int = 0
     mask: Tensor | None = None
-    frontier: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
+    grows: bool = False
+    frontier: list[int] = field(default_factory=list, repr=False, compare=False)
+    made: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.frontier:
+            self.frontier.append(self.length)
 
     @property
     def max_length(self) -> int:
         """Slots S there are."""
-        return self.keys[0].shape[2]
+        return self.keys[0].shape[2] if self.keys else 0
 
     @property
     def is_empty(self) -> bool:
@@ -55,6 +64,9 @@ class KVCache:
         Returns:
             All keys and values of the layer so far, (B, H, length + T, K) each.
         """
+        if not self.keys:  # nothing is copied before something follows
+            self.made.append((key_BHTK, value_BHTK))
+            return key_BHTK, value_BHTK
         end = self.length + key_BHTK.shape[2]
         keys, values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
         keys[:, :, self.length :] = key_BHTK
@@ -78,6 +90,9 @@ class KVCache:
                 no new token is padding.
         """
         length = self.filled(count)
+        if self.made:
+            keys, values = zip(*self.made, strict=True)
+            return KVCache(keys, values, length, mask_BS, grows=True)
         if mask_BS is not None:
             mask_BS = F.pad(mask_BS, (0, self.max_length - length), value=True)
         self.frontier[0] = length
@@ -122,7 +137,20 @@ class KVCache:
             free = mask.new_ones(rows, max_length - used)
             mask = torch.cat([mask[:, :used].expand(rows, -1), free], 1)
         N = len(self.keys)
-        return KVCache(tuple(buffers[:N]), tuple(buffers[N:]), used, mask, [used])
+        return KVCache(tuple(buffers[:N]), tuple(buffers[N:]), used, mask)
+
+    def with_room(self, count: int) -> "KVCache":
+        """See `CacheMixin.with_room`; a larger cache is the only successor there may be."""
+        roomy = super().with_room(count)
+        if roomy is not self:
+            self.check_intact(count)
+            self.frontier[0] = self.filled(count)
+        return roomy
+
+    def _is_writable(self) -> bool:
+        # Gradients need what was written; a tensor of inference mode is read-only outside of it.
+        lapsed = self.keys[0].is_inference() and not torch.is_inference_mode_enabled()
+        return not (lapsed or (torch.is_grad_enabled() and self.keys[0].requires_grad))
 
     def select(self, rows: Tensor) -> "KVCache":
         """The cache of other rows: `rows[i]` becomes row i, and this cache is used up.
@@ -134,14 +162,14 @@ class KVCache:
         """
         used = slice(0, self.length)
         mask = None if self.mask is None else self.mask[rows]
-        if len(rows) == self.keys[0].shape[0]:
+        if len(rows) == self.keys[0].shape[0] and not self.grows:
             for buffer in (*self.keys, *self.values):
                 buffer[:, :, used] = buffer[rows, :, used]
             self.frontier[0] = USED_UP
             return replace(self, mask=mask, frontier=[self.length])
         keys = tuple(buffer[rows] for buffer in self.keys)
         values = tuple(buffer[rows] for buffer in self.values)
-        return KVCache(keys, values, self.length, mask, [self.length])
+        return KVCache(keys, values, self.length, mask, self.grows)
 
     def check_intact(self, count: int = 0) -> None:
         """Refuses a cache whose slots were given to another one.

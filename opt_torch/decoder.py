@@ -1,6 +1,6 @@
 """The decoder: layers, norms, embeddings and projections, and what a model returns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from opt_core.config import OPTConfig
 from opt_core.modeling import DecoderLayerMixin, DecoderMixin
 from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
+from opt_torch import _private
 from opt_torch.attention import OPTAttention, make_bias
 from opt_torch.cache import KVCache, position_rows
 from opt_torch.linear import Linear
@@ -27,8 +28,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@torch.jit.ignore  # of which TorchScript would otherwise try to make a class of its own
 class OPTOutput(ModelOutput[Tensor, KVCache]):
     """The output of a model: see `ModelOutput` for its fields."""
+
+
+_private.register_pytree(OPTOutput)
 
 
 class OPTDecoderLayer(DecoderLayerMixin, nn.Module):
@@ -54,11 +59,14 @@ class OPTDecoderLayer(DecoderLayerMixin, nn.Module):
         cache: KVCache | None,
         layer: int,
         output_attentions: bool,
+        head_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the new hidden states (B, T, D) and, if asked for, the attention weights."""
 
         def attend(hidden: Tensor) -> tuple[Any, ...]:
-            hidden, weights = self.self_attn(hidden, bias, mask_BS, cache, layer, output_attentions)
+            hidden, weights = self.self_attn(
+                hidden, bias, mask_BS, cache, layer, output_attentions, head_mask
+            )
             return F.dropout(hidden, self.dropout, self.training), weights
 
         def feed_forward(hidden: Tensor) -> tuple[Tensor]:
@@ -96,6 +104,7 @@ class OPTDecoder(DecoderMixin, nn.Module):
         cache: KVCache | None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        head_mask: Sequence[Tensor] | None = None,
     ) -> OPTOutput:
         """Runs the decoder.
 
@@ -106,6 +115,7 @@ class OPTDecoder(DecoderMixin, nn.Module):
             cache: What came before; None: nothing.
             output_hidden_states: Return the states between the layers too.
             output_attentions: Return the attention weights too.
+            head_mask: (H,) numbers for each layer, which its heads' weights are multiplied by.
         """
         count, past = embeds.shape[1], cache.length if cache else 0
         if position_ids is None:
@@ -119,14 +129,16 @@ class OPTDecoder(DecoderMixin, nn.Module):
         states, attentions = [], []
         for i, layer in enumerate(self.layers):
             states.append(hidden)
+            heads = None if head_mask is None else head_mask[i]
             if self.training and self.config.layerdrop and torch.rand(()) < self.config.layerdrop:
                 continue
             if self.gradient_checkpointing and self.training:
                 hidden, weights = recompute(
-                    layer, hidden, bias, mask_BS, cache, i, output_attentions, use_reentrant=False
-                )
+                    layer, hidden, bias, mask_BS, cache, i, output_attentions, heads,
+                    use_reentrant=False,
+                )  # fmt: skip
             else:
-                hidden, weights = layer(hidden, bias, mask_BS, cache, i, output_attentions)
+                hidden, weights = layer(hidden, bias, mask_BS, cache, i, output_attentions, heads)
             attentions.append(weights)
         hidden = self._leave(hidden)
         return OPTOutput(

@@ -51,7 +51,7 @@ def stream(model: "OPTForCausalLM", request: Request) -> Iterator[Tensor]:
     )
     history = history.long()
     ended = torch.zeros(len(history), dtype=torch.bool, device=device)
-    eos = torch.tensor(settings.eos_ids, dtype=torch.long, device=device)
+    rules = sampling.request_rules(model, request)
     trackers = request.stop_trackers(len(history))
     with packed(model, new):
         logits, cache = prefill_prompts(
@@ -60,22 +60,23 @@ def stream(model: "OPTForCausalLM", request: Request) -> Iterator[Tensor]:
         step = make_step(model) or partial(decode_step, model)
         for made in range(new):
             end = prompt + made
-            logits = mask_vocabulary(logits, request.vocabulary)
+            logits = mask_vocabulary(logits, rules.vocabulary)
             logits = filters.process_logits(
-                sampling, logits, history[:, :end], mask[:, :end], end, made, settings
+                *(sampling, logits, history[:, :end], mask[:, :end], end, made, rules),
+                is_last=made + 1 == new,
             )
             if made == 0:
                 check_logits(logits.amax(-1).cpu().numpy())
             token = torch.where(
-                ended, request.pad, filters.select_tokens(sampling, logits, settings, generator)
+                ended, request.pad, filters.select_tokens(sampling, logits, rules, generator)
             )
             history[:, end] = token
-            ended = ended | torch.isin(token, eos)
+            ended = ended | rules.ends[token]
             if trackers:
                 hits = [t.push(i) for t, i in zip(trackers, token.tolist(), strict=True)]
                 ended = ended | torch.tensor(hits, device=device)
             yield token
-            if made + 1 == new or ((len(eos) or trackers) and bool(ended.all())):
+            if made + 1 == new or ((settings.eos_ids or trackers) and bool(ended.all())):
                 return
             logits, cache = step(token, cache)
 

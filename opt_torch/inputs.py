@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opt_core import inputs as rules
@@ -20,7 +21,7 @@ def check_inputs(
     position_ids: Any,
     inputs_embeds: Any,
     cache: KVCache | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, KVCache | None]:
     """Turns arrays and lists into tensors on the model's device and checks shapes and ranges.
 
     Args:
@@ -34,7 +35,7 @@ def check_inputs(
         cache: What came before, or None.
 
     Returns:
-        The four inputs as tensors or None, the mask as bool.
+        The four inputs as tensors or None, the mask as bool, and the cache with room for them.
 
     Raises:
         InputError: What does not fit, expected and received.
@@ -46,15 +47,16 @@ def check_inputs(
     if inputs_embeds is not None:
         embeds = as_tensor("inputs_embeds", inputs_embeds, device).to(dtype)
     given = ids, mask, positions, embeds
-    B, T = rules.check_inputs(config, *given, cache and cache.filled, check_range)
+    B, T = rules.check_inputs(config, *given, cache, check_range)
     if cache is not None:
         check_cache(config, dtype, cache, B, T)
-    return ids, None if mask is None else mask.bool(), positions, embeds
+        cache = cache.with_room(T)
+    return ids, None if mask is None else mask.bool(), positions, embeds, cache
 
 
 def check_prompts(model: Any, input_ids: Any, attention_mask: Any) -> tuple[Ids, Mask | None]:
     """Checks prompts, (B, T); the ids and their mask, or None, in NumPy."""
-    ids, mask, _, _ = check_inputs(
+    ids, mask, *_ = check_inputs(
         model.config, model.device, model.dtype, input_ids, attention_mask, None, None, None
     )
     assert ids is not None
@@ -73,9 +75,10 @@ def check_cache(
         rows: Rows B of the input.
         count: New tokens T.
     """
-    kinds = (str(kind).removeprefix("torch.") for kind in (dtype, cache.keys[0].dtype))
-    expected, kind = kinds
-    rules.check_cache(config, expected, cache.keys, kind, cache.length, rows, count)
+    place = cache.keys[0].device.type if cache.keys else ""
+    if cache.grows and place and torch.is_autocast_enabled(place):
+        dtype = torch.get_autocast_dtype(place)  # it was made of what the layers computed
+    rules.check_cache(config, _name(dtype), cache, lambda keys: _name(keys.dtype), rows, count)
     cache.check_intact(count or 0)
 
 
@@ -98,7 +101,8 @@ def full_mask(mask_BT: Tensor | None, count: int, cache: KVCache | None) -> Tens
     """The mask over everything: what the cache remembers and the new tokens.
 
     Args:
-        mask_BT: bool mask of the new tokens, or of the past ones too; None: they are all real.
+        mask_BT: bool mask of the new tokens, of the past ones too, or of all slots of the cache;
+            None: they are all real.
         count: New tokens T.
         cache: What came before, or None.
 
@@ -113,6 +117,8 @@ def full_mask(mask_BT: Tensor | None, count: int, cache: KVCache | None) -> Tens
             mask_BT.new_ones(mask_BT.shape[0], past) if cache.mask is None else cache.mask[:, :past]
         )
         mask_BT = torch.cat([before, mask_BT], 1)
+    if cache is not None:
+        mask_BT = mask_BT[:, : past + count]
     # A mask of ones would only keep the fast causal kernels from running.
     return None if is_known(mask_BT) and bool(mask_BT.all()) else mask_BT
 
@@ -131,11 +137,13 @@ def check_window(config: OPTConfig, mask_BS: Tensor | None, length: int) -> None
 
 
 def as_integers(name: str, values: Any, device: torch.device) -> Tensor | None:
-    """A 2-D integer tensor on the device, or None."""
+    """A 2-D integer tensor on the device, or None; floats must be whole numbers."""
     if values is None:
         return None
     tensor = as_tensor(name, values, device)
-    is_integer = not (tensor.is_floating_point() or tensor.is_complex())
+    is_integer = not tensor.is_complex()
+    if tensor.is_floating_point() and is_known(tensor):
+        is_integer = bool((tensor == tensor.round()).all())
     rules.check_kind(name, is_integer, tensor.dtype, tensor.shape)
     return tensor.long()
 
@@ -155,8 +163,25 @@ def check_range(name: str, values: Tensor | None, low: int, high: int, why: str)
         rules.check_range(name, least, most, low, high, why)
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def is_known(value: Any) -> bool:
     """Whether values can be read now: not while tracing or capturing, nor on the meta device."""
-    if torch.compiler.is_compiling() or value.is_meta:
+    if not isinstance(value, Tensor):
+        return True
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or value.is_meta:
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def to_tensor(model: Any, values: Any) -> Tensor:
+    """NumPy's values on the model's device, ids as int64."""
+    tensor = torch.as_tensor(values, device=model.device)
+    return tensor.long() if tensor.dtype == torch.int32 else tensor
+
+
+def to_array(values: Tensor) -> NDArray[Any]:
+    """NumPy's values."""
+    return values.detach().cpu().numpy()

@@ -169,6 +169,7 @@ def is_eager(input: Tensor) -> bool:
     return not (
         (input.requires_grad and torch.is_grad_enabled())
         or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch.is_autocast_enabled("cpu")
         or _private.in_transform()
         or input.numel() == 0

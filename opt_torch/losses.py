@@ -36,21 +36,25 @@ def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], count: int) 
     return labels
 
 
-def causal_lm(logits_BTV: Tensor, labels: Any, label_smoothing: float = 0.0) -> Tensor:
+def causal_lm(
+    logits_BTV: Tensor, labels: Any, label_smoothing: float = 0.0, items: Any = None
+) -> Tensor:
     """Mean cross entropy of each next token, labels of -100 left out.
 
     Args:
         logits_BTV: The model's logits.
         labels: (B, T) ids, unshifted.
         label_smoothing: Share of the likelihood that is asked for everywhere.
+        items: What the sum is divided by; None: the number of labels, for the mean.
     """
     B, T, V = logits_BTV.shape
     labels = as_tensor("labels", labels, logits_BTV.device)
     targets = check_labels("labels", labels, (B, T), V)[:, 1:].flatten()
-    return F.cross_entropy(
+    loss = F.cross_entropy(
         upcast(logits_BTV[:, :-1]).flatten(0, 1), targets, ignore_index=IGNORE_INDEX,
-        label_smoothing=label_smoothing,
+        label_smoothing=label_smoothing, reduction="mean" if items is None else "sum",
     )  # fmt: skip
+    return loss if items is None else loss / items
 
 
 def chunked_causal_lm(

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from opt_core.compatibility.calls import CallOptions
 from opt_core.config import OPTConfig
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
@@ -17,9 +18,12 @@ from opt_torch import (
     generation,
     inputs,
     losses,
+    prefill,
+    sampling,
     speculative,
 )
 from opt_torch.cache import KVCache, init_cache
+from opt_torch.compatibility import adopt_cache
 from opt_torch.decoder import OPTDecoder, OPTOutput
 from opt_torch.linear import Linear
 
@@ -28,7 +32,7 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative
+        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
 
     def __init__(self, config: OPTConfig, seed: int | None = 0, attn_implementation: str = "sdpa"):
@@ -111,6 +115,18 @@ class OPTPreTrainedModel(PreTrainedMixin[OPTDecoder], nn.Module):
             **hub,
         )  # fmt: skip
 
+    def _adopt(self, past: Any, starts: bool) -> Any:
+        return adopt_cache(past) or super()._adopt(past, starts)
+
+    def _trains(self, **mode: Any) -> bool:
+        return self.training
+
+    def _is_traced(self, *tensors: Any) -> bool:
+        return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+    def _as_floats(self, name: str, values: Any) -> Tensor:
+        return inputs.as_tensor(name, values, self.device).to(self.dtype)
+
     def _check_inputs(self, *values: Any) -> Any:
         return inputs.check_inputs(self.config, self.device, self.dtype, *values)
 
@@ -130,8 +146,9 @@ class OPTModel(OPTPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: KVCache | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Unpack[CallOptions],
     ) -> OPTOutput:
         """Computes the hidden states.
 
@@ -140,15 +157,18 @@ class OPTModel(OPTPreTrainedModel):
             attention_mask: (B, T), or (B, past + T) with a cache: 1 for tokens, 0 for padding.
             position_ids: (B, T) positions, -1 for padding; by default they follow from the mask.
             inputs_embeds: (B, T, P) embeddings in place of `input_ids`.
-            past_key_values: A cache (`init_cache`): these tokens follow the ones it holds.
-            output_hidden_states: Return `hidden_states`.
-            output_attentions: Return `attentions`.
+            past_key_values: A cache, of an earlier output or of `init_cache`: these tokens follow
+                the ones it holds.
+            output_hidden_states: Return `hidden_states`; None: as configured.
+            output_attentions: Return `attentions`; None: as configured.
+            **kwargs: `use_cache`, `return_dict` and the others of `CallOptions`.
 
         Raises:
             InputError: Ids outside the vocabulary, shapes that do not fit, or too long a sequence.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        return self._decode(given, output_hidden_states, output_attentions)
+        out = self._decode(given, output_hidden_states, output_attentions, kwargs)
+        return self._finish(out, kwargs)
 
 
 class OPTForCausalLM(CausalLMMixin, OPTPreTrainedModel):
@@ -166,9 +186,10 @@ class OPTForCausalLM(CausalLMMixin, OPTPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         past_key_values: KVCache | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: Any = 0,
+        **kwargs: Unpack[CallOptions],
     ) -> OPTOutput:
         """Computes logits, and the loss where labels are given.
 
@@ -179,13 +200,15 @@ class OPTForCausalLM(CausalLMMixin, OPTPreTrainedModel):
             inputs_embeds: See there.
             past_key_values: See there.
             labels: (B, T) ids, -100 to ignore one; the model shifts them. Usually `input_ids`.
-            output_hidden_states: Return `hidden_states`.
-            output_attentions: Return `attentions`.
-            logits_to_keep: Compute logits for this many last tokens only; 0 for all.
+            output_hidden_states: See there.
+            output_attentions: See there.
+            logits_to_keep: Compute logits for this many last tokens only, 0 for all, or for those
+                of an index.
+            **kwargs: See there.
         """
         given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values
-        out = self._decode(given, output_hidden_states, output_attentions)
-        return self._finish(out, labels, logits_to_keep)
+        out = self._decode(given, output_hidden_states, output_attentions, kwargs)
+        return self._finish(out, kwargs, labels, logits_to_keep)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """The language-model head: (..., P) states to (..., V) logits."""

@@ -1,12 +1,13 @@
 """Reading prompts: all at once, in chunks, or behind what a cache holds of them already."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from opt_core.generation.request import Request
+from opt_core.generation.request import Ids, Mask, Request
 from opt_torch.cache import KVCache
+from opt_torch.inputs import full_mask, to_tensor
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -64,3 +65,39 @@ def prefill(
         hidden, cache = out.last_hidden_state, out.past_key_values
     assert hidden is not None
     return model.compute_logits(hidden[:, -1]), cache
+
+
+@torch.no_grad()
+def observe(
+    model: "OPTForCausalLM", ids_RT: Ids | None, embeds_BTP: Tensor | None, copies: int,
+    mask_RT: Mask | None, cache: KVCache | None, slots: int,
+    output_attentions: bool, output_hidden_states: bool,
+) -> tuple[Tensor, KVCache, Any, Any]:  # fmt: skip
+    """Reads tokens, for `opt_core.generation.observed`.
+
+    Args:
+        model: The language model.
+        ids_RT: Token ids; None: embeddings are given.
+        embeds_BTP: Embeddings in their place, of one row in `copies`.
+        copies: Rows of each row of embeddings.
+        mask_RT: bool, False at padding, for the first tokens; None: nothing is padded.
+        cache: What was read before; None: nothing.
+        slots: Slots of the cache that is then made.
+        output_attentions: Whether attention weights are wanted.
+        output_hidden_states: Whether hidden states are wanted.
+
+    Returns:
+        Logits (R, V) after them, the cache that holds them, attention weights and hidden states.
+    """
+    decoder = model.get_decoder()
+    if embeds_BTP is None:
+        embeds_BTP = decoder.embed_tokens(to_tensor(model, ids_RT))
+    embeds = embeds_BTP.repeat_interleave(copies, 0)
+    if cache is None:
+        mask = None if mask_RT is None else to_tensor(model, mask_RT)
+        cache = model.init_cache(len(embeds), slots)
+    else:
+        mask = full_mask(None, 1, cache)
+    out = decoder(embeds, None, mask, cache, output_hidden_states, output_attentions)
+    logits = model.compute_logits(out.last_hidden_state[:, -1])
+    return logits, out.past_key_values, out.attentions, out.hidden_states

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opt_core.generation import filters
-from opt_core.generation.config import GenerationConfig
 from opt_core.generation.request import Ids, Request, check_logits
+from opt_core.generation.rules import Rules
 from opt_core.generation.speculation import Counts, Reader, Rows, speculate
 from opt_torch import generation, sampling
 from opt_torch.cache import KVCache
@@ -57,7 +57,7 @@ def accept_draft(
     draft_RG: Tensor,
     counts_R: Tensor,
     probs_RGV: Tensor | None,
-    settings: GenerationConfig,
+    rules: Rules,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Which drafted tokens are right, and the token after them.
@@ -70,7 +70,7 @@ def accept_draft(
         draft_RG: G = T - 1 ids.
         counts_R: How many of them were drafted.
         probs_RGV: The probabilities they were drawn by; None: they were not drawn.
-        settings: How tokens are chosen.
+        rules: Those of the request.
         generator: Source of random numbers.
 
     Returns:
@@ -79,11 +79,11 @@ def accept_draft(
     """
     (R, T, V), device = scores_RTV.shape, scores_RTV.device
     is_drafted = torch.arange(T - 1, device=device) < counts_R[:, None]
-    if not settings.do_sample:
+    if not rules.do_sample:
         tokens = scores_RTV.argmax(-1)
         right = is_drafted & (tokens[:, :-1] == draft_RG)
         return tokens, right.long().cumprod(1).sum(1) + 1
-    p_RTV = probabilities(scores_RTV.flatten(0, 1), settings).view(R, T, V)
+    p_RTV = probabilities(scores_RTV.flatten(0, 1), rules).view(R, T, V)
     # What was not drawn was certain.
     q_RGV = F.one_hot(draft_RG, V).float() if probs_RGV is None else probs_RGV
     p, q = (x.gather(2, draft_RG[..., None])[..., 0] for x in (p_RTV[:, :-1], q_RGV))
@@ -100,9 +100,9 @@ def accept_draft(
     return tokens, right + 1
 
 
-def probabilities(logits_BV: Tensor, settings: GenerationConfig) -> Tensor:
+def probabilities(logits_BV: Tensor, rules: Rules) -> Tensor:
     """Probabilities (B, V) that sampling draws the next token by."""
-    logits_BC, ids_BC = filters.candidates(sampling, logits_BV, settings)
+    logits_BC, ids_BC = filters.candidates(sampling, logits_BV, rules)
     return torch.zeros_like(logits_BV).scatter_(1, ids_BC, F.softmax(logits_BC, -1))
 
 
@@ -119,6 +119,7 @@ class _Reader(Reader):
     ):
         super().__init__(model, request, rows, slots)
         self.generator, settings = generator, request.settings
+        self.rules = sampling.request_rules(model, request)
         self.logits, cache = prefill_prompts(
             model, request, settings.prefill_chunk_size, slots, settings.num_return_sequences
         )
@@ -127,8 +128,7 @@ class _Reader(Reader):
     def first_tokens(self) -> Ids:
         scores = self._constrained(self.logits[:, None], self.rows.no_draft)[:, 0]
         check_logits(scores.amax(-1).cpu().numpy())
-        settings = self.request.settings
-        return _array(filters.select_tokens(sampling, scores, settings, self.generator))
+        return _array(filters.select_tokens(sampling, scores, self.rules, self.generator))
 
     def propose(self, count: int, step: int) -> tuple[Ids, Tensor | None]:
         rows, draft, drawn = self.rows, self.rows.no_draft, []
@@ -139,8 +139,8 @@ class _Reader(Reader):
             logits = self._read(new, ahead, length)[:, -1:]
             scores = self._constrained(logits, draft)[:, -1]
             length += new.shape[1]
-            if self.request.settings.do_sample:
-                drawn.append(probabilities(scores, self.request.settings))
+            if self.rules.do_sample:
+                drawn.append(probabilities(scores, self.rules))
                 token = _draw(drawn[-1], self.generator)
             else:
                 token = scores.argmax(-1)
@@ -160,7 +160,7 @@ class _Reader(Reader):
             torch.as_tensor(draft, device=device).long(),
             torch.as_tensor(counts, device=device),
             probs,
-            self.request.settings,
+            self.rules,
             self.generator,
         )
         return _array(tokens), _array(kept)
@@ -191,10 +191,11 @@ class _Reader(Reader):
             for x in self.histories(draft_RG)
         )
         is_first = not self.rows.made.any()
-        scores = generation.mask_vocabulary(logits_RTV.flatten(0, 1), self.request.vocabulary)
+        scores = generation.mask_vocabulary(logits_RTV.flatten(0, 1), self.rules.vocabulary)
+        is_last = made + 1 == self.rules.new_tokens
         made = 0 if is_first else made
         scores = filters.process_logits(
-            sampling, scores, ids.long(), mask, ids.shape[1], made, self.request.settings
+            sampling, scores, ids.long(), mask, ids.shape[1], made, self.rules, is_last
         )
         return scores.view(R, T, V)
 

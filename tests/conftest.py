@@ -17,12 +17,18 @@ from opt_core.text.tokenizer import OPTTokenizer
 from tests.support.backends import BACKENDS, Backend, make_backend
 from tests.support.configs import CONFIGS
 
-EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+XLA_FLAGS = (
+    # Eight devices of one CPU are enough to test what meshes do.
+    "--xla_force_host_platform_device_count=8",
+    # Programs here run once or twice: LLVM would work on them for longer than they run. What XLA
+    # itself makes of a program (fusion, buffers, collectives) stays as it is for users.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
 
 
-# Before any framework is imported: JAX and TensorFlow read these once. Eight devices of one CPU are
-# enough to test what meshes do; TensorFlow's own threads would only wait for the other worker's.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}".strip()
+# Before any framework is imported: JAX and TensorFlow read these once.
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Workers and the processes they start share what XLA compiles.
@@ -51,11 +57,24 @@ def graphs_where_xla_is_not_asked_for(
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_are_dropped() -> Iterator[None]:
-    """A worker would keep gigabytes of them otherwise."""
+    """A worker would keep gigabytes of them otherwise; up to a few, the next module uses them."""
     yield
-    if "jax" in sys.modules:
-        sys.modules["jax"].clear_caches()
-    gc.collect()
+    if memory_in_use() > PROGRAMS_LIMIT:
+        if "jax" in sys.modules:
+            sys.modules["jax"].clear_caches()
+        gc.collect()
+
+
+PROGRAMS_LIMIT = 3 << 30
+
+
+def memory_in_use() -> int:
+    """Bytes of this process, as good as more than any limit where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux
+        return sys.maxsize
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ Everything is checked before anything runs.
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -13,31 +14,30 @@ from typing import Any, cast
 
 from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
+from opt_core.generation.limits import REFUSED, check_settings
 from opt_core.json_files import read_json, write_json
 
-# Keys of generation_config.json that change nothing here. The other features of `transformers`
-# raise unless they are switched off, which is what _NEUTRAL lists.
-_IGNORED = frozenset([
+DEFAULT_NEW_TOKENS = 20
+"""New tokens where no length was asked for, as in `transformers` 5."""
+
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_NO_EFFECT = frozenset([
     "_from_model_config", "transformers_version", "cache_implementation", "cache_config",
-    "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
-    "return_dict_in_generate", "return_legacy_cache", "renormalize_logits", "remove_invalid_values",
-    "decoder_start_token_id", "is_assistant", "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
-    "disable_compile", "compile_config", "generation_kwargs", "low_memory",
+    "return_legacy_cache", "decoder_start_token_id", "is_assistant", "disable_compile",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
+    "target_lookbehind", "compile_config", "generation_kwargs", "low_memory", "synced_gpus",
+    "use_model_defaults", "use_mtp",
 ])  # fmt: skip
-_NEUTRAL: dict[str, Any] = {
-    "num_beam_groups": 1, "diversity_penalty": 0.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-    "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "penalty_alpha": 0.0,
-    "token_healing": False, "use_mtp": False, "guidance_scale": 1.0,
-}  # fmt: skip
+"""Settings of `transformers` that change no text of these models: they are taken and forgotten."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class GenerationConfig:
-    """Settings of one generation.
+    """Settings of one generation; fields can be set, and are checked when they are used.
 
     Attributes:
-        max_length: Longest row, prompt included, where `max_new_tokens` is not given.
+        max_length: Longest row, prompt included, where `max_new_tokens` is not given. With neither
+            there are 20 new tokens at most.
         max_new_tokens: Most tokens to add to the prompt.
         min_length: Fewest tokens of a row, prompt included, before it may end.
         min_new_tokens: Fewest tokens to add before a row may end.
@@ -49,13 +49,33 @@ class GenerationConfig:
             2407.01082).
         typical_p: Draw among the tokens whose information is nearest the expected one, up to this
             sum of probabilities (arXiv 2202.00666).
+        top_h: Draw among the likeliest tokens that bear this share of the entropy (arXiv
+            2509.02510).
+        epsilon_cutoff: Draw among tokens at least this probable (arXiv 2210.15191); 0 is off.
+        eta_cutoff: The same, with a bound that falls where much is possible; 0 is off.
         repetition_penalty: Divides the positive and multiplies the negative scores of tokens that
             the row, prompt included, already has (arXiv 1909.05858); 1 is off.
         no_repeat_ngram_size: No n-gram of this size occurs twice in a row; 0 is off.
         suppress_tokens: Ids never generated.
         begin_suppress_tokens: Ids not generated as the first new token.
         bad_words_ids: Sequences of ids never generated.
+        sequence_bias: What is added to the logit of the last id of a sequence wherever a row ends
+            in its others: {(5, 7): -2.0}, or [[[5, 7], -2.0]].
+        forced_bos_token_id: The first new token behind a prompt of a single one.
+        forced_eos_token_id: Id or ids one of which is the last of the most new tokens.
+        exponential_decay_length_penalty: A number of new tokens and a factor: from there on the
+            ends of a row grow likelier by the factor with each token.
+        remove_invalid_values: Replace logits that are NaN or infinite.
+        renormalize_logits: Make log-probabilities of the filtered logits.
         num_beams: Beams W of beam search; 1 is greedy search or sampling.
+        num_beam_groups: Groups of beams that are kept apart by `diversity_penalty` (arXiv
+            1610.02424).
+        diversity_penalty: What a token loses for each earlier group that took it at that place.
+        penalty_alpha: Contrastive search (arXiv 2202.06417): the weight of being unlike what is
+            there, against that of being likely, among the `top_k` likeliest.
+        guidance_scale: How far to go from what follows `negative_prompt_ids=` (or the prompt's last
+            token alone) towards what follows the prompt (arXiv 2306.17806); 1 is off.
+        max_time: Seconds after which nothing more is begun.
         length_penalty: A beam's score is its log-likelihood divided by its new length to this
             power.
         early_stopping: True stops when enough beams are finished; False when the best open one
@@ -72,12 +92,20 @@ class GenerationConfig:
         pad_token_id: Id that fills a row after its end.
         bos_token_id: First id of a text; kept for other readers of the file.
         stop_strings: Texts that end a row once generated; they need `tokenizer=`.
+        use_cache: As in `transformers`; there always is one, and no text depends on it.
+        return_dict_in_generate: Return a `GenerateOutput` instead of ids.
+        output_scores: Put the filtered scores of each new token into it.
+        output_logits: Put the logits of each new token into it.
+        output_attentions: Put the attention weights of each step into it.
+        output_hidden_states: Put the hidden states of each step into it.
+        refused: What a file asked for that is not done here, by name, and what `generate` says of
+            it.
 
     Raises:
         GenerationError: A value out of range, or settings that contradict one another.
     """
 
-    max_length: int = 20
+    max_length: int | None = None
     max_new_tokens: int | None = None
     min_length: int = 0
     min_new_tokens: int | None = None
@@ -87,12 +115,26 @@ class GenerationConfig:
     top_p: float = 1.0
     min_p: float | None = None
     typical_p: float = 1.0
+    top_h: float | None = None
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     suppress_tokens: tuple[int, ...] | None = None
     begin_suppress_tokens: tuple[int, ...] | None = None
     bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | tuple[int, ...] | None = None
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    remove_invalid_values: bool = False
+    renormalize_logits: bool = False
     num_beams: int = 1
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
+    penalty_alpha: float | None = None
+    guidance_scale: float | None = None
+    max_time: float | None = None
     length_penalty: float = 1.0
     early_stopping: bool | str = False
     num_return_sequences: int = 1
@@ -104,20 +146,44 @@ class GenerationConfig:
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     stop_strings: str | tuple[str, ...] | None = None
+    use_cache: bool = True
+    return_dict_in_generate: bool = False
+    output_scores: bool = False
+    output_logits: bool = False
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    refused: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = _plain(getattr(self, f.name))
-            # transformers takes None for "not set"; only some settings have a meaning for it.
-            is_unset = value is None and "None" not in str(f.type)
-            object.__setattr__(self, f.name, f.default if is_unset else value)
-        _check(self)
+        check_settings(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        field = _FIELDS.get(name)
+        if field is None:
+            raise _unknown(name)
+        value = _plain(value)
+        # transformers takes None for "not set"; only some settings have a meaning for it.
+        is_unset = value is None and "None" not in str(field.type)
+        object.__setattr__(self, name, field.default if is_unset else value)
+
+    def __hash__(self) -> int:
+        # Flax' programs are told apart by a model's attributes.
+        return hash(tuple(getattr(self, name) for name in _FIELDS))
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a row, none, one or several."""
-        eos = self.eos_token_id
-        return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+        """The ids that end a row, none, one or several; negative ones mean that nothing does."""
+        return tuple(i for i in as_ids(self.eos_token_id) if i >= 0)
+
+    @property
+    def forced_eos_ids(self) -> tuple[int, ...]:
+        """The ids one of which is the last of the most new tokens, none, one or several."""
+        return as_ids(self.forced_eos_token_id)
+
+    @property
+    def biases(self) -> dict[tuple[int, ...], float]:
+        """`sequence_bias` by sequence."""
+        return dict(self.sequence_bias or ())
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -143,26 +209,69 @@ class GenerationConfig:
     def from_pretrained(cls, folder: str | PathLike[str]) -> "GenerationConfig":
         """Reads generation_config.json from a folder.
 
+        What it asks for that cannot be honoured, `generate` refuses: weights load all the same.
+
         Raises:
-            GenerationError: An unknown or unsupported setting; ConfigError: not a JSON object.
+            ConfigError: It is not a JSON object.
         """
         path = Path(folder) / "generation_config.json"
-        values = {k: v for k, v in read_json(path).items() if k not in _IGNORED and v is not None}
-        for key in [k for k in values if k in _NEUTRAL]:
-            if values.pop(key) != _NEUTRAL[key]:
-                raise GenerationError(f"{path}: {key} is not supported")
+        values = read_json(path)
         try:
-            return cls().replace(**values)
-        except GenerationError as error:
-            raise GenerationError(f"{path}: {error}") from None
+            found = cls.from_dict(values)
+        except GenerationError as error:  # a bad value: nothing but the ids can be trusted
+            ids = {k: v for k, v in values.items() if k in _SPECIAL and type(v) is int}
+            found = cls(**ids, refused=(("", str(error)),))
+        lines = tuple((name, f"{path}: {line}") for name, line in found.refused)
+        return dataclasses.replace(found, refused=lines)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> "GenerationConfig":
+        """Settings by name, as a generation_config.json has them.
+
+        What is not done here, `generate` refuses.
+
+        Raises:
+            GenerationError: A bad value.
+        """
+        values = {k: v for k, v in (dict(config_dict) | overrides).items() if v is not None}
+        known = {k: v for k, v in values.items() if k in _FIELDS}
+        lines = [(k, _refusal(k, v)) for k, v in values.items() if k not in _FIELDS]
+        return cls(**known, refused=tuple((name, line) for name, line in lines if line))
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Writes generation_config.json into a folder, only what differs from the defaults."""
-        default = GenerationConfig()
-        values = {k: v for k, v in vars(self).items() if v != getattr(default, k)}
+        write_json(Path(folder) / "generation_config.json", self.to_diff_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings by name."""
+        return {name: getattr(self, name) for name in _FIELDS if name != "refused"}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The settings that differ from the defaults."""
+        values = {k: v for k, v in self.to_dict().items() if v != _FIELDS[k].default}
         if self.top_k is None:
             values["top_k"] = 0  # in a file, null would mean "not set"
-        write_json(Path(folder) / "generation_config.json", values)
+        return values
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The settings as JSON, only those that differ from the defaults unless told otherwise."""
+        values = self.to_diff_dict() if use_diff else self.to_dict()
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    def update(self, **settings: Any) -> dict[str, Any]:
+        """Sets those that there are; returns the others, as `transformers` does."""
+        for name in [name for name in settings if name in _FIELDS]:
+            setattr(self, name, settings.pop(name))
+        check_settings(self)
+        return settings
+
+    def validate(self, **_: Any) -> None:
+        """Checks the values.
+
+        Raises:
+            GenerationError: One is out of range, or two contradict one another.
+        """
+        check_settings(self)
 
     def replace(self, **overrides: Any) -> "GenerationConfig":
         """A copy with some settings changed.
@@ -171,19 +280,16 @@ class GenerationConfig:
             GenerationError: A name that is no setting (the nearest one is suggested), or a bad
                 value.
         """
-        names = [f.name for f in dataclasses.fields(self)]
-        for name in overrides:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
-                hint = (
-                    f"; did you mean {near[0]!r}?"
-                    if near
-                    else f"; expected one of {', '.join(names)}"
-                )
-                raise GenerationError(f"unknown generation option {name!r}{hint}")
-        if "max_length" in overrides and "max_new_tokens" not in overrides:
-            overrides["max_new_tokens"] = None  # the caller's length counts, not the file's
-        return dataclasses.replace(self, **overrides)
+        given = dict[str, Any]()
+        for name, value in overrides.items():
+            if name in _FIELDS:
+                given[name] = value
+            elif line := _refusal(name, value):
+                raise GenerationError(line)
+        if "max_length" in given and "max_new_tokens" not in given:
+            given["max_new_tokens"] = None  # the caller's length counts, not the file's
+        refused = tuple(pair for pair in self.refused if pair[0] not in overrides)
+        return dataclasses.replace(self, **given, refused=refused)
 
     def new_tokens(self, prompt_length: int) -> int:
         """How many tokens to add at most to a prompt of `prompt_length` (padding included).
@@ -193,6 +299,8 @@ class GenerationConfig:
         """
         if self.max_new_tokens is not None:
             return self.max_new_tokens
+        if self.max_length is None:
+            return DEFAULT_NEW_TOKENS
         if self.max_length <= prompt_length:
             raise GenerationError(
                 f"max_length={self.max_length} leaves no room after a prompt of "
@@ -215,6 +323,10 @@ class GenerationConfig:
             GenerationError: The row would outgrow the model's window, an id lies outside the
                 vocabulary, or a setting needs what is not there.
         """
+        check_settings(self)
+        for name, line in self.refused[:1]:
+            way = f"{name}=None" if name else "generation_config=GenerationConfig(...)"
+            raise GenerationError(f"{line}; pass {way} to go without")
         new, window = self.new_tokens(prompt_length), config.max_position_embeddings
         # The last token generated is never read back, hence the - 1.
         if longest + new - 1 > window:
@@ -226,10 +338,13 @@ class GenerationConfig:
             raise GenerationError("stop_strings needs tokenizer=")
         named = {
             "eos_token_id": self.eos_ids,
-            "pad_token_id": () if self.pad_token_id is None else (self.pad_token_id,),
+            "forced_eos_token_id": self.forced_eos_ids,
+            "forced_bos_token_id": as_ids(self.forced_bos_token_id),
+            "pad_token_id": tuple(i for i in as_ids(self.pad_token_id) if i >= 0),
             "suppress_tokens": self.suppress_tokens or (),
             "begin_suppress_tokens": self.begin_suppress_tokens or (),
             "bad_words_ids": tuple(i for word in self.bad_words_ids or () for i in word),
+            "sequence_bias": tuple(i for word in self.biases for i in word),
         }
         for name, ids in named.items():
             for i in ids:
@@ -239,86 +354,35 @@ class GenerationConfig:
                     )
 
 
+_FIELDS: Mapping[str, Any] = {f.name: f for f in dataclasses.fields(GenerationConfig)}
 _Setting = tuple[Any, ...] | str | float | None
 
 
+def as_ids(ids: int | Iterable[int] | None) -> tuple[int, ...]:
+    """None, one or several ids as several."""
+    if isinstance(ids, int):
+        return (ids,)
+    return () if ids is None else tuple(ids)
+
+
+def _refusal(name: str, value: Any) -> str:
+    """Why a setting that is no field cannot be honoured; empty if nothing is lost."""
+    if name in _NO_EFFECT or value is None or (name in REFUSED and value == REFUSED[name][0]):
+        return ""
+    return f"{name} is not supported{REFUSED[name][1]}" if name in REFUSED else str(_unknown(name))
+
+
+def _unknown(name: str) -> GenerationError:
+    near = difflib.get_close_matches(name, _FIELDS, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(_FIELDS)}"
+    return GenerationError(f"unknown generation option {name!r}{hint}")
+
+
 def _plain(value: Any) -> _Setting:
-    """Hashable built-in values for lists, ranges, and NumPy's or a framework's numbers."""
+    """Built-in values for lists, ranges, mappings, and NumPy's or a framework's numbers."""
+    if isinstance(value, Mapping):
+        pairs = cast(Mapping[Any, Any], value).items()
+        return tuple((_plain(k if isinstance(k, tuple) else (k,)), _plain(v)) for k, v in pairs)
     if isinstance(value, list | tuple | range):
         return tuple(_plain(v) for v in cast(Iterable[Any], value))
     return _plain(value.tolist()) if hasattr(value, "tolist") else value
-
-
-_INTEGERS: Mapping[str, int] = {
-    "max_length": 1, "max_new_tokens": 1, "min_length": 0, "min_new_tokens": 0, "top_k": 0,
-    "no_repeat_ngram_size": 0, "num_beams": 1, "num_return_sequences": 1,
-    "prompt_lookup_num_tokens": 1, "max_matching_ngram_size": 1, "num_assistant_tokens": 1,
-    "prefill_chunk_size": 1,
-}  # fmt: skip
-_NUMBERS: Mapping[str, tuple[float, float]] = {
-    "temperature": (0, 1e6), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1),
-    "repetition_penalty": (0, 1e6), "length_penalty": (-100, 100),
-}  # fmt: skip
-_OPEN_BELOW = ("temperature", "top_p", "typical_p", "repetition_penalty")
-
-
-def _check(config: GenerationConfig) -> None:
-    for name, least in _INTEGERS.items():
-        value = getattr(config, name)
-        if value is not None and (type(value) is not int or value < least):
-            raise GenerationError(f"{name}: expected an integer >= {least}, received {value!r}")
-    for name, (low, high) in _NUMBERS.items():
-        value = getattr(config, name)
-        if value is None:
-            continue
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not low <= value <= high or (name in _OPEN_BELOW and value == low):
-            bounds = f"{'>' if name in _OPEN_BELOW else '>='} {low:g} and <= {high:g}"
-            raise GenerationError(f"{name}: expected a number {bounds}, received {value!r}")
-    _check_ids(config)
-    if type(config.early_stopping) is not bool and config.early_stopping != "never":
-        raise GenerationError(
-            f'early_stopping: expected True, False or "never", received {config.early_stopping!r}'
-        )
-    stops: tuple[Any, ...] = config.stops  # whatever the file or the caller put there
-    if any(not isinstance(s, str) or not s for s in stops):
-        raise GenerationError(f"stop_strings: expected non-empty texts, received {config.stops!r}")
-    if type(config.do_sample) is not bool:
-        raise GenerationError(f"do_sample: expected True or False, received {config.do_sample!r}")
-    if config.is_beam_search and config.do_sample:
-        raise GenerationError("num_beams > 1 with do_sample=True is not supported; choose one")
-    if config.is_beam_search and config.prompt_lookup_num_tokens:
-        raise GenerationError("num_beams > 1 with prompt_lookup_num_tokens is not supported")
-    if config.is_beam_search and config.num_return_sequences > config.num_beams:
-        raise GenerationError(
-            f"num_return_sequences={config.num_return_sequences} exceeds "
-            f"num_beams={config.num_beams}"
-        )
-    if not config.is_beam_search and not config.do_sample and config.num_return_sequences > 1:
-        raise GenerationError(
-            "num_return_sequences > 1 needs do_sample=True or num_beams > 1: "
-            "greedy rows are all the same"
-        )
-
-
-def _check_ids(config: GenerationConfig) -> None:
-    for name in (
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "eos_token_id",
-        "pad_token_id",
-        "bad_words_ids",
-    ):
-        value: _Setting = getattr(config, name)
-        if value is None or (name.endswith("token_id") and type(value) is int):
-            continue
-        if name == "bad_words_ids":
-            is_right = isinstance(value, tuple) and all(_is_ids(row) and row for row in value)
-        else:
-            is_right = _is_ids(value) and name != "pad_token_id"
-        if not is_right:
-            raise GenerationError(f"{name}: expected token ids, received {value!r}")
-
-
-def _is_ids(value: _Setting) -> bool:
-    return isinstance(value, tuple) and all(type(i) is int for i in value)

@@ -1,10 +1,11 @@
 """The filters of logits in `transformers`' order; a backend's `sampling` module has each of them.
 
-In a compiled program the numbers among the settings are tensors: other values need no other
-program, and a filter whose number is one is always in use.
+They are given the `Rules` of a request: a filter whose number is not there is not in use.
 """
 
 from typing import Any
+
+_WARPERS = ("top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def process_logits(
@@ -14,7 +15,8 @@ def process_logits(
     mask_BS: Any,
     end: Any,
     made: Any,
-    settings: Any,
+    rules: Any,
+    is_last: Any = False,
 ) -> Any:
     """Applies what holds for greedy search, sampling and beams alike.
 
@@ -26,67 +28,88 @@ def process_logits(
         end: Slots in use.
         made: How many of the tokens were generated, of each row where they differ; the number 0
             for the first of them.
-        settings: What to apply: a `GenerationConfig`, or a program's `ProgramSettings`.
+        rules: What to apply, a `Rules`.
+        is_last: Whether no token comes after this one, of each row where they differ.
     """
-    if is_in_use(settings.repetition_penalty, 1):
-        penalty = settings.repetition_penalty
+    bias = rules.begin_bias if isinstance(made, int) and made == 0 else rules.bias
+    if bias is not None:
+        logits_BV = sampling.add_bias(logits_BV, bias)
+    if rules.words is not None:
+        matches_BN = _match_words(sampling, ids_BS, mask_BS, end, rules.words)
+        logits_BV = sampling.add_biases(logits_BV, rules.words[:, -1], matches_BN, rules.word_bias)
+    if rules.repetition_penalty is not None:
+        penalty = rules.repetition_penalty
         logits_BV = sampling.repetition_penalty(logits_BV, ids_BS, mask_BS, penalty)
-    if settings.no_repeat_ngram_size:
-        size = settings.no_repeat_ngram_size
-        logits_BV = sampling.no_repeat_ngram(logits_BV, ids_BS, mask_BS, end, size)
-    for word in settings.bad_words_ids or ():
-        if word not in {(i,) for i in settings.eos_ids}:
-            logits_BV = sampling.ban_word(logits_BV, ids_BS, mask_BS, end, word)
-    if is_in_use(settings.min_length, 0) or is_in_use(settings.min_new_tokens, None, 0):
-        fewest = 0 if settings.min_new_tokens is None else settings.min_new_tokens
-        logits_BV = sampling.ban_end(
-            logits_BV, mask_BS, settings.min_length, made < fewest, settings.eos_ids
-        )
-    if settings.suppress_tokens:
-        logits_BV = sampling.ban_tokens(logits_BV, settings.suppress_tokens)
-    if settings.begin_suppress_tokens and isinstance(made, int) and made == 0:
-        logits_BV = sampling.ban_tokens(logits_BV, settings.begin_suppress_tokens)
-    return logits_BV
+    if rules.no_repeat_ngram_size is not None:
+        marks_BS = _mark_repeats(sampling, ids_BS, mask_BS, end, rules)
+        logits_BV = sampling.ban_marked(logits_BV, ids_BS, marks_BS)
+    if rules.min_length is not None:
+        is_early = made < rules.min_new_tokens
+        logits_BV = sampling.ban_end(logits_BV, mask_BS, rules.min_length, is_early, rules.ends)
+    if rules.forced_end is not None:
+        logits_BV = sampling.force_tokens(logits_BV, rules.forced_end, is_last)
+    if rules.is_repaired is not None:
+        logits_BV = sampling.repair(logits_BV)
+    if rules.decay_start is not None:
+        power = made - rules.decay_start
+        logits_BV = sampling.favour_end(logits_BV, power, rules.decay_factor, rules.ends)
+    return sampling.normalize(logits_BV) if rules.renormalize_logits else logits_BV
 
 
-def candidates(sampling: Any, logits_BV: Any, settings: Any) -> tuple[Any, Any]:
+def candidates(sampling: Any, logits_BV: Any, rules: Any) -> tuple[Any, Any]:
     """The tokens to draw among.
 
     Args:
         sampling: The backend's module of that name.
         logits_BV: float32 logits.
-        settings: temperature, top_k, top_p, min_p and typical_p, applied in this order.
+        rules: What to apply: the temperature, then the filters of these names.
 
     Returns:
         Their logits, likeliest first and -inf for what the filters left out, and their ids,
         (B, C) each.
     """
-    V = logits_BV.shape[-1]
-    k = min(settings.top_k or V, V)
-    logits_BC, ids_BC = sampling.top_k(logits_BV / settings.temperature, k)
-    if is_in_use(settings.top_p, 1):
-        logits_BC = sampling.top_p(logits_BC, settings.top_p)
-    if is_in_use(settings.min_p, None):
-        logits_BC = sampling.min_p(logits_BC, settings.min_p)
-    if is_in_use(settings.typical_p, 1):
-        logits_BC = sampling.typical_p(logits_BC, settings.typical_p)
+    if rules.temperature is not None:
+        logits_BV = logits_BV / rules.temperature
+    logits_BC, ids_BC = sampling.sort_logits(logits_BV, rules.candidates)
+    for name in _WARPERS:
+        number = getattr(rules, name)
+        if number is not None:
+            logits_BC = getattr(sampling, name)(logits_BC, number, rules.fewest)
     return logits_BC, ids_BC
 
 
-def select_tokens(sampling: Any, logits_BV: Any, settings: Any, source: Any) -> Any:
+def select_tokens(sampling: Any, logits_BV: Any, rules: Any, source: Any) -> Any:
     """The next token of each row, (B,): the likeliest, or drawn where `do_sample` is set.
 
     Args:
         sampling: The backend's module of that name.
         logits_BV: float32 logits.
-        settings: What to apply.
+        rules: What to apply.
         source: Of random numbers, as the backend's `draw_tokens` takes it.
     """
-    if not settings.do_sample:
+    if not rules.do_sample:
         return sampling.likeliest_tokens(logits_BV)
-    return sampling.draw_tokens(*candidates(sampling, logits_BV, settings), source)
+    return sampling.draw_tokens(*candidates(sampling, logits_BV, rules), source)
 
 
-def is_in_use(value: Any, *neutral: Any) -> bool:
-    """Whether a filter has to be applied: its number is a tensor, or not one that is neutral."""
-    return not isinstance(value, int | float | None) or value not in neutral
+def _match_words(sampling: Any, ids_BS: Any, mask_BS: Any, end: Any, words_NL: Any) -> Any:
+    """Bool (B, N): where the rows end in all ids of a word but its last."""
+    L, matches_BN = words_NL.shape[1], True
+    for back in range(1, L):
+        last_B, is_real_B = sampling.token_before(ids_BS, mask_BS, end, back)
+        wanted_N = words_NL[:, L - 1 - back]
+        is_equal_BN = (last_B[:, None] == wanted_N) & is_real_B[:, None]
+        matches_BN &= is_equal_BN | (wanted_N < 0)
+    return matches_BN
+
+
+def _mark_repeats(sampling: Any, ids_BS: Any, mask_BS: Any, end: Any, rules: Any) -> Any:
+    """Bool (B, S): the tokens that would complete an n-gram the row already has."""
+    size = rules.no_repeat_ngram_size
+    marks_BS = mask_BS & (size > 0)
+    for back in range(1, rules.longest_ngram):
+        last_B, is_real_B = sampling.token_before(ids_BS, mask_BS, end, back)
+        is_equal_BS = sampling.shift(ids_BS, back) == last_B[:, None]
+        is_equal_BS &= sampling.shift(mask_BS, back) & is_real_B[:, None]
+        marks_BS &= is_equal_BS | (back >= size)
+    return marks_BS

@@ -1,11 +1,10 @@
 """Requests for generation: prompts and settings, checked before anything is computed.
 
-Compiled backends make few programs: lengths are rounded up to a bucket, and a program is told apart
-by the structure of its settings alone, their numbers are arguments (`split_settings`).
+Compiled backends make few programs: lengths are rounded up to a bucket.
 """
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,8 @@ from numpy.typing import NDArray
 
 from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
-from opt_core.generation.config import GenerationConfig
+from opt_core.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig, as_ids
+from opt_core.generation.hooks import NO_HOOKS, Hooks
 from opt_core.text.detokenizer import StopStringTracker
 from opt_core.text.tokenizer import OPTTokenizer
 
@@ -22,20 +22,6 @@ Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
 _BUCKETS = (32, 64, 128, 256)
-_NUMBERS: Mapping[str, tuple[type[np.generic], Any]] = {
-    "temperature": (np.float32, None), "top_p": (np.float32, 1), "min_p": (np.float32, None),
-    "typical_p": (np.float32, 1), "repetition_penalty": (np.float32, 1),
-    "min_length": (np.int32, 0), "min_new_tokens": (np.int32, None),
-    "length_penalty": (np.float32, None),
-}  # fmt: skip
-"""Settings that are given to a program, their type, and the value at which they are not in use."""
-_NO_PART = (
-    *("max_length", "max_new_tokens", "stop_strings", "pad_token_id", "bos_token_id"),
-    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens"),
-    "prefill_chunk_size",
-)
-"""Settings that do not reach a program: they must not tell two of them apart."""
-_DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in dataclasses.fields(GenerationConfig)}
 
 
 @dataclass(frozen=True)
@@ -47,24 +33,51 @@ class Request:
         mask: bool (B, T), False at padding; None if nothing is padded.
         settings: What to generate.
         new_tokens: Most tokens to add.
+        vocab_size: Ids V of the model.
         vocabulary: Ids below this one may be generated.
         pad: Id that fills a finished row.
         seed: Seed of sampling, 0 to 2**63 - 1.
         tokenizer: For stop strings.
         past: A backend's cache that holds the beginning of the prompts, or None.
         assistant: A backend's smaller model that drafts tokens, or None.
+        hooks: Functions of the caller that run between the steps.
+        embeds: (B, T, P) embeddings of the prompts in place of those of `ids`, or None.
+        is_bare: Whether there are embeddings alone: `ids` are padding then.
+        guide: The prompts to go away from, or None.
     """
 
     ids: Ids
     mask: Mask | None
     settings: GenerationConfig
     new_tokens: int
+    vocab_size: int
     vocabulary: int
     pad: int
     seed: int = 0
     tokenizer: OPTTokenizer | None = None
     past: Any = None
     assistant: Any = None
+    hooks: Hooks = NO_HOOKS
+    embeds: Any = None
+    is_bare: bool = False
+    guide: "Request | None" = None
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether Python has to run between the steps."""
+        settings = self.settings
+        outputs = (
+            settings.output_scores or settings.output_logits or settings.output_attentions
+            or settings.output_hidden_states
+        )  # fmt: skip
+        has_hard_beams = settings.is_beam_search and (
+            settings.do_sample or settings.num_beam_groups > 1 or settings.stops
+            or settings.max_time is not None
+        )  # fmt: skip
+        return bool(
+            (outputs and settings.return_dict_in_generate) or has_hard_beams
+            or not self.hooks.is_empty or self.embeds is not None or self.guide is not None
+        )  # fmt: skip
 
     @property
     def slots(self) -> int:
@@ -127,10 +140,9 @@ def check_request(
     settings = merge_settings(defaults, generation_config, **overrides)
     longest = T = input_ids.shape[1]
     pads, mask = _padding_ids(config, settings), attention_mask
-    texts = {config.bos_token_id, config.eos_token_id, *settings.eos_ids}
-    if mask is None and pads and pads[0] not in texts:
-        # As transformers: an id that is nothing but padding is padding. Not so a BOS or EOS.
-        mask = input_ids != pads[0]
+    only_padding = padding_id(config, settings)
+    if mask is None and only_padding is not None:
+        mask = input_ids != only_padding
     mask = None if mask is None or mask.all() else mask
     if mask is not None:
         longest = int(mask.sum(1).max())
@@ -139,13 +151,22 @@ def check_request(
                 f"prompt {row} ends in padding; "
                 "pad on the left: tokenizer(..., padding_side='left')"
             )
+    if settings.max_new_tokens is None and settings.max_length is None:
+        room = max(config.max_position_embeddings - longest + 1, 1)
+        settings = settings.replace(max_new_tokens=min(DEFAULT_NEW_TOKENS, room))
+        warnings.warn(
+            f"no length was asked for: {settings.max_new_tokens} new tokens at most; "
+            "pass max_new_tokens for another number",
+            stacklevel=4,
+        )
     settings.check(config, T, longest, tokenizer is not None)
     vocabulary, pad = config.vocab_size, [*pads, *settings.eos_ids, 0][0]
     if tokenizer is not None:
         # OPT's embedding has rows that no token has, never trained (transformers #18268).
         vocabulary = min(vocabulary, tokenizer.vocab_size)
     new = settings.new_tokens(T)
-    return Request(input_ids, mask, settings, new, vocabulary, pad, seed, tokenizer)
+    size = config.vocab_size
+    return Request(input_ids, mask, settings, new, size, vocabulary, pad, seed, tokenizer)
 
 
 def check_export(
@@ -190,9 +211,16 @@ def merge_settings(
     return given.replace(**open_ids).replace(**overrides)
 
 
+def padding_id(config: OPTConfig, settings: GenerationConfig) -> int | None:
+    """The id that is padding wherever it comes, as in `transformers`: not so a BOS or EOS."""
+    pads = _padding_ids(config, settings)
+    texts = {config.bos_token_id, *settings.eos_ids, *as_ids(config.eos_token_id)}
+    return pads[0] if pads and pads[0] not in texts else None
+
+
 def _padding_ids(config: OPTConfig, settings: GenerationConfig) -> list[int]:
     """Ids that mean padding, the settings' first."""
-    return [i for i in (settings.pad_token_id, config.pad_token_id) if i is not None]
+    return [i for i in (settings.pad_token_id, config.pad_token_id) if i is not None and i >= 0]
 
 
 def bucket(length: int) -> int:
@@ -221,16 +249,6 @@ def allocate_tokens(request: Request, slots: int, copies: int = 1) -> tuple[Ids,
     return ids.repeat(copies, 0), pad_right(request.full_mask(), slots, True).repeat(copies, 0)
 
 
-def check_beams(request: Request) -> None:
-    """Refuses what beam search cannot do.
-
-    Raises:
-        GenerationError: Stop strings were asked for.
-    """
-    if request.settings.stops:
-        raise GenerationError("stop_strings with num_beams > 1 is not supported; use eos_token_id")
-
-
 def check_logits(best_B: NDArray[Any]) -> None:
     """Refuses rows in which no token can come: all are banned, or the model gave NaN.
 
@@ -240,36 +258,3 @@ def check_logits(best_B: NDArray[Any]) -> None:
     for row in np.flatnonzero(~np.isfinite(best_B))[:1].tolist():
         reason = "the logits are NaN" if np.isnan(best_B[row]) else "every token is banned"
         raise GenerationError(f"row {row}: no token can be generated: {reason}")
-
-
-def split_settings(settings: GenerationConfig) -> tuple[GenerationConfig, dict[str, Any]]:
-    """The settings a compiled program is made for, and the numbers it is given each time.
-
-    Returns:
-        The settings that decide a program's structure, the others at their defaults; and the
-        numbers in use, NumPy scalars by name.
-    """
-    numbers = {
-        name: kind(getattr(settings, name))
-        for name, (kind, off) in _NUMBERS.items()
-        if getattr(settings, name) not in (None, off)
-    }
-    changes = {name: _DEFAULTS[name] for name in (*numbers, *_NO_PART)}
-    return dataclasses.replace(settings, **changes), numbers
-
-
-class ProgramSettings:
-    """A `GenerationConfig` as a program sees it, with values of its own in place of some.
-
-    Args:
-        structure: What the program is made for.
-        numbers: By name, what it is given each time, tensors of the framework; and what else it
-            knows.
-    """
-
-    def __init__(self, structure: GenerationConfig, numbers: Mapping[str, Any]) -> None:
-        self.structure, self.numbers = structure, numbers
-
-    def __getattr__(self, name: str) -> Any:
-        numbers = self.__dict__["numbers"]
-        return numbers[name] if name in numbers else getattr(self.__dict__["structure"], name)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 import opt_torch
 from opt_cli.generate import DEFAULT_NEW_TOKENS, _without_padding, resolve_settings
 from opt_cli.main import main

@@ -12,6 +12,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 
 from opt_cli.main import main
@@ -84,7 +87,6 @@ def test_text(opt_lm, tiny, data, tmp_path):
     code, out, _ = opt_lm(*command, "--resume")
     assert code == 0
     assert "4 steps" in out
-    pytest.importorskip("matplotlib")
     code, out, _ = opt_lm("plot", tmp_path / "run", "--out", tmp_path / "loss.png")
     assert code == 0
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

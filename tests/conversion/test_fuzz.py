@@ -11,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("torch")
+
 import conversion
 from opt_core.errors import OPTError
 from tests.support.checkpoint_fixtures import random_weights

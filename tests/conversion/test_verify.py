@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+pytest.importorskip("torch")
+
 import conversion
 import opt_torch
 from conversion import backends

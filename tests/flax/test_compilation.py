@@ -15,6 +15,8 @@ from tests.support.flax_models import model_of
 from tests.support.reference import make_mask, make_prompts
 
 STEP: Any = training._step
+CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=1, vocab_size=97)
+"""No other module's, so that none of its programs is there already."""
 
 
 def compiled():
@@ -31,10 +33,10 @@ SAMPLED = {"do_sample": True, "eos_token_id": None, "repetition_penalty": 1.3, "
 
 
 def test_one_program_per_bucket(folder):
-    model = model_of(folder)
+    model = model_of(folder, CONFIG)
 
     def run(length, seed, padded=False, **settings):
-        ids = make_prompts(CONFIGS["pre_ln"], 2, length, seed=seed)
+        ids = make_prompts(CONFIG, 2, length, seed=seed)
         mask = make_mask("left", [length, length - 1]) if padded else None
         list(model.stream(ids, mask, seed=seed, **SAMPLED, **settings))
         model.generate(ids, mask, seed=seed, **SAMPLED, **settings)
@@ -54,7 +56,7 @@ def test_one_program_per_bucket(folder):
 
 def test_drafts_need_no_other_program(folder):
     """Another prompt, seed, temperature, or number of drafted tokens that are right."""
-    model = model_of(folder)
+    model = model_of(folder, CONFIG)
 
     def run(ids, seed, temperature):
         settings = {**SAMPLED, "seed": seed, "temperature": temperature, "max_new_tokens": 12}
@@ -79,8 +81,7 @@ def test_drafts_need_no_other_program(folder):
 
 def test_a_training_step_updates_in_place(folder):
     """The compiled step takes the model's arrays over and puts new ones in their places."""
-    config = CONFIGS["pre_ln"]
-    model, ids = model_of(folder, config), make_prompts(config, 2, 9)
+    model, ids = model_of(folder, CONFIG), make_prompts(CONFIG, 2, 9)
     train = TrainConfig(max_steps=3, learning_rate=1e-2)
     optimizer = training.make_optimizer(model, train)
     model.train()

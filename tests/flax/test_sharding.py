@@ -38,6 +38,7 @@ from tests.support import multi_host  # noqa: E402
 from tests.support.backends import GRADIENT_TOLERANCE, ORACLE_TOLERANCE  # noqa: E402
 from tests.support.configs import CONFIGS  # noqa: E402
 from tests.support.reference import make_mask, make_prompts  # noqa: E402
+from tests.support.tiers import tiered  # noqa: E402
 
 CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=2)
 """4 heads, a vocabulary of 99, 32 x 56: what a mesh of 8 divides, and what it does not."""
@@ -50,6 +51,10 @@ MESHES = {
     "mixed": {"data": 2, "fsdp": 2, "model": 2},
     "mixed, stacked layers": {"data": 2, "fsdp": 2, "model": 2, "scan_layers": True},
 }
+TYPICAL = tiered(
+    MESHES, lambda name: name in ("heads that do not divide", "mixed", "mixed, stacked layers")
+)
+"""All axes at once, and what does not divide; then each axis alone."""
 TRAIN = TrainConfig(max_steps=4, learning_rate=1e-2)
 IDS, MASK = make_prompts(CONFIG, 4, 9), make_mask("left", [9, 5, 2, 7])
 SETTINGS = {
@@ -63,10 +68,6 @@ SETTINGS = {
 def eight_precise_devices():
     assert len(jax.devices()) == 8
     jax.config.update("jax_default_matmul_precision", "highest")
-    # Programs that run once: compiling them well would take longer than running them.
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def expected(load):
     return found
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", TYPICAL)
 def test_logits_losses_and_gradients_are_those_of_one_device(load, expected, name):
     model = load(name)
     model.train()
@@ -135,7 +136,7 @@ def test_logits_losses_and_gradients_are_those_of_one_device(load, expected, nam
         close(value, theirs, max(GRADIENT_TOLERANCE * float(np.abs(theirs).max()), 3e-7))
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", TYPICAL)
 def test_generation_is_that_of_one_device(load, expected, name):
     model = load(name)
     for kind, settings in SETTINGS.items():
@@ -184,7 +185,9 @@ def test_each_device_holds_its_share(load, name):
     assert len(model.device.device_set) == model.mesh.size
 
 
-@pytest.mark.parametrize("name", ["data", "mixed, stacked layers"])
+@pytest.mark.parametrize(
+    "name", tiered(["data", "mixed, stacked layers"], lambda name: name != "data")
+)
 def test_training_keeps_everything_in_its_place(load, expected, name, caplog):
     model = load(name)
     model.train()
@@ -242,7 +245,7 @@ def test_data_parallel_decoding_sends_tokens_only(load):
     assert all(math.prod(shape) <= 4 for _, shape in collectives(program))
 
 
-@pytest.mark.parametrize("name", ["data", "model", "mixed"])
+@pytest.mark.parametrize("name", tiered(["data", "model", "mixed"], lambda name: name == "mixed"))
 def test_beams_stay_with_their_prompts_devices(load, name):
     """Choosing beams anew moves no cache between devices."""
     model = load(name)

@@ -24,11 +24,8 @@ IDS = make_prompts(CONFIG, 4, 9)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compile_soon():
+def precise():
     jax.config.update("jax_default_matmul_precision", "highest")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

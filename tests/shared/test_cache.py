@@ -1,11 +1,14 @@
 """The cache: however a sequence is cut into calls, the numbers are those of one uncached pass."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from opt_core.errors import InputError
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
+from tests.support.tiers import tiered
 
 SAME = 2e-5
 """Cached against uncached logits: the same sums in another order."""
@@ -15,6 +18,24 @@ MASKS = {
     "left": make_mask("left", [LENGTH, 7, 2]),
     "holes": np.array([[1] * LENGTH, [0, 1, 1, 0] * 3, [1, 1, 0] * 4]),
 }
+
+
+CUTS = [4, 8, 9, 10, 11]
+"""A prompt, a piece that continues it, then token by token: two shapes in all."""
+CASES = [
+    case
+    for case in itertools.product(
+        CONFIGS, MASKS, [CUTS, [6], [5, 6, 7, 8, 9, 10, 11], [1, 4, 11]], [True, False],
+        ["sdpa", "eager"],
+    )
+    if case[1] != "bare" or case[3]  # no mask is neither whole nor in parts
+]  # fmt: skip
+
+
+def is_fast(variant, mask, cuts, whole_mask, attention):
+    """Everything on one model, and what is likeliest to differ on the others."""
+    typical = (("left", True, "sdpa"), ("holes", False, "eager"))
+    return cuts == CUTS and (variant == "pre_ln" or (mask, whole_mask, attention) in typical)
 
 
 def in_pieces(backend, model, ids, mask, cuts, whole_mask, slots=LENGTH):
@@ -30,11 +51,9 @@ def in_pieces(backend, model, ids, mask, cuts, whole_mask, slots=LENGTH):
     return np.concatenate(logits, 1)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("whole_mask", [True, False])
-@pytest.mark.parametrize("cuts", [[6], [5, 6, 7, 8, 9, 10, 11], [1, 4, 11]], ids=str)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("variant", CONFIGS)
+@pytest.mark.parametrize(
+    ("variant", "mask", "cuts", "whole_mask", "attention"), tiered(CASES, is_fast), ids=str
+)
 def test_pieces_equal_the_whole(backend, folder, variant, mask, cuts, whole_mask, attention):
     mask = MASKS[mask]
     ids = make_prompts(CONFIGS[variant], 3, LENGTH)
@@ -46,39 +65,39 @@ def test_pieces_equal_the_whole(backend, folder, variant, mask, cuts, whole_mask
 
 
 def test_free_slots_change_nothing(backend, folder):
-    ids = make_prompts(CONFIGS["pre_ln"], 2, LENGTH)
+    ids = make_prompts(CONFIGS["pre_ln"], 3, LENGTH)
     model = backend.load(folder("pre_ln"))
-    exact = in_pieces(backend, model, ids, None, [5], True)
-    roomy = in_pieces(backend, model, ids, None, [5], True, slots=50)
+    exact = in_pieces(backend, model, ids, None, CUTS, True)
+    roomy = in_pieces(backend, model, ids, None, CUTS, True, slots=50)
     np.testing.assert_allclose(roomy, exact, rtol=0, atol=SAME)
 
 
 def test_padding_changes_no_row(backend, folder):
     """A left-padded row equals the row alone, through the cache too."""
-    lengths = [LENGTH, 7, 2]
+    lengths = [LENGTH, 4, 1]  # shapes that are compiled anyhow, with the copies below
     ids = make_prompts(CONFIGS["post_ln"], 3, LENGTH)
     model = backend.load(folder("post_ln"))
-    padded = in_pieces(backend, model, ids, make_mask("left", lengths), [10, 11], False)
+    padded = in_pieces(backend, model, ids, make_mask("left", lengths), CUTS, False)
     for row, length in enumerate(lengths):
-        alone = backend.run(model, input_ids=ids[row : row + 1, -length:]).logits
-        np.testing.assert_allclose(padded[row : row + 1, -length:], alone, rtol=0, atol=SAME)
+        alone = backend.run(model, input_ids=ids[[row] * 3, -length:]).logits
+        np.testing.assert_allclose(padded[row, -length:], alone[0], rtol=0, atol=SAME)
 
 
 def test_explicit_positions_with_a_cache(backend, folder):
-    ids = make_prompts(CONFIGS["pre_ln"], 2, LENGTH)
-    positions = np.arange(LENGTH)[None].repeat(2, 0) * 3
+    ids = make_prompts(CONFIGS["pre_ln"], 3, LENGTH)[:, :8]
+    positions = np.arange(8)[None].repeat(3, 0) * 3
     model = backend.load(folder("pre_ln"))
     whole = backend.run(model, input_ids=ids, position_ids=positions).logits
     first = backend.run(
         model,
-        input_ids=ids[:, :8],
-        position_ids=positions[:, :8],
-        past_key_values=model.init_cache(2, 20),
+        input_ids=ids[:, :4],
+        position_ids=positions[:, :4],
+        past_key_values=model.init_cache(3, LENGTH),
     )
     second = backend.run(
         model,
-        input_ids=ids[:, 8:],
-        position_ids=positions[:, 8:],
+        input_ids=ids[:, 4:],
+        position_ids=positions[:, 4:],
         past_key_values=first.past_key_values,
     )
     np.testing.assert_allclose(
@@ -88,9 +107,9 @@ def test_explicit_positions_with_a_cache(backend, folder):
 
 def test_a_full_cache_is_an_error(backend, folder):
     model = backend.load(folder("pre_ln"))
-    out = model(make_prompts(CONFIGS["pre_ln"], 1, 4), past_key_values=model.init_cache(1, 5))
+    out = model(make_prompts(CONFIGS["pre_ln"], 3, 4), past_key_values=model.init_cache(3, 5))
     with pytest.raises(InputError, match="5 slots; 4 are taken and 2 more"):
-        model(np.array([[5, 6]]), past_key_values=out.past_key_values)
+        model(np.array([[5, 6]] * 3), past_key_values=out.past_key_values)
 
 
 def test_a_cache_of_other_rows_is_an_error(backend, folder):
@@ -112,10 +131,10 @@ def test_a_cache_of_another_model(backend, folder):
 
 
 def test_a_cache_is_not_resized_to_less_than_it_holds(backend, folder):
-    model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIGS["pre_ln"], 2, 4)
-    cache = model(ids, past_key_values=model.init_cache(2, 6)).past_key_values
-    assert cache.resize(2, 4).max_length == 4
-    with pytest.raises(InputError, match=r"holds 2 rows of 4 tokens, .* there are 3 slots"):
-        cache.resize(2, 3)
-    with pytest.raises(InputError, match="holds 2 rows of 4 tokens, the input has 3 rows"):
-        cache.resize(3, 6)
+    model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIGS["pre_ln"], 3, 4)
+    cache = model(ids, past_key_values=model.init_cache(3, 5)).past_key_values
+    assert cache.resize(3, 4).max_length == 4
+    with pytest.raises(InputError, match=r"holds 3 rows of 4 tokens, .* there are 3 slots"):
+        cache.resize(3, 3)
+    with pytest.raises(InputError, match="holds 3 rows of 4 tokens, the input has 4 rows"):
+        cache.resize(4, 6)

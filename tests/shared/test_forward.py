@@ -85,7 +85,7 @@ def test_hidden_states_and_attentions_equal_the_oracle(backend, folder, variant,
 @pytest.mark.parametrize("variant", CONFIGS)
 def test_embeddings_in_place_of_ids(backend, folder, variant):
     config = CONFIGS[variant]
-    embeds = np.random.default_rng(0).standard_normal((2, 7, config.embed_dim), np.float32)
+    embeds = np.random.default_rng(0).standard_normal((3, 9, config.embed_dim), np.float32)
     ours = backend.run(backend.load(folder(config)), inputs_embeds=embeds)
     theirs = oracle.forward(oracle.random_params(config), config, inputs_embeds=embeds)
     close(ours.logits, theirs.logits)
@@ -210,12 +210,12 @@ def test_bad_inputs_raise_one_clear_line(backend, folder, case):
 
 def test_padding_may_outgrow_the_window(backend, folder):
     """Positions count tokens, so only tokens count against the window."""
-    ids = np.full((1, 520), 5)
+    model = backend.load(folder(PRE_LN.replace(max_position_embeddings=9)))
+    ids = np.full((3, 18), 5)
     mask = np.ones_like(ids)
-    mask[:, :10] = 0
-    model = backend.load(folder("pre_ln"))
+    mask[:, :9] = 0
     padded = backend.run(model, input_ids=ids, attention_mask=mask).logits
-    close(padded[:, 10:], backend.run(model, input_ids=ids[:, 10:]).logits)
+    close(padded[:, 9:], backend.run(model, input_ids=ids[:, 9:]).logits)
 
 
 def test_a_fresh_head_warns(backend, folder):

@@ -9,6 +9,7 @@ import pytest
 from opt_core.errors import InputError
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
+from tests.support.tiers import tiered
 
 CONFIG = CONFIGS["pre_ln"]
 PLAIN = {"eos_token_id": None, "max_new_tokens": 12}
@@ -50,7 +51,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", tiered(MODES, lambda mode: mode in ("greedy", "beams")))
 def test_prompts_read_in_chunks(backend, folder, widths, mode):
     model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIG, 2, 40)
     settings = {**PLAIN, **MODES[mode], "attention_mask": make_mask("left", [40, 23])}
@@ -67,7 +68,7 @@ def test_prompts_read_in_chunks(backend, folder, widths, mode):
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", tiered(MODES, lambda mode: mode in ("sampled", "lookup")))
 def test_a_shared_prefix_is_read_once(backend, folder, widths, mode):
     """A prompt's cache serves any number of endings, of different lengths, again and again."""
     model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIG, 3, 60)

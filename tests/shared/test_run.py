@@ -19,6 +19,7 @@ TRAIN = TrainConfig(
     max_steps=8, batch_size=4, sequence_length=12, learning_rate=3e-3, save_every=3,
     gradient_accumulation_steps=2,
 )  # fmt: skip
+SMALL = CONFIG.replace(num_hidden_layers=1)
 LOSS_TOLERANCE = {"torch": 0, "flax": 0, "tf": 1e-6}
 
 
@@ -43,10 +44,10 @@ def train(backend, model, folder, config, examples, stop=None, **options):
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(backend, folder, tmp_path, rank):
     """With dropout on, in parts, and interrupted twice."""
     config = TRAIN.replace(lora_rank=rank)
-    examples = list(make_prompts(CONFIG, 18, 12))
+    examples = list(make_prompts(SMALL, 18, 12))
 
     def load():
-        return backend.load(folder(CONFIG))
+        return backend.load(folder(SMALL))
 
     train(backend, load(), tmp_path / "whole", config, examples)
     for stop in (2, 5):
@@ -66,7 +67,7 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(backend, folder, tm
             assert first == second
     # The model that is written is the model that was trained, adapters and all.
     written = backend.load(tmp_path / "parts" / "model")
-    ids = make_prompts(CONFIG, 2, 9)
+    ids = make_prompts(SMALL, 2, 9)
     if backend.name != "tf":
         model.eval()
     for_ids = [backend.run(one, input_ids=ids).logits for one in (model, written)]

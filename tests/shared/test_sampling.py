@@ -5,12 +5,12 @@ import importlib
 import numpy as np
 import pytest
 
-from opt_core.generation.config import GenerationConfig
 from opt_core.generation.filters import candidates
 from tests.support import oracle, oracle_generation
 from tests.support.configs import CONFIGS
 from tests.support.oracle_generation import Settings
 from tests.support.reference import make_prompts
+from tests.support.rules import backend_rules
 
 CLOSE = 1e-5
 """Of probabilities computed in float32."""
@@ -28,6 +28,9 @@ WARPERS = {
     "min_p": {"min_p": 0.1},
     "typical": {"typical_p": 0.7},
     "typical_low": {"typical_p": 0.1},
+    "top_h": {"top_h": 0.4},
+    "epsilon": {"epsilon_cutoff": 0.02},
+    "eta": {"eta_cutoff": 0.05},
     "all": {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.9},
 }
 
@@ -38,7 +41,8 @@ def test_filtered_distributions_equal_the_oracle(backend, name):
     logits = rng.normal(0, [[0.5], [2.0], [6.0]], (3, 99)).astype(np.float32)
     settings = {"top_k": 0, **WARPERS[name]}
     sampling = importlib.import_module(f"opt_{backend.name}.sampling")
-    values, ids = candidates(sampling, backend.array(logits), GenerationConfig(**settings))
+    rules = backend_rules(backend, 99, do_sample=True, **settings)
+    values, ids = candidates(sampling, backend.array(logits), rules)
     values, ids = backend.numpy(values).astype(np.float64), backend.numpy(ids)
     for row in range(3):
         ours = np.zeros(99)
@@ -52,7 +56,8 @@ def test_a_top_k_beyond_the_vocabulary_keeps_everything(backend):
     sampling = importlib.import_module(f"opt_{backend.name}.sampling")
     logits = backend.array(np.zeros((1, 9), np.float32))
     for k in (9, 1000, 0, None):
-        values, _ = candidates(sampling, logits, GenerationConfig(top_k=k))
+        rules = backend_rules(backend, 9, do_sample=True, top_k=k)
+        values, _ = candidates(sampling, logits, rules)
         assert np.isfinite(backend.numpy(values)).sum() == 9
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from opt_core.errors import GenerationError
-from opt_core.generation.config import GenerationConfig
 from opt_core.generation.speculation import Rows, Slots
 from tests.support import oracle, oracle_generation
 from tests.support.configs import CONFIGS
 from tests.support.oracle_generation import Settings
 from tests.support.reference import make_mask, make_prompts
+from tests.support.rules import backend_rules
 
 PAD = 1
 PRE_LN = CONFIGS["pre_ln"]
@@ -62,7 +62,8 @@ def test_greedy_texts_stay_the_same(backend, folder, passes):
 
 def test_repeated_text_takes_few_passes(backend, folder, passes):
     """A window filled to its last place by a text that is stuck; the last run is cut short."""
-    model, ids = backend.load(folder("post_ln")), make_prompts(CONFIGS["post_ln"], 1, 480)
+    config = CONFIGS["post_ln"].replace(max_position_embeddings=128)
+    model, ids = backend.load(folder(config)), make_prompts(config, 1, 96)
     settings = {"eos_token_id": None, "max_new_tokens": 33, "suppress_tokens": range(8, 99)}
     same(backend, model, ids, {"prompt_lookup_num_tokens": 7}, **settings)
     assert sum(n for (n,) in passes) == 33
@@ -128,7 +129,8 @@ V, DRAWS = 7, 40_000
 def test_accepted_tokens_follow_the_models_distribution(backend, settings, is_drafted):
     """Of many rows alike: the first tokens, and the second ones given the first."""
     speculative = importlib.import_module(f"opt_{backend.name}.speculative")
-    rng, settings = np.random.default_rng(0), GenerationConfig(do_sample=True, top_k=0, **settings)
+    rng = np.random.default_rng(0)
+    rules = backend_rules(backend, V, do_sample=True, top_k=0, **settings)
     scores = rng.normal(0, 1.5, (3, V)).astype(np.float32)
     q = rng.dirichlet(np.ones(V), 2)
     drafts = np.stack([rng.choice(V, DRAWS, p=p) for p in q], 1)
@@ -139,11 +141,11 @@ def test_accepted_tokens_follow_the_models_distribution(backend, settings, is_dr
         backend.array(np.broadcast_to(q.astype(np.float32), (DRAWS, 2, V)).copy())
         if is_drafted
         else None,
-        settings,
+        rules,
         backend.random(3),
     )
     tokens, counts = backend.numpy(tokens), backend.numpy(counts)
-    warped = Settings(temperature=settings.temperature, top_p=settings.top_p)
+    warped = Settings(**settings)
     for place in range(3):
         reached = tokens[counts > place, place]
         p = oracle_generation.filtered_distribution(scores[place], [0], warped)

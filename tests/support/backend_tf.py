@@ -28,6 +28,9 @@ class TFBackend(Backend):
     def random(self, seed: int) -> Any:
         return tf.constant([seed, 0], tf.int64)
 
+    def seed_everything(self, seed: int) -> None:
+        tf.random.set_seed(seed)
+
     def gradients(self, model: Any, head: Head, **inputs: Any) -> dict[str, Array]:
         specs = param_specs(model.config, head)
         with tf.GradientTape() as tape:

@@ -26,6 +26,9 @@ class TorchBackend(Backend):
     def random(self, seed: int) -> Any:
         return torch.Generator().manual_seed(seed)
 
+    def seed_everything(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
     def call(self, model: Any, **inputs: Any) -> Any:
         with torch.inference_mode():
             return model(**inputs)

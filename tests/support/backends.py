@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from opt_core.outputs import ModelOutput
 from opt_core.params import Head, param_specs
 from opt_core.training.config import TrainConfig
 from tests.support.oracle import Array
@@ -72,15 +73,20 @@ class Backend:
         """The source that the framework's draws take."""
         raise NotImplementedError
 
+    def seed_everything(self, seed: int) -> None:
+        """Seeds the framework's own generator."""
+        raise NotImplementedError
+
     def call(self, model: Any, **inputs: Any) -> Any:
         """The model's output, no gradient wanted."""
         return model(**inputs)
 
     def run(self, model: Any, **inputs: Any) -> SimpleNamespace:
         """The output's fields as arrays; the cache stays what it is."""
-        out = vars(self.call(model, **inputs))
+        out, names = self.call(model, **inputs), ModelOutput.__annotations__
         return SimpleNamespace(
-            **{k: v if k == "past_key_values" else self.numpy(v) for k, v in out.items()}
+            **dict.fromkeys(names)
+            | {k: v if k == "past_key_values" else self.numpy(v) for k, v in out.items()}
         )
 
     def generate(self, model: Any, input_ids: Any, **settings: Any) -> Any:

@@ -33,11 +33,20 @@ class Settings:
         suppress_tokens: Tokens that may never come.
         begin_suppress_tokens: Tokens that may not come first.
         eos_token_ids: The end-of-text tokens.
+        sequence_bias: Runs of tokens, and what is added to the last one's score behind the others.
+        forced_bos_token_id: The only token behind a prompt of one.
+        forced_eos_token_id: The only token at the last place.
+        exponential_decay_length_penalty: After how many new tokens, and by which factor, the end
+            becomes likelier.
+        max_new_tokens: For the last place.
         temperature: Divides the scores; sampling only, as all that follow.
+        top_h: Of the 100 best tokens the first with this part of their entropy stay; None is off.
         top_k: How many of the best tokens stay (and any that tie with the last); 0 is off.
         top_p: The best tokens stay until they have this mass; 1 is off.
         min_p: Tokens below this fraction of the best one's probability go; None is off.
         typical_p: The tokens of most typical surprise stay until they have this mass; 1 is off.
+        epsilon_cutoff: Tokens less probable than this go; 0 is off.
+        eta_cutoff: Tokens less probable than this go, or than its root over e to the entropy.
     """
 
     repetition_penalty: float = 1.0
@@ -48,11 +57,19 @@ class Settings:
     suppress_tokens: Sequence[int] = ()
     begin_suppress_tokens: Sequence[int] = ()
     eos_token_ids: Sequence[int] = ()
+    sequence_bias: Sequence[tuple[Sequence[int], float]] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    max_new_tokens: int = 0
     temperature: float = 1.0
+    top_h: float | None = None
     top_k: int = 0
     top_p: float = 1.0
     min_p: float | None = None
     typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
 
 
 NO_FILTERS = Settings()
@@ -70,7 +87,10 @@ def constrain(
         settings: Which filters.
     """
     scores, history = np.array(scores, np.float64), tuple(int(token) for token in history)
-    eos = list(settings.eos_token_ids)
+    eos, made = list(settings.eos_token_ids), len(history) - prompt_length
+    for word, bias in settings.sequence_bias:
+        if _tail(history, len(word) - 1) == tuple(word[:-1]):
+            scores[word[-1]] += bias
     for token in set(history):
         penalty = settings.repetition_penalty
         scores[token] *= penalty if scores[token] < 0 else 1 / penalty
@@ -88,6 +108,15 @@ def constrain(
         _ban(scores, eos)
     if len(history) - prompt_length < settings.min_new_tokens:
         _ban(scores, eos)
+    if settings.forced_bos_token_id is not None and len(history) == 1:
+        scores = _only(scores, settings.forced_bos_token_id)
+    if settings.forced_eos_token_id is not None and made == settings.max_new_tokens - 1:
+        scores = _only(scores, settings.forced_eos_token_id)
+    if settings.exponential_decay_length_penalty is not None:
+        start, factor = settings.exponential_decay_length_penalty
+        for token in eos:
+            if made > start and np.isfinite(scores[token]):
+                scores[token] += abs(scores[token]) * (factor ** (made - start) - 1)
     _ban(scores, settings.suppress_tokens)
     if len(history) == prompt_length:
         _ban(scores, settings.begin_suppress_tokens)
@@ -96,6 +125,10 @@ def constrain(
 
 def _ban(scores: Array, tokens: Iterable[int]) -> None:
     scores[list(tokens)] = -np.inf
+
+
+def _only(scores: Array, token: int) -> Array:
+    return np.where(np.arange(len(scores)) == token, 0, -np.inf)
 
 
 def _tail(history: Ids, length: int) -> Ids:
@@ -118,6 +151,14 @@ def filtered_distribution(
     """
     prompt_length = len(history) if prompt_length is None else prompt_length
     scores = constrain(np.asarray(logits), history, prompt_length, settings) / settings.temperature
+    if settings.top_h is not None:
+        best = np.argsort(-scores, kind="stable")[:100]
+        log_p = log_softmax(scores[best])
+        entropy = np.cumsum(np.where(np.isfinite(log_p), -np.exp(log_p) * log_p, 0))
+        stays = entropy <= settings.top_h * entropy[-1]
+        stays[0] = True
+        kept = best[stays]
+        scores = np.where(np.isin(np.arange(len(scores)), kept), scores, -np.inf)
     if settings.top_k:
         kth_best = np.sort(scores)[::-1][: settings.top_k][-1]
         scores = np.where(scores >= kth_best, scores, -np.inf)
@@ -132,7 +173,19 @@ def filtered_distribution(
         entropy = -np.sum(np.exp(log_p[possible]) * log_p[possible])
         oddness = np.abs(-log_p - entropy)
         scores = _keep(scores, np.argsort(oddness, kind="stable"), settings.typical_p)
+    if settings.epsilon_cutoff:
+        scores = _probable(scores, settings.epsilon_cutoff)
+    if settings.eta_cutoff:
+        log_p = log_softmax(scores)
+        entropy = -np.sum(np.exp(log_p[np.isfinite(log_p)]) * log_p[np.isfinite(log_p)])
+        eta = settings.eta_cutoff
+        scores = _probable(scores, min(eta, eta**0.5 * np.exp(-entropy)))
     return np.exp(log_softmax(scores))
+
+
+def _probable(scores: Array, least: float) -> Array:
+    p = np.exp(log_softmax(scores))
+    return np.where((p >= least) | (p == p.max()), scores, -np.inf)
 
 
 def _keep(scores: Array, order: NDArray[np.intp], mass: float) -> Array:

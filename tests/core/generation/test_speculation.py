@@ -29,7 +29,7 @@ def test_drafts_follow_the_last_place(text, count, longest, expected):
 def rows_of(ids, mask=None, new_tokens=6, **settings):
     ids = np.array(ids, np.int32)
     mask = np.ones(ids.shape, bool) if mask is None else np.array(mask, bool)
-    return Rows(Request(ids, mask, GenerationConfig(**settings), new_tokens, 99, 1))
+    return Rows(Request(ids, mask, GenerationConfig(**settings), new_tokens, 99, 99, 1))
 
 
 def test_rows_take_what_counts_until_they_end():

@@ -1,0 +1,120 @@
+"""What code written for `transformers` does with a cache."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Self
+
+from opt_core import inputs as rules
+from opt_core.errors import InputError
+
+FEWEST_SLOTS = 64
+"""Slots of a cache that has grown, at least."""
+
+
+class CacheMixin:
+    """Makes a backend's cache one that may grow, and that reads like those of `transformers`.
+
+    As there, `cache[layer]` is the layer's keys and values, (B, H, length, K) each.
+    """
+
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+    grows: bool
+    length: Any
+
+    @property
+    def known_length(self) -> int | None:
+        """Slots filled, where that can be read now."""
+        return self.length
+
+    @classmethod
+    def adopt(cls, past: Any, starts: bool) -> Self | None:
+        """The cache that a call goes on from.
+
+        Args:
+            past: What the caller passed: a cache, one pair of keys and values for each layer, or
+                None.
+            starts: Whether, without one, the call begins a cache that grows.
+
+        Raises:
+            InputError: It is something else.
+        """
+        if past is None or past == ():
+            return cls(grows=True) if starts else None  # type: ignore[call-arg]
+        if isinstance(past, tuple | list):
+            pairs: Any = past
+            try:
+                keys, values = zip(*pairs, strict=True)
+                length = keys[0].shape[2]
+            except (AttributeError, IndexError, TypeError, ValueError):
+                raise InputError(
+                    "past_key_values: expected a pair of keys and values (B, H, S, K) for each "
+                    f"layer, received a {type(past).__name__} of something else"
+                ) from None
+            return cls(keys, values, length, grows=True)  # type: ignore[call-arg]
+        rules.check_is_cache(past, cls)
+        return past
+
+    def with_room(self, count: int) -> Self:
+        """This cache, or, where it may grow and must, a larger one that holds the same.
+
+        Args:
+            count: Tokens T that are to follow.
+
+        Raises:
+            InputError: It must grow within a program that is traced for any length.
+        """
+        cache: Any = self
+        if not self.grows or not self.keys:
+            return self
+        if cache.known_length is None:
+            raise InputError(
+                "past_key_values is a cache that grows, which a compiled program cannot take: pass "
+                "one of a fixed size, from init_cache(rows, slots) or resize(rows, slots)"
+            )
+        needed = cache.filled(count)
+        if needed <= cache.max_length and self._is_writable():
+            return self
+        slots = max(FEWEST_SLOTS, 1 << (needed - 1).bit_length())  # so, few shapes are seen
+        return replace(cache.resize(self.keys[0].shape[0], slots), grows=True)
+
+    def _is_writable(self) -> bool:
+        """Whether more may be written into these very buffers."""
+        return True
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, layer: int) -> tuple[Any, Any]:
+        """A layer's keys and values, (B, H, length, K) each."""
+        used = slice(0, self.length)
+        return self.keys[layer][:, :, used], self.values[layer][:, :, used]
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        return (self[layer] for layer in range(len(self)))
+
+    def to_legacy_cache(self) -> tuple[tuple[Any, Any], ...]:
+        """Each layer's keys and values, (B, H, length, K)."""
+        return tuple(self)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens it holds, padding included: as many for each layer."""
+        return self.length
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """Slots there are; -1 where the cache grows."""
+        cache: Any = self
+        return -1 if self.grows else cache.max_length
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Refused: a cache is a value here, and who ignores what `select` returns would not see it.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "reorder_cache: a cache is not changed in place; use cache = cache.select(beam_idx)"
+        )

@@ -1,0 +1,47 @@
+"""`generate` inside the user's own compiled program."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from opt_core.errors import GenerationError
+from opt_flax import FlaxOPTForCausalLM
+from tests.support.configs import CONFIGS
+from tests.support.reference import make_mask, make_prompts
+
+MASK = make_mask("left", [7, 4])
+IDS = np.where(MASK, make_prompts(CONFIGS["pre_ln"], 2, 7), 1)
+SETTINGS = {"max_new_tokens": 6, "eos_token_id": list(range(40, 50)), "pad_token_id": 1}
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return FlaxOPTForCausalLM.from_pretrained(folder("pre_ln"))
+
+
+@pytest.mark.parametrize("extra", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 5}], ids=str)
+def test_jit_of_generate(model, extra):
+    settings = {**SETTINGS, **extra}
+    key = jax.random.key(3)
+    jitted = jax.jit(lambda ids, mask, key: model.generate(ids, mask, prng_key=key, **settings))
+    found = np.asarray(jitted(IDS, MASK, key))
+    if "do_sample" in extra:
+        np.testing.assert_array_equal(found, np.asarray(jitted(IDS, MASK, key)))
+        assert (found != np.asarray(jitted(IDS, MASK, jax.random.key(4)))).any()
+        return
+    plain = np.asarray(model.generate(IDS, MASK, **settings))
+    np.testing.assert_array_equal(found[:, : plain.shape[1]], plain)
+    assert (found[:, plain.shape[1] :] == 1).all()
+    assert found.shape == (2, 13)
+
+
+def test_jit_of_the_method_itself(model):
+    model.generation_config.update(max_new_tokens=3, eos_token_id=None)
+    plain = np.asarray(model.generate(IDS))
+    np.testing.assert_array_equal(np.asarray(jax.jit(model.generate)(IDS)), plain)
+    np.testing.assert_array_equal(
+        np.asarray(nnx.jit(lambda model, ids: model.generate(ids))(model, IDS)), plain
+    )
+    with pytest.raises(GenerationError, match=r"inside jax\.jit or tf.function nothing can run"):
+        jax.jit(lambda ids: model.generate(ids, logits_processor=[lambda i, s: s]))(IDS)
