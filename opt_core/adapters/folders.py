@@ -24,12 +24,12 @@ def split_adapter(
     Args:
         path: A model on disk: a folder or file, of a whole model or of an adapter.
         adapter: An adapter (folder or hub id) for a whole model.
-        **hub: As in `opt_core.hub.resolve`; `revision` is that of `path`.
+        **hub: As in `opt_core.hub.resolve`; `revision` and `subfolder` are those of `path`.
 
     Raises:
         CheckpointError: The adapter's model cannot be had, or the adapter is no such folder.
     """
-    hub = {key: value for key, value in hub.items() if key != "revision"}
+    hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
     folder = path if path.is_dir() else path.parent
     if adapter is not None:
         found = resolve(adapter, **hub)
@@ -54,7 +54,7 @@ def tokenizer_folder(path: Path, adapter: str | PathLike[str] | None = None, **h
         **hub: As in `opt_core.hub.resolve`.
     """
     if adapter is not None:
-        hub = {key: value for key, value in hub.items() if key != "revision"}
+        hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
         found = resolve(adapter, **hub)
         return found if _has_tokenizer(found) else path
     if not is_adapter(path) or _has_tokenizer(path):
