@@ -8,6 +8,7 @@ from tests.support.backends import ORACLE_TOLERANCE, make_backend
 from tests.support.configs import CONFIGS
 from tests.support.peft_adapters import make_adapter, ours_logits
 from tests.support.reference import make_prompts
+from tests.support.tiers import tiered
 
 TORCH = make_backend("torch")
 CONFIG = CONFIGS["post_ln"]
@@ -54,9 +55,15 @@ KINDS = {
     "answers": {"head": "question_answering"},
 }  # fmt: skip
 
+FAST = (
+    "bin in bfloat16", "rslora, patterns", "layers, exclude", "dora, bias", "olora, dora",
+    "tokens of both", "adapted pair", "resized, head", "classifier",
+)  # fmt: skip
+"""Those that `make test` runs: one of each claim."""
+
 
 @pytest.mark.filterwarnings("ignore:.*freshly initialised and needs training")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiered(KINDS, FAST.__contains__))
 def test_as_peft(kind, folder, tmp_path):
     settings = dict(KINDS[kind])
     base = folder(CONFIG.replace(**settings.pop("base", {})))
