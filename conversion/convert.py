@@ -57,6 +57,7 @@ def convert(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int, int], None] | None = None,
+    prefix: str = "",
     adapter: str | PathLike[str] | None = None,
     **hub: Any,
 ) -> Conversion:
@@ -75,6 +76,8 @@ def convert(
         max_shard_size: Most bytes of tensors per file, as a number or as "5GB", "10GiB"; metaseq
             and KerasHub have one file.
         progress: Called with the bytes read so far and in all.
+        prefix: Takes only the tensors whose names begin so, as the model's own: "language_model."
+            for the OPT inside BLIP-2 and InstructBLIP, whose config.json has it as text_config.
         adapter: A PEFT adapter's folder or hub id, which is merged into `source`.
         **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
 
@@ -90,7 +93,7 @@ def convert(
     new = Path(os.path.abspath(Path(destination).expanduser()))
     check_is_new(new)  # before anything is downloaded
     path = resolve(source, convertible=True, **hub)
-    found = open_any_checkpoint(path, adapter, **hub)
+    found = open_any_checkpoint(path, prefix, adapter, **hub)
     plan = found.plan()
     if wanted is None and found.adapter is not None:  # merged weights are float32 until then
         wanted = next(iter(found.checkpoint.tensors.values())).dtype

@@ -25,6 +25,7 @@ from opt_core.params import Head
 from opt_core.text.tokenizer import OPTTokenizer
 
 _LM_HEAD = "lm_head.weight"
+_EMBEDDING = "model.decoder.embed_tokens.weight"
 _STALE = {
     "model.safetensors.index.json": "model.safetensors",
     "pytorch_model.bin.index.json": "pytorch_model.bin",
@@ -86,8 +87,8 @@ class Description:
 
     Attributes:
         path: Where the checkpoint is on disk, or its hub id.
-        format: "safetensors", "torch-bin", "tf-h5", "flax-msgpack", "metaseq" or "keras-hub"; None
-            if no weights can be read.
+        format: "safetensors", "torch-bin", "tf-h5", "flax-msgpack", "metaseq", "keras-hub",
+            "deepspeed" or "torch-distributed"; None if no weights can be read.
         files: Name and bytes of each weight file.
         config: The configuration; None if it cannot be read.
         head: The head on the decoder, as in `opt_core.params.Head`.
@@ -98,6 +99,7 @@ class Description:
         tensors: Every tensor.
         vocabulary: Ids the tokenizer knows; None without a tokenizer.
         problems: One line for each; empty if the model loads as it should.
+        notes: What was not taken as it is, one line each.
         adapter: For an adapter's folder what it is; files and tensors are its own then, the
             configuration and the head those of the model with it merged.
     """
@@ -114,6 +116,7 @@ class Description:
     tensors: tuple[Tensor, ...]
     vocabulary: int | None
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     adapter: AdapterSummary | None = None
 
 
@@ -138,8 +141,12 @@ def describe(path_or_hub_id: str | PathLike[str], **hub: Any) -> Description:
     with download_headers(remote) as folder:
         found = _describe(folder, remote.sizes.keys())
         here = f"{folder}{os.sep}"
-        problems = [p.replace(here, f"{name}/").replace(str(folder), name) for p in found.problems]
-        return replace(found, path=Path(name), problems=tuple(problems))
+
+        def renamed(lines: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(s.replace(here, f"{name}/").replace(str(folder), name) for s in lines)
+
+        problems, notes = renamed(found.problems), renamed(found.notes)
+        return replace(found, path=Path(name), problems=problems, notes=notes)
 
 
 def _describe(path: Path, names: Collection[str] | None = None) -> Description:
@@ -176,7 +183,9 @@ def _describe(path: Path, names: Collection[str] | None = None) -> Description:
         names = {file.name for file in path.iterdir()}
     problems += _folder_problems(folder, names or ())
     tensors = _tensors(checkpoint)
-    copied = {_LM_HEAD} if config is not None and config.tie_word_embeddings else set[str]()
+    pair = {_LM_HEAD, _EMBEDDING} <= {tensor.name for tensor in tensors}
+    tied = config is not None and config.tie_word_embeddings
+    copied = {_LM_HEAD} if pair and tied else set[str]()
     return Description(
         path=path,
         format=checkpoint.format if checkpoint is not None else None,
@@ -190,6 +199,7 @@ def _describe(path: Path, names: Collection[str] | None = None) -> Description:
         tensors=tensors,
         vocabulary=vocabulary,
         problems=tuple(problems),
+        notes=source.notes if source is not None else (),
     )
 
 

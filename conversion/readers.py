@@ -7,11 +7,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from conversion.formats.deepspeed import find_deepspeed, open_deepspeed
 from conversion.formats.flax_msgpack import read_flax
 from conversion.formats.keras_hub import has_offset_rows, keras_hub_config, read_keras_hub
-from conversion.formats.metaseq import derive_config, open_metaseq
+from conversion.formats.metaseq import derive_config, open_metaseq, torch_files
 from conversion.formats.names import from_keras2, from_path, is_kernel
 from conversion.formats.tf_h5 import read_tf_h5
+from conversion.formats.torch_distributed import METADATA, open_distributed
 from conversion.streaming.lazy_tensors import transposed
 from opt_core.adapters.folders import split_adapter
 from opt_core.adapters.merging import merge_adapter
@@ -30,6 +32,7 @@ from opt_core.checkpoints.safetensors_format import read_safetensors
 from opt_core.checkpoints.tensors import LazyTensor
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError
+from opt_core.json_files import read_json
 from opt_core.params import Head
 
 
@@ -46,7 +49,11 @@ def _from_flax(name: str) -> str | None:
 _TF = _Reader("tf-h5", read_tf_h5, from_keras2)
 _FLAX = _Reader("flax-msgpack", read_flax, _from_flax)
 _KERAS_HUB = _Reader("keras-hub", read_keras_hub, canonical_name)
-_TORCH_SUFFIXES = (".pt", ".pth")
+_TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")
+_FSDP = "pytorch_model_fsdp"  # accelerate's name for the whole model, or for a folder of its parts
+_PARTS = "pytorch_model*_[0-9]*"  # and "pytorch_model_0" of its first versions
+_CONFIG = "config.json"
+_LEVELS = 2  # folders above the weights that may have their config.json
 # An index comes before the single file of its format: hub repositories keep stale single files.
 _NATIVE_FILES = (
     "model.safetensors.index.json",
@@ -100,15 +107,17 @@ class SourceCheckpoint:
 
 
 def open_any_checkpoint(
-    path: Path, adapter: str | PathLike[str] | None = None, **hub: Any
+    path: Path, prefix: str = "", adapter: str | PathLike[str] | None = None, **hub: Any
 ) -> SourceCheckpoint:
     """Finds the weights of a folder, or takes the file named, and reads their headers.
 
     Args:
         path: Folder, weight file, or index of a sharded checkpoint. In a folder safetensors come
-            first, then torch's, TensorFlow's, Flax', KerasHub's and metaseq's files; an index
-            comes before the single file of its format. Or an adapter's folder: the weights are
-            those of the model that it names.
+            first, then torch's, TensorFlow's, Flax' and KerasHub's files, folders of FSDP and
+            DeepSpeed, and other torch files such as metaseq's; an index comes before the single
+            file of its format. Or an adapter's folder: the weights are those of the model that it
+            names.
+        prefix: What the names of the model's tensors begin with, where it is part of a larger one.
         adapter: An adapter's folder or hub id, for a whole model.
         **hub: As in `opt_core.hub.resolve`, for what the adapter needs.
 
@@ -116,16 +125,20 @@ def open_any_checkpoint(
         CheckpointError: There are no weights, or they are damaged.
     """
     path, read = split_adapter(path, adapter, convertible=True, **hub)
-    return replace(_open(path), adapter=read)
+    return replace(_open(path, prefix), adapter=read)
 
 
-def _open(path: Path) -> SourceCheckpoint:
+def _open(path: Path, prefix: str) -> SourceCheckpoint:
+    if prefix:
+        return _part_of_another(open_checkpoint(path, prefix))
     if not os.path.lexists(path):
         raise CheckpointError(f"{path}: no such file or folder")
     folder, name = (path, _first_of(path)) if path.is_dir() else (path.parent, path.name)
-    if path.suffix in _TORCH_SUFFIXES and not path.is_dir():
-        return _open_metaseq(path)
-    if not name and any(p.suffix in _TORCH_SUFFIXES for p in path.iterdir()):
+    if not name and (trained := _open_training(path)):
+        return trained
+    if not path.is_dir() and path.suffix in _TORCH_SUFFIXES:
+        return _open_training(path) or _open_metaseq(path)
+    if not name and torch_files(path):
         return _open_metaseq(path)
     kind = _READERS.get(name) or _by_suffix(name)
     if kind is None:
@@ -166,8 +179,56 @@ def _from_framework(name: str) -> str | None:
     return from_keras2(name) if "/" in name else from_path(name.split("."))
 
 
+def _open_training(path: Path) -> SourceCheckpoint | None:
+    """Opens a folder in a trainer's own layout; None if it is no such folder."""
+    parts = [path, *sorted(path.glob(_PARTS))] if path.is_dir() else []
+    if folder := next((p for p in parts if os.path.lexists(p / METADATA)), None):
+        return _near_config(open_distributed(folder))
+    whole = path / f"{_FSDP}.bin"
+    if whole.is_file():
+        return _near_config(open_checkpoint(whole))
+    if path.is_dir() and (part := next(path.glob(f"{_FSDP}_rank*.bin"), None)):
+        raise CheckpointError(
+            f"{part}: one process's own part of a model (LOCAL_STATE_DICT): load it where it was "
+            "saved, and save it with FULL_STATE_DICT or SHARDED_STATE_DICT"
+        )
+    states = find_deepspeed(path)
+    return None if states is None else _near_config(open_deepspeed(states))
+
+
+def _near_config(checkpoint: Checkpoint) -> SourceCheckpoint:
+    """Takes the config.json that is nearest above the weights, and the tokenizer beside it."""
+    folder = checkpoint.folder.absolute()
+    homes = [folder, *folder.parents][: _LEVELS + 1]
+    home = next((home for home in homes if (home / _CONFIG).is_file()), None)
+    if home is not None:
+        return _with_config(replace(checkpoint, folder=home))
+
+    def read_config() -> OPTConfig:
+        raise CheckpointError(
+            f"{checkpoint.folder}: no config.json with these weights: copy that of the model whose "
+            "training they are from beside them"
+        )
+
+    return SourceCheckpoint(checkpoint, read_config, checkpoint.notes)
+
+
+def _part_of_another(checkpoint: Checkpoint) -> SourceCheckpoint:
+    """A language model inside a larger one, whose configuration has it as text_config."""
+    path = checkpoint.folder / _CONFIG
+
+    def read_config() -> OPTConfig:
+        values = read_json(path)
+        return OPTConfig.from_dict(values.get("text_config") or values, str(path))
+
+    return SourceCheckpoint(checkpoint, read_config, checkpoint.notes)
+
+
 def _with_config(checkpoint: Checkpoint) -> SourceCheckpoint:
-    return SourceCheckpoint(checkpoint, lambda: OPTConfig.from_pretrained(checkpoint.folder))
+    def read_config() -> OPTConfig:
+        return OPTConfig.from_pretrained(checkpoint.folder)
+
+    return SourceCheckpoint(checkpoint, read_config, checkpoint.notes)
 
 
 def _first_of(folder: Path) -> str:
@@ -182,10 +243,11 @@ def _by_suffix(name: str) -> _Reader | None:
 
 def _open_metaseq(path: Path) -> SourceCheckpoint:
     checkpoint, settings = open_metaseq(path)
-    if (checkpoint.folder / "config.json").exists():
+    if (checkpoint.folder / _CONFIG).exists():
         return _with_config(checkpoint)
     note = "no config.json: the configuration was derived from the shapes and the training settings"
-    return SourceCheckpoint(checkpoint, lambda: derive_config(checkpoint, settings), (note,))
+    notes = (note, *checkpoint.notes)
+    return SourceCheckpoint(checkpoint, lambda: derive_config(checkpoint, settings), notes)
 
 
 def head_of(checkpoint: Checkpoint) -> Head:

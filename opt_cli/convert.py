@@ -31,6 +31,14 @@ def convert(
     max_shard_size: Annotated[
         str, typer.Option(help="Most bytes of tensors per file.", metavar="SIZE")
     ] = "5GB",
+    prefix: Annotated[
+        str,
+        typer.Option(
+            help='Take the part of a larger model whose names begin so ("language_model." of '
+            "BLIP-2).",
+            metavar="NAME",
+        ),
+    ] = "",
     adapter: Annotated[
         str | None, typer.Option(help="PEFT adapter to merge: folder or hub id.", metavar="DIR")
     ] = None,
@@ -55,6 +63,7 @@ def convert(
             dtype=dtype,
             max_shard_size=max_shard_size,
             progress=progress,
+            prefix=prefix,
             adapter=adapter,
             revision=revision,
         )

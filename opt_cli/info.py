@@ -49,6 +49,8 @@ def _print(description: "Description", tensors: bool) -> None:
     if tensors:
         console.stdout.print()
         console.stdout.print(_tensors(description))
+    for note in description.notes:
+        console.stdout.print(Text.assemble(("note: ", "bold"), note), soft_wrap=True)
     for problem in description.problems:
         console.stdout.print(Text.assemble(("problem: ", "bold red"), problem), soft_wrap=True)
 

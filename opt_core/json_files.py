@@ -8,6 +8,9 @@ from typing import Any, cast
 
 from opt_core.errors import ConfigError, OPTError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""The beginning of what is in the place of a large file that Git LFS has not fetched."""
+
 
 def read_json(path: Path, failure: type[OPTError] = ConfigError) -> dict[str, Any]:
     """The object in a JSON file.
@@ -75,6 +78,10 @@ def parse_json(
 
     if not text.strip():
         raise failure(f"{source}: not valid JSON: the file is empty")
+    if text[: len(LFS_POINTER)] in (LFS_POINTER, LFS_POINTER.decode()):
+        raise failure(
+            f"{source}: a Git LFS pointer, not the file; run `git lfs pull` in its folder"
+        )
     try:
         return json.loads(text, object_pairs_hook=unique if unique_keys else None)
     except OPTError:

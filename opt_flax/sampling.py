@@ -50,7 +50,7 @@ def make_key(seed: int) -> Array:
 
 
 def random_source(model: "FlaxOPTForCausalLM", seed: int) -> Callable[[int], Array]:
-    """What draws the token of each number."""
+    """The source that the token of each number is drawn from."""
     key = make_key(seed)
     return lambda made: jax.random.fold_in(key, made)
 
@@ -64,14 +64,15 @@ def draw_seed(source: Array | None = None) -> int:
 
 
 def add_bias(logits_BV: Array, bias_V: Array) -> Array:
-    """Adds to the logit of each id; ids that have no bias never come."""
-    missing = logits_BV.shape[1] - bias_V.shape[0]  # rows of a vocabulary that a mesh divides
-    return logits_BV + jnp.pad(bias_V, (0, missing), constant_values=BANNED)
+    """Adds to the logit of each id, in all rows alike or (B, V); others never come."""
+    missing = logits_BV.shape[1] - bias_V.shape[-1]  # rows of a vocabulary that a mesh divides
+    wider = (*((0, 0),) * (bias_V.ndim - 1), (0, missing))
+    return logits_BV + jnp.pad(bias_V, wider, constant_values=BANNED)
 
 
-def add_biases(logits_BV: Array, ids_N: Array, is_meant_BN: Array, bias_N: Array) -> Array:
+def add_biases(logits_BV: Array, ids: Array, is_meant: Array, bias: Array) -> Array:
     """Adds to the logits of some ids in the rows that are meant; ids may come more than once."""
-    return logits_BV.at[:, ids_N].add(jnp.where(is_meant_BN, bias_N, 0))
+    return logits_BV.at[:, ids].add(jnp.where(is_meant, bias, 0))
 
 
 def repetition_penalty(

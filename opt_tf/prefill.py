@@ -156,8 +156,9 @@ def _read(
         cache = KVCache(*held)
         mask = cache.mask
     out = decoder(
-        embeds, None, mask, cache, output_hidden_states, output_attentions, training=False
-    )
+        embeds, mask_BS=mask, cache=cache, output_hidden_states=output_hidden_states,
+        output_attentions=output_attentions, training=False,
+    )  # fmt: skip
     logits, cache = model.compute_logits(out.last_hidden_state[:, -1]), out.past_key_values
     parts = cache.keys, cache.values, tf.convert_to_tensor(cache.length), cache.mask
     return logits, parts, out.attentions, out.hidden_states

@@ -26,7 +26,7 @@ def request_rules(model: "TFOPTForCausalLM", request: Request) -> Rules:
 
 
 def random_source(model: "TFOPTForCausalLM", seed: int) -> Callable[[int], tf.Tensor]:
-    """What draws the token of each number."""
+    """The source that the token of each number is drawn from."""
     return lambda made: tf.constant([seed, made], tf.int64)
 
 
@@ -37,17 +37,17 @@ def draw_seed(source: tf.random.Generator | None = None) -> int:
 
 
 def add_bias(logits_BV: tf.Tensor, bias_V: tf.Tensor) -> tf.Tensor:
-    """Adds to the logit of each id."""
+    """Adds to the logit of each id, in all rows alike or (B, V)."""
     return logits_BV + bias_V
 
 
 def add_biases(
-    logits_BV: tf.Tensor, ids_N: tf.Tensor, is_meant_BN: tf.Tensor, bias_N: tf.Tensor
+    logits_BV: tf.Tensor, ids: tf.Tensor, is_meant: tf.Tensor, bias: tf.Tensor
 ) -> tf.Tensor:
     """Adds to the logits of some ids in the rows that are meant; ids may come more than once."""
-    bias_NB = tf.transpose(tf.where(is_meant_BN, bias_N, 0.0))
-    bias_VB = tf.math.unsorted_segment_sum(bias_NB, ids_N, sizes(logits_BV)[1])
-    return logits_BV + tf.transpose(bias_VB)
+    added = tf.transpose(tf.where(is_meant, bias, 0.0))
+    added_VB = tf.math.unsorted_segment_sum(added, ids, sizes(logits_BV)[1])
+    return logits_BV + tf.transpose(added_VB)
 
 
 def repetition_penalty(

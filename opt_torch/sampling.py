@@ -30,7 +30,7 @@ def request_rules(model: "OPTForCausalLM", request: Request) -> Rules:
 
 
 def random_source(model: "OPTForCausalLM", seed: int) -> Callable[[int], torch.Generator]:
-    """What draws the token of each number."""
+    """The source that the token of each number is drawn from."""
     generator = torch.Generator(model.device).manual_seed(seed)
     return lambda made: generator
 
@@ -41,13 +41,13 @@ def draw_seed(source: torch.Generator | None = None) -> int:
 
 
 def add_bias(logits_BV: Tensor, bias_V: Tensor) -> Tensor:
-    """Adds to the logit of each id."""
+    """Adds to the logit of each id, in all rows alike or (B, V)."""
     return logits_BV + bias_V
 
 
-def add_biases(logits_BV: Tensor, ids_N: Tensor, is_meant_BN: Tensor, bias_N: Tensor) -> Tensor:
+def add_biases(logits_BV: Tensor, ids: Tensor, is_meant: Tensor, bias: Tensor) -> Tensor:
     """Adds to the logits of some ids in the rows that are meant; ids may come more than once."""
-    return logits_BV.index_add(1, ids_N, torch.where(is_meant_BN, bias_N, 0))
+    return logits_BV.index_add(1, ids, torch.where(is_meant, bias, 0))
 
 
 def repetition_penalty(

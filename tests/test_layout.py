@@ -30,7 +30,10 @@ OWN_FILES = {
 }
 """Files for what one framework alone needs (so far), each with the reason."""
 
-UNLIKE_FILES = {"_private.py": "each library hides other things"}
+UNLIKE_FILES = {
+    "_private.py": "each library hides other things",
+    "compatibility.py": "users of each framework's transformers wrote other code",
+}
 """Files that every backend has and whose names are not compared, each with the reason."""
 
 OWN_NAMES = {
@@ -61,7 +64,8 @@ OWN_NAMES = {
         },
     },
     "generation.py": {
-        "a whole generation as one program, for exports; PyTorch exports the forward pass": {"run"},
+        "a whole generation as one program, for exports and users' own programs; PyTorch exports "
+        "the forward pass": {"run", "trace"},
     },
     "linear.py": {
         "Keras and Flax have no embedding that is a head too": {"Embedding"},
@@ -73,6 +77,7 @@ OWN_NAMES = {
             *("packed", "fingerprint", "available_memory"),
         },
     },
+    "sampling.py": {"JAX draws by keys": {"as_key", "make_key"}},
     "quantization.py": {
         "Keras builds a layer before it has weights": {"prepare"},
         "PyTorch's CPU products in integers": {"fused_linear", "make_fused_linear", "scaled"},

@@ -65,8 +65,11 @@ def read_flax(path: Path) -> Mapping[str, LazyTensor]:
         raise CheckpointError(f"{path}: {source.size - end} bytes too many at byte {end}")
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path}: expected a dict of arrays, received {_kind(tree)}")
+    entries = cast(dict[str, Any], tree)
+    if {"params", "opt_state"} <= entries.keys():  # a TrainState, with its step and its optimizer
+        entries = {"params": entries["params"]}
     found: dict[str, LazyTensor] = {}
-    for name, tensor in _leaves(cast(dict[str, Any], tree), "", path):
+    for name, tensor in _leaves(entries, "", path):
         found[name] = transposed(tensor) if is_kernel(name) and len(tensor.shape) == 2 else tensor
     return found
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from conversion.formats.metaseq_pickle import InertMachine, find_settings
+from conversion.formats.metaseq_pickle import Inert, InertMachine, find_settings
 from conversion.streaming.lazy_tensors import joined
-from opt_core.checkpoints.load import Checkpoint, canonical_name
+from opt_core.checkpoints.load import Checkpoint, canonical_name, unwrapped
 from opt_core.checkpoints.tensors import LazyTensor, TensorFile
 from opt_core.checkpoints.torch_format import TorchArchive
 from opt_core.checkpoints.torch_pickle import StorageView
+from opt_core.checkpoints.wrappers import unwrap_state
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError
 from opt_core.params import POSITION_OFFSET
@@ -26,7 +27,10 @@ from opt_core.presets import PRESETS
 
 Tensors = Mapping[str, LazyTensor]
 
-_NAME = re.compile(r"(?P<stem>.+?)(?:-model_part-(?P<part>\d+))?(?:-shard(?P<shard>\d+))?\.pth?")
+_NAME = re.compile(
+    r"(?P<stem>.+?)(?:-model_part-(?P<part>\d+))?(?:-shard(?P<shard>\d+))?\.(?:pth?|ckpt)"
+)
+_BOOKKEEPING = re.compile(r"(optimizer|scheduler|scaler|rng_state|random_states)[\w.-]*")
 _STEMS = ("reshard", "restored", "consolidated")  # tried first where a folder has several
 _WRAPPERS = ("_fsdp_wrapped_module.", "_fpw_module.", "module.")
 _BY_ROWS = re.compile(
@@ -53,7 +57,7 @@ class _Part:
 
 
 def open_metaseq(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
-    """Reads the headers of a metaseq checkpoint.
+    """Reads the headers of a metaseq checkpoint, or of another dict of tensors that torch wrote.
 
     Args:
         path: A .pt file, with its sisters if its name has a model_part or a shard number; or a
@@ -78,14 +82,22 @@ def open_metaseq(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
         raise CheckpointError(f"{path}: no tensors")
     files = tuple(file for shards in groups for file in shards)
     folder = path if path.is_dir() else path.parent
-    return Checkpoint(folder, files, tensors, "metaseq"), parts[0][0].settings
+    kind = "torch-bin" if any("model.decoder." in name for name in whole) else "metaseq"
+    checkpoint = unwrapped(Checkpoint(folder, files, tensors, kind))
+    return checkpoint, parts[0][0].settings
+
+
+def torch_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that may hold a model in one of torch's own formats."""
+    names = sorted(p.name for suffix in ("pt", "pth", "ckpt") for p in folder.glob(f"*.{suffix}"))
+    return [name for name in names if not _BOOKKEEPING.fullmatch(name)]
 
 
 def _files(path: Path) -> list[list[Path]]:
     """The files of one checkpoint: a list of shards for each model-parallel part."""
     names = [path.name]
     if path.is_dir():
-        names = sorted(p.name for pattern in ("*.pt", "*.pth") for p in path.glob(pattern))
+        names = torch_files(path)
     folder = path if path.is_dir() else path.parent
     stems: dict[str, list[re.Match[str]]] = {}
     for match in filter(None, map(_NAME.fullmatch, names)):
@@ -98,7 +110,9 @@ def _files(path: Path) -> list[list[Path]]:
     chosen = next((stem for stem in _STEMS if stem in stems), None)
     if chosen is None and len(stems) != 1:
         found = ", ".join(sorted(stems)[:8]) or "none"
-        raise CheckpointError(f"{path}: expected one metaseq checkpoint, found {found}")
+        raise CheckpointError(
+            f"{path}: expected one checkpoint, found {found}; give one of these files"
+        )
     members = stems[chosen or next(iter(stems))]
     if any(m["part"] or m["shard"] for m in members):
         members = [m for m in members if m["part"] or m["shard"]]
@@ -119,8 +133,12 @@ def _files(path: Path) -> list[list[Path]]:
 def _read(path: Path) -> _Part:
     archive = TorchArchive(TensorFile(path))
     content = InertMachine(path).parse(archive.pickle)
+    if isinstance(content, Inert):
+        raise CheckpointError(
+            f"{path}: a pickled {content.kind}, not its weights: save its state_dict() instead"
+        )
     values = cast(dict[object, object], content) if isinstance(content, dict) else {}
-    model = values.get("model", values)
+    model = unwrap_state(values)
     state = cast(dict[object, object], model) if isinstance(model, dict) else {}
     tensors: dict[str, LazyTensor] = {
         name: archive.tensor(name, view)
@@ -128,7 +146,9 @@ def _read(path: Path) -> _Part:
         if isinstance(name, str) and isinstance(view, StorageView)
     }
     if not tensors or len(tensors) != len(state):
-        raise CheckpointError(f"{path}: expected a dict of tensors, alone or under 'model'")
+        raise CheckpointError(
+            f"{path}: expected a dict of tensors, alone or under a name such as 'model'"
+        )
     settings = find_settings([values.get("cfg"), values.get("args")], _SETTINGS)
     return _Part(path, tensors, values.get("shard_metadata"), settings)
 

@@ -7,18 +7,20 @@ tensors move, one at a time.
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.checkpoints.missing_weights import no_weights
 from opt_core.checkpoints.report import describe_mismatch, printable
 from opt_core.checkpoints.safetensors_format import read_safetensors
 from opt_core.checkpoints.save import save_checkpoint
 from opt_core.checkpoints.tensors import LazyTensor, cast_array, float_dtype
-from opt_core.checkpoints.torch_format import read_torch_file
+from opt_core.checkpoints.torch_format import is_torch_file, read_torch_file
+from opt_core.checkpoints.wrappers import unwrap_names
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError
 from opt_core.json_files import parse_json_object
@@ -26,27 +28,26 @@ from opt_core.params import HEAD_PARAMETERS, Head, ParamSpec, param_specs
 
 __all__ = ["Checkpoint", "LoadPlan", "open_checkpoint", "plan_load", "save_checkpoint"]
 
-Format = Literal["safetensors", "torch-bin", "tf-h5", "flax-msgpack", "metaseq", "keras-hub"]
-_Native = Literal["safetensors", "torch-bin"]
-_READERS: dict[_Native, Callable[[Path], Mapping[str, LazyTensor]]] = {
-    "safetensors": read_safetensors,
-    "torch-bin": read_torch_file,
-}
-_SUFFIXES: dict[str, _Native] = {".safetensors": "safetensors", ".bin": "torch-bin"}
+Format = Literal[
+    "safetensors", "torch-bin", "tf-h5", "flax-msgpack", "metaseq", "keras-hub", "deepspeed",
+    "torch-distributed",
+]  # fmt: skip
+_SUFFIXES = (".safetensors", ".bin")
 # An index comes before the single file of its format: hub repositories keep stale single files.
-_WEIGHT_FILES: dict[str, _Native] = {
-    "model.safetensors.index.json": "safetensors",
-    "model.safetensors": "safetensors",
-    "pytorch_model.bin.index.json": "torch-bin",
-    "pytorch_model.bin": "torch-bin",
-}
+_WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
 _INDEX = ".index.json"
-_OTHER_FORMATS = ("tf_model*.h5*", "flax_model*.msgpack*", "*.pt", "*.pth", "*.weights.h5")
 _MAX_INDEX = 1 << 26
 _MANY_LAYERS = 1000  # listing what they lack would take long
 _COMPARED_BYTES = 1 << 26
 _EMBEDDING = "model.decoder.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
+_TIED = {_EMBEDDING, _LM_HEAD}
+_PAIR = ("embed_tokens.weight", _LM_HEAD)  # under any wrapper
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ class Checkpoint:
         files: The weight files.
         tensors: Canonical name -> where the tensor lies.
         format: What they are written in; the models themselves load the first two.
+        notes: What was not taken as it is, one line each.
     """
 
     folder: Path
     files: tuple[Path, ...]
     tensors: Mapping[str, LazyTensor]
     format: Format
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,14 @@ class LoadPlan:
                 progress(done, total)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, prefix: str = "") -> Checkpoint:
     """Finds a model's weight files and reads their headers.
 
     Args:
         path: Folder, a single .safetensors or .bin file, or the index of several. In a folder,
             safetensors files are preferred to torch's, and an index to a single file of the same
             format.
+        prefix: Takes only the tensors whose names begin so, without it: a part of a larger model.
 
     Raises:
         CheckpointError: There are no weights, or a file is missing, damaged, or at odds with its
@@ -120,26 +124,70 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if not os.path.lexists(path):
         raise CheckpointError(f"{path}: no such file or folder")
+    if path.is_dir():
+        name = next((name for name in _WEIGHT_FILES if os.path.lexists(path / name)), None)
+        if name is None:
+            raise no_weights(path, _WEIGHT_FILES)
+        path /= name
     if path.name in _WEIGHT_FILES and path.name.endswith(_INDEX):
-        kind = _WEIGHT_FILES[path.name]
-        return read_files(path.parent, read_index(path), kind, _READERS[kind])
-    if not path.is_dir():
-        if path.suffix not in _SUFFIXES:
-            raise CheckpointError(
-                f"{path}: expected a folder, a .safetensors or a .bin file; `opt-lm convert` reads "
-                "other formats"
-            )
-        kind = _SUFFIXES[path.suffix]
-        return read_files(path.parent, {path.name: None}, kind, _READERS[kind])
-    for name, kind in _WEIGHT_FILES.items():
-        if os.path.lexists(path / name):
-            shards = read_index(path / name) if name.endswith(_INDEX) else {name: None}
-            return read_files(path, shards, kind, _READERS[kind])
-    if shard := next((p.name for p in path.glob("*-of-*") if p.suffix in _SUFFIXES), None):
-        raise CheckpointError(f"{path}: {shard} is there, but the index of its shards is missing")
-    found = sorted({p.name for pattern in _OTHER_FORMATS for p in path.glob(pattern)})
-    other = f"; found {', '.join(found[:8])}: `opt-lm convert` reads these" if found else ""
-    raise CheckpointError(f"{path}: no weights; expected one of {', '.join(_WEIGHT_FILES)}{other}")
+        shards: Mapping[str, set[str] | None] = read_index(path)
+    elif path.suffix in _SUFFIXES:
+        shards = {path.name: None}
+    else:
+        raise CheckpointError(
+            f"{path}: expected a folder, a .safetensors or a .bin file; `opt-lm convert` reads "
+            "other formats"
+        )
+    kind = "torch-bin" if is_torch_file(path.parent / next(iter(shards))) else "safetensors"
+    checkpoint = read_files(path.parent, shards, kind, read_native)
+    return unwrapped(_part(checkpoint, prefix.rstrip(".") + ".") if prefix else checkpoint)
+
+
+def read_native(path: Path) -> Mapping[str, LazyTensor]:
+    """Reads the header of a safetensors or torch file, whichever it is and however it is called."""
+    return read_torch_file(path) if is_torch_file(path) else read_safetensors(path)
+
+
+def _part(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
+    """The tensors of one part of a model, under the names they have in it."""
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith(prefix)
+    }
+    if not tensors:
+        raise CheckpointError(f"{checkpoint.folder}: no tensor's name begins with {prefix!r}")
+    return replace(checkpoint, tensors=tensors)
+
+
+def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
+    """The same tensors under the names they have without what a trainer put around the model.
+
+    Raises:
+        CheckpointError: Two tensors have the same name then.
+    """
+    names, wrappers, aside = unwrap_names(checkpoint.tensors)
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        _add(tensors, names[name], tensor)
+    notes = list(checkpoint.notes)
+    if wrappers:
+        parts = ", ".join(printable(f"{part}.") for part in wrappers)
+        notes.append(f"{checkpoint.folder}: names of weights are read without {parts} in them")
+    if aside:
+        notes.append(f"{checkpoint.folder}: a value head is left aside{_named(list(aside))}")
+    return replace(checkpoint, tensors=tensors, notes=tuple(notes))
+
+
+def _add(tensors: dict[str, LazyTensor], canonical: str | None, tensor: LazyTensor) -> None:
+    if canonical is None:
+        return
+    if canonical in tensors:
+        raise CheckpointError(
+            f"{tensor.file}: {printable(tensor.name)} and {printable(tensors[canonical].name)} "
+            f"are both {printable(canonical)}; remove one of them"
+        )
+    tensors[canonical] = tensor
 
 
 def read_index(path: Path) -> dict[str, set[str]]:
@@ -162,7 +210,7 @@ def read_index(path: Path) -> dict[str, set[str]]:
     shards: dict[str, set[str]] = {}
     for name, value in cast(dict[str, object], weight_map).items():
         for shard in cast(list[object], value) if isinstance(value, list) else [value]:
-            if not isinstance(shard, str) or not _is_plain_name(shard):
+            if not isinstance(shard, str) or not is_plain_name(shard):
                 raise CheckpointError(
                     f"{path}: {name!r}: expected the name of a file beside the index, "
                     f"received {shard!r}"
@@ -174,7 +222,8 @@ def read_index(path: Path) -> dict[str, set[str]]:
     return shards
 
 
-def _is_plain_name(name: str) -> bool:
+def is_plain_name(name: str) -> bool:
+    """Whether a name in a file means a file beside it, and no other place."""
     # A link under a plain name is fine: the hub's cache is made of links.
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0") and name.isprintable()
 
@@ -209,7 +258,9 @@ def read_files(
     for shard, listed in shards.items():
         stored = read(folder / shard)
         expected, found = {rename(name) for name in listed or ()}, {rename(name) for name in stored}
-        if listed is not None and expected != found:
+        # Of a tied pair an index may list both names where the file has one, or the other way.
+        differ = {name for name in expected ^ found if not (name or "").endswith(_PAIR)}
+        if listed is not None and differ:
             absent = sorted(name for name in listed if rename(name) not in found)
             extra = sorted(name for name in stored if rename(name) not in expected)
             raise CheckpointError(
@@ -217,14 +268,7 @@ def read_files(
                 f"{_named(absent)}, {len(extra)} unlisted{_named(extra)}"
             )
         for name, tensor in stored.items():
-            canonical = rename(name)
-            if canonical is not None and canonical in tensors:
-                raise CheckpointError(
-                    f"{folder / shard}: {printable(name)} and {printable(tensors[canonical].name)} "
-                    f"are both {printable(canonical)}; remove one of them"
-                )
-            if canonical is not None:
-                tensors[canonical] = tensor
+            _add(tensors, rename(name), tensor)
     if not tensors:
         raise CheckpointError(f"{folder}: the weight files hold no tensors")
     return Checkpoint(folder, tuple(folder / shard for shard in shards), tensors, kind)
@@ -244,7 +288,8 @@ def plan_load(checkpoint: Checkpoint, config: OPTConfig, head: Head) -> LoadPlan
 
     Tensors of another head are left out. A classification or question-answering head that is absent
     as a whole is listed in `fresh`. A language-model head that equals the embedding is left out; if
-    it differs it is honoured, by a configuration that does not tie them.
+    it differs it is honoured, by a configuration that does not tie them. If a tied head is there
+    alone, it is the embedding too.
 
     Args:
         checkpoint: From `open_checkpoint`.
@@ -259,9 +304,12 @@ def plan_load(checkpoint: Checkpoint, config: OPTConfig, head: Head) -> LoadPlan
             f"{checkpoint.folder}: config.json says {config.num_hidden_layers} layers, the weights "
             f"are {len(checkpoint.tensors)} tensors"
         )
-    tensors = {name: t for name, t in checkpoint.tensors.items() if _belongs(name, head)}
-    if head == "causal_lm" and config.tie_word_embeddings and _LM_HEAD in tensors:
-        if _EMBEDDING not in tensors or _equal(tensors[_LM_HEAD], tensors[_EMBEDDING]):
+    stored = dict(checkpoint.tensors)
+    if config.tie_word_embeddings and _EMBEDDING not in stored and _LM_HEAD in stored:
+        stored[_EMBEDDING] = stored.pop(_LM_HEAD)  # as safetensors' save_model keeps a tied pair
+    tensors = {name: tensor for name, tensor in stored.items() if _belongs(name, head)}
+    if head == "causal_lm" and config.tie_word_embeddings and {*tensors} >= _TIED:
+        if _equal(tensors[_LM_HEAD], tensors[_EMBEDDING]):
             del tensors[_LM_HEAD]
         else:
             config = config.replace(tie_word_embeddings=False)

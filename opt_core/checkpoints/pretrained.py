@@ -115,8 +115,11 @@ def open_pretrained(
         raise ConfigError(f"dtype: expected one of {', '.join(dtypes)} or auto, received {dtype!r}")
     check_scheme(quantize)
     path, read = split_adapter(resolve(path_or_hub_id, **hub), adapter, **hub)
+    checkpoint = open_checkpoint(path)  # first: it knows where weights may be instead
     config = config or OPTConfig.from_pretrained(_home(path))
-    plan = plan_load(open_checkpoint(path), config, head)
+    plan = plan_load(checkpoint, config, head)
+    for note in checkpoint.notes:
+        warnings.warn(note, stacklevel=4)  # the user's call, as in `Pretrained.stream`
     stored = plan.entries[0][1].dtype.name
     plan = plan if read is None else merge_adapter(plan, head, read)
     return Pretrained(path, plan, stored if dtype == "auto" else dtype)

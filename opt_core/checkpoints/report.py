@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from opt_core.checkpoints.tensors import FLOAT_DTYPES, LazyTensor
+from opt_core.checkpoints.wrappers import prefix_of_decoder
 from opt_core.config import OPTConfig
 from opt_core.params import POSITION_OFFSET, ParamSpec
 
@@ -14,6 +15,11 @@ _A_WEIGHT = "model.decoder.layers.0.fc1.weight"
 _FINAL_NORM = "model.decoder.final_layer_norm.weight"
 _TOKENS = "model.decoder.embed_tokens.weight"
 _POSITIONS = "model.decoder.embed_positions.weight"
+_LM_HEAD = "lm_head.weight"
+_ADAPTER = re.compile(
+    r"\.(lora_[AB]|lora_(left|right)_weight|modules_to_save|lora_embedding_[AB])\b"
+)
+_QUANTIZED = re.compile(r"\.(SCB|absmax|qweight|qzeros|weight_scale|weight_format)\b")
 
 
 def describe_mismatch(
@@ -104,9 +110,34 @@ def _hints(
             "model.decoder.final_layer_norm is there, but config.json removes it: check "
             "do_layer_norm_before and _remove_final_layer_norm"
         )
+    yield from _trainer_hints(config, missing, unexpected, tensors)
     yield from _row_hints(config, tensors)
     yield from _flag_hints(config, missing, unexpected)
     yield from _layer_hints(config, tensors)
+
+
+def _trainer_hints(
+    config: OPTConfig, missing: set[str], unexpected: set[str], tensors: Mapping[str, LazyTensor]
+) -> Iterator[str]:
+    if not config.tie_word_embeddings and len({_TOKENS, _LM_HEAD} & missing) == 1:
+        yield (
+            "config.json does not tie the head to the embedding, so both are needed: if the model "
+            "was trained with one for both, set tie_word_embeddings to true"
+        )
+    if any(0 in tensor.shape for tensor in tensors.values()):
+        yield (
+            "tensors without elements are left where DeepSpeed ZeRO-3 keeps the weights in parts: "
+            "join them with the zero_to_fp32.py in the checkpoint's folder"
+        )
+    if any(map(_ADAPTER.search, unexpected)):
+        yield "adapters are there that were not merged: save it after merge_and_unload()"
+    if any(map(_QUANTIZED.search, unexpected)):
+        yield "another library quantised these weights: save it after dequantize()"
+    if any(tensor.dtype.kind in "iu" for name, tensor in tensors.items() if name not in unexpected):
+        yield "integers are no weights without their scales: save the model after dequantize()"
+    if prefix := prefix_of_decoder(sorted(unexpected)):
+        prefix = printable(prefix)
+        yield f"a decoder is there under another name: `opt-lm convert --prefix {prefix}` takes it"
 
 
 def _row_hints(config: OPTConfig, tensors: Mapping[str, LazyTensor]) -> Iterator[str]:

@@ -76,7 +76,9 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, framework="np"):  # checks the header against the file, in full
             pass
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a sound safetensors file: {error}") from None
+        raise CheckpointError(
+            f"{path}: not a sound safetensors file: {error}; download or save it again"
+        ) from None
     length = int.from_bytes(source.bytes_at(0, 8), "little")
     if not 0 < length <= min(_MAX_HEADER, source.size - 8):
         raise CheckpointError(f"{path}: header of {length} bytes in a file of {source.size}")

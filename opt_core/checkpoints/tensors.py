@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.errors import CheckpointError
+from opt_core.json_files import LFS_POINTER
 
 FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -27,7 +28,8 @@ FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
 }
 """The data types weights may have, by the names the configuration uses."""
 
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_START = 64  # bytes that tell a text, such as a server's refusal, from any weight file
+_TEXT = bytes([*range(32, 127), *b"\t\r\n"])
 _CAST_ROWS_BYTES = 1 << 24
 _LINUX_MAP_NORESERVE = 0x4000  # named in Python's mmap module since 3.13
 
@@ -65,9 +67,15 @@ class TensorFile:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
         self._lock = threading.RLock()
         self._viewed: dict[object, tuple[int, int]] = {}
-        if self._map[: len(_LFS_POINTER)] == _LFS_POINTER:
+        if self._map[: len(LFS_POINTER)] == LFS_POINTER:
             raise CheckpointError(
                 f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
+            )
+        start = self._map[:_START]
+        if start.isascii() and not start.translate(None, _TEXT):
+            line = start.decode().strip().partition("\n")[0][:60]
+            raise CheckpointError(
+                f"{path}: a text that begins with {line!r}, not weights; download it again"
             )
 
     def bytes_at(self, offset: int, length: int) -> bytes:

@@ -1,37 +1,56 @@
-"""Torch's `.bin` files (zip archives, torch 1.6 and later), read without torch, mapped in place."""
+"""Torch's `.bin` files (zip archives since torch 1.6), read without torch, mapped in place."""
 
+import contextlib
+import io
 import struct
 import zipfile
 from pathlib import Path
 from typing import cast
 
 from opt_core.checkpoints.tensors import StoredTensor, TensorFile
+from opt_core.checkpoints.torch_legacy import LEGACY_MAGIC, LegacyFile
 from opt_core.checkpoints.torch_pickle import Storage, StorageView, parse_pickle
+from opt_core.checkpoints.wrappers import unwrap_state
 from opt_core.errors import CheckpointError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and the extra field
 _ZIP_MAGIC = b"PK\x03\x04"
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled constant
+_PICKLE_MAGIC = b"\x80"
 _MAX_PICKLE = 1 << 24  # opt-175b's would be half a megabyte
 _MAX_SMALL_ENTRY = 64
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether a file is torch's, by its first bytes, or by its name where they do not tell."""
+    start = b""
+    if path.is_file():
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            start = file.read(9)
+    if start[8:] == b"{":  # of a safetensors file, behind the length of its header
+        return False
+    return start.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)) or path.suffix == ".bin"
 
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     """Reads which tensors a torch file holds, and where; nothing in the file is executed.
 
-    Accepted are a dict of tensors, and a dict whose "state_dict" is one (training checkpoints).
+    Accepted are a dict of tensors, and one inside what a training checkpoint has around it, under
+    "state_dict", "model_state_dict", "model" and the like.
 
     Args:
         path: The file.
 
     Raises:
-        CheckpointError: The file is missing, damaged, compressed, encrypted, big-endian, older than
-            torch 1.6, or holds anything that is not a tensor.
+        CheckpointError: The file is missing, damaged, compressed, encrypted, big-endian, or holds
+            anything that is not a tensor.
     """
-    archive = TorchArchive(TensorFile(path))
-    content = parse_pickle(archive.pickle, path)
-    if isinstance(content, dict) and "state_dict" in content:
-        content = cast(dict[object, object], content)["state_dict"]
+    source = TensorFile(path)
+    if source.bytes_at(0, len(LEGACY_MAGIC)) == LEGACY_MAGIC:
+        archive = LegacyFile(source)
+        content = unwrap_state(archive.content)
+    else:
+        archive = TorchArchive(source)
+        content = unwrap_state(parse_pickle(archive.pickle, path))
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path}: expected a dict of tensors, received {type(content).__name__}; re-save it "
@@ -49,10 +68,12 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
 
 
 class TorchArchive:
-    """The zip archive that `torch.save` writes.
+    """The zip archive that `torch.save` writes: a file, or a part of one.
 
     Args:
         source: The open file.
+        start: Where the archive begins in it.
+        size: Bytes of the archive; None: up to the end.
 
     Attributes:
         pickle: What describes its contents; nothing of it has been read.
@@ -61,18 +82,19 @@ class TorchArchive:
         CheckpointError: It is no such archive, or damaged, compressed, encrypted or big-endian.
     """
 
-    def __init__(self, source: TensorFile) -> None:
-        self.source = source
+    def __init__(self, source: TensorFile, start: int = 0, size: int | None = None) -> None:
+        self.source, self.start = source, start
+        self.size = source.size - start if size is None else size
         path = source.path
-        if source.bytes_at(0, len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
+        if source.bytes_at(start, len(LEGACY_MAGIC)) == LEGACY_MAGIC:
             raise CheckpointError(
                 f"{path}: written by torch before 1.6 (or without its zip format); re-save it with "
                 "torch.save(torch.load(path), path)"
             )
-        if source.bytes_at(0, len(_ZIP_MAGIC)) != _ZIP_MAGIC:
+        if source.bytes_at(start, len(_ZIP_MAGIC)) != _ZIP_MAGIC:
             raise CheckpointError(f"{path}: not a torch file: expected a zip archive")
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(_Part(source, start, self.size)) as archive:
                 self.entries = {info.filename: info for info in archive.infolist()}
                 if len(self.entries) != len(archive.infolist()):
                     raise CheckpointError(f"{path}: an archive entry occurs twice; it is damaged")
@@ -129,9 +151,10 @@ class TorchArchive:
         """
         start, size = self._storage(view.storage)
         dtype = view.storage.dtype
-        strides = None if _is_contiguous(view.shape, view.strides) else view.strides
         begin = view.offset * dtype.itemsize
-        tensor = StoredTensor(name, view.shape, dtype, self.source, start + begin, strides)
+        tensor = StoredTensor(
+            name, view.shape, dtype, self.source, start + begin, view.uneven_strides
+        )
         if begin + tensor.extent > size:
             raise CheckpointError(
                 f"{self.source.path}: {name} reaches byte {begin + tensor.extent} of a storage "
@@ -151,20 +174,40 @@ class TorchArchive:
                 f"{path}: storage {storage.key!r}: expected {needed} bytes, "
                 f"received {info.file_size}"
             )
-        header = self.source.bytes_at(info.header_offset, _LOCAL_HEADER.size)
+        header = self.source.bytes_at(self.start + info.header_offset, _LOCAL_HEADER.size)
         if info.header_offset < 0 or not header.startswith(_ZIP_MAGIC):
             raise CheckpointError(f"{path}: {info.filename} is not where the archive says")
         _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-        if start + info.file_size > self.source.size:
+        if start + info.file_size > self.size:
             raise CheckpointError(f"{path}: {info.filename} reaches past the end of the file")
-        return start, needed
+        return self.start + start, needed
 
 
-def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(strides), strict=True):
-        if size != 1 and step != expected:
-            return 0 in shape
-        expected *= size
-    return True
+class _Part(io.RawIOBase):
+    """Part of an open file, as Python's zipfile wants one."""
+
+    def __init__(self, source: TensorFile, start: int, size: int) -> None:
+        self.source, self.start, self.size = source, start, size
+        self.at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        if self.at < 0:
+            raise OSError("a place before the start")
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.size - self.at)
+        data = self.source.bytes_at(self.start + self.at, left if size < 0 else min(size, left))
+        self.at += len(data)
+        return data

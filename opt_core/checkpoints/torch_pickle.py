@@ -10,7 +10,7 @@ import pickletools
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import ml_dtypes
 import numpy as np
@@ -72,6 +72,16 @@ class StorageView:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+    @property
+    def uneven_strides(self) -> tuple[int, ...] | None:
+        """The strides, or None where the elements lie in C order without gaps."""
+        expected = 1
+        for size, step in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and step != expected:
+                return None if 0 in self.shape else self.strides
+            expected *= size
+        return None
+
 
 @dataclass(frozen=True)
 class Global:
@@ -109,8 +119,11 @@ class PickleMachine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    def parse(self, data: bytes) -> object:
+    def parse(self, data: bytes | BinaryIO) -> object:
         """The object a pickle describes.
+
+        Args:
+            data: The pickle, or a file that stands at its start and is left at its end.
 
         Raises:
             CheckpointError: The pickle is damaged, or asks for what this machine does not take.
@@ -126,7 +139,7 @@ class PickleMachine:
             what = str(error) or type(error).__name__
             raise CheckpointError(f"{self.path}: damaged pickle: {what}") from None
 
-    def _run(self, data: bytes) -> object:
+    def _run(self, data: bytes | BinaryIO) -> object:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "STOP":
                 break
@@ -230,6 +243,11 @@ class PickleMachine:
 
     def _global(self, module: object, name: object) -> Global:
         full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "?"
+        if full == "torch._utils._rebuild_tensor_v3":
+            raise CheckpointError(
+                f"{self.path}: tensors of float8 or another type that no weights of OPT have; save "
+                "them as float16 or bfloat16"
+            )
         if full not in _GLOBALS:
             raise CheckpointError(
                 f"{self.path}: refused {full!r}: a weight file may hold tensors only, and nothing "

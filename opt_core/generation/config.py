@@ -219,7 +219,9 @@ class GenerationConfig:
         try:
             found = cls.from_dict(values)
         except GenerationError as error:  # a bad value: nothing but the ids can be trusted
-            ids = {k: v for k, v in values.items() if k in _SPECIAL and type(v) is int}
+            ids: dict[str, Any] = {
+                k: v for k, v in values.items() if k in _SPECIAL and type(v) is int
+            }
             found = cls(**ids, refused=(("", str(error)),))
         lines = tuple((name, f"{path}: {line}") for name, line in found.refused)
         return dataclasses.replace(found, refused=lines)

@@ -35,8 +35,8 @@ def process_logits(
     if bias is not None:
         logits_BV = sampling.add_bias(logits_BV, bias)
     if rules.words is not None:
-        matches_BN = _match_words(sampling, ids_BS, mask_BS, end, rules.words)
-        logits_BV = sampling.add_biases(logits_BV, rules.words[:, -1], matches_BN, rules.word_bias)
+        matches = _match_words(sampling, ids_BS, mask_BS, end, rules.words)
+        logits_BV = sampling.add_biases(logits_BV, rules.words[:, -1], matches, rules.word_bias)
     if rules.repetition_penalty is not None:
         penalty = rules.repetition_penalty
         logits_BV = sampling.repetition_penalty(logits_BV, ids_BS, mask_BS, penalty)
@@ -92,15 +92,15 @@ def select_tokens(sampling: Any, logits_BV: Any, rules: Any, source: Any) -> Any
     return sampling.draw_tokens(*candidates(sampling, logits_BV, rules), source)
 
 
-def _match_words(sampling: Any, ids_BS: Any, mask_BS: Any, end: Any, words_NL: Any) -> Any:
-    """Bool (B, N): where the rows end in all ids of a word but its last."""
-    L, matches_BN = words_NL.shape[1], True
-    for back in range(1, L):
+def _match_words(sampling: Any, ids_BS: Any, mask_BS: Any, end: Any, words: Any) -> Any:
+    """Bool (B, words): where the rows end in all ids of a word but its last."""
+    length, matches = words.shape[1], True
+    for back in range(1, length):
         last_B, is_real_B = sampling.token_before(ids_BS, mask_BS, end, back)
-        wanted_N = words_NL[:, L - 1 - back]
-        is_equal_BN = (last_B[:, None] == wanted_N) & is_real_B[:, None]
-        matches_BN &= is_equal_BN | (wanted_N < 0)
-    return matches_BN
+        wanted = words[:, length - 1 - back]
+        is_equal = (last_B[:, None] == wanted) & is_real_B[:, None]
+        matches &= is_equal | (wanted < 0)
+    return matches
 
 
 def _mark_repeats(sampling: Any, ids_BS: Any, mask_BS: Any, end: Any, rules: Any) -> Any:

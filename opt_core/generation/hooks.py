@@ -17,14 +17,14 @@ from opt_core.errors import GenerationError
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a caller gave.
+    """Functions that a caller gave.
 
     Attributes:
-        logits_processor: A function, or several, of ids (R, L) and scores (R, V), and of the length
-            L where it takes three arguments, that returns scores.
-        stopping_criteria: A function, or several, of ids (R, L) and scores that returns whether to
+        logits_processor: A function, or several, of ids (R, S) and scores (R, V), and of the length
+            S where it takes three arguments, that returns scores.
+        stopping_criteria: A function, or several, of ids (R, S) and scores that returns whether to
             stop, for all rows or for each.
-        prefix_allowed_tokens_fn: Of a prompt's number and a row's ids (L,): the ids that may come
+        prefix_allowed_tokens_fn: Of a prompt's number and a row's ids (S,): the ids that may come
             next.
     """
 
@@ -46,13 +46,13 @@ class Hooks:
         functions = [*_each(self.logits_processor), *_each(self.stopping_criteria)]
         return not functions and self.prefix_allowed_tokens_fn is None
 
-    def process(self, ids_RL: Any, scores_RV: Any) -> Any:
+    def process(self, ids_RS: Any, scores_RV: Any) -> Any:
         """The scores as the processors return them."""
         for function in _each(self.logits_processor):
-            scores_RV = _call(function, ids_RL, scores_RV)
+            scores_RV = _call(function, ids_RS, scores_RV)
         return scores_RV
 
-    def allowed(self, ids_RL: Any, copies: int, V: int) -> NDArray[np.float32] | None:
+    def allowed(self, ids_RS: Any, copies: int, V: int) -> NDArray[np.float32] | None:
         """(R, V) 0 at ids that may come and -inf elsewhere; None if there is no say in it.
 
         Raises:
@@ -60,10 +60,10 @@ class Hooks:
         """
         if self.prefix_allowed_tokens_fn is None:
             return None
-        bias = np.full((len(ids_RL), V), -np.inf, np.float32)
-        for row in range(len(ids_RL)):
+        bias = np.full((len(ids_RS), V), -np.inf, np.float32)
+        for row in range(len(ids_RS)):
             prompt = row // copies
-            ids = np.asarray(self.prefix_allowed_tokens_fn(prompt, ids_RL[row]), np.int64)
+            ids = np.asarray(self.prefix_allowed_tokens_fn(prompt, ids_RS[row]), np.int64)
             if not ids.size:
                 raise GenerationError(
                     f"prefix_allowed_tokens_fn: no ids for prompt {prompt}; return at least one"
@@ -71,11 +71,11 @@ class Hooks:
             bias[row, ids] = 0
         return bias
 
-    def stops(self, ids_RL: Any, scores_RV: Any) -> NDArray[np.bool_]:
+    def stops(self, ids_RS: Any, scores_RV: Any) -> NDArray[np.bool_]:
         """(R,) whether a row is to end."""
-        found = np.zeros(len(ids_RL), bool)
+        found = np.zeros(len(ids_RS), bool)
         for function in _each(self.stopping_criteria):
-            found |= np.asarray(_call(function, ids_RL, scores_RV)).astype(bool)
+            found |= np.asarray(_call(function, ids_RS, scores_RV)).astype(bool)
         return found
 
 
@@ -102,13 +102,13 @@ def _each(functions: Any) -> list[Any]:
     return list(cast(Iterable[Any], functions)) if isinstance(functions, list) else [functions]
 
 
-def _call(function: Any, ids_RL: Any, scores_RV: Any) -> Any:
+def _call(function: Any, ids_RS: Any, scores_RV: Any) -> Any:
     """Calls it with the length too where it has a place for it, as TensorFlow's and Flax' had."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     taken = inspect.signature(function).parameters.values()
     needed = [p for p in taken if p.kind in kinds and p.default is inspect.Parameter.empty]
-    rest = (ids_RL.shape[1],) if len(needed) > 2 else ()
-    return function(ids_RL, scores_RV, *rest)
+    rest = (ids_RS.shape[1],) if len(needed) > 2 else ()
+    return function(ids_RS, scores_RV, *rest)
 
 
 NO_HOOKS = Hooks()

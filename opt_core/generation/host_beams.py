@@ -89,27 +89,31 @@ def search(model: Any, request: Request) -> Any:
     (B, prompt), W, new = request.ids.shape, settings.num_beams, request.new_tokens
     steps, size = Steps(model, request, W), W // settings.num_beam_groups
     starts = [range(b * W, (b + 1) * W, size) for b in range(B)]
-    prompts = [[Group(np.arange(s, s + size), settings) for s in row] for row in starts]
+    prompts = [
+        [Group(np.arange(s, s + size, dtype=np.int32), settings) for s in row] for row in starts
+    ]
     random = np.random.default_rng(request.seed) if settings.do_sample else None
-    deadline, paths = Deadline(settings.max_time), np.zeros((B * W, 0), np.int32)
+    deadline = Deadline(settings.max_time)
+    paths: Ids = np.zeros((B * W, 0), np.int32)
     count = max(2, 1 + len(settings.eos_ids)) * size
     while steps.made < new and any(group.is_open for groups in prompts for group in groups):
         scores = steps.constrain(steps.backend.sampling.normalize(steps.logits()))
-        numbers = steps.draw(scores)[1] if settings.do_sample else steps.array(scores)
+        numbers: Any = steps.draw(scores)[1] if settings.do_sample else steps.array(scores)
         if steps.made == 0:
             check_logits(numbers.max(1))
         if settings.output_scores:
             steps.kept["scores"].append(steps.tensor(numbers))
         is_last = steps.made + 1 == new or deadline.is_over
-        parents, tokens = np.arange(B * W), np.zeros(B * W, np.int32)
+        parents: Ids = np.arange(B * W, dtype=np.int32)
+        tokens: Ids = np.zeros(len(parents), np.int32)
         for groups in prompts:
-            taken = np.zeros(numbers.shape[1], np.float32)
+            taken: Any = np.zeros(numbers.shape[1], np.float32)
             for group in groups:
                 own = numbers[group.rows] - settings.diversity_penalty * taken
                 _grow(steps, group, own, count, random, paths, is_last, parents, tokens)
                 np.add.at(taken, tokens[group.rows], 1)
-        steps.select(parents.astype(np.int32))
-        paths = np.concatenate([paths[parents], parents[:, None].astype(np.int32)], 1)
+        steps.select(parents)
+        paths = np.concatenate([paths[parents], parents[:, None]], 1)
         steps.add(tokens)
         for groups in prompts:
             for group in groups:
@@ -121,7 +125,7 @@ def search(model: Any, request: Request) -> Any:
 
 def _grow(
     steps: Steps, group: Group, scores_WV: Scores, count: int, random: Any, paths: Ids,
-    is_last: bool, parents: NDArray[Any], tokens: Ids,
+    is_last: bool, parents: Ids, tokens: Ids,
 ) -> None:  # fmt: skip
     """Continues the beams of a group: notes who ended, and writes who goes on into the arrays."""
     size, made = len(group.rows), steps.made + 1

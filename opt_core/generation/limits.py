@@ -1,7 +1,7 @@
-"""What settings of generation may be, and what is refused by name."""
+"""Values that settings of generation may have, and settings that are refused by name."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from opt_core.errors import GenerationError
 
@@ -76,8 +76,7 @@ def _check_number(config: "GenerationConfig", name: str) -> None:
     is_open = name in _OPEN_BELOW
     if name == "temperature" and config.do_sample is True:
         is_open, hint = True, "; for the likeliest tokens pass do_sample=False"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or (is_open and value == low):
+    if not _is_number(value) or not low <= value <= high or (is_open and value == low):
         bounds = f"{'>' if is_open else '>='} {low:g} and <= {high:g}"
         raise GenerationError(f"{name}: expected a number {bounds}, received {value!r}{hint}")
 
@@ -106,28 +105,17 @@ def _check_beams(config: "GenerationConfig") -> None:
 
 
 def _check_pairs(config: "GenerationConfig") -> None:
-    value: Any = config.sequence_bias
-    pairs = () if value is None else value
-    is_right = isinstance(pairs, tuple) and all(
-        isinstance(pair, tuple)
-        and len(pair) == 2
-        and _is_ids(pair[0])
-        and pair[0]
-        and isinstance(pair[1], int | float)
-        for pair in pairs
-    )
-    if not is_right:
+    biases: Any = config.sequence_bias
+    pairs = [_parts(pair) for pair in _parts(biases)]
+    if biases is not None and not (
+        pairs and all(len(p) == 2 and _is_ids(p[0]) and p[0] and _is_number(p[1]) for p in pairs)
+    ):
         raise GenerationError(
-            f"sequence_bias: expected sequences of ids with a number each, received {value!r}"
+            f"sequence_bias: expected sequences of ids with a number each, received {biases!r}"
         )
     decay: Any = config.exponential_decay_length_penalty
-    if decay is not None and not (
-        isinstance(decay, tuple)
-        and len(decay) == 2
-        and type(decay[0]) is int
-        and isinstance(decay[1], int | float)
-        and decay[1] > 0
-    ):
+    start, factor = _parts(decay) if len(_parts(decay)) == 2 else (None, 0)
+    if decay is not None and not (type(start) is int and _is_number(factor) and factor > 0):
         raise GenerationError(
             "exponential_decay_length_penalty: expected a number of tokens and a factor > 0, "
             f"received {decay!r}"
@@ -140,12 +128,22 @@ def _check_ids(config: "GenerationConfig") -> None:
         if value is None or (name.endswith("token_id") and type(value) is int):
             continue
         if name == "bad_words_ids":
-            is_right = isinstance(value, tuple) and all(_is_ids(row) and row for row in value)
+            is_right = isinstance(value, tuple) and all(
+                _is_ids(row) and row for row in _parts(value)
+            )
         else:
             is_right = _is_ids(value) and name != "pad_token_id"
         if not is_right:
             raise GenerationError(f"{name}: expected token ids, received {value!r}")
 
 
+def _parts(value: Any) -> tuple[Any, ...]:
+    return cast(tuple[Any, ...], value) if isinstance(value, tuple) else ()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, tuple) and all(type(i) is int for i in value)
+    return isinstance(value, tuple) and all(type(i) is int for i in _parts(value))

@@ -74,7 +74,7 @@ class GenerationMixin:
         Raises:
             GenerationError: A setting or prompt that cannot be honoured.
         """
-        if not self.backend.inputs.is_known(input_ids):
+        if input_ids is not None and not self.backend.inputs.is_known(input_ids):
             return self._trace(
                 input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
             )
@@ -306,10 +306,10 @@ def _seed(model: GenerationMixin, seed: Any, do_sample: bool) -> int:
     """
     if seed is None:
         return model.backend.sampling.draw_seed() if do_sample else 0
-    if isinstance(seed, tuple | list) and [type(x) for x in cast(list[Any], seed)] == [int, int]:
-        high, low = (int(x) % 2**31 for x in cast(list[Any], seed))
-        return high * 2**31 + low
-    if hasattr(seed, "dtype") or type(seed).__name__ == "Generator":
+    kind = type(seed).__name__
+    if kind == "tuple" and [type(part) for part in seed] == [int, int]:
+        return seed[0] % 2**31 * 2**31 + seed[1] % 2**31
+    if hasattr(seed, "dtype") or kind == "Generator":
         return model.backend.sampling.draw_seed(seed)
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise GenerationError(f"seed: expected an integer in 0..2**63 - 1, received {seed!r}")

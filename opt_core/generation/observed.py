@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from opt_core.generation import filters
 from opt_core.generation.hooks import Deadline
 from opt_core.generation.outputs import GenerateOutput
-from opt_core.generation.request import Ids, Request, allocate_tokens, check_logits
+from opt_core.generation.request import Ids, Mask, Request, allocate_tokens, check_logits
 from opt_core.generation.rules import Rules
 
 
@@ -34,6 +34,11 @@ class Steps:
         made: Tokens generated.
         kept: What was asked for, of each step.
     """
+
+    history: Ids
+    mask: Mask
+    prompt: int
+    made: int
 
     def __init__(self, model: Any, request: Request, copies: int) -> None:
         self.model, self.request, self.copies = model, request, copies
@@ -95,7 +100,7 @@ class Steps:
         return logits if self._guide is None else self._guided(logits)
 
     def try_tokens(self, ids_RK: Ids) -> tuple[Any, NDArray[np.float32], NDArray[np.float32]]:
-        """What each of some next tokens would lead to, none of them taken yet.
+        """Tries some next tokens, none of which is taken yet.
 
         Returns:
             A cache of R * K rows; the logits (R, K, V) behind each token, and its state (R, K, P).
@@ -130,8 +135,9 @@ class Steps:
         return sampling.add_bias(sampling.repair(scale * (wanted - other)), other)
 
     def constrain(self, scores_RV: Any) -> Any:
-        """What holds for greedy search, sampling and beams alike, the caller's functions last."""
-        mask = self.mask & (np.arange(self.mask.shape[1]) < self.end)
+        """The scores that tokens are chosen by, the caller's functions applied last."""
+        mask = self.mask.copy()
+        mask[:, self.end :] = False
         scores = filters.process_logits(
             self.backend.sampling, scores_RV, self.tensor(self.history), self.tensor(mask),
             self.end, self.made, self.rules, is_last=self.made + 1 == self.request.new_tokens,

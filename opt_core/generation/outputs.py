@@ -1,4 +1,4 @@
-"""What `generate` returns where `return_dict_in_generate` is set."""
+"""The result of `generate` where `return_dict_in_generate` is set."""
 
 from typing import Any
 

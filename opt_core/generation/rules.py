@@ -28,7 +28,7 @@ _ALWAYS = 2.0
 
 
 class Structure(NamedTuple):
-    """What a program of generation is made for.
+    """The part of the rules that a program of generation is made for.
 
     Attributes:
         do_sample: Whether tokens are drawn.
@@ -80,8 +80,8 @@ NUMBERS: Mapping[str, str] = {
     "begin_bias": "the same for the first new token",
     "ends": "bool (V,), ids that end a row",
     "pad": "id that fills a row after its end",
-    "words": "(N, L) ids of sequences with a bias, -1 before the first",
-    "word_bias": "float32 (N,), added to the logit of a word's last id behind its others",
+    "words": "ids of sequences with a bias, one each, -1 before the first",
+    "word_bias": "float32, added to the logit of a word's last id behind its others",
     "repetition_penalty": "see `GenerationConfig`, like what follows",
     "no_repeat_ngram_size": "0 is off",
     "min_length": "",
@@ -197,17 +197,17 @@ def _looks_back(settings: GenerationConfig) -> bool:
 
 
 def _history(settings: GenerationConfig, is_compiled: bool) -> dict[str, Any]:
-    """What filters need that read what the rows have."""
+    """Numbers of the filters that read what the rows have."""
     if not _looks_back(settings):
         return {}
     words = {word: value for word, value in _words(settings).items() if len(word) > 1}
-    N, L = len(words), max(map(len, words), default=2)
+    count, length = len(words), max(map(len, words), default=2)
     if is_compiled:
-        N, L = _round_up(N, _FEWEST_WORDS), _round_up(L, _SHORTEST)
-    ids, bias = np.full((N, L), -1, np.int32), np.zeros(N, np.float32)
+        count, length = _round_up(count, _FEWEST_WORDS), _round_up(length, _SHORTEST)
+    ids, bias = np.full((count, length), -1, np.int32), np.zeros(count, np.float32)
     ids[:, -1] = 0
     for row, (word, value) in enumerate(words.items()):
-        ids[row, L - len(word) :], bias[row] = word, value
+        ids[row, length - len(word) :], bias[row] = word, value
     numbers: dict[str, Any] = {}
     if is_compiled or words:
         numbers |= {"words": ids, "word_bias": bias}
@@ -219,7 +219,7 @@ def _history(settings: GenerationConfig, is_compiled: bool) -> dict[str, Any]:
 
 
 def _ends(request: Request, is_compiled: bool) -> dict[str, Any]:
-    """What decides where rows end."""
+    """Numbers that decide where rows end."""
     settings = request.settings
     ends = np.zeros(request.vocab_size, bool)
     ends[list(settings.eos_ids)] = True
@@ -240,7 +240,7 @@ def _ends(request: Request, is_compiled: bool) -> dict[str, Any]:
 
 
 def _sampling(settings: GenerationConfig, is_compiled: bool) -> dict[str, Any]:
-    """What decides among which tokens is drawn."""
+    """Numbers that decide among which tokens is drawn."""
     numbers: dict[str, Any] = {}
     if is_compiled or settings.temperature != 1:
         numbers["temperature"] = np.float32(settings.temperature)

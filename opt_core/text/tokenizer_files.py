@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from opt_core.errors import TokenizerError
 from opt_core.json_files import read_json, write_json
+from opt_core.text.model_padding import pad_as_the_model
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -80,6 +81,7 @@ def load(folder: Path) -> LoadedTokenizer:
         given["bos_token"], add_bos = first, True
     named = {**defaults, **given}
     _add_tokens(backend, folder, settings, named)
+    pad_as_the_model(folder, backend, named)
     add_bos = bool(settings.get("add_bos_token", add_bos))
     if add_bos and "bos_token" not in named:
         raise TokenizerError(

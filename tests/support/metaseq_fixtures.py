@@ -37,7 +37,8 @@ def fake(module: str, name: str, **attributes: Any) -> Any:
 
 
 def forget() -> None:
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("metaseq", "omegaconf")]:
+    faked = ("metaseq", "omegaconf", "deepspeed", "lightning_module", "evil")
+    for name in [n for n in sys.modules if n.partition(".")[0] in faked]:
         del sys.modules[name]
 
 

@@ -35,7 +35,7 @@ EXPORTS = {
 
 @pytest.fixture(autouse=True)
 def graphs(monkeypatch):
-    """What is exported is compared with the same graphs, which XLA need not compile."""
+    """Exports are compared with the same graphs, which XLA need not compile."""
     monkeypatch.setattr("opt_tf.compilation.JIT_COMPILE", False)
 
 

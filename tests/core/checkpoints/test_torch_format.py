@@ -166,7 +166,7 @@ def test_archives_that_torch_does_not_write(path, tmp_path):
 
 def test_files_that_are_no_archive(path):
     path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"rest")
-    refused(path, r"written by torch before 1.6 .* torch.save\(torch.load\(path\), path\)")
+    refused(path, "damaged pickle")
     path.write_bytes(b"\x89HDF\r\n")
     refused(path, "not a torch file: expected a zip archive")
     path.write_bytes(b"PK\x03\x04")

@@ -126,6 +126,7 @@ REFUSED = {
     "bytes": (b"B\x02\0\0\0ab", "opcode BINBYTES"),
     "another rebuild": (name_of("torch._utils", "_rebuild_sparse_tensor"), "refused"),
     "a quantised storage": (storage("0", "QInt8", 24), "refused 'torch.QInt8Storage'"),
+    "float8": (name_of("torch._utils", "_rebuild_tensor_v3"), "float8 or another type"),
     "torch.load": (name_of("torch", "load"), "refused 'torch.load'"),
     "BUILD on a function": (TENSOR + b"}" + text("__code__") + number(1) + b"sb", "damaged pickle"),
     "BUILD on a tensor": (PLAIN + b"}" + text("offset") + number(1) + b"sb", "damaged pickle"),
@@ -176,7 +177,10 @@ REFUSED = {
     "a number for a name": (b"}" + number(1) + PLAIN + b"s", "1: expected a tensor"),
     "a list of tensors": (b"]" + PLAIN + b"a", "expected a dict of tensors, received list"),
     "a tensor alone": (PLAIN, "expected a dict of tensors, received StorageView"),
-    "a state dict that is none": (b"}" + text("state_dict") + PLAIN + b"s", "expected a dict"),
+    "a state dict that is none": (
+        b"}" + text("state_dict") + number(3) + b"s",
+        "'state_dict': expected a tensor",
+    ),
     "a missing storage": (state_dict({"w": PLAIN.replace(text("0"), text("7"))}), "'7' is missing"),
     "a key out of the folder": (
         state_dict({"w": PLAIN.replace(text("0"), text("../data.pkl"))}),
