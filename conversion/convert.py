@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from conversion.readers import SourceCheckpoint, head_of, open_any_checkpoint
+from conversion.readers import SourceCheckpoint, open_any_checkpoint
 from conversion.sidecar_files import copy_sidecar_files
 from conversion.writers import WRITERS, write_weights
 from opt_core.checkpoints.atomic import check_is_new, new_folder
-from opt_core.checkpoints.load import LoadPlan, plan_load
+from opt_core.checkpoints.load import LoadPlan
 from opt_core.checkpoints.tensors import float_dtype
 from opt_core.errors import CheckpointError
 from opt_core.hub import resolve
@@ -58,6 +58,7 @@ def convert(
     max_shard_size: int | str = "5GB",
     progress: Callable[[int, int], None] | None = None,
     prefix: str = "",
+    adapter: str | PathLike[str] | None = None,
     **hub: Any,
 ) -> Conversion:
     """Writes a checkpoint in another format, without the framework of either.
@@ -68,7 +69,7 @@ def convert(
 
     Args:
         source: Folder, weight file, index of shards, hub id, or "mini". Its format is found from
-            its files.
+            its files. An adapter's folder is merged into the model that it names.
         destination: A new folder.
         to: "safetensors", "torch-bin", "tf-h5", "flax-msgpack", "metaseq" or "keras-hub".
         dtype: Type to store, such as "float16"; None keeps each tensor's own.
@@ -77,6 +78,7 @@ def convert(
         progress: Called with the bytes read so far and in all.
         prefix: Takes only the tensors whose names begin so, as the model's own: "language_model."
             for the OPT inside BLIP-2 and InstructBLIP, whose config.json has it as text_config.
+        adapter: A PEFT adapter's folder or hub id, which is merged into `source`.
         **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
 
     Raises:
@@ -91,8 +93,10 @@ def convert(
     new = Path(os.path.abspath(Path(destination).expanduser()))
     check_is_new(new)  # before anything is downloaded
     path = resolve(source, convertible=True, **hub)
-    found = open_any_checkpoint(path, prefix)
-    plan = plan_load(found.checkpoint, found.read_config(), head_of(found.checkpoint))
+    found = open_any_checkpoint(path, prefix, adapter, **hub)
+    plan = found.plan()
+    if wanted is None and found.adapter is not None:  # merged weights are float32 until then
+        wanted = next(iter(found.checkpoint.tensors.values())).dtype
     files, notes = write_checkpoint(found, plan, new, to, wanted, max_shard_size, progress)
     return Conversion(
         new,
@@ -127,7 +131,7 @@ def write_checkpoint(
     Returns:
         Name and bytes of each weight file, and what the user should know.
     """
-    writer, head = WRITERS[to], head_of(found.checkpoint)
+    writer, head = WRITERS[to], found.head
     total = sum(tensor.nbytes for _, tensor in plan.entries)
     not_finite: dict[str, int] = {}
     done = 0
@@ -141,7 +145,8 @@ def write_checkpoint(
             progress(min(done, total), total)
 
     with enough_memory(found), new_folder(new) as stage:
-        copy_sidecar_files(found.checkpoint.folder, stage, keras_hub=to == "keras-hub")
+        adapter = None if found.adapter is None else found.adapter.file.parent
+        copy_sidecar_files(found.checkpoint.folder, stage, to == "keras-hub", adapter)
         names = write_weights(
             stage, writer, plan.config, plan.entries, dtype, max_shard_size, fetched
         )

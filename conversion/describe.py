@@ -10,9 +10,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from conversion.adapters import AdapterSummary, summarize, tensors_of
 from conversion.readers import head_of, open_any_checkpoint
 from conversion.remote_headers import download_headers
 from conversion.sidecar_files import is_keras_hub
+from opt_core.adapters.settings import CONFIG_FILE
+from opt_core.adapters.tensors import is_adapter, read_adapter
 from opt_core.checkpoints.load import Checkpoint, plan_load
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, OPTError
@@ -97,6 +100,8 @@ class Description:
         vocabulary: Ids the tokenizer knows; None without a tokenizer.
         problems: One line for each; empty if the model loads as it should.
         notes: What was not taken as it is, one line each.
+        adapter: For an adapter's folder what it is; files and tensors are its own then, the
+            configuration and the head those of the model with it merged.
     """
 
     path: Path
@@ -112,6 +117,7 @@ class Description:
     vocabulary: int | None
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    adapter: AdapterSummary | None = None
 
 
 def describe(path_or_hub_id: str | PathLike[str], **hub: Any) -> Description:
@@ -129,8 +135,9 @@ def describe(path_or_hub_id: str | PathLike[str], **hub: Any) -> Description:
     name = os.fspath(path_or_hub_id)
     asked = {key: value for key, value in hub.items() if key != "local_files_only"}
     remote = None if hub.get("local_files_only") else remote_files(name, **asked)
-    if remote is None:
-        return _describe(resolve(name, convertible=True, **hub))
+    if remote is None or CONFIG_FILE in remote.sizes:  # an adapter is small
+        path = resolve(name, convertible=True, **hub)
+        return _describe_adapter(path, hub) if is_adapter(path) else _describe(path)
     with download_headers(remote) as folder:
         found = _describe(folder, remote.sizes.keys())
         here = f"{folder}{os.sep}"
@@ -193,6 +200,36 @@ def _describe(path: Path, names: Collection[str] | None = None) -> Description:
         vocabulary=vocabulary,
         problems=tuple(problems),
         notes=source.notes if source is not None else (),
+    )
+
+
+def _describe_adapter(path: Path, hub: dict[str, Any]) -> Description:
+    """Describes an adapter's folder, or the file of its weights."""
+    folder = path if path.is_dir() else path.parent
+    adapter = read_adapter(folder)
+    found, config, problems = None, None, list[str]()
+    try:
+        found = open_any_checkpoint(path, **hub)
+        config = found.plan().config
+    except OPTError as error:
+        problems.append(str(error))
+    tensors = tuple(
+        Tensor(t.name, t.shape, t.dtype.name, t.nbytes, t.file.name) for t in tensors_of(adapter)
+    )
+    return Description(
+        path=path,
+        format="peft",
+        files={adapter.file.name: adapter.file.stat().st_size},
+        config=config,
+        head=None if found is None else found.head,
+        parameters=sum(math.prod(t.shape) for t in tensors),
+        nbytes=sum(t.nbytes for t in tensors),
+        dtypes=dict(Counter(t.dtype for t in tensors)),
+        parts=(),
+        tensors=tensors,
+        vocabulary=None,
+        problems=tuple(problems),
+        adapter=summarize(adapter),
     )
 
 

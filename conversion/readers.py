@@ -1,10 +1,11 @@
 """Readers, one per format: found from a checkpoint's files; its tensors under canonical names."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from conversion.formats.deepspeed import find_deepspeed, open_deepspeed
 from conversion.formats.flax_msgpack import read_flax
@@ -14,11 +15,16 @@ from conversion.formats.names import from_keras2, from_path, is_kernel
 from conversion.formats.tf_h5 import read_tf_h5
 from conversion.formats.torch_distributed import METADATA, open_distributed
 from conversion.streaming.lazy_tensors import transposed
+from opt_core.adapters.folders import split_adapter
+from opt_core.adapters.merging import merge_adapter
+from opt_core.adapters.tensors import AdapterFolder
 from opt_core.checkpoints.load import (
     Checkpoint,
     Format,
+    LoadPlan,
     canonical_name,
     open_checkpoint,
+    plan_load,
     read_files,
     read_index,
 )
@@ -76,26 +82,53 @@ class SourceCheckpoint:
         checkpoint: Its tensors, under canonical names and in the canonical layout.
         read_config: Reads or derives its configuration; may raise an OPTError.
         notes: Assumptions that had to be made, one line each.
+        adapter: An adapter that is merged into it; None: there is none.
     """
 
     checkpoint: Checkpoint
     read_config: Callable[[], OPTConfig]
     notes: tuple[str, ...] = ()
+    adapter: AdapterFolder | None = None
+
+    @property
+    def head(self) -> Head:
+        """The head on the decoder."""
+        own = head_of(self.checkpoint)
+        return own if self.adapter is None or own != "causal_lm" else _head(self.adapter.parts)
+
+    def plan(self) -> LoadPlan:
+        """Compares the checkpoint with its configuration, and merges the adapter.
+
+        Raises:
+            OPTError: The configuration cannot be read, or one does not fit the other.
+        """
+        plan = plan_load(self.checkpoint, self.read_config(), self.head)
+        return plan if self.adapter is None else merge_adapter(plan, self.head, self.adapter)
 
 
-def open_any_checkpoint(path: Path, prefix: str = "") -> SourceCheckpoint:
+def open_any_checkpoint(
+    path: Path, prefix: str = "", adapter: str | PathLike[str] | None = None, **hub: Any
+) -> SourceCheckpoint:
     """Finds the weights of a folder, or takes the file named, and reads their headers.
 
     Args:
         path: Folder, weight file, or index of a sharded checkpoint. In a folder safetensors come
             first, then torch's, TensorFlow's, Flax' and KerasHub's files, folders of FSDP and
             DeepSpeed, and other torch files such as metaseq's; an index comes before the single
-            file of its format.
+            file of its format. Or an adapter's folder: the weights are those of the model that it
+            names.
         prefix: What the names of the model's tensors begin with, where it is part of a larger one.
+        adapter: An adapter's folder or hub id, for a whole model.
+        **hub: As in `opt_core.hub.resolve`, for what the adapter needs.
 
     Raises:
         CheckpointError: There are no weights, or they are damaged.
     """
+    path, read = split_adapter(path, adapter, convertible=True, **hub)
+    return replace(_open(path, prefix), adapter=read)
+
+
+def _open(path: Path, prefix: str) -> SourceCheckpoint:
     if prefix:
         return _part_of_another(open_checkpoint(path, prefix))
     if not os.path.lexists(path):
@@ -219,7 +252,10 @@ def _open_metaseq(path: Path) -> SourceCheckpoint:
 
 def head_of(checkpoint: Checkpoint) -> Head:
     """The head on a checkpoint's decoder."""
-    names = checkpoint.tensors.keys()
+    return _head(checkpoint.tensors)
+
+
+def _head(names: Collection[str]) -> Head:
     if "score.weight" in names:
         return "sequence_classification"
     return "question_answering" if "qa_outputs.weight" in names else "causal_lm"

@@ -9,30 +9,38 @@ from opt_core.json_files import write_json
 from opt_core.text import tokenizer_files
 
 _COPIED = ("generation_config.json", "LICENSE", "LICENSE.md", "LICENSE.txt")
+_TOKENIZERS = ("vocab.json", "tokenizer.json")
 _METASEQ = {"vocab.json": "gpt2-vocab.json", "merges.txt": "gpt2-merges.txt"}
 _KERAS_ASSETS = {"vocab.json": "vocabulary.json", "merges.txt": "merges.txt"}
 _ASSETS = Path("assets") / "tokenizer"
 _MAX_SIZE = 1 << 28
 
 
-def copy_sidecar_files(source: Path, destination: Path, keras_hub: bool = False) -> None:
+def copy_sidecar_files(
+    source: Path, destination: Path, keras_hub: bool = False, adapter: Path | None = None
+) -> None:
     """Copies what goes with the weights, and writes tokenizer.json where there is none.
 
     Args:
         source: Folder of the checkpoint.
         destination: Folder of the new one; must exist.
         keras_hub: Whether the new one is laid out as KerasHub wants it.
+        adapter: Folder of an adapter, whose tokenizer comes first if it has one.
 
     Raises:
         TokenizerError: The tokenizer's files contradict one another.
         CheckpointError: A file cannot be copied, or is a link out of the folder.
     """
     try:
-        for name in (*_COPIED, *(() if is_keras_hub(source) else TOKENIZER_FILES)):
+        for name in _COPIED:
+            _copy(source, name, destination / name)
+        if adapter is not None and any((adapter / name).exists() for name in _TOKENIZERS):
+            source = adapter
+        for name in () if is_keras_hub(source) else TOKENIZER_FILES:
             _copy(source, name, destination / name)
         for ours, keras in _KERAS_ASSETS.items():
             _copy(source, _ASSETS / keras, destination / ours)
-        if not any((destination / name).exists() for name in ("vocab.json", "tokenizer.json")):
+        if not any((destination / name).exists() for name in _TOKENIZERS):
             for ours, theirs in _METASEQ.items():
                 _copy(source, theirs, destination / ours)
     except OSError as error:

@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 
 from conversion.calibration import activation_scales
 from conversion.convert import enough_memory, write_checkpoint
-from conversion.readers import head_of, open_any_checkpoint
+from conversion.readers import open_any_checkpoint
 from conversion.streaming.lazy_tensors import ScaledTensor
 from opt_core.checkpoints.atomic import check_is_new
-from opt_core.checkpoints.load import plan_load
 from opt_core.checkpoints.tensors import LazyTensor
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, ConfigError, DataError
@@ -93,8 +92,8 @@ def smooth(
         raise ConfigError(f"alpha: expected 0..1, received {alpha}")
     new = Path(os.path.abspath(Path(destination).expanduser()))
     check_is_new(new)
-    found = open_any_checkpoint(resolve(source, convertible=True, **hub))
-    plan = plan_load(found.checkpoint, found.read_config(), head_of(found.checkpoint))
+    found = open_any_checkpoint(resolve(source, convertible=True, **hub), **hub)
+    plan = found.plan()
     _check_text(ids_BT, plan.config)
     tensors = {spec.name: tensor for spec, tensor in plan.entries}
     with enough_memory(found):

@@ -39,6 +39,9 @@ def convert(
             metavar="NAME",
         ),
     ] = "",
+    adapter: Annotated[
+        str | None, typer.Option(help="PEFT adapter to merge: folder or hub id.", metavar="DIR")
+    ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="NAME")
     ] = None,
@@ -61,6 +64,7 @@ def convert(
             max_shard_size=max_shard_size,
             progress=progress,
             prefix=prefix,
+            adapter=adapter,
             revision=revision,
         )
     if json:

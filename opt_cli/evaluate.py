@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure a model: perplexity, choices, classes, answers, bias.")
 
 Model = Annotated[str, typer.Option("--model", "-m", help='Folder, hub id or "mini".')]
+Adapter = Annotated[
+    str | None, typer.Option(help="PEFT adapter to merge: folder or hub id.", metavar="DIR")
+]
 Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 ...")]
 Quantize = Annotated[str | None, typer.Option(help="int8 or int4.", metavar="SCHEME")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Rows at a time.", min=1)]
@@ -32,6 +35,7 @@ DataFile = Annotated[Path, typer.Argument(help="The data.", metavar="FILE")]
 def perplexity(
     file: Annotated[Path, typer.Argument(help="A text file, UTF-8.", metavar="FILE")],
     model: Model = "mini",
+    adapter: Adapter = None,
     backend: Backend = AUTO,
     dtype: Dtype = "float32",
     quantize: Quantize = None,
@@ -61,7 +65,7 @@ def perplexity(
     from opt_core.evaluation import text_perplexity
 
     text = read_text(file)
-    loaded = _load(model, backend, dtype, quantize)
+    loaded = _load(model, adapter, backend, dtype, quantize)
     with console.progress("scoring", unit="windows") as progress:
         result = text_perplexity(
             loaded.token_scores,
@@ -80,6 +84,7 @@ def perplexity(
 def multiple_choice(
     file: DataFile,
     model: Model = "mini",
+    adapter: Adapter = None,
     backend: Backend = AUTO,
     dtype: Dtype = "float32",
     quantize: Quantize = None,
@@ -95,7 +100,7 @@ def multiple_choice(
     from opt_core.evaluation import evaluate_choices, read_items
 
     format, items = read_items(file, limit)
-    loaded = _load(model, backend, dtype, quantize)
+    loaded = _load(model, adapter, backend, dtype, quantize)
     with console.progress("scoring", unit="rows") as progress:
         result = evaluate_choices(
             loaded.token_scores,
@@ -113,6 +118,7 @@ def multiple_choice(
 def classification(
     file: DataFile,
     model: Model,
+    adapter: Adapter = None,
     backend: Backend = AUTO,
     dtype: Dtype = "float32",
     text_field: Annotated[str, typer.Option(help="Where the text is.")] = "text",
@@ -133,7 +139,7 @@ def classification(
     from opt_core.data import encode_labelled_texts, read_labelled_texts
     from opt_core.evaluation import evaluate_classification
 
-    loaded = _load(model, backend, dtype, kind="OPTForSequenceClassification")
+    loaded = _load(model, adapter, backend, dtype, kind="OPTForSequenceClassification")
     known = loaded.config.id2label or {}
     names = [known.get(i, f"LABEL_{i}") for i in range(loaded.config.num_labels)]
     data = read_labelled_texts(file, names, text_field, label_field, pair_field, limit)
@@ -159,6 +165,7 @@ def classification(
 def qa(
     file: DataFile,
     model: Model,
+    adapter: Adapter = None,
     backend: Backend = AUTO,
     dtype: Dtype = "float32",
     max_length: Annotated[int, typer.Option(help="Tokens of a row.", min=8)] = 384,
@@ -179,7 +186,7 @@ def qa(
     from opt_core.json_files import write_json
 
     questions = read_questions(file, limit)
-    loaded = _load(model, backend, dtype, kind="OPTForQuestionAnswering")
+    loaded = _load(model, adapter, backend, dtype, kind="OPTForQuestionAnswering")
     length = min(max_length, loaded.config.max_position_embeddings)
     windows = encode_questions(questions, loaded.tokenizer, length, stride, training=False)
     with console.progress("answering", unit="rows") as progress:
@@ -198,6 +205,7 @@ def qa(
 def bias(
     file: DataFile,
     model: Model = "mini",
+    adapter: Adapter = None,
     backend: Backend = AUTO,
     dtype: Dtype = "float32",
     quantize: Quantize = None,
@@ -209,7 +217,7 @@ def bias(
     from opt_core.evaluation import evaluate_bias, read_comparisons
 
     format, comparisons = read_comparisons(file, limit)
-    loaded = _load(model, backend, dtype, quantize)
+    loaded = _load(model, adapter, backend, dtype, quantize)
     with console.progress("scoring", unit="rows") as progress:
         result = evaluate_bias(
             loaded.token_scores,
@@ -229,6 +237,7 @@ def harness(
         list[str], typer.Argument(help="Tasks of lm-eval, such as lambada_openai.", metavar="TASK")
     ],
     model: Model = "mini",
+    adapter: Adapter = None,
     backend: Backend = AUTO,
     dtype: Dtype = "float32",
     quantize: Quantize = None,
@@ -252,7 +261,7 @@ def harness(
     manager = lm_tasks.TaskManager(include_path=None if include_path is None else str(include_path))
     if unknown := sorted({*tasks} - {*manager.all_tasks}):
         raise ConfigError(f"lm-eval knows no task {', '.join(unknown)}; its own list: lm_eval ls")
-    loaded = _load(model, backend, dtype, quantize)
+    loaded = _load(model, adapter, backend, dtype, quantize)
     window = loaded.config.max_position_embeddings
     wrapped = HarnessLM(
         loaded.token_scores, loaded.model.generate, loaded.tokenizer, window, batch_size
@@ -296,19 +305,21 @@ class _Loaded(NamedTuple):
 
 def _load(
     model: str,
+    adapter: str | None,
     backend: str,
     dtype: str,
     quantize: str | None = None,
     kind: str = "OPTForCausalLM",
 ) -> _Loaded:
     from opt_core import OPTTokenizer
+    from opt_core.adapters.folders import tokenizer_folder
     from opt_core.hub import resolve
 
     path = resolve(model)
-    tokenizer = OPTTokenizer.from_pretrained(path)
+    tokenizer = OPTTokenizer.from_pretrained(tokenizer_folder(path, adapter))
     with console.progress(f"loading {model}") as progress:
         made = load_backend(backend, kind).from_pretrained(
-            path, dtype=dtype, quantize=quantize, progress=progress
+            path, dtype=dtype, quantize=quantize, progress=progress, adapter=adapter
         )
     return _Loaded(made, tokenizer, import_module(f"opt_{backend}.scoring"))
 

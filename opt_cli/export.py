@@ -22,6 +22,9 @@ def export(
         ),
     ],
     backend: Backend = AUTO,
+    adapter: Annotated[
+        str | None, typer.Option(help="PEFT adapter to merge: folder or hub id.", metavar="DIR")
+    ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="NAME")
     ] = None,
@@ -67,7 +70,7 @@ def export(
     if backend == "torch" and (given or max_prompt is not None):
         name = console.option(next(iter(given), "max_prompt"))
         raise ConfigError(f"{name} is for tf and flax; torch exports the forward pass alone")
-    made, tokenizer = _load(model, revision, backend, dtype)
+    made, tokenizer = _load(model, adapter, revision, backend, dtype)
     with console.progress(f"exporting {model}"):
         if backend == "torch":
             from opt_torch.export import export_program
@@ -81,14 +84,21 @@ def export(
     console.write(f"{destination}: {model} for {backend}, {dtype}\n")
 
 
-def _load(model: str, revision: str | None, backend: str, dtype: str) -> tuple[Any, Any]:
+def _load(
+    model: str, adapter: str | None, revision: str | None, backend: str, dtype: str
+) -> tuple[Any, Any]:
     from opt_core import OPTTokenizer
+    from opt_core.adapters.folders import tokenizer_folder
     from opt_core.hub import resolve
 
     path = resolve(model, revision=revision)
-    tokenizer = OPTTokenizer.from_pretrained(path) if backend != "torch" else None
+    tokenizer = None
+    if backend != "torch":
+        tokenizer = OPTTokenizer.from_pretrained(tokenizer_folder(path, adapter))
     with console.progress(f"loading {model}") as progress:
-        made = load_backend(backend).from_pretrained(path, dtype=dtype, progress=progress)
+        made = load_backend(backend).from_pretrained(
+            path, dtype=dtype, progress=progress, adapter=adapter
+        )
     return made, tokenizer
 
 

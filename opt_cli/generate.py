@@ -49,6 +49,9 @@ def generate(
     model: Annotated[
         str, typer.Option("--model", "-m", help='Folder, hub id, or "mini".', metavar="MODEL")
     ] = "mini",
+    adapter: Annotated[
+        str | None, _option("PEFT adapter to merge: folder or hub id.", "DIR")
+    ] = None,
     revision: Annotated[str | None, _option("Branch, tag or commit of a hub id.", "NAME")] = None,
     backend: Backend = AUTO,
     dtype: Annotated[
@@ -143,7 +146,9 @@ def generate(
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     started = time.perf_counter()
-    session = _load(model, revision, backend, dtype, quantize, device, given, seed, assistant)
+    session = _load(
+        model, adapter, revision, backend, dtype, quantize, device, given, seed, assistant
+    )
     loaded = time.perf_counter()
     single = len(prompts) == 1 and session.settings.num_return_sequences == 1
     can_stream = single and not session.settings.is_beam_search and not json
@@ -195,6 +200,7 @@ def _read_stdin() -> str:
 
 def _load(
     model: str,
+    adapter: str | None,
     revision: str | None,
     backend: str,
     dtype: str,
@@ -205,17 +211,20 @@ def _load(
     assistant: str | None,
 ) -> _Session:
     from opt_core import OPTTokenizer
+    from opt_core.adapters.folders import tokenizer_folder
     from opt_core.hub import resolve
 
     if device is not None and backend != "torch":
         raise ConfigError(f"--device is for the torch backend; {backend} places its arrays itself")
     path = resolve(model, revision=revision)
-    tokenizer = OPTTokenizer.from_pretrained(path)
+    tokenizer = OPTTokenizer.from_pretrained(tokenizer_folder(path, adapter))
     options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
     options |= {"device": device} if device else {}
     helper = None
     with console.progress(f"loading {model}") as progress:
-        made = load_backend(backend).from_pretrained(path, progress=progress, **options)
+        made = load_backend(backend).from_pretrained(
+            path, progress=progress, adapter=adapter, **options
+        )
     if assistant is not None:
         with console.progress(f"loading {assistant}") as progress:
             helper = load_backend(backend).from_pretrained(

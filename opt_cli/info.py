@@ -21,7 +21,7 @@ def info(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Describe a checkpoint: format, configuration, parameters, sizes, problems.
+    """Describe a checkpoint or an adapter: format, configuration, parameters, sizes, problems.
 
     No weights are loaded. Exits with 1 if there are problems.
     """
@@ -57,7 +57,7 @@ def _print(description: "Description", tensors: bool) -> None:
 
 def _summary(description: "Description") -> list[tuple[str, str]]:
     files = description.files
-    rows = [("path", str(description.path))]
+    rows = [("path", str(description.path)), *_adapter(description)]
     if description.format is not None:
         count = "1 file" if len(files) == 1 else f"{len(files)} files"
         rows.append(
@@ -65,7 +65,8 @@ def _summary(description: "Description") -> list[tuple[str, str]]:
         )
         dtypes = (f"{name} ({count} tensors)" for name, count in description.dtypes.items())
         rows.append(("stored as", ", ".join(dtypes)))
-        rows.append(("head", _head(description)))
+        if description.head is not None:
+            rows.append(("head", _head(description)))
         rows.append(("parameters", f"{description.parameters:,}"))
     config = description.config
     if config is not None:
@@ -79,7 +80,22 @@ def _summary(description: "Description") -> list[tuple[str, str]]:
         window = f"{config.max_position_embeddings} positions"
         rows.append(("input", f"{config.vocab_size} token ids, {window}"))
     known = description.vocabulary
-    rows.append(("tokenizer", "none" if known is None else f"{known} token ids"))
+    if description.adapter is None:
+        rows.append(("tokenizer", "none" if known is None else f"{known} token ids"))
+    return rows
+
+
+def _adapter(description: "Description") -> list[tuple[str, str]]:
+    adapter = description.adapter
+    if adapter is None:
+        return []
+    size = f"rank {adapter.rank}, alpha {adapter.alpha:g}"
+    rows = [("base", adapter.base or "not named")]
+    rows.append(("adapter", f"LoRA, {size}, on {adapter.layers} weights"))
+    rows.append(("targets", ", ".join(adapter.targets) or "none"))
+    if adapter.whole:
+        more = f" and {len(adapter.whole) - 4} more" if len(adapter.whole) > 4 else ""
+        rows.append(("whole", ", ".join(adapter.whole[:4]) + more))
     return rows
 
 

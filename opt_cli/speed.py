@@ -20,6 +20,7 @@ import numpy as np
 
 from conversion.backends import to_numpy
 from opt_core import OPTConfig, TrainConfig
+from opt_core.adapters.folders import split_adapter
 from opt_core.errors import InputError
 from opt_core.hub import resolve
 
@@ -203,7 +204,7 @@ def measure(
         The fields that the module's docstring names.
     """
     path = resolve(model)
-    ids = prompt(task, OPTConfig.from_pretrained(path), new)
+    ids = prompt(task, OPTConfig.from_pretrained(split_adapter(path)[0]), new)
     work = BACKENDS[backend](path, dtype, quantize, ids)
     result: dict[str, Any] = {
         "system": f"opt-lm-{backend}", "model": path.resolve().name, "task": task,

@@ -151,12 +151,15 @@ def _settings(preset: str | None, given: dict[str, Any]) -> "TrainConfig":
 def _model(name: str, from_scratch: bool) -> tuple[Path | None, "OPTConfig"]:
     """The model's folder, where it has one, and its configuration."""
     from opt_core import OPTConfig
+    from opt_core.adapters.tensors import is_adapter
     from opt_core.hub import resolve
     from opt_core.presets import PRESETS
 
     if from_scratch and name in PRESETS:
         return None, OPTConfig.from_preset(name)
     folder = resolve(name)
+    if is_adapter(folder):
+        raise ConfigError(f"--model: {name} is an adapter; merge it first: opt-lm convert")
     return folder, OPTConfig.from_pretrained(folder if folder.is_dir() else folder.parent)
 
 

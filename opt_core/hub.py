@@ -34,6 +34,7 @@ _KERAS_HUB = re.compile(
     r"model\.weights\.json|model_\d+\.weights\.h5|metadata\.json"
     r"|assets/tokenizer/(vocabulary\.json|merges\.txt)"
 )
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _TIMEOUT = 10.0  # seconds the hub may take to say what a repository holds
 _EXPECTED = f'expected a folder, "{MINI}", or a hub id such as "facebook/opt-125m"'
@@ -195,7 +196,7 @@ def remote_files(
 def model_files(
     names: Iterable[str], source: str, convertible: bool = False, variant: str | None = None
 ) -> list[str]:
-    """Chooses, of the files of a repository, those that one model needs.
+    """Chooses, of the files of a repository, those that one model needs, or those of an adapter.
 
     Args:
         names: Paths relative to the repository's root.
@@ -207,6 +208,9 @@ def model_files(
         CheckpointError: No configuration, no weights that can be read, or missing shards.
     """
     found = set(names)
+    if _ADAPTER[0] in found:
+        weights = [name for name in _ADAPTER[1:] if name in found]
+        return [_ADAPTER[0], *weights[:1], *(name for name in TOKENIZER_FILES if name in found)]
     if "config.json" not in found:
         raise CheckpointError(f"{source}: no config.json; expected the repository of an OPT model")
     wanted = ["config.json", "generation_config.json", *TOKENIZER_FILES]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from numpy.typing import NDArray
 
 from opt_core.dialects import NNX
 from opt_core.errors import ConfigError
@@ -13,7 +14,7 @@ from opt_core.params import ParamSpec
 from opt_core.training import lora as files
 from opt_core.training.lora import Adapter
 from opt_flax import sharding
-from opt_flax.checkpoint import as_array, get_parameter, locate
+from opt_flax.checkpoint import as_array, get_parameter, locate, set_parameter
 from opt_flax.linear import Linear
 
 if TYPE_CHECKING:
@@ -70,14 +71,8 @@ def apply(
     Raises:
         ConfigError: A value that cannot be, or the model has adapters already.
     """
-    adapter = Adapter(rank, alpha, tuple(targets))
-    if model.get_decoder().scan_layers:
-        raise ConfigError("scan_layers: stacked layers take no adapters; load the model without")
-    for parent, name in files.plan_adapters(model, NNX, adapter, Linear, bool(adapters(model))):
-        setattr(parent, name, LoraLinear(getattr(parent, name), adapter))
-    for spec, values in files.initial_adapters(model.config, adapter, seed):
-        _put(model, spec, values)
-    return adapter
+    _check_unstacked(model)
+    return files.apply(model, Adapter(rank, alpha, tuple(targets)), seed, _HANDS)
 
 
 def merge(model: "FlaxOPTPreTrainedModel") -> None:
@@ -98,6 +93,15 @@ def unmerge(model: "FlaxOPTPreTrainedModel") -> None:
             layer.unmerged.set_value(None)
 
 
+def unload(model: "FlaxOPTPreTrainedModel") -> None:
+    """Takes the adapters off: what was merged stays, other layers are what they were before.
+
+    Args:
+        model: With adapters or without.
+    """
+    files.unload(model, _HANDS)
+
+
 def save_adapter(
     model: "FlaxOPTPreTrainedModel", folder: str | PathLike[str], base: str = ""
 ) -> None:
@@ -111,23 +115,26 @@ def save_adapter(
     Raises:
         ConfigError: The model has no adapters.
     """
-    files.save_adapter(
-        folder, model.config, model.head, files.adapter_of(adapters(model)),
-        lambda spec: as_array(get_parameter(model, spec)), base,
-    )  # fmt: skip
+    files.save_model_adapter(model, folder, base, _HANDS)
 
 
 def load_adapter(model: "FlaxOPTPreTrainedModel", folder: str | PathLike[str]) -> None:
     """Puts the adapters of a folder, PEFT's or ours, on a model that has none.
 
+    Linear layers get theirs beside their weights, which `merge` adds and `unmerge` takes back. What
+    can only be had in the weights themselves (DoRA, embeddings, biases, modules trained as a whole)
+    replaces them; the vocabulary becomes what the adapter was trained with.
+
     Args:
         model: The model that they were trained on.
-        folder: The folder.
+        folder: The folder, or a hub id.
 
     Raises:
         CheckpointError: The files are damaged or do not fit the model.
+        ConfigError: The model has adapters already.
     """
-    files.load_adapter(model, folder, apply, _put)
+    _check_unstacked(model)
+    files.load_adapter(model, folder, _HANDS)
 
 
 def adapters(model: "FlaxOPTPreTrainedModel") -> list[LoraLinear]:
@@ -135,9 +142,35 @@ def adapters(model: "FlaxOPTPreTrainedModel") -> list[LoraLinear]:
     return [node for _, node in nnx.iter_graph(model) if isinstance(node, LoraLinear)]
 
 
-def _put(model: "FlaxOPTPreTrainedModel", spec: ParamSpec, values: Any) -> None:
-    """Gives a parameter its values, in the canonical layout; on a mesh every device has them."""
-    variable = locate(model, spec)
-    dtype = jnp.float32 if variable.get_value() is None else variable.dtype
-    own = jnp.asarray(values, dtype)
-    variable.set_value(sharding.place(own, model.mesh))
+def _check_unstacked(model: "FlaxOPTPreTrainedModel") -> None:
+    if model.get_decoder().scan_layers:
+        raise ConfigError("scan_layers: stacked layers take no adapters; load the model without")
+
+
+def _fetch(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> NDArray[Any]:
+    return as_array(get_parameter(model, spec))
+
+
+def _put(model: "FlaxOPTPreTrainedModel", spec: ParamSpec, values: NDArray[Any]) -> None:
+    """Gives a parameter its values, in the canonical layout; adapters are on all of a mesh."""
+    if "rank" in spec.axes:
+        own = jnp.asarray(values, jnp.float32)
+        locate(model, spec).set_value(sharding.place(own, model.mesh))
+    else:
+        set_parameter(model, spec, values)
+
+
+def _fit(model: "FlaxOPTPreTrainedModel") -> None:
+    table = model.get_decoder().embed_tokens
+    table.num_embeddings = model.config.vocab_size
+    if model.head == "causal_lm" and not model.config.tie_word_embeddings:
+        head = Linear(model.config.embed_dim, model.config.vocab_size, bias=False, mesh=model.mesh)
+        head.weight.set_value(table.embedding[...])  # of the type that it is to have
+        setattr(model, "lm_head", nnx.data(head))  # noqa: B010
+
+
+def _bare(layer: LoraLinear) -> Linear:
+    return Linear(layer.in_features, layer.out_features, layer.bias is not None, layer.mesh)
+
+
+_HANDS = files.Hands(NNX, Linear, LoraLinear, _fetch, _put, _fit, _bare, setattr)

@@ -14,7 +14,7 @@ from opt_core.training import lora as files
 from opt_core.training.lora import Adapter
 from opt_tf import _private
 from opt_tf.checkpoint import get_parameter, set_parameter
-from opt_tf.linear import Linear
+from opt_tf.linear import Embedding, Linear
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
@@ -73,14 +73,8 @@ def apply(
     Raises:
         ConfigError: A value that cannot be, or the model has adapters already.
     """
-    adapter = Adapter(rank, alpha, tuple(targets))
-    for parent, name in files.plan_adapters(model, KERAS, adapter, Linear, bool(adapters(model))):
-        layer = getattr(parent, name)
-        _private.replace_layer(parent, name, LoraLinear(layer, adapter))
-    for spec, values in files.initial_adapters(model.config, adapter, seed):
-        set_parameter(model, spec, values)
     model.programs.clear()
-    return adapter
+    return files.apply(model, Adapter(rank, alpha, tuple(targets)), seed, _HANDS)
 
 
 def merge(model: "TFOPTPreTrainedModel") -> None:
@@ -105,6 +99,16 @@ def unmerge(model: "TFOPTPreTrainedModel") -> None:
     model.programs.clear()
 
 
+def unload(model: "TFOPTPreTrainedModel") -> None:
+    """Takes the adapters off: what was merged stays, other layers are what they were before.
+
+    Args:
+        model: With adapters or without.
+    """
+    files.unload(model, _HANDS)
+    model.programs.clear()
+
+
 def save_adapter(
     model: "TFOPTPreTrainedModel", folder: str | PathLike[str], base: str = ""
 ) -> None:
@@ -118,23 +122,26 @@ def save_adapter(
     Raises:
         ConfigError: The model has no adapters.
     """
-    files.save_adapter(
-        folder, model.config, model.head, files.adapter_of(adapters(model)),
-        lambda spec: get_parameter(model, spec), base,
-    )  # fmt: skip
+    files.save_model_adapter(model, folder, base, _HANDS)
 
 
 def load_adapter(model: "TFOPTPreTrainedModel", folder: str | PathLike[str]) -> None:
     """Puts the adapters of a folder, PEFT's or ours, on a model that has none.
 
+    Linear layers get theirs beside their weights, which `merge` adds and `unmerge` takes back. What
+    can only be had in the weights themselves (DoRA, embeddings, biases, modules trained as a whole)
+    replaces them; the vocabulary becomes what the adapter was trained with.
+
     Args:
         model: The model that they were trained on.
-        folder: The folder.
+        folder: The folder, or a hub id.
 
     Raises:
         CheckpointError: The files are damaged or do not fit the model.
+        ConfigError: The model has adapters already.
     """
-    files.load_adapter(model, folder, apply, set_parameter)
+    files.load_adapter(model, folder, _HANDS)
+    model.programs.clear()
 
 
 def adapters(model: "TFOPTPreTrainedModel") -> list[LoraLinear]:
@@ -144,3 +151,38 @@ def adapters(model: "TFOPTPreTrainedModel") -> list[LoraLinear]:
 
 def _weights(layer: LoraLinear) -> tuple[Any, Any, Any]:
     return layer.weight, layer.lora_A.weight, layer.lora_B.weight
+
+
+def _fit(model: "TFOPTPreTrainedModel") -> None:
+    decoder = model.get_decoder()
+    table = decoder.embed_tokens
+    rows, columns, options = model.config.vocab_size, model.config.embed_dim, _options(table)
+    if table.input_dim != rows:
+        _renew(decoder, "embed_tokens", Embedding(rows, columns, table.padding_idx, **options))
+    if model.head == "causal_lm" and not model.config.tie_word_embeddings:
+        options = _options(table) | {"name": "lm_head"}
+        _renew(
+            model,
+            "lm_head",
+            Linear(model.config.embed_dim, model.config.vocab_size, False, **options),
+        )
+
+
+def _bare(layer: LoraLinear) -> Linear:
+    plain = Linear(layer.in_features, layer.out_features, layer.use_bias, **_options(layer))
+    plain.built = True
+    return plain
+
+
+def _renew(parent: Any, name: str, layer: Any) -> None:
+    layer.build()
+    _private.replace_layer(parent, name, layer)
+
+
+def _options(layer: Any) -> dict[str, Any]:
+    return {"name": layer.name, "dtype": layer.dtype_policy}
+
+
+_HANDS = files.Hands(
+    KERAS, Linear, LoraLinear, get_parameter, set_parameter, _fit, _bare, _private.replace_layer
+)

@@ -11,7 +11,7 @@ from opt_core.dialects import TORCH
 from opt_core.params import ParamSpec
 from opt_core.training import lora as files
 from opt_core.training.lora import Adapter
-from opt_torch.checkpoint import as_array, as_tensor, get_parameter, locate, set_parameter
+from opt_torch.checkpoint import as_array, as_tensor, get_parameter, locate, set_parameter, tie
 from opt_torch.linear import Linear
 
 if TYPE_CHECKING:
@@ -70,12 +70,7 @@ def apply(
     Raises:
         ConfigError: A value that cannot be, or the model has adapters already.
     """
-    adapter = Adapter(rank, alpha, tuple(targets))
-    for parent, name in files.plan_adapters(model, TORCH, adapter, Linear, bool(adapters(model))):
-        setattr(parent, name, LoraLinear(getattr(parent, name), adapter))
-    for spec, values in files.initial_adapters(model.config, adapter, seed):
-        _put(model, spec, values)
-    return adapter
+    return files.apply(model, Adapter(rank, alpha, tuple(targets)), seed, _HANDS)
 
 
 def merge(model: "OPTPreTrainedModel") -> None:
@@ -97,6 +92,15 @@ def unmerge(model: "OPTPreTrainedModel") -> None:
             layer.unmerged = None
 
 
+def unload(model: "OPTPreTrainedModel") -> None:
+    """Takes the adapters off: what was merged stays, other layers are what they were before.
+
+    Args:
+        model: With adapters or without.
+    """
+    files.unload(model, _HANDS)
+
+
 def save_adapter(model: "OPTPreTrainedModel", folder: str | PathLike[str], base: str = "") -> None:
     """Writes adapter_config.json and adapter_model.safetensors, as PEFT reads them.
 
@@ -108,23 +112,25 @@ def save_adapter(model: "OPTPreTrainedModel", folder: str | PathLike[str], base:
     Raises:
         ConfigError: The model has no adapters.
     """
-    files.save_adapter(
-        folder, model.config, model.head, files.adapter_of(adapters(model)),
-        lambda spec: as_array(get_parameter(model, spec)), base,
-    )  # fmt: skip
+    files.save_model_adapter(model, folder, base, _HANDS)
 
 
 def load_adapter(model: "OPTPreTrainedModel", folder: str | PathLike[str]) -> None:
     """Puts the adapters of a folder, PEFT's or ours, on a model that has none.
 
+    Linear layers get theirs beside their weights, which `merge` adds and `unmerge` takes back. What
+    can only be had in the weights themselves (DoRA, embeddings, biases, modules trained as a whole)
+    replaces them; the vocabulary becomes what the adapter was trained with.
+
     Args:
         model: The model that they were trained on.
-        folder: The folder.
+        folder: The folder, or a hub id.
 
     Raises:
         CheckpointError: The files are damaged or do not fit the model.
+        ConfigError: The model has adapters already.
     """
-    files.load_adapter(model, folder, apply, _put)
+    files.load_adapter(model, folder, _HANDS)
 
 
 def adapters(model: "OPTPreTrainedModel") -> list[LoraLinear]:
@@ -132,7 +138,29 @@ def adapters(model: "OPTPreTrainedModel") -> list[LoraLinear]:
     return [module for module in model.modules() if isinstance(module, LoraLinear)]
 
 
+def _fetch(model: "OPTPreTrainedModel", spec: ParamSpec) -> NDArray[Any]:
+    return as_array(get_parameter(model, spec))
+
+
 def _put(model: "OPTPreTrainedModel", spec: ParamSpec, values: NDArray[Any]) -> None:
     """Gives a parameter its values, in its own type."""
     dtype = locate(model, spec).dtype
     set_parameter(model, spec, as_tensor(values.copy()).to(model.device, dtype))
+    tie(model)
+
+
+def _fit(model: "OPTPreTrainedModel") -> None:
+    table: Any = model.get_decoder().embed_tokens
+    table.num_embeddings = model.config.vocab_size
+    if model.head == "causal_lm":
+        head: Any = model.get_submodule("lm_head")
+        head.out_features = model.config.vocab_size
+
+
+def _bare(layer: LoraLinear) -> Linear:
+    with torch.device("meta"):
+        plain = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    return plain.train(layer.training)
+
+
+_HANDS = files.Hands(TORCH, Linear, LoraLinear, _fetch, _put, _fit, _bare, setattr)

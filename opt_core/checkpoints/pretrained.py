@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.adapters.folders import split_adapter
+from opt_core.adapters.merging import merge_adapter
 from opt_core.checkpoints.load import LoadPlan, plan_load
 from opt_core.checkpoints.save import save_checkpoint
 from opt_core.checkpoints.sources import held_checkpoint, open_any
@@ -138,6 +140,7 @@ def open_pretrained(
     config: Any,
     quantize: str | None,
     dtypes: Sequence[str] = DTYPES,
+    adapter: str | PathLike[str] | None = None,
     as_array: Callable[[Any], NDArray[Any]] = np.asarray,
     **arguments: Any,
 ) -> Pretrained:
@@ -145,11 +148,13 @@ def open_pretrained(
 
     Args:
         head: The head that is to sit on the decoder.
-        path_or_hub_id: Folder, weight file, hub id, or "mini"; None with a `state_dict`.
+        path_or_hub_id: Folder, weight file, hub id, or "mini"; None with a `state_dict`. An
+            adapter's folder is merged into the model that it names.
         dtype: One of `dtypes`, as a name or a framework's type; "auto" for the stored one.
         config: Replaces the checkpoint's config.json: a configuration, a dict, or where one is.
         quantize: One of `opt_core.quantization.SCHEMES`, or None.
         dtypes: What the backend can load as.
+        adapter: A PEFT adapter's folder or hub id, which is merged into the weights.
         as_array: Turns a tensor of a `state_dict` into an array.
         **arguments: As `opt_core.compatibility.loading` sorts them.
 
@@ -171,6 +176,7 @@ def open_pretrained(
         path = resolve(path_or_hub_id, convertible=True, variant=options.variant, **options.hub)
     else:
         path = Path("state_dict")
+    path, read = split_adapter(path, adapter, **options.hub)
     if config is not None:
         config = OPTConfig.from_any(config).copy()
     if options.state_dict is None:
@@ -186,6 +192,7 @@ def open_pretrained(
     for note in (*checkpoint.notes, *notes):
         notice(note)
     stored = plan.entries[0][1].dtype.name
+    plan = plan if read is None else merge_adapter(plan, head, read)
     return Pretrained(path, plan, stored if name == "auto" else name, quantize, options)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from opt_core.adapters.folders import tokenizer_folder
 from opt_core.compatibility.keras_hub_tokenizer import KerasHubTokenizer
 from opt_core.compatibility.tokenizer import TokenizerCompatibility
 from opt_core.errors import TokenizerError
@@ -95,6 +96,9 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
             token=token,
             local_files_only=local_files_only,
             **{name: value for name, value in where.items() if value},
+        )
+        path = tokenizer_folder(
+            path, revision=revision, token=token, local_files_only=local_files_only
         )
         return cls.from_loaded(
             tokenizer_files.load(path if path.is_dir() else path.parent, **changes)

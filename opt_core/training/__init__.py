@@ -7,7 +7,7 @@ from opt_core.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from opt_core.training.loop import RunResult, Trainer, run
-    from opt_core.training.lora import Adapter, read_adapter, save_adapter
+    from opt_core.training.lora import Adapter, save_adapter
     from opt_core.training.run_folder import read_metrics
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "RunResult",
     "TrainConfig",
     "Trainer",
-    "read_adapter",
     "read_metrics",
     "run",
     "save_adapter",
@@ -25,7 +24,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "loop": ["RunResult", "Trainer", "run"],
-        "lora": ["Adapter", "read_adapter", "save_adapter"],
+        "lora": ["Adapter", "save_adapter"],
         "run_folder": ["read_metrics"],
     },
 )

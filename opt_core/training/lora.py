@@ -5,36 +5,33 @@ starts from the model itself (LoRA, arXiv 2106.09685). The layer keeps its name,
 two matrices are linear layers `lora_A` and `lora_B` inside it: `opt_core.dialects` spells them.
 """
 
-import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.adapters.live import LivePlan, plan_live, set_config
+from opt_core.adapters.settings import CONFIG_FILE
+from opt_core.adapters.tensors import PREFIX, WEIGHTS_FILE
 from opt_core.checkpoints.atomic import new_folder
-from opt_core.checkpoints.safetensors_format import (
-    PendingTensor,
-    read_safetensors,
-    write_safetensors,
-)
+from opt_core.checkpoints.safetensors_format import PendingTensor, write_safetensors
 from opt_core.checkpoints.tensors import cast_array
 from opt_core.config import OPTConfig
 from opt_core.dialects import Dialect
 from opt_core.errors import CheckpointError, ConfigError
-from opt_core.json_files import read_json, write_json
+from opt_core.json_files import write_json
 from opt_core.params import HEAD_PARAMETERS, Head, ParamSpec, param_specs
 
 TARGETS = ("q_proj", "v_proj")
 """The layers adapted unless others are named: those of the paper, and PEFT's choice for OPT."""
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-_PREFIX = "base_model.model."
 _TASKS: dict[Head, str] = {
     "none": "FEATURE_EXTRACTION",
     "causal_lm": "CAUSAL_LM",
@@ -51,16 +48,19 @@ class Adapter:
         rank: Rank of A and B.
         alpha: Numerator of the scale.
         targets: The adapted layers' names.
+        source: The folder it was read from, where it is of a form that is not written again.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    source: str = ""
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
             raise ConfigError(f"rank: expected an integer >= 1, received {self.rank!r}")
-        check_targets(self.targets)
+        if not self.source:
+            check_targets(self.targets)
 
     @property
     def scale(self) -> float:
@@ -106,13 +106,7 @@ def adapted_specs(config: OPTConfig, targets: Sequence[str]) -> list[ParamSpec]:
 
 def adapter_specs(config: OPTConfig, rank: int, targets: Sequence[str]) -> list[ParamSpec]:
     """The adapters' parameters: A [rank, in] and B [out, rank] of every adapted weight."""
-    specs: list[ParamSpec] = []
-    for spec in adapted_specs(config, targets):
-        layer, (out, into) = spec.name.removesuffix(".weight"), spec.shape
-        a, b = (f"{layer}.{name}.weight" for name in ("lora_A", "lora_B"))
-        specs.append(ParamSpec(a, (rank, into), "linear", ("rank", spec.axes[1])))
-        specs.append(ParamSpec(b, (out, rank), "linear", (spec.axes[0], "rank")))
-    return specs
+    return [one for spec in adapted_specs(config, targets) for one in _pair(spec, rank)]
 
 
 def initial_adapter(spec: ParamSpec, seed: int) -> NDArray[np.float32]:
@@ -124,72 +118,105 @@ def initial_adapter(spec: ParamSpec, seed: int) -> NDArray[np.float32]:
     return rng.uniform(-bound, bound, spec.shape).astype(np.float32)
 
 
-def initial_adapters(
-    config: OPTConfig, adapter: Adapter, seed: int
-) -> Iterator[tuple[ParamSpec, NDArray[np.float32]]]:
-    """The adapters' parameters and their first values, one after the other."""
-    for spec in adapter_specs(config, adapter.rank, adapter.targets):
-        yield spec, initial_adapter(spec, seed)
+class Hands(NamedTuple):
+    """The part of a backend in this: how it handles its models.
+
+    Attributes:
+        dialect: How it spells parameters.
+        plain: Its class of linear layers, and no subclass, which can have adapters.
+        adapted: `adapted(layer, adapter)` makes a layer with an adapter of such a one.
+        fetch: `fetch(model, spec)` gives the values of a parameter, in the canonical layout.
+        put: `put(model, spec, values)` gives a parameter its values.
+        fit: `fit(model)` makes room for the embeddings of the model's configuration, which has
+            another vocabulary or ties the head no more; the values of both are put then.
+        bare: `bare(layer)` makes a plain layer of an adapted one's sizes, without parameters.
+        replace: `replace(parent, name, layer)` puts a layer in the place of another.
+    """
+
+    dialect: Dialect
+    plain: type
+    adapted: Callable[[Any, Adapter], Any]
+    fetch: Callable[[Any, ParamSpec], NDArray[Any]]
+    put: Callable[[Any, ParamSpec, NDArray[Any]], None]
+    fit: Callable[[Any], None]
+    bare: Callable[[Any], Any]
+    replace: Callable[[Any, str, Any], None]
 
 
-def plan_adapters(
-    model: Any, dialect: Dialect, adapter: Adapter, plain: type, has_some: bool
-) -> list[tuple[Any, str]]:
-    """Where the layers are that get an adapter: the modules that hold them, and their names there.
+def apply(model: Any, adapter: Adapter, seed: int, hands: Hands) -> Adapter:
+    """Puts adapters with their first values on a model.
 
     Args:
         model: A backend's model.
-        dialect: The backend's spelling.
-        adapter: What they get.
-        plain: The class of layers that can have one.
-        has_some: Whether layers of the model have adapters already.
+        adapter: What the layers get.
+        seed: Seed of A.
+        hands: The backend's.
 
     Raises:
-        ConfigError: They do, or a layer is of another class.
+        ConfigError: Layers of the model have adapters already, or are of another class.
     """
-    if has_some:
-        raise ConfigError("the model has adapters already; merge them first")
-    places: list[tuple[Any, str]] = []
-    for spec in adapted_specs(model.config, adapter.targets):
-        parent, name = dialect.parent(model, spec)
-        if type(getattr(parent, name)) is not plain:
-            raise ConfigError(f"{spec.name}: an adapter needs a plain linear layer")
-        places.append((parent, name))
-    return places
+    for parent, name in _places(model, adapted_specs(model.config, adapter.targets), hands):
+        hands.replace(parent, name, hands.adapted(getattr(parent, name), adapter))
+    for spec in adapter_specs(model.config, adapter.rank, adapter.targets):
+        hands.put(model, spec, initial_adapter(spec, seed))
+    return adapter
 
 
-def adapter_of(layers: Sequence[Any]) -> Adapter:
-    """The adapter of a model's adapted layers.
-
-    Raises:
-        ConfigError: There are no such layers.
-    """
-    if not layers:
-        raise ConfigError("the model has no adapters to save")
-    return layers[0].adapter
-
-
-def load_adapter(
-    model: Any,
-    folder: str | PathLike[str],
-    apply: Callable[..., Adapter],
-    put: Callable[[Any, ParamSpec, NDArray[Any]], None],
-) -> None:
-    """Puts the adapters of a folder on a model, and the head that was trained with them.
+def load_adapter(model: Any, folder: str | PathLike[str], hands: Hands) -> None:
+    """Puts the adapters of a folder on a model, and whatever else was trained with them.
 
     Args:
         model: A backend's model.
-        folder: The folder.
-        apply: The backend's `lora.apply`.
-        put: Gives a parameter of the model its values, in the canonical layout.
+        folder: Folder or hub id of an adapter, PEFT's or ours.
+        hands: The backend's.
 
     Raises:
-        CheckpointError: As `read_adapter`.
+        ConfigError: Layers of the model have adapters already, or are of another class.
+        CheckpointError: As `plan_live`.
     """
-    adapter, values = read_adapter(Path(folder), model.config, model.head)
-    apply(model, adapter.rank, adapter.alpha, adapter.targets)
-    for spec in _trained(model.config, model.head, adapter):
-        put(model, spec, values[spec.name])
+    plan = plan_live(model, folder, partial(hands.fetch, model))
+    places = _places(model, [spec for spec, _ in plan.beside], hands)
+    if plan.config != model.config:
+        set_config(model, plan.config)
+        hands.fit(model)
+    for spec, values in plan.values():
+        hands.put(model, spec, values)
+    common = _common(plan, model)
+    for (spec, product), (parent, name) in zip(plan.products(), places, strict=True):
+        rank, scale = product.low.shape[0], product.scale
+        adapter = common or Adapter(rank, scale * rank, (), str(plan.adapter.file.parent))
+        hands.replace(parent, name, hands.adapted(getattr(parent, name), adapter))
+        for one, values in zip(_pair(spec, rank), (product.low, product.high), strict=True):
+            hands.put(model, one, values)
+
+
+def unload(model: Any, hands: Hands) -> None:
+    """Takes the adapters off a model.
+
+    Args:
+        model: A backend's model.
+        hands: The backend's.
+    """
+    for parent, name, layer in _adapted(model, hands):
+        plain = hands.bare(layer)
+        plain.weight, plain.bias = layer.weight, layer.bias
+        hands.replace(parent, name, plain)
+
+
+def save_model_adapter(model: Any, folder: str | PathLike[str], base: str, hands: Hands) -> None:
+    """Writes a model's adapters; see `save_adapter`.
+
+    Args:
+        model: A backend's model.
+        folder: A new folder.
+        base: Name or path of the model without them.
+        hands: The backend's.
+
+    Raises:
+        ConfigError: There are none, or they are of a form that is not written.
+    """
+    adapter = _adapter_of([layer for _, _, layer in _adapted(model, hands)])
+    save_adapter(folder, model.config, model.head, adapter, partial(hands.fetch, model), base)
 
 
 def save_adapter(
@@ -227,69 +254,11 @@ def save_adapter(
         def read() -> NDArray[Any]:
             return cast_array(spec.name, np.asarray(fetch(spec)), dtype)
 
-        return PendingTensor(_PREFIX + spec.name, spec.shape, dtype, read)
+        return PendingTensor(PREFIX + spec.name, spec.shape, dtype, read)
 
     with new_folder(Path(folder)) as stage:
         write_safetensors(stage / WEIGHTS_FILE, [pending(spec) for spec in specs])
         write_json(stage / CONFIG_FILE, about)
-
-
-def read_adapter(
-    folder: Path, config: OPTConfig, head: Head
-) -> tuple[Adapter, dict[str, NDArray[Any]]]:
-    """Reads an adapter folder, PEFT's or ours.
-
-    Args:
-        folder: The folder.
-        config: The configuration of the model that it is for.
-        head: Its head.
-
-    Returns:
-        What the adapter is, and its parameters by canonical name.
-
-    Raises:
-        CheckpointError: Files are missing or damaged, need what is not supported here, or do not
-            fit the model.
-    """
-    path = folder / CONFIG_FILE
-    adapter = _adapter(read_json(path, CheckpointError), path)
-    stored = read_safetensors(folder / WEIGHTS_FILE)
-    wanted = {_PREFIX + spec.name: spec for spec in _trained(config, head, adapter)}
-    problems = [f"missing {name}" for name in sorted(wanted.keys() - stored.keys())]
-    problems += [f"unexpected {name}" for name in sorted(stored.keys() - wanted.keys())]
-    problems += [
-        f"{name}: expected {list(spec.shape)}, found {list(stored[name].shape)}"
-        for name, spec in wanted.items()
-        if name in stored and stored[name].shape != spec.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise CheckpointError(
-            f"{folder / WEIGHTS_FILE} does not fit the model: {'; '.join(problems[:4])}{more}"
-        )
-    return adapter, {spec.name: stored[name].read() for name, spec in wanted.items()}
-
-
-def _adapter(about: Mapping[str, Any], path: Path) -> Adapter:
-    expected = {"peft_type": ("LORA",), "bias": ("none", None)}
-    off = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
-           "layers_to_transform", "lora_bias", "exclude_modules")  # fmt: skip
-    for name, allowed in expected.items():
-        if about.get(name) not in allowed:
-            raise CheckpointError(
-                f"{path}: {name}: expected {allowed[0]!r}, found {about.get(name)!r}"
-            )
-    for name in off:
-        if about.get(name):
-            raise CheckpointError(f"{path}: {name}={json.dumps(about[name])} is not supported")
-    targets: Any = about.get("target_modules")
-    if not isinstance(targets, list):
-        raise CheckpointError(f"{path}: target_modules: expected a list, found {targets!r}")
-    try:
-        names = tuple(str(name) for name in targets)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-        return Adapter(about["r"], float(about["lora_alpha"]), tuple(sorted(names)))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _trained(config: OPTConfig, head: Head, adapter: Adapter) -> list[ParamSpec]:
@@ -301,3 +270,69 @@ def _new_head(config: OPTConfig, head: Head) -> list[ParamSpec]:
     """Parameters of a head that the language model does not have: trained along with adapters."""
     names = HEAD_PARAMETERS[head] if head != "causal_lm" else ()
     return [spec for spec in param_specs(config, head) if spec.name in names]
+
+
+def _adapter_of(layers: Sequence[Any]) -> Adapter:
+    """The adapter of a model's adapted layers.
+
+    Raises:
+        ConfigError: There are no such layers, or theirs are of a form that is not written.
+    """
+    if not layers:
+        raise ConfigError("the model has no adapters to save")
+    adapter: Adapter = layers[0].adapter
+    if adapter.source:
+        raise ConfigError(
+            f"adapters read from {adapter.source} are not written again: their layers differ, or "
+            "other weights go with them; copy that folder, or merge them and save the model"
+        )
+    return adapter
+
+
+def _adapted(model: Any, hands: Hands) -> list[tuple[Any, str, Any]]:
+    """The layers with adapters, each with the module that holds it and its name there."""
+    linear = (spec for spec in param_specs(model.config, "none") if spec.kind == "linear")
+    places = (hands.dialect.parent(model, s) for s in linear if s.name.endswith(".weight"))
+    layers = ((parent, name, getattr(parent, name)) for parent, name in places)
+    return [place for place in layers if hasattr(place[2], "adapts")]
+
+
+def _places(model: Any, specs: Iterable[ParamSpec], hands: Hands) -> list[tuple[Any, str]]:
+    """The modules that hold the layers of some weights, and the layers' names there."""
+    if _adapted(model, hands):
+        raise ConfigError("the model has adapters already; merge and unload them first")
+    places: list[tuple[Any, str]] = []
+    for spec in specs:
+        parent, name = hands.dialect.parent(model, spec)
+        if type(getattr(parent, name)) is not hands.plain:
+            raise ConfigError(f"{spec.name}: an adapter needs a plain linear layer")
+        places.append((parent, name))
+    return places
+
+
+def _pair(spec: ParamSpec, rank: int) -> list[ParamSpec]:
+    """A [rank, in] and B [out, rank] of an adapted weight."""
+    layer, (out, into) = spec.name.removesuffix(".weight"), spec.shape
+    a, b = (f"{layer}.{name}.weight" for name in ("lora_A", "lora_B"))
+    return [
+        ParamSpec(a, (rank, into), "linear", ("rank", spec.axes[1])),
+        ParamSpec(b, (out, rank), "linear", (spec.axes[0], "rank")),
+    ]
+
+
+def _common(plan: LivePlan, model: Any) -> Adapter | None:
+    """The one adapter of all layers, if it is such as `apply` makes and nothing else changes."""
+    names = {spec.name for spec, _ in plan.beside}
+    targets = tuple(sorted({name.split(".")[-2] for name in names}))
+    sizes = {(tensor.rank, tensor.scale) for _, tensor in plan.beside}
+    heads = {spec.name for spec in _new_head(model.config, model.head)}
+    if len(sizes) != 1 or any(tensor.initialization != "kept" for _, tensor in plan.beside):
+        return None
+    if not targets or any(name not in _LAYERS for name in targets):
+        return None
+    if names != {spec.name for spec in adapted_specs(model.config, targets)}:
+        return None
+    if {spec.name for spec, _ in plan.replaced} - heads:
+        return None
+    rank, scale = sizes.pop()
+    return Adapter(rank, scale * rank, targets)
