@@ -67,6 +67,8 @@ class Model(PreTrainedMixin[Decoder]):
         generation=None,
         beam=None,
         speculative=None,
+        sampling=None,
+        prefill=None,
     )
 
     def __init__(self, config: OPTConfig, attn_implementation: str = "sdpa"):
