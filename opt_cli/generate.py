@@ -1,5 +1,6 @@
 """`opt-lm generate`: prompts in, text out, as it is written."""
 
+import secrets
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -108,7 +109,9 @@ def generate(
     typical_p: Annotated[
         float | None, _option("Among the most typical of this probability.", "P", _SAMPLING)
     ] = None,
-    seed: Annotated[int, _option("Same seed, same text.", "N", _SAMPLING)] = 0,
+    seed: Annotated[
+        int | None, _option("Same seed, same text; drawn and told if not given.", "N", _SAMPLING)
+    ] = None,
     num_beams: Annotated[
         int | None, _option("Beams to keep; above 1: beam search.", "N", _BEAMS)
     ] = None,
@@ -145,6 +148,7 @@ def generate(
         "prompt_lookup_num_tokens": prompt_lookup,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
+    seed = secrets.randbelow(2**31) if seed is None else seed
     started = time.perf_counter()
     session = _load(
         model, adapter, revision, backend, dtype, quantize, device, given, seed, assistant
@@ -176,9 +180,10 @@ def generate(
         )
     elif not streams:
         _print(completions)
+    drawn = f", seed {seed}" if session.settings.do_sample else ""
     console.note(
         f"{model} on {backend}, {quantize or dtype}: loaded in {loaded - started:.2f} s, "
-        f"{new} tokens in {elapsed:.2f} s, {new / elapsed:.1f} tokens/s"
+        f"{new} tokens in {elapsed:.2f} s, {new / elapsed:.1f} tokens/s{drawn}"
     )
 
 

@@ -299,8 +299,8 @@ def test_options_go_over_the_models_own(base: Any, given: Any, expected: Any):
 
 
 def test_options_that_contradict_one_another_are_refused():
-    with pytest.raises(GenerationError, match="choose one"):
-        resolve_settings(GenerationConfig(), {"do_sample": True, "num_beams": 2})
+    with pytest.raises(GenerationError, match="num_beam_groups=2 does not divide"):
+        resolve_settings(GenerationConfig(num_beam_groups=2), {"num_beams": 3})
     with pytest.raises(GenerationError, match="--temperature has no effect"):
         resolve_settings(GenerationConfig(do_sample=True), {"do_sample": False, "temperature": 1.0})
 

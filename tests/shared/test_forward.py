@@ -172,7 +172,7 @@ BAD_INPUTS = {
     "id too large": ({"input_ids": [[2, 99]]}, "input_ids.*0..98.*99"),
     "id negative": ({"input_ids": [[2, -1]]}, "input_ids.*-1"),
     "fractions": ({"input_ids": [[2.0, 3.5]]}, "input_ids: expected integers"),
-    "one dimension": ({"input_ids": [2, 3]}, "input_ids"),
+    "no dimension": ({"input_ids": 2}, "input_ids"),
     "ragged": ({"input_ids": [[2, 3], [4]]}, "input_ids"),
     "empty": ({"input_ids": np.zeros((1, 0), int)}, "empty"),
     "nothing": ({}, "either input_ids or inputs_embeds"),

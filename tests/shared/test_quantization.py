@@ -69,10 +69,10 @@ def test_weights_are_the_scheme_s_and_outputs_the_oracle_s(backend, folder, head
     rest = sum(4 * spec.size for spec in specs if spec.name not in numbers)
     assert bytes_held(backend, model) == sum(sizes) + rest
     ids = make_prompts(config, 2, 7)
-    ours = backend.run(model, input_ids=ids)
+    ours = backend.run(model, input_ids=ids, output_hidden_states=True)
     theirs = oracle.forward(params, config, ids)
     close = {"rtol": 0, "atol": ORACLE_TOLERANCE}
-    np.testing.assert_allclose(ours.last_hidden_state, theirs.last_hidden_state, **close)
+    np.testing.assert_allclose(ours.hidden_states[-1], theirs.last_hidden_state, **close)
     if head == "causal_lm":
         np.testing.assert_allclose(ours.logits, theirs.logits, **close)
 

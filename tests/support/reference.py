@@ -56,6 +56,7 @@ def options(settings: Settings) -> dict[str, Any]:
     """The oracle's settings as keyword arguments of `transformers`' generate."""
     values = asdict(settings)
     values["eos_token_id"] = values.pop("eos_token_ids")
+    del values["max_new_tokens"]  # each call has its own
     values = {k: list(v) if isinstance(v, tuple | range) else v for k, v in values.items()}
     # An empty list, or a least length of 0, is a filter to transformers too; None is not.
     return {k: v or None for k, v in values.items()} | {"pad_token_id": 1}
