@@ -19,7 +19,7 @@ from opt_core.adapters.tensors import is_adapter, read_adapter
 from opt_core.checkpoints.load import Checkpoint, plan_load
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, OPTError
-from opt_core.generation.config import GenerationConfig
+from opt_core.generation.config import GenerationConfig, as_ids
 from opt_core.hub import remote_files, resolve
 from opt_core.params import Head
 from opt_core.text.tokenizer import OPTTokenizer
@@ -277,8 +277,7 @@ def _tokenizer_problems(tokenizer: OPTTokenizer, config: OPTConfig) -> Iterator[
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         here, there = getattr(config, name), getattr(tokenizer, name)
-        ids = here if isinstance(here, tuple) else (here,)
-        if here is not None and there is not None and there not in ids:
+        if here is not None and there is not None and there not in as_ids(here):
             yield f"config.json has {name}={here}, but the tokenizer has {there}"
 
 

@@ -100,8 +100,8 @@ def partition(spec: ParamSpec, config: OPTConfig, mesh: Mesh) -> PartitionSpec:
         # Heads stay whole: half a head on a device would need its other half in every product.
         units = {"heads": config.num_attention_heads, "vocab": 0}.get(axis, size)
         # Once: opt-350m's projections have two dimensions that the same axis would split.
-        is_free = where is not None and where not in parts
-        parts.append(where if is_free and _splits(units, where, mesh) else None)
+        is_free = where is not None and where not in parts and _splits(units, where, mesh)
+        parts.append(where if is_free else None)
     # As XLA spells it: a program's results then lie as its arguments do, and it is found again.
     while parts and parts[-1] is None:
         parts.pop()

@@ -91,8 +91,9 @@ def observe(
     """
     decoder = model.get_decoder()
     if embeds_BTP is None:
-        embeds_BTP = decoder.embed_tokens(to_tensor(model, ids_RT))
-    embeds = embeds_BTP.repeat_interleave(copies, 0)
+        embeds = decoder.embed_tokens(to_tensor(model, ids_RT))
+    else:
+        embeds = embeds_BTP.repeat_interleave(copies, 0)
     if cache is None:
         mask = None if mask_RT is None else to_tensor(model, mask_RT)
         cache = model.init_cache(len(embeds), slots)

@@ -43,7 +43,7 @@ def opt_lm(capsys):
         with pytest.raises(SystemExit) as end:
             main([str(argument) for argument in arguments])
         out = capsys.readouterr()
-        return Outcome(end.value.code, out.out, out.err)
+        return Outcome(int(end.value.code or 0), out.out, out.err)
 
     return run
 

@@ -4,6 +4,7 @@ Those honoured are compared with live PEFT in tests/torch/test_adapters.py.
 """
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def change(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def merged(base, folder, head=HEAD):
+def merged(base, folder, head: Any = HEAD):
     plan = plan_load(open_checkpoint(base), OPTConfig.from_pretrained(base), head)
     return merge_adapter(plan, head, read_adapter(folder))
 
@@ -53,7 +54,7 @@ def test_what_is_written_is_read(base, adapter):
     original = load_file(base / "model.safetensors")
     for spec, tensor in merged(base, adapter).entries:
         key = f"base_model.model.{spec.name.removesuffix('.weight')}"
-        expected = tensors.get(f"{key}.weight", original.get(spec.name))
+        expected: Any = tensors.get(f"{key}.weight", original.get(spec.name))
         if f"{key}.lora_A.weight" in tensors:
             assert isinstance(tensor, AdaptedTensor)
             expected += 2 * tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]

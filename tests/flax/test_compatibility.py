@@ -69,7 +69,7 @@ def test_a_call_with_parameters_is_pure(folder):
     expected = theirs(**tensors({"input_ids": ids, "labels": ids})).loss
     expected.backward()
     assert value == pytest.approx(expected.item(), abs=1e-5)
-    found = flatten_dict(gradients, sep="/")
+    found: dict[str, Any] = flatten_dict(gradients, sep="/")  # type: ignore[assignment]
     for name, leaf in theirs.model.decoder.layers[0].named_parameters():
         if not name.endswith(("k_proj.bias", "layer_norm.weight", "layer_norm.bias")):
             path = "model/decoder/layers/0/" + name.replace(".", "/").replace("weight", "kernel")
@@ -142,7 +142,8 @@ def test_types_are_cast_where_the_mask_says_so(folder):
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), model.params_shape_tree
     )
-    run = jax.eval_shape(lambda p: model(make_prompts(CONFIG, 2, 7), params=p).logits, shapes)
+    call: Any = model
+    run = jax.eval_shape(lambda p: call(make_prompts(CONFIG, 2, 7), params=p).logits, shapes)
     assert run.dtype == jnp.bfloat16
 
 
@@ -171,7 +172,8 @@ def test_fresh_parameters_follow_the_key():
 
 def test_parameters_come_apart_when_they_are_loaded(folder):
     ids = make_prompts(CONFIG, 2, 7)
-    model, params = opt_flax.FlaxOPTForCausalLM.from_pretrained(folder(CONFIG), _do_init=False)
+    load: Any = opt_flax.FlaxOPTForCausalLM.from_pretrained
+    model, params = load(folder(CONFIG), _do_init=False)
     np.testing.assert_array_equal(
         model(ids, params=params).logits, model_of(folder, CONFIG)(ids).logits
     )

@@ -30,6 +30,7 @@ from opt_flax import (  # noqa: E402
     checkpoint,
     compilation,
     generation,
+    sampling,
     sharding,
     training,
     training_checkpoints,
@@ -252,7 +253,7 @@ def test_beams_stay_with_their_prompts_devices(load, name):
     request = make_request(model, IDS, MASK, **SETTINGS["beams"])
     graph, state = nnx.split(model)
     history, mask = allocate_tokens(request, request.slots, 3)
-    settings = compilation.program_settings(request)
+    settings = sampling.request_rules(model, request)
     prompts = compilation.program_inputs(request, request.slots)
     search, _ = beam._start(graph, state, prompts, history, mask, settings)
     share = parts(search.cache.keys[0])

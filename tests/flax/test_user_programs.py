@@ -109,7 +109,7 @@ def test_a_train_state_on_eight_devices(home, blocks, expected, tmp_path):
     params = jax.device_get(state.params)
     model.save_pretrained(tmp_path / "trained", params=params)
     again = FlaxOPTForCausalLM.from_pretrained(tmp_path / "trained")
-    trained = again(blocks, labels=blocks).loss
+    trained: Any = again(blocks, labels=blocks).loss
     assert float(trained) < losses[-1]
 
 
@@ -133,7 +133,8 @@ def test_an_nnx_loop(home, blocks, expected):
 def test_texts_are_generated(home):
     """A script that keeps the parameters beside the model, in half precision and not."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(home, padding_side="left")
-    model, params = FlaxOPTForCausalLM.from_pretrained(home, _do_init=False)
+    load: Any = FlaxOPTForCausalLM.from_pretrained
+    model, params = load(home, _do_init=False)
     inputs = tokenizer(SENTENCES[:2], padding=True, return_tensors="np")
     options = {"max_new_tokens": 3, "do_sample": False}
     ids = np.asarray(model.generate(**inputs, params=params, **options))

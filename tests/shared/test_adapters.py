@@ -4,6 +4,7 @@ The rules of each setting are neutral and tested in tests/torch/test_adapters.py
 """
 
 import importlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ def lora(backend):
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_peft(backend, lora, kind, folder, tmp_path):
     """Merged when the adapter's folder is loaded, and on a model that is loaded already."""
-    base, settings = folder(CONFIG), {"head": "causal_lm"} | KINDS[kind]
+    base = folder(CONFIG)
+    settings: dict[str, Any] = {"head": "causal_lm"} | KINDS[kind]
     expected = make_adapter(base, tmp_path / "adapter", IDS, **settings)
     merged = backend.load(tmp_path / "adapter", settings["head"])
     assert merged.config.vocab_size == settings.get("vocabulary", 99)

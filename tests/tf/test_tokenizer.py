@@ -1,5 +1,7 @@
 """The tokenizer inside tf.data, and its tensors."""
 
+from typing import Any
+
 import pytest
 import tensorflow as tf
 
@@ -18,7 +20,8 @@ def test_it_is_mapped_over_strings(tokenizer):
     rows = list(tf.data.Dataset.from_tensor_slices(TEXTS).map(tokenizer))
     assert [row["input_ids"].numpy().tolist() for row in rows] == tokenizer(TEXTS).input_ids
     batches = tf.data.Dataset.from_tensor_slices(TEXTS).batch(2).map(tokenizer)
-    assert batches.element_spec["input_ids"].shape.as_list() == [None, None]
+    spec: Any = batches.element_spec
+    assert spec["input_ids"].shape.as_list() == [None, None]
     (batch,) = batches
     expected = tokenizer(TEXTS, padding=True)
     assert {k: v.numpy().tolist() for k, v in batch.items()} == dict(expected)

@@ -90,7 +90,7 @@ def test_what_a_file_asks_for_can_be_waived(tmp_path):
 
 def test_fields_can_be_set_and_are_checked_when_used():
     settings = GenerationConfig(max_new_tokens=2)
-    settings.eos_token_id = [2, 5]
+    settings.eos_token_id = [2, 5]  # type: ignore[assignment]
     settings.top_k = None
     assert (settings.eos_ids, settings.top_k) == ((2, 5), None)
     settings.top_p = 7.0
@@ -101,7 +101,7 @@ def test_fields_can_be_set_and_are_checked_when_used():
 
 
 def test_settings_as_dictionaries():
-    settings = GenerationConfig(top_k=5, bad_words_ids=[[3]])
+    settings = GenerationConfig(top_k=5, bad_words_ids=((3,),))
     assert settings.to_diff_dict() == {"top_k": 5, "bad_words_ids": ((3,),)}
     assert GenerationConfig.from_dict(settings.to_dict()) == settings
     assert json.loads(settings.to_json_string()) == {"top_k": 5, "bad_words_ids": [[3]]}

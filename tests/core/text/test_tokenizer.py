@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -321,7 +322,8 @@ def test_no_pad_token(tmp_path):
     tokenizer = OPTTokenizer.from_pretrained(tmp_path)
     assert tokenizer.pad_token_id is None
     assert tokenizer(["a", "b"], padding_side="left").input_ids.shape == (2, 1)
-    for options in ({"padding": True}, {"padding_side": "left"}):
+    keywords: list[dict[str, Any]] = [{"padding": True}, {"padding_side": "left"}]
+    for options in keywords:
         with pytest.raises(ValueError, match="need a pad_token"):
             tokenizer(["a", "I like you"], **options)
     with pytest.raises(ValueError, match="need a pad_token"):

@@ -274,7 +274,10 @@ def test_no_special_token_of_a_vocabulary_without_any():
     assert ours.encode("lower") == [14, 15]
     ours.add_prefix_space = False
     assert ours.convert_tokens_to_ids([*ours.tokenize(" lower"), "<unk>"]) == [14, 15, 19]
-    for options in ({"padding": True}, {"padding": "max_length", "max_length": 15}):
+    keywords: list[dict[str, Any]] = [
+        {"padding": True}, {"padding": "max_length", "max_length": 15},
+    ]  # fmt: skip
+    for options in keywords:
         with pytest.raises(ValueError, match="need a pad_token"):
             ours([" lower", " lower newer"], **options)
     named = OPTTokenizer(vocabulary=vocabulary, merges=merges, pad_token="<pad>")
