@@ -42,20 +42,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from opt_core.config import OPTConfig
-from opt_core.generation.config import GenerationConfig
+from opt_core import GenerationConfig, OPTConfig, TrainConfig
 from opt_core.generation.request import Request
-from opt_core.training import TrainConfig
-from opt_flax import (
-    FlaxOPTForCausalLM,
-    attention,
-    checkpoint,
-    generation,
-    sampling,
-    sharding,
-    training,
-)
+from opt_flax import FlaxOPTForCausalLM, attention, checkpoint, generation, sharding, training
 from opt_flax.compilation import Prompts
+from opt_flax.sampling import request_rules
 
 RESULTS = Path(__file__).parent / "results" / "tpu.json"
 PROGRAMS = ("prefill", "decode step", "decode loop", "training step")
@@ -188,7 +179,8 @@ def lower_generation(config: OPTConfig, mesh: Mesh) -> Iterator[tuple[str, Any]]
     new = GenerationConfig(max_new_tokens=2, eos_token_id=2)
     V = config.vocab_size
     request = Request(np.zeros((ROWS, LENGTH - 2), np.int32), None, new, 2, V, V, 1)
-    rules = sampling.request_rules(model, request, jax.eval_shape(lambda: jax.random.key(0)))
+    rules = request_rules(model, request, jax.eval_shape(lambda: jax.random.key(0)))
+    rules = abstract_arguments(rules, mesh)
     ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     mask = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.bool_)
     prompts = Prompts(ids, None, np.int32(LENGTH - 1), None)

@@ -290,6 +290,8 @@ def _folder_problems(folder: Path, names: Collection[str]) -> Iterator[str]:
             )
     if (folder / "generation_config.json").exists():
         try:
-            GenerationConfig.from_pretrained(folder)
+            settings = GenerationConfig.from_pretrained(folder)
         except OPTError as error:
             yield str(error)
+        else:
+            yield from (line for _, line in settings.refused)

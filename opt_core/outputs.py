@@ -66,7 +66,7 @@ class ModelOutput(OrderedDict[str, Any], Generic[Tensor, Cache]):
 
     @classmethod
     def _fields(cls) -> dict[str, Any]:
-        """What an output may have."""
+        """Fields that an output may have."""
         return ModelOutput.__annotations__
 
     def headed(self, **scores: Any) -> Self:

@@ -165,18 +165,17 @@ class ModelMethods(MethodsMixin):
         checkpoint.set_arrays(other, arrays)
         return other
 
-    def save_pretrained(self, folder: Any, *args: Any, params: Tree | None = None, **options: Any):
+    def save_pretrained(self, *args: Any, params: Tree | None = None, **options: Any):
         """As in every backend.
 
         Args:
-            folder: Where to.
             *args: See there.
             params: Save these in place of the model's own.
             **options: See there.
         """
         model: Any = self.with_params(params)
         base: Any = super(ModelMethods, model)
-        base.save_pretrained(folder, *args, **options)
+        base.save_pretrained(*args, **options)
 
     def enable_gradient_checkpointing(self: Any) -> None:
         """`gradient_checkpointing_enable`, as Flax' models called it."""

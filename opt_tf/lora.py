@@ -184,5 +184,6 @@ def _options(layer: Any) -> dict[str, Any]:
 
 
 _HANDS = files.Hands(
-    KERAS, Linear, LoraLinear, get_parameter, set_parameter, _fit, _bare, _private.replace_layer
-)
+    KERAS, Linear, LoraLinear, get_parameter, set_parameter, _fit, _bare,
+    lambda *given: _private.replace_layer(*given),
+)  # fmt: skip

@@ -112,7 +112,7 @@ def torch_is_quiet() -> None:
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OPTTokenizer]:
     """A tiny model with a tokenizer: its folder and the tokenizer."""
-    from tests.support.tiny_folder import save_model
+    from tests.support.files.tiny_folder import save_model
 
     path = save_model(tmp_path_factory.mktemp("texts") / "model")
     return path, OPTTokenizer.from_pretrained(path)

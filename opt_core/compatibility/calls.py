@@ -129,7 +129,7 @@ def each_layers_heads(config: OPTConfig, head_mask: Any) -> list[Any]:
 
 
 def scale_heads(mixed: Any, weights: Any, head_mask: Any) -> tuple[Any, Any]:
-    """What each head made of the values, and its weights, times its number.
+    """Each head's sum of the values, and its weights, times its number.
 
     Args:
         mixed: (B, H, T, K).

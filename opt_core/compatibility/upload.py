@@ -16,7 +16,7 @@ class UploadMixin:
     """Gives a class that has `save_pretrained` the method `push_to_hub`."""
 
     model_tags: tuple[str, ...] = ()
-    """What the model card of an upload is tagged with."""
+    """Tags of the model card of an upload."""
 
     def save_pretrained(self, folder: str | PathLike[str]) -> Any:
         """Writes the files."""

@@ -3,7 +3,6 @@
 Compiled backends make few programs: lengths are rounded up to a bucket.
 """
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.compatibility.notices import notice
 from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
 from opt_core.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig, as_ids
@@ -156,10 +156,9 @@ def check_request(
     if settings.max_new_tokens is None and settings.max_length is None:
         room = max(config.max_position_embeddings - longest + 1, 1)
         settings = settings.replace(max_new_tokens=min(DEFAULT_NEW_TOKENS, room))
-        warnings.warn(
+        notice(
             f"no length was asked for: {settings.max_new_tokens} new tokens at most; "
-            "pass max_new_tokens for another number",
-            stacklevel=4,
+            "pass max_new_tokens for another number"
         )
     settings.check(config, T, longest, tokenizer is not None)
     vocabulary, pad = config.vocab_size, [*pads, *settings.eos_ids, 0][0]

@@ -10,7 +10,7 @@ import opt_torch
 from opt_cli.main import main
 from opt_core.json_files import read_json, write_json
 from opt_core.training.lora import Adapter, save_adapter
-from tests.support.tiny_folder import save_model
+from tests.support.files.tiny_folder import save_model
 
 TEXT = "the theorem of the thing"
 

@@ -22,7 +22,7 @@ from opt_cli.generate import DEFAULT_NEW_TOKENS, _without_padding, resolve_setti
 from opt_cli.main import main
 from opt_core import GenerationConfig, OPTTokenizer, __version__
 from opt_core.errors import GenerationError
-from tests.support.tiny_folder import save_model
+from tests.support.files.tiny_folder import save_model
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "opt_cli"]

@@ -17,7 +17,7 @@ from opt_cli.main import main
 from opt_core.data import TokenBlocks, write_blocks
 from opt_core.training import read_metrics
 from opt_torch.trainer import Trainer
-from tests.support.tiny_folder import save_model
+from tests.support.files.tiny_folder import save_model
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("--sequence-length", 16, "--batch-size", 2, "--max-steps", 2, "--save-every", 1)

@@ -23,7 +23,7 @@ from opt_core.data import TokenBlocks, write_blocks
 from opt_core.training import run_folder
 from opt_core.training.run_folder import read_metrics
 from opt_torch import OPTForCausalLM, OPTForSequenceClassification
-from tests.support.tiny_folder import save_model
+from tests.support.files.tiny_folder import save_model
 
 ROOT = Path(__file__).parents[2]
 

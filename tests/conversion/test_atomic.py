@@ -13,8 +13,8 @@ import conversion
 from conversion.streaming import background_flush
 from conversion.writers import WRITERS
 from opt_core.errors import CheckpointError
-from tests.support.checkpoint_fixtures import TINY
-from tests.support.format_fixtures import make
+from tests.support.files.checkpoint_fixtures import TINY
+from tests.support.files.format_fixtures import make
 
 ROOT = Path(__file__).parents[2]
 

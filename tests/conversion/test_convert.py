@@ -22,7 +22,7 @@ from conversion.streaming.prefetch import Prefetcher
 from conversion.writers import WRITERS
 from opt_core.errors import CheckpointError, ConfigError, OPTError
 from opt_core.text.tokenizer import OPTTokenizer
-from tests.support.checkpoint_fixtures import (
+from tests.support.files.checkpoint_fixtures import (
     EMBEDDING,
     PROJECTED,
     TINY,
@@ -32,9 +32,9 @@ from tests.support.checkpoint_fixtures import (
     write,
     write_sharded,
 )
-from tests.support.format_fixtures import assert_values, make, values
+from tests.support.files.format_fixtures import assert_values, make, values
+from tests.support.files.tiny_folder import save_model
 from tests.support.small_tokenizer import write_opt_folder
-from tests.support.tiny_folder import save_model
 
 SHARDED = [name for name, target in WRITERS.items() if target.sharded]
 
@@ -180,14 +180,14 @@ def test_what_goes_with_the_weights(to: str, tmp_path: Path):
     assert (tmp_path / "b" / "generation_config.json").read_bytes() == before
     conversion.convert(tmp_path / "b", tmp_path / "c")  # through KerasHub's names too
     text = "the dog, and Hello world"
-    expected = OPTTokenizer.from_pretrained(source)([text]).input_ids.tolist()
+    expected = OPTTokenizer.from_pretrained(source)([text]).input_ids
     for folder in (tmp_path / "b", tmp_path / "c"):
         assert (folder / "tokenizer.json").exists()
         if to == "keras-hub" and folder.name == "b":
             continue  # whose tokenizer.json is another
-        assert OPTTokenizer.from_pretrained(folder)([text]).input_ids.tolist() == expected
+        assert OPTTokenizer.from_pretrained(folder)([text]).input_ids == expected
         (folder / "vocab.json").unlink()
-        assert OPTTokenizer.from_pretrained(folder)([text]).input_ids.tolist() == expected
+        assert OPTTokenizer.from_pretrained(folder)([text]).input_ids == expected
     assert conversion.verify(source, tmp_path / "c", max_new_tokens=4).max_difference == 0
 
 
@@ -305,9 +305,7 @@ def test_the_vocabulary_that_metaseq_ships(tmp_path: Path):
     conversion.convert(tmp_path / "b", tmp_path / "c")
     text = "the dog"
     expected = OPTTokenizer.from_pretrained(write_opt_folder(tmp_path / "d"))([text]).input_ids
-    assert (
-        OPTTokenizer.from_pretrained(tmp_path / "c")([text]).input_ids.tolist() == expected.tolist()
-    )
+    assert OPTTokenizer.from_pretrained(tmp_path / "c")([text]).input_ids == expected
 
 
 @pytest.mark.parametrize("to", ["tf-h5", "keras-hub"])

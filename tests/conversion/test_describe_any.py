@@ -14,13 +14,13 @@ import conversion
 from conversion.writers import WRITERS
 from opt_cli.main import main
 from opt_core.params import count_parameters
-from tests.support.checkpoint_fixtures import (
+from tests.support.files.checkpoint_fixtures import (
     EMBEDDING,
     TINY,
     UNTIED,
     write,
 )
-from tests.support.format_fixtures import assert_values, make
+from tests.support.files.format_fixtures import assert_values, make
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,10 +15,10 @@ pytest.importorskip("torch")
 
 import conversion
 from opt_core.errors import OPTError
-from tests.support.checkpoint_fixtures import random_weights
-from tests.support.format_fixtures import make
+from tests.support.files.checkpoint_fixtures import random_weights
+from tests.support.files.format_fixtures import make
+from tests.support.files.metaseq_fixtures import EVEN, write_metaseq
 from tests.support.hostile.corpus import FILES, SECONDS, used
-from tests.support.metaseq_fixtures import EVEN, write_metaseq
 
 EXAMPLES = int(os.environ.get("OPT_FUZZ_EXAMPLES", "0"))
 # An HDF5 file takes a process.

@@ -14,7 +14,7 @@ import pytest
 import conversion
 from conversion.readers import open_any_checkpoint
 from opt_core.errors import OPTError
-from tests.support.format_fixtures import make
+from tests.support.files.format_fixtures import make
 from tests.support.hostile.corpus import CORPUS, FILES, MEMORY, SECONDS, used
 
 

@@ -1,7 +1,7 @@
 """Checkpoints that others wrote are read, and others read ours, with equal logits.
 
-The recorded checkpoints were made by `tests/support/record_checkpoints.py`. The live tests run
-where an environment variable names an interpreter that has the libraries:
+The recorded checkpoints were made by `tests/support/files/record_checkpoints.py`. The live tests
+run where an environment variable names an interpreter that has the libraries:
 OPT_TRANSFORMERS4_PYTHON (transformers 4.57 with TensorFlow, Flax and torch) and
 OPT_KERAS_HUB_PYTHON (transformers 5, keras-hub, CTranslate2).
 """
@@ -21,7 +21,7 @@ import conversion
 from conversion.readers import open_any_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.text.tokenizer import OPTTokenizer
-from tests.support.checkpoint_fixtures import BARE, PROJECTED, TINY, UNTIED, write
+from tests.support.files.checkpoint_fixtures import BARE, PROJECTED, TINY, UNTIED, write
 from tests.support.oracle import forward, random_params
 from tests.support.small_tokenizer import write_opt_folder
 

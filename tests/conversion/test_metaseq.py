@@ -15,8 +15,8 @@ import torch
 import conversion
 from conversion.readers import open_any_checkpoint
 from opt_core.errors import CheckpointError
-from tests.support.checkpoint_fixtures import PROJECTED, UNTIED, random_weights
-from tests.support.metaseq_fixtures import (
+from tests.support.files.checkpoint_fixtures import PROJECTED, UNTIED, random_weights
+from tests.support.files.metaseq_fixtures import (
     EVEN,
     fake,
     forget,

@@ -14,10 +14,10 @@ import pytest
 import conversion
 from opt_cli.main import main
 from opt_core.params import count_parameters
-from tests.support.checkpoint_fixtures import EMBEDDING, TINY
-from tests.support.format_fixtures import make
-from tests.support.hub_here import lead
-from tests.support.lying_hub import Handler, Hub, serving, whole
+from tests.support.files.checkpoint_fixtures import EMBEDDING, TINY
+from tests.support.files.format_fixtures import make
+from tests.support.files.hub_here import lead
+from tests.support.files.lying_hub import Handler, Hub, serving, whole
 from tests.support.small_tokenizer import write_opt_folder
 
 Info = Callable[[str], tuple[int, dict[str, Any], str]]

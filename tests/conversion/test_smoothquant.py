@@ -15,9 +15,9 @@ from opt_cli.main import main
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, ConfigError, DataError
 from tests.support import oracle
-from tests.support.checkpoint_fixtures import Weights, write
 from tests.support.configs import CONFIGS
-from tests.support.format_fixtures import values
+from tests.support.files.checkpoint_fixtures import Weights, write
+from tests.support.files.format_fixtures import values
 
 IDS = np.random.default_rng(5).integers(4, 90, (3, 12))
 SCALE_ERROR = 1e-5  # float32 against float64, relative

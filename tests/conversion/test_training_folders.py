@@ -23,7 +23,7 @@ from conversion.readers import open_any_checkpoint
 from opt_cli.main import main
 from opt_core.checkpoints.load import plan_load
 from opt_core.errors import CheckpointError
-from tests.support.checkpoint_fixtures import (
+from tests.support.files.checkpoint_fixtures import (
     EMBEDDING,
     PROJECTED,
     TINY,
@@ -33,15 +33,15 @@ from tests.support.checkpoint_fixtures import (
     write,
     write_torch_file,
 )
-from tests.support.metaseq_fixtures import fake, forget
-from tests.support.tiers import tiered
-from tests.support.training_folders import (
+from tests.support.files.metaseq_fixtures import fake, forget
+from tests.support.files.training_folders import (
     by_grid,
     by_rows,
     in_parts,
     save_deepspeed,
     save_distributed,
 )
+from tests.support.tiers import tiered
 
 
 def tensors(weights: Any) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_two_processes_of_fsdp(tmp_path: Path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = tmp_path / "pytorch_model_fsdp_0"
-    command = [sys.executable, "-m", "tests.support.training_folders", str(folder), str(port)]
+    command = [sys.executable, "-m", "tests.support.files.training_folders", str(folder), str(port)]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
     PROJECTED.save_pretrained(tmp_path)
     model = opt_torch.OPTForCausalLM(PROJECTED, seed=3)

@@ -19,7 +19,7 @@ from opt_core import OPTConfig
 from opt_core.errors import CheckpointError, ConfigError, InputError, OPTError, TokenizerError
 from opt_core.params import count_parameters
 from tests.support.configs import CONFIGS
-from tests.support.tiny_folder import save_model
+from tests.support.files.tiny_folder import save_model
 
 FINAL_NORM = "model.decoder.final_layer_norm"
 POSITIONS = "model.decoder.embed_positions.weight"
@@ -134,11 +134,11 @@ def truncate(folder: Path) -> None:
         (shrink_vocabulary, "vocab_size=280"),
         (truncate, "model.safetensors"),
         (lambda f: edit_json(f / "config.json", bos_token_id=0), "bos_token_id=0"),
-        (lambda f: edit_json(f / "config.json", num_experts=8), "num_experts"),
+        (lambda f: edit_json(f / "config.json", hiden_size=8), "hiden_size"),
         (lambda f: (f / "vocab.json").write_text("{"), "vocab.json"),
         (lambda f: (f / "merges.txt").unlink(), "merges.txt"),
         (lambda f: (f / "model.safetensors").unlink(), "no weights"),
-        (lambda f: edit_json(f / "generation_config.json", penalty_alpha=0.6), "penalty_alpha"),
+        (lambda f: edit_json(f / "generation_config.json", dola_layers="low"), "dola_layers"),
     ],
 )
 def test_describe_names_the_problem(damage: Callable[[Path], Any], named: str, copy: Path):

@@ -11,8 +11,8 @@ import pytest
 from opt_core.compatibility.methods import REFUSED, MethodsMixin, resize_table
 from opt_core.compatibility.upload import UploadMixin
 from opt_core.errors import CheckpointError, UnsupportedError
-from tests.support.hub_here import lead
-from tests.support.lying_hub import Handler, serving
+from tests.support.files.hub_here import lead
+from tests.support.files.lying_hub import Handler, serving
 
 
 def test_new_rows_are_drawn_around_the_old_ones():

@@ -14,7 +14,7 @@ import pytest
 
 from opt_core.errors import CheckpointError
 from opt_core.hub import TOKENIZER_FILES, model_files, resolve
-from tests.support.hub_here import lead
+from tests.support.files.hub_here import lead
 
 ROOT = Path(__file__).parents[2]
 COMMITS = {"main": "a" * 40, "old": "b" * 40}

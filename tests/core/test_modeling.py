@@ -20,7 +20,7 @@ from opt_core.modeling import (
     SequenceClassificationMixin,
 )
 from opt_core.outputs import ModelOutput
-from tests.support.checkpoint_fixtures import TINY
+from tests.support.files.checkpoint_fixtures import TINY
 
 
 class Decoder:

@@ -49,7 +49,7 @@ def close(ours, theirs, tolerance=ORACLE_TOLERANCE):
             (128, 128, "left"),
             (8, 5, "left"),
         ],
-        lambda size, length, side: size in (8, 80),
+        lambda size, length, side: size == 80,
     ),
 )
 def test_the_tpu_kernel_computes_what_eager_does(size, length, side):

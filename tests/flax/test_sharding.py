@@ -137,7 +137,7 @@ def test_logits_losses_and_gradients_are_those_of_one_device(load, expected, nam
         close(value, theirs, max(GRADIENT_TOLERANCE * float(np.abs(theirs).max()), 3e-7))
 
 
-@pytest.mark.parametrize("name", TYPICAL)
+@pytest.mark.parametrize("name", tiered(MESHES, lambda name: name == "mixed"))
 def test_generation_is_that_of_one_device(load, expected, name):
     model = load(name)
     for kind, settings in SETTINGS.items():

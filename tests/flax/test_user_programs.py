@@ -16,7 +16,7 @@ from flax.training import train_state
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from opt_flax import FlaxOPTForCausalLM
-from tests.support.tiny_folder import save_model
+from tests.support.files.tiny_folder import save_model
 
 transformers = pytest.importorskip("transformers")
 SENTENCES = [

@@ -13,7 +13,7 @@ from conversion import convert
 from opt_core.errors import CheckpointError, ConfigError
 from tests.support.backends import ORACLE_TOLERANCE
 from tests.support.configs import CONFIGS
-from tests.support.peft_adapters import make_adapter, ours_logits, theirs, theirs_logits
+from tests.support.files.peft_adapters import make_adapter, ours_logits, theirs, theirs_logits
 from tests.support.reference import make_prompts
 
 CONFIG = CONFIGS["post_ln"]

@@ -21,8 +21,8 @@ from opt_core.evaluation.multiple_choice import evaluate_choices, read_items
 from opt_core.evaluation.perplexity import text_perplexity
 from tests.support import oracle
 from tests.support.backends import Backend
+from tests.support.files.tiny_folder import save_model
 from tests.support.lm_eval_stand_in import install, request
-from tests.support.tiny_folder import save_model
 
 TOLERANCE = 1e-4
 """Of every figure, between backends: what the project promises."""

@@ -12,6 +12,8 @@ import pytest
 import opt_core
 from opt_core import OPTConfig, OPTTokenizer
 from opt_core.params import count_parameters
+from tests.support.backends import BACKENDS
+from tests.support.tiers import tiered
 
 MINI = Path(opt_core.__file__).parent / "mini"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "mini.json"
@@ -69,6 +71,9 @@ def test_it_writes_in_english_words(backend):
     assert len(set(words)) > 60, text
 
 
+@pytest.mark.parametrize(
+    "backend", tiered(BACKENDS, lambda name: name in ("torch", "flax")), indirect=True
+)
 @pytest.mark.xla  # TensorFlow's graphs take fifty times as long for these batches
 @pytest.mark.skipif(
     not TEXT.exists(), reason="needs tinyshakespeare.txt, in the folder named by OPT_DATA"

@@ -68,7 +68,7 @@ def test_prompts_read_in_chunks(backend, folder, widths, mode):
     )
 
 
-@pytest.mark.parametrize("mode", tiered(MODES, lambda mode: mode in ("sampled", "lookup")))
+@pytest.mark.parametrize("mode", tiered(MODES, lambda mode: mode == "sampled"))
 def test_a_shared_prefix_is_read_once(backend, folder, widths, mode):
     """A prompt's cache serves any number of endings, of different lengths, again and again."""
     model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIG, 3, 60)

@@ -6,7 +6,7 @@ import pytest
 from opt_core.errors import InputError
 from opt_core.text.tokenizer import OPTTokenizer
 from tests.support.backends import make_backend
-from tests.support.tiny_folder import save_model
+from tests.support.files.tiny_folder import save_model
 
 TENSORS = {"torch": "pt", "tf": "tf", "flax": "jax"}
 TEXTS = ["I like your dog", "Hello"]
@@ -33,7 +33,9 @@ def test_lists_arrays_and_tensors_are_the_same_to_a_model(backend, tiny):
         np.testing.assert_array_equal(backend.generate(model, ids, **settings), made)
     np.testing.assert_array_equal(made[0, : len(one.input_ids)], one.input_ids)
     for text in (TEXTS[0], TEXTS):
-        with pytest.raises(InputError, match="expected ids, received text; a tokenizer makes ids"):
+        with pytest.raises(
+            InputError, match=r"received text; a tokenizer makes ids|texts need a tokenizer"
+        ):
             backend.generate(model, text, **settings)
 
 

@@ -7,6 +7,7 @@ import tensorflow as tf
 from opt_tf import TFOPTForCausalLM
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
+from tests.support.tiers import tiered
 
 MASK = make_mask("left", [7, 4]).astype(np.int32)
 IDS = np.where(MASK, make_prompts(CONFIGS["pre_ln"], 2, 7), 1).astype(np.int32)
@@ -18,7 +19,7 @@ def model(folder):
     return TFOPTForCausalLM.from_pretrained(folder("pre_ln"))
 
 
-@pytest.mark.parametrize("extra", [{}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("extra", tiered([{}, {"num_beams": 2}], lambda extra: not extra), ids=str)
 def test_compiled_by_xla(model, extra):
     plain = model.generate(IDS, MASK, **SETTINGS, **extra).numpy()
     compiled = tf.function(model.generate, jit_compile=True)

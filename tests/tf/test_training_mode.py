@@ -49,7 +49,11 @@ def gradients_of(model, ids, compiled):
     return [tf.convert_to_tensor(g).numpy() for g in run(tf.constant(ids))]
 
 
-@pytest.mark.parametrize("compiled", [None, False, True], ids=["eager", "graph", "xla"])
+@pytest.mark.parametrize(
+    "compiled",
+    [pytest.param(None, marks=pytest.mark.slow), False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["eager", "graph", "xla"],
+)
 def test_gradient_checkpointing_changes_no_gradient(folder, compiled):
     ids = make_prompts(CONFIGS["galactica"], 2, 9)
     model = model_of(folder, "galactica")

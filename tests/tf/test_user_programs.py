@@ -11,7 +11,7 @@ from opt_tf import TFOPTForCausalLM  # isort: skip  it chooses Keras' backend
 import keras
 import tensorflow as tf
 
-from tests.support.tiny_folder import save_model
+from tests.support.files.tiny_folder import save_model
 
 transformers = pytest.importorskip("transformers")
 SENTENCES = [

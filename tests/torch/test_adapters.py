@@ -6,7 +6,7 @@ import pytest
 from opt_torch import lora
 from tests.support.backends import ORACLE_TOLERANCE, make_backend
 from tests.support.configs import CONFIGS
-from tests.support.peft_adapters import make_adapter, ours_logits
+from tests.support.files.peft_adapters import make_adapter, ours_logits
 from tests.support.reference import make_prompts
 from tests.support.tiers import tiered
 

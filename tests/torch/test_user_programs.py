@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 import torch
 
 from opt_torch import OPTForCausalLM
-from tests.support.tiny_folder import save_model
+from tests.support.files.tiny_folder import save_model
 
 transformers = pytest.importorskip("transformers")
 SENTENCES = [

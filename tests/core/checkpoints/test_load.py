@@ -9,7 +9,7 @@ import pytest
 from opt_core.checkpoints.load import open_checkpoint, plan_load
 from opt_core.errors import CheckpointError
 from opt_core.params import param_specs
-from tests.support.checkpoint_fixtures import (
+from tests.support.files.checkpoint_fixtures import (
     BARE,
     EMBEDDING,
     PROJECTED,

@@ -11,7 +11,7 @@ import pytest
 from opt_core.checkpoints.load import Checkpoint, open_checkpoint, plan_load
 from opt_core.errors import CheckpointError
 from opt_core.params import Head, param_specs
-from tests.support.checkpoint_fixtures import (
+from tests.support.files.checkpoint_fixtures import (
     EMBEDDING,
     PROJECTED,
     TINY,

@@ -19,7 +19,7 @@ from opt_core.checkpoints.safetensors_format import (
     write_safetensors,
 )
 from opt_core.errors import CheckpointError
-from tests.support.checkpoint_fixtures import safetensors_bytes
+from tests.support.files.checkpoint_fixtures import safetensors_bytes
 
 
 def pending(name: str, array: np.ndarray) -> PendingTensor:

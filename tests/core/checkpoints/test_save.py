@@ -16,7 +16,7 @@ from opt_core.checkpoints.save import parse_size
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError
 from opt_core.params import param_specs
-from tests.support.checkpoint_fixtures import (
+from tests.support.files.checkpoint_fixtures import (
     BARE,
     EMBEDDING,
     PROJECTED,

@@ -11,7 +11,7 @@ import pytest
 
 from opt_core.checkpoints.torch_format import read_torch_file
 from opt_core.errors import CheckpointError
-from tests.support.checkpoint_fixtures import (
+from tests.support.files.checkpoint_fixtures import (
     ORDERED_DICT,
     PARAMETER,
     STORAGE_NAMES,

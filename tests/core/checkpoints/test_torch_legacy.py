@@ -13,7 +13,7 @@ from opt_core.checkpoints.tensors import TensorFile
 from opt_core.checkpoints.torch_format import read_torch_file
 from opt_core.checkpoints.torch_legacy import LEGACY_MAGIC, LegacyFile
 from opt_core.errors import CheckpointError
-from tests.support.checkpoint_fixtures import (
+from tests.support.files.checkpoint_fixtures import (
     EMBEDDING,
     TINY,
     assert_same,

@@ -11,7 +11,7 @@ import pytest
 from opt_core.checkpoints.load import LoadPlan, open_checkpoint, plan_load, save_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.params import Head, param_specs
-from tests.support.checkpoint_fixtures import (
+from tests.support.files.checkpoint_fixtures import (
     BARE,
     EMBEDDING,
     PROJECTED,

@@ -13,7 +13,7 @@ from opt_core.checkpoints.load import open_checkpoint, plan_load
 from opt_core.checkpoints.pretrained import open_pretrained
 from opt_core.errors import CheckpointError
 from opt_core.params import Head
-from tests.support.checkpoint_fixtures import (
+from tests.support.files.checkpoint_fixtures import (
     EMBEDDING,
     PROJECTED,
     TINY,

@@ -8,7 +8,7 @@ import pytest
 
 from opt_core import OPTConfig, OPTTokenizer
 from opt_core.errors import TokenizerError
-from tests.support.checkpoint_fixtures import TINY
+from tests.support.files.checkpoint_fixtures import TINY
 from tests.support.small_tokenizer import write_opt_folder
 
 transformers: Any = pytest.importorskip("transformers")

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tests.support.checkpoint_fixtures import TINY
+from tests.support.files.checkpoint_fixtures import TINY
 from tests.support.hostile.cases import CORPUS, Damage, case, overwrite
 
 
@@ -45,7 +45,7 @@ for name, changes in {
     "10**12 columns": {"hidden_size": 10**12, "ffn_dim": 10**12},
     "10**12 tokens": {"vocab_size": 10**12},
     "a layer less": {"num_hidden_layers": 1},
-    "a key nobody knows": {"num_experts": 8},
+    "a key misspelt": {"hiden_size": 8},
     "NaN": {"dropout": float("nan")},
 }.items():
     data = json.dumps({**TINY.to_dict(), **changes}).encode()

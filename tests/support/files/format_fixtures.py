@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from conversion.readers import open_any_checkpoint
-from tests.support.checkpoint_fixtures import TINY, Weights, random_weights, write
+from tests.support.files.checkpoint_fixtures import TINY, Weights, random_weights, write
 
 
 def make(folder: Path, config: Any = TINY, dtype: str = "float32", **more: Any) -> Weights:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.multiprocessing.spawn import spawn
 
-from tests.support.metaseq_fixtures import fake, forget
+from tests.support.files.metaseq_fixtures import fake, forget
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -137,7 +137,7 @@ def save_fsdp(rank: int, folder: str, port: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     import opt_torch
-    from tests.support.checkpoint_fixtures import PROJECTED
+    from tests.support.files.checkpoint_fixtures import PROJECTED
 
     model = opt_torch.OPTForCausalLM(PROJECTED, seed=3)
     mesh = init_device_mesh("cpu", (2,))

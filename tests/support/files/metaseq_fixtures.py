@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from opt_core.config import OPTConfig
-from tests.support.checkpoint_fixtures import TINY, Weights
+from tests.support.files.checkpoint_fixtures import TINY, Weights
 
 # Divisible by 2 and 4, as the real shapes are by their parts.
 EVEN = TINY.replace(vocab_size=24, num_attention_heads=4, max_position_embeddings=11)

@@ -1,6 +1,6 @@
 """Records checkpoints with the libraries that define their formats.
 
-    PYTHON tests/support/record_checkpoints.py tests/conversion/recorded
+    PYTHON tests/support/files/record_checkpoints.py tests/conversion/recorded
 
 PYTHON is an interpreter with transformers 4.57 and TensorFlow, Flax and torch; or one with
 keras-hub. Each makes what it can. Every folder holds one checkpoint, and in `expected.npz` the
