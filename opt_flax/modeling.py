@@ -140,8 +140,9 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
             quantize: "int8" or "int4": keep the weights so (`opt_core.quantization`), only to run,
                 on one device.
             **arguments: `revision`, `token`, `local_files_only` and so on, as in
-                `opt_core.hub.resolve`; fields of the configuration, such as `num_labels`; and
-                what else `transformers` takes (`opt_core.compatibility.loading`).
+                `opt_core.hub.resolve`; `adapter`, a PEFT adapter to merge; fields of the
+                configuration, such as `num_labels`; and what else `transformers` takes
+                (`opt_core.compatibility.loading`).
 
         Raises:
             CheckpointError: Files are missing or damaged, or do not fit the configuration.
