@@ -128,11 +128,10 @@ class _Reader(Reader):
         super().__init__(model, request, rows, slots)
         self.graph, self.state = nnx.split(model)
         self.is_bare = len(rows.texts) == 1 and self.slots.is_plain  # and stays so
-        rules = sampling.request_rules(model, request)
-        self.key = rules.key
+        self.rules = sampling.request_rules(model, request)
         self.token, self.best, self.keys, self.values = _open(
             self.graph, self.state, program_inputs(request, slots), self._history(rows.no_draft),
-            rules, request.chunk, slots,
+            self.rules, request.chunk, slots,
         )  # fmt: skip
 
     def first_tokens(self) -> Ids:
@@ -160,7 +159,8 @@ class _Reader(Reader):
         self.keys, self.values = _reorder(self.keys, self.values, order)
 
     def _rules(self, step: int) -> Rules:
-        return sampling.request_rules(self.model, self.request, jax.random.fold_in(self.key, step))
+        key = jax.random.fold_in(self.rules.key, step)
+        return Rules(self.rules.structure, {**self.rules.numbers, "key": key})
 
     def _history(self, draft: Ids) -> _History:
         return _History(*self.histories(draft))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import tensorflow as tf
 
 from opt_core.generation.request import Request, allocate_tokens, bucket
-from opt_core.generation.rules import Rules, Structure, make_rules
+from opt_core.generation.rules import Rules, Structure, make_rules, make_structure
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM, TFOPTPreTrainedModel
@@ -55,7 +55,7 @@ def generation_program(
     Returns:
         A function of the inputs and further tensors.
     """
-    structure, _ = make_rules(request, is_compiled=True)
+    structure = make_structure(request, is_compiled=True)
     return compiled(model, _run, program, structure, request.chunk)
 
 

@@ -14,7 +14,7 @@ from opt_core.adapters.settings import CONFIG_FILE
 from opt_core.adapters.targets import LM_HEAD
 from opt_core.adapters.tensors import AdapterFolder, is_adapter, read_adapter
 from opt_core.checkpoints.load import LoadPlan
-from opt_core.checkpoints.tensors import LazyTensor
+from opt_core.checkpoints.tensors import HeldTensor, LazyTensor
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError
 from opt_core.hub import resolve
@@ -148,7 +148,7 @@ class _Live:
         return self is other
 
     def rows(self, start: int, stop: int) -> LazyTensor:
-        raise NotImplementedError  # nothing here looks at parts
+        return HeldTensor(self.name, self.read()[start:stop])
 
     def read(self) -> NDArray[Any]:
         return np.asarray(self.fetch(self.spec))

@@ -115,8 +115,19 @@ def make_rules(request: Request, is_compiled: bool) -> tuple[Structure, dict[str
         What tells programs apart; and `NUMBERS` by name, NumPy arrays and scalars.
     """
     settings = request.settings
-    sampling = settings.do_sample
-    structure = Structure(
+    numbers = _vocabulary(request, is_compiled) | _history(settings, is_compiled)
+    numbers |= _ends(request, is_compiled)
+    if settings.do_sample:
+        numbers |= _sampling(settings, is_compiled)
+    if settings.is_beam_search:
+        numbers["length_penalty"] = np.float32(settings.length_penalty)
+    return make_structure(request, is_compiled), numbers
+
+
+def make_structure(request: Request, is_compiled: bool) -> Structure:
+    """The structure of `make_rules` alone, which takes no arrays: it is asked for at each step."""
+    settings, sampling = request.settings, request.settings.do_sample
+    return Structure(
         do_sample=sampling,
         num_return_sequences=settings.num_return_sequences,
         num_beams=settings.num_beams,
@@ -128,13 +139,6 @@ def make_rules(request: Request, is_compiled: bool) -> tuple[Structure, dict[str
         # A beam must be able to go on whichever way it may end.
         fewest=1 + len(settings.eos_ids) if sampling and settings.is_beam_search else 1,
     )
-    numbers = _vocabulary(request, is_compiled) | _history(settings, is_compiled)
-    numbers |= _ends(request, is_compiled)
-    if sampling:
-        numbers |= _sampling(settings, is_compiled)
-    if settings.is_beam_search:
-        numbers["length_penalty"] = np.float32(settings.length_penalty)
-    return structure, numbers
 
 
 def _round_up(count: int, least: int) -> int:
