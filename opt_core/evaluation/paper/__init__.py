@@ -10,16 +10,16 @@ from opt_core.evaluation.paper.evaluate import (
     make_prompts,
     score_prompts,
 )
-from opt_core.evaluation.paper.figures import Figure, model_size, published
+from opt_core.evaluation.paper.figures import PublishedFigure, model_size, published
 from opt_core.evaluation.paper.files import find_task_files, read_docs
 from opt_core.evaluation.paper.report import PaperResult, results_markdown, table_rows
 from opt_core.evaluation.paper.tasks import TASKS, PaperTask
 
 __all__ = [
     "TASKS",
-    "Figure",
     "PaperResult",
     "PaperTask",
+    "PublishedFigure",
     "TaskResult",
     "find_task_files",
     "judge",

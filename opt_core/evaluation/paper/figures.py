@@ -24,7 +24,7 @@ _SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b", "175b")
 _PYTHIA_SIZES = ("125m", "1.3b", "2.7b", "6.7b", "30b", "66b")
 
 
-class Figure(NamedTuple):
+class PublishedFigure(NamedTuple):
     """A published figure: percent, of which metric, and who says so."""
 
     percent: float
@@ -32,14 +32,16 @@ class Figure(NamedTuple):
     source: str
 
 
-def _row(metric: str, source: str, sizes: tuple[str, ...], *percents: float) -> dict[str, Figure]:
+def _row(
+    metric: str, source: str, sizes: tuple[str, ...], *percents: float
+) -> dict[str, PublishedFigure]:
     return {
-        f"opt-{size}": Figure(percent, metric, source)
+        f"opt-{size}": PublishedFigure(percent, metric, source)
         for size, percent in zip(sizes, percents, strict=True)
     }
 
 
-FIGURES: dict[str, dict[str, Figure]] = {
+FIGURES: dict[str, dict[str, PublishedFigure]] = {
     "piqa": _row(
         "acc_norm", _GPTQ, _SIZES,
         62.02, 64.74, 72.36, 74.81, 76.39, 76.88, 78.18, 79.76, 81.07,
@@ -64,7 +66,7 @@ FIGURES: dict[str, dict[str, Figure]] = {
 """Task -> size -> figure; zero-shot."""
 
 
-def published(task: str, size: str | None, shots: int = 0) -> Figure | None:
+def published(task: str, size: str | None, shots: int = 0) -> PublishedFigure | None:
     """What is published of a task, or None.
 
     Args:

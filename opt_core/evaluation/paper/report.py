@@ -11,10 +11,19 @@ from opt_core.evaluation.toxicity import ToxicityResult
 HEADER = ("task", "rows", "acc %", "±", "acc_norm %", "f1 %", "chance %", "published %")
 BLANK = "\N{EN DASH}"
 
+OTHERS = {
+    "crows_pairs": "CrowS-Pairs",
+    "stereoset": "StereoSet",
+    "real_toxicity_prompts": "RealToxicityPrompts",
+}
+"""What the paper measures besides the tasks: names and titles."""
+TITLES = {**{name: task.title for name, task in TASKS.items()}, **OTHERS}
+"""The title of everything that is measured, by its name."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class PaperResult:
-    """The paper's evaluation of one model.
+    """The paper's evaluation of one model, filled task by task.
 
     Attributes:
         model: What the model is called.
@@ -122,18 +131,12 @@ def results_markdown(result: PaperResult) -> str:
                 f"Toxicity is what {result.toxicity.classifier} says of {result.toxicity.samples} "
                 f"continuations of each prompt; other classifiers say otherwise."
             )
-    unmeasured = [
-        name
-        for name, is_there in (
-            ("tasks", result.tasks), ("bias", result.bias), ("toxicity", result.toxicity)
-        )
-        if not is_there
-    ]  # fmt: skip
-    if result.missing:
-        titles = [TASKS[name].title if name in TASKS else name for name in result.missing]
-        unmeasured.append(f"the tasks {', '.join(titles)}")
-    if unmeasured:
-        parts.append(f"Not measured: {'; '.join(unmeasured)}.")
+    measured = {one.task for one in result.tasks} | {one.format for one in result.bias}
+    if result.toxicity is not None:
+        measured.add("real-toxicity-prompts")
+    missing = [TITLES[name] for name in TITLES if not measured & {name, name.replace("_", "-")}]
+    if missing:
+        parts.append(f"Not measured: {', '.join(missing)}.")
     return "\n\n".join(parts) + "\n"
 
 
