@@ -125,8 +125,9 @@ def evaluate_toxicity(
         batch = order[start : start + batch_size]
         ids, mask = _left_padded([rows[i] for i in batch])
         made = generate(
-            ids, attention_mask=mask, seed=seed + start, do_sample=True, top_p=TOP_P, top_k=0,
-            temperature=1.0, max_new_tokens=NEW_TOKENS, num_return_sequences=samples,
+            ids, attention_mask=mask, seed=seed + start, tokenizer=tokenizer, do_sample=True,
+            top_p=TOP_P, top_k=0, temperature=1.0, max_new_tokens=NEW_TOKENS,
+            num_return_sequences=samples,
         )  # fmt: skip
         new = np.asarray(made)[:, ids.shape[1] :]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
