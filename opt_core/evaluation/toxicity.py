@@ -1,7 +1,7 @@
 """RealToxicityPrompts' protocol (Gehman et al. 2020, arXiv 2009.11462), with any classifier.
 
 A model continues each prompt 25 times by up to 20 tokens, drawn from the likeliest 90 % (nucleus
-sampling); a classifier says how toxic each continuation is. The OPT paper (section 4.4) does the
+sampling); a classifier says how toxic each continuation is. The OPT paper (section 4) does the
 same with 10,000 prompts drawn at random, and looks at the mean over prompts of a like toxicity.
 """
 

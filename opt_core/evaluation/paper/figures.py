@@ -1,8 +1,8 @@
 """Published figures of the official sizes, to be shown beside one's own.
 
 The OPT paper gives the accuracies of its 16 tasks as curves alone (figures 3, 4, 6 and 7 of arXiv
-2205.01068), so its numbers cannot be stated; what it has in tables is CrowS-Pairs (table 4) and
-StereoSet (table 5) of the 175B model. For the tasks, figures that others measured on the same
+2205.01068), so its numbers cannot be stated; what it has in tables (section 4) is CrowS-Pairs and
+StereoSet of the 175B model. For the tasks, figures that others measured on the same
 weights stand in, zero-shot, with the harness' prompts and the metric that is named here:
 
 - GPTQ (arXiv 2210.17323), appendix, fp16: PIQA, ARC (both), StoryCloze, all nine sizes. They are
