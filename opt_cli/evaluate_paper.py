@@ -109,7 +109,7 @@ class _Missing(Exception):
 
 
 class _Run(NamedTuple):
-    """What is asked for, whatever the task."""
+    """The settings of a run, whatever the task."""
 
     loaded: Loaded
     backend: str

@@ -70,7 +70,7 @@ def local_task(name: str, rows: Rows, folder: Path, shots: int = 0) -> Any:
 
 
 def requests_of(task: Any, shots: int = 0) -> list[list[Any]]:
-    """What a task asks a model, for each of its documents: the harness' instances."""
+    """The questions of a task, for each of its documents: the harness' instances."""
     return [
         task.construct_requests(doc, task.fewshot_context(doc, shots)) for doc in task.eval_docs
     ]

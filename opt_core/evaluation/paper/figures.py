@@ -67,7 +67,7 @@ FIGURES: dict[str, dict[str, PublishedFigure]] = {
 
 
 def published(task: str, size: str | None, shots: int = 0) -> PublishedFigure | None:
-    """What is published of a task, or None.
+    """A published figure of a task, or None.
 
     Args:
         task: Name of a task, "crows_pairs" or "stereoset".

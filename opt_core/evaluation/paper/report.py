@@ -1,4 +1,4 @@
-"""What an evaluation found, as rows of a table and as markdown for a model card."""
+"""The findings of an evaluation, as rows of a table and as markdown for a model card."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ OTHERS = {
     "stereoset": "StereoSet",
     "real_toxicity_prompts": "RealToxicityPrompts",
 }
-"""What the paper measures besides the tasks: names and titles."""
+"""The paper's other measurements, besides the tasks: names and titles."""
 TITLES = {**{name: task.title for name, task in TASKS.items()}, **OTHERS}
 """The title of everything that is measured, by its name."""
 

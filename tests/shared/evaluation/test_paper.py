@@ -58,9 +58,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def their_model() -> Any:
     """The harness' model on `transformers`, with nothing of ours but the files."""
     transformers = pytest.importorskip("transformers")
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM(
+    make: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
+    return make(
         pretrained=transformers.AutoModelForCausalLM.from_pretrained(MINI, dtype="float32"),
         tokenizer=transformers.AutoTokenizer.from_pretrained(MINI),
         add_bos_token=True,
