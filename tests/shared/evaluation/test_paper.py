@@ -151,7 +151,7 @@ def test_examples_of_multirc_say_what_is_right(published: Path):
 
 def test_record_s_figures(published: Path):
     """By hand: the first query's answer is Rome, the second's Bonn or Turin."""
-    prompts = ours("record", published)
+    prompts = ours("record", published)[:2]
     assert [p.names for p in prompts] == [("Bonn", "Rome", "Turin")] * 2
     result = judge(TASKS["record"], prompts, [[-3.0, -1.0, -2.0], [-2.0, -1.0, -3.0]])
     assert (result.acc, result.f1, result.chance) == (0.5, 0.5, 0.5)

@@ -117,6 +117,7 @@ def _record() -> Rows:
         for query, answers in (
             ("The team of @placeholder has won once.", ["Rome"]),
             ("In @placeholder, the host's own town, it rains.", ["Bonn", "Turin"]),
+            ("Nobody in @placeholder plays.", ["Turin"]),
         )
     ]  # fmt: skip
 
