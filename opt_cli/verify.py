@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def verify(
-    a: Annotated[str, typer.Argument(help='The reference: a folder, hub id or "mini".')],
+    a: Annotated[str, typer.Argument(help='The reference: a folder, hub id or "mini".', metavar="MODEL")],
     b: Annotated[
-        str, typer.Argument(help="What to compare with it; the same for several backends.")
+        str, typer.Argument(help="What to compare with it; the same for several backends.", metavar="MODEL")
     ],
     backends: Annotated[
-        str, typer.Option(help="Backends, separated by commas: torch,tf,flax.", metavar="NAMES")
+        str, typer.Option(help="Backends, separated by commas: torch,tf,flax.", metavar="NAME")
     ] = "torch",
     prompt: Annotated[
         list[str] | None,
