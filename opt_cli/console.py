@@ -122,9 +122,11 @@ def ask(question: str, refusal: str) -> str:
         raise InputError(refusal)
     try:
         return stderr.input(question, markup=False)
-    except EOFError:
-        stderr.out("")
-        raise InputError(refusal) from None
+    except BaseException as error:
+        stderr.out("")  # the line of the question has no end yet
+        if isinstance(error, EOFError):
+            raise InputError(refusal) from None
+        raise
 
 
 def note(text: str) -> None:

@@ -12,7 +12,7 @@ import typer
 from opt_cli import console
 from opt_cli.backends import AUTO, Backend, load_backend
 from opt_cli.commands import App
-from opt_core.errors import ConfigError
+from opt_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from opt_core import OPTTokenizer
@@ -140,6 +140,8 @@ def classification(
     from opt_core.data import encode_labelled_texts, read_labelled_texts
     from opt_core.evaluation import evaluate_classification
 
+    if not file.exists():  # or it would be told after the model has been loaded
+        raise DataError(f"{file}: no such file or folder")
     loaded = _load(model, adapter, backend, dtype, kind="OPTForSequenceClassification")
     known = loaded.config.id2label or {}
     names = [known.get(i, f"LABEL_{i}") for i in range(loaded.config.num_labels)]

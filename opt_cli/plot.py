@@ -19,6 +19,8 @@ def plot(
     """Draw loss and learning rate over the steps of a run."""
     from opt_core.training.run_folder import METRICS_FILE, read_metrics
 
+    if not run.is_dir():
+        raise TrainingError(f"{run}: no such folder")
     records = read_metrics(run)
     steps = [r for r in records if r.get("loss") is not None]
     if not steps:

@@ -85,7 +85,7 @@ def _progress_lines(total: int) -> OnRecord:
 
 def _figures(record: dict[str, Any]) -> str:
     if console.stderr.is_terminal and console.is_narrow():
-        return f"{record['loss']:.3f}"
+        return f"loss {record['loss']:.3f}"
     return (
         f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s, "
         f"{console.size(peak_memory())}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opt_cli import console
+from opt_cli.backends import load_backend
 
 if TYPE_CHECKING:
     from conversion import Report
@@ -47,6 +48,9 @@ def verify(
     """
     from conversion.verify import TOLERANCE, verify
 
+    names = [name.strip() for name in backends.split(",") if name.strip()]
+    for name in names:
+        load_backend(name)  # without its log lines
     with console.progress("comparing") as progress:
 
         def report_progress(side: "Side", done: int, total: int) -> None:
@@ -55,7 +59,7 @@ def verify(
         report = verify(
             a,
             b,
-            backends=[name.strip() for name in backends.split(",") if name.strip()],
+            backends=names,
             prompts=prompt or None,
             max_new_tokens=max_new_tokens,
             tolerance=TOLERANCE if tolerance is None else tolerance,

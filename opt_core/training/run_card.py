@@ -44,7 +44,7 @@ def write_run_card(
         CheckpointError: The disk refuses.
     """
     base = str(about.get("model", ""))
-    start = f"trained from `{base}`" if base else "trained"
+    start = f"trained from `{_public(base)}`" if base else "trained"
     if about.get("from_scratch"):
         start = "trained from random weights"
     size = f"{model['num_hidden_layers']} layers of width {model['hidden_size']}"
@@ -63,9 +63,14 @@ def write_run_card(
     write_card(folder / MODEL_FOLDER, name, text, head=model.get("head"), base=known)
 
 
+def _public(name: str) -> str:
+    """What a model is called where its card is read: paths mean nothing elsewhere."""
+    return name if is_hub_id(name) else Path(name).name
+
+
 def _data(config: TrainConfig, about: Mapping[str, Any]) -> str:
     rows = [
-        (said, f"`{about[name]}`")
+        (said, f"`{about[name] if name == 'task' else Path(str(about[name])).name}`")
         for name, said in (("task", "task"), ("data", "trained on"), ("validation", "validated on"))
         if about.get(name)
     ]
