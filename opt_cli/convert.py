@@ -11,7 +11,10 @@ from opt_cli import console
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help='Folder, weight file, index of shards, hub id, or "mini".', metavar="MODEL")
+        str,
+        typer.Argument(
+            help='Folder, weight file, index of shards, hub id, or "mini".', metavar="MODEL"
+        ),
     ],
     destination: Annotated[Path, typer.Argument(help="A new folder.", metavar="DIR")],
     to: Annotated[

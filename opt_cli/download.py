@@ -9,9 +9,7 @@ from opt_cli import console
 
 
 def download(
-    repo: Annotated[
-        str, typer.Argument(help="Hub id, such as facebook/opt-125m.", metavar="REPO")
-    ],
+    repo: Annotated[str, typer.Argument(help="Hub id, such as facebook/opt-125m.", metavar="REPO")],
     folder: Annotated[Path, typer.Argument(help="Folder for its files.", metavar="DIR")],
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit.", metavar="NAME")
@@ -21,7 +19,7 @@ def download(
     """Fetch what a model needs from the Hugging Face hub: settings, tokenizer, weights, card.
 
     Of several formats of the weights one is fetched: safetensors, or else PyTorch's, TensorFlow's,
-    Flax' or KerasHub's. The same command goes on with a download that was interrupted.
+    Flax' or KerasHub's. The same command goes on after an interruption: files that have come are not fetched again.
     """
     from opt_core.hub_folders import download
 

@@ -20,14 +20,22 @@ if TYPE_CHECKING:
 
 app = App(help="Measure a model: perplexity, choices, classes, answers, bias.")
 
-Model = Annotated[str, typer.Option("--model", "-m", help='Folder, hub id or "mini".', metavar="MODEL")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help='Folder, hub id or "mini".', metavar="MODEL")
+]
 Adapter = Annotated[
     str | None, typer.Option(help="PEFT adapter to merge: folder or hub id.", metavar="MODEL")
 ]
-Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 ...", metavar="NAME")]
+Dtype = Annotated[
+    str, typer.Option(help="Type of the weights: float32, bfloat16 ...", metavar="NAME")
+]
 Quantize = Annotated[str | None, typer.Option(help="int8 or int4.", metavar="NAME")]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Rows at a time.", min=1, metavar="N")]
-Limit = Annotated[int | None, typer.Option(help="Look at no more than so many.", min=1, metavar="N")]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", "-b", help="Rows at a time.", min=1, metavar="N")
+]
+Limit = Annotated[
+    int | None, typer.Option(help="Look at no more than so many.", min=1, metavar="N")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 DataFile = Annotated[Path, typer.Argument(help="The data.", metavar="FILE")]
 
@@ -123,10 +131,13 @@ def classification(
     backend: Backend = AUTO,
     dtype: Dtype = "float32",
     text_field: Annotated[str, typer.Option(help="Where the text is.", metavar="NAME")] = "text",
-    pair_field: Annotated[str | None, typer.Option(help="Where a second text is.", metavar="NAME")] = None,
+    pair_field: Annotated[
+        str | None, typer.Option(help="Where a second text is.", metavar="NAME")
+    ] = None,
     label_field: Annotated[str, typer.Option(help="Where the label is.", metavar="NAME")] = "label",
     max_length: Annotated[
-        int | None, typer.Option(help="Cut longer texts (default: all the model takes).", min=1, metavar="N")
+        int | None,
+        typer.Option(help="Cut longer texts (default: all the model takes).", min=1, metavar="N"),
     ] = None,
     batch_size: BatchSize = 8,
     limit: Limit = None,
@@ -172,9 +183,12 @@ def qa(
     backend: Backend = AUTO,
     dtype: Dtype = "float32",
     max_length: Annotated[int, typer.Option(help="Tokens of a row.", min=8, metavar="N")] = 384,
-    stride: Annotated[int, typer.Option(help="Tokens that two rows share.", min=0, metavar="N")] = 128,
+    stride: Annotated[
+        int, typer.Option(help="Tokens that two rows share.", min=0, metavar="N")
+    ] = 128,
     predictions: Annotated[
-        Path | None, typer.Option(help="Write the answers there, as SQuAD's script reads them.", metavar="FILE")
+        Path | None,
+        typer.Option(help="Write the answers there, as SQuAD's script reads them.", metavar="FILE"),
     ] = None,
     batch_size: BatchSize = 8,
     limit: Limit = None,

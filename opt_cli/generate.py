@@ -46,7 +46,8 @@ def generate(
     prompt: Annotated[
         list[str] | None,
         typer.Argument(
-            help='Texts to continue; "-": stdin; none: stdin, or asked for.', metavar="TEXT",
+            help='Texts to continue; "-": stdin; none: stdin, or asked for.',
+            metavar="TEXT",
             show_default=False,
         ),
     ] = None,

@@ -13,7 +13,9 @@ def plot(
     run: Annotated[Path, typer.Argument(help="Folder of a run of `opt-lm train`.", metavar="RUN")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Picture to write, .png, .svg or .pdf (default: RUN/loss.svg).", metavar="FILE"),
+        typer.Option(
+            help="Picture to write, .png, .svg or .pdf (default: RUN/loss.svg).", metavar="FILE"
+        ),
     ] = None,
 ) -> None:
     """Draw loss and learning rate over the steps of a run."""

@@ -23,7 +23,10 @@ def prepare(
         ),
     ],
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Whose tokenizer: a folder, a hub id or mini.", metavar="MODEL")
+        str,
+        typer.Option(
+            "--model", "-m", help="Whose tokenizer: a folder, a hub id or mini.", metavar="MODEL"
+        ),
     ] = "mini",
     sequence_length: Annotated[
         int, typer.Option("--sequence-length", "-t", help="Tokens of a block.", min=2, metavar="N")
@@ -37,7 +40,9 @@ def prepare(
             metavar="X",
         ),
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Where the text is in rows.", metavar="NAME")] = "text",
+    text_field: Annotated[
+        str, typer.Option(help="Where the text is in rows.", metavar="NAME")
+    ] = "text",
     separator: Annotated[
         str | None,
         typer.Option(
@@ -47,14 +52,21 @@ def prepare(
     ] = None,
     normalization: Annotated[str, typer.Option(help="NFC, NFKC or none.", metavar="NAME")] = "NFC",
     min_chars: Annotated[int, typer.Option(help="Drop shorter documents.", min=1, metavar="N")] = 1,
-    max_chars: Annotated[int | None, typer.Option(help="Drop longer documents.", metavar="N")] = None,
+    max_chars: Annotated[
+        int | None, typer.Option(help="Drop longer documents.", metavar="N")
+    ] = None,
     max_repetition: Annotated[
         float,
-        typer.Option(help="Drop documents that repeat more of their five-word sequences; 1: none.", metavar="X"),
+        typer.Option(
+            help="Drop documents that repeat more of their five-word sequences; 1: none.",
+            metavar="X",
+        ),
     ] = 0.5,
     near_duplicates: Annotated[
         float,
-        typer.Option(help="Drop documents so similar to an earlier one; 1: equal ones only.", metavar="X"),
+        typer.Option(
+            help="Drop documents so similar to an earlier one; 1: equal ones only.", metavar="X"
+        ),
     ] = 0.8,
     keep_duplicates: Annotated[
         bool, typer.Option("--keep-duplicates", help="Drop no duplicate at all.")

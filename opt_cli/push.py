@@ -44,9 +44,7 @@ def push(
         raise CheckpointError(f"{folder}: not uploaded: {found.problems[0]}{more}")
     if not (folder / FILE).exists():
         write_card(folder, repo.rpartition("/")[2], "", head=found.head)
-    done = upload(
-        folder, repo, message=message, private=private or None, revision=revision
-    )
+    done = upload(folder, repo, message=message, private=private or None, revision=revision)
     if json:
         console.print_json({"repo": repo, "commit": done.oid, "url": str(done.commit_url)})
         return

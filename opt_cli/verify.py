@@ -14,9 +14,14 @@ if TYPE_CHECKING:
 
 
 def verify(
-    a: Annotated[str, typer.Argument(help='The reference: a folder, hub id or "mini".', metavar="MODEL")],
+    a: Annotated[
+        str, typer.Argument(help='The reference: a folder, hub id or "mini".', metavar="MODEL")
+    ],
     b: Annotated[
-        str, typer.Argument(help="What to compare with it; the same for several backends.", metavar="MODEL")
+        str,
+        typer.Argument(
+            help="What to compare with it; the same for several backends.", metavar="MODEL"
+        ),
     ],
     backends: Annotated[
         str, typer.Option(help="Backends, separated by commas: torch,tf,flax.", metavar="NAME")

@@ -294,7 +294,7 @@ class _Repository:
             raise
         except _hub_failures() as failure:
             error = _actual(failure)
-            if not _is_unreachable(error):
+            if not _is_unreachable(error) or self.download.get("local_dir"):
                 raise self.explained(error) from error
             try:
                 return self.cached(files, optional)

@@ -29,7 +29,7 @@ def download(
 ) -> dict[str, int]:
     """Downloads what a model needs, its card and its licence; the weights in one format.
 
-    What an interrupted download has brought is kept, and the next one goes on with it.
+    The files that an interrupted download has brought are kept, and the next one fetches the rest.
 
     Args:
         name: Hub id.

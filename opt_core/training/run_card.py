@@ -102,7 +102,7 @@ def _losses(folder: Path, state: RunState) -> str:
     rows: list[tuple[str, int, str]] = []
     for name, said in (("loss", "training"), ("eval_loss", "validation")):
         found = [record for record in records if record.get(name) is not None]
-        for record in dict((r["step"], r) for r in (*found[:1], *found[-1:])).values():
+        for record in {r["step"]: r for r in (*found[:1], *found[-1:])}.values():
             rows.append((said, record["step"], f"{record[name]:.4f}"))
     if state.best_step is not None and state.best_loss is not None:
         rows.append(("best validation: this model", state.best_step, f"{state.best_loss:.4f}"))
