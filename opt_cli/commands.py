@@ -1,4 +1,4 @@
-"""What the help of every command looks like: one kind of placeholder, paragraphs that flow."""
+"""Help as every command shows it: one kind of placeholder, paragraphs that flow."""
 
 import inspect
 import re
@@ -13,7 +13,7 @@ from opt_cli import console
 PLACEHOLDERS = frozenset(
     ["MODEL", "RUN", "DATA", "FILE", "DIR", "REPO", "NAME", "TASK", "TEXT", "SIZE", "N", "X"]
 )
-"""What stands for a value in help: of a model, an integer N, a number X ...; switches have none."""
+"""Words that stand for a value in help: an integer N, a number X, a FILE; switches have none."""
 
 
 class Command(TyperCommand):

@@ -19,7 +19,8 @@ def download(
     """Fetch what a model needs from the Hugging Face hub: settings, tokenizer, weights, card.
 
     Of several formats of the weights one is fetched: safetensors, or else PyTorch's, TensorFlow's,
-    Flax' or KerasHub's. The same command goes on after an interruption: files that have come are not fetched again.
+    Flax' or KerasHub's. After an interruption the same command
+    fetches the files that have not come.
     """
     from opt_core.hub_folders import download
 

@@ -18,7 +18,7 @@ PIPELINES = {
     "sequence_classification": "text-classification",
     "question_answering": "question-answering",
 }
-"""What the hub calls the task of each head."""
+"""Each head -> the hub's name of its task."""
 
 
 def write_card(

@@ -64,7 +64,7 @@ def write_run_card(
 
 
 def _public(name: str) -> str:
-    """What a model is called where its card is read: paths mean nothing elsewhere."""
+    """A model's name where its card is read: paths mean nothing elsewhere."""
     return name if is_hub_id(name) else Path(name).name
 
 

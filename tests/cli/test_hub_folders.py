@@ -89,7 +89,7 @@ def opt_lm(capsys):
 
 @pytest.fixture
 def theirs(hub, tmp_path):
-    """What a repository holds: a model, the same weights in other formats, and more."""
+    """A repository: a model, the same weights in other formats, and more."""
     folder = save_model(tmp_path / "theirs")
     for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "notes.txt"):
         (folder / name).write_bytes(b"other")

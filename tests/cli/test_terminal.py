@@ -68,7 +68,7 @@ class Terminal:
         self.shown = ""
 
     def until(self, text: str) -> str:
-        """What is shown, once it has the text, or to the end."""
+        """The text that is shown, once it has this in it, or to its end."""
         stop = time.monotonic() + PATIENCE
         while text not in self.shown:
             assert time.monotonic() < stop, self.shown
@@ -112,9 +112,10 @@ def test_placeholders_are_of_one_kind(opt_lm):
 def test_help_flows(opt_lm, monkeypatch):
     """A paragraph is not broken where the source was."""
     monkeypatch.setenv("COLUMNS", "200")
-    assert "a Hugging Face folder with a model card. The same command with" in opt_lm(
-        "train", "--help"
-    ).out
+    assert (
+        "a Hugging Face folder with a model card. The same command with"
+        in opt_lm("train", "--help").out
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,11 @@ def wait_for_steps(run: Path, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("opt-lm ge", "generate"), ("opt-lm eval har", "harness"), ("opt-lm train --resu", "--resume")],
+    [
+        ("opt-lm ge", "generate"),
+        ("opt-lm eval har", "harness"),
+        ("opt-lm train --resu", "--resume"),
+    ],
 )
 def test_the_shell_completes(words, expected):
     environment = {
@@ -212,5 +217,3 @@ def test_the_shell_completes(words, expected):
         COMMAND, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == [expected], done.stderr
-
-
