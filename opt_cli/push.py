@@ -39,9 +39,9 @@ def push(
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     found = describe(folder)
-    if found.problems:
-        more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
-        raise CheckpointError(f"{folder}: not uploaded: {found.problems[0]}{more}")
+    if problems := list(found.problems):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{folder}: not uploaded: {problems[0]}{more}")
     if not (folder / FILE).exists():
         write_card(folder, repo.rpartition("/")[2], "", head=found.head)
     done = upload(folder, repo, message=message, private=private or None, revision=revision)

@@ -93,7 +93,7 @@ def upload(
         made = api.create_repo(name, private=private, exist_ok=True).repo_id
         return api.upload_folder(
             repo_id=made,
-            folder_path=folder,
+            folder_path=Path(folder),
             commit_message=message or "Upload an OPT model",
             commit_description=description,
             revision=revision,

@@ -45,7 +45,7 @@ def write_card(
     """
     from huggingface_hub import ModelCard, ModelCardData  # imported only when it is needed
 
-    data = ModelCardData(
+    data: Any = ModelCardData(
         library_name="transformers",
         pipeline_tag=PIPELINES.get(head or ""),
         base_model=base,

@@ -4,19 +4,20 @@ import json
 import struct
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from wandb.proto import wandb_internal_pb2
 
 from opt_cli.main import main
 from opt_core.data import write_blocks
 from opt_core.training import read_metrics
 from tests.support.files.tiny_folder import save_model
 
+RECORDS: Any = import_module("wandb.proto.wandb_internal_pb2")
 SETTINGS = ("--sequence-length", 16, "--batch-size", 2, "--lr-schedule", "constant")
 
 
@@ -81,7 +82,7 @@ def stored(file: Path) -> Iterator[Any]:
     while place < len(content):
         _, length, kind = struct.unpack("<IHB", content[place : place + 7])
         assert kind == 1  # a record in one piece
-        record = wandb_internal_pb2.Record()
+        record = RECORDS.Record()
         record.ParseFromString(content[place + 7 : place + 7 + length])
         yield record
         place += 7 + length
