@@ -81,7 +81,8 @@ def train(
     """Train a model, or fine-tune it.
 
     RUN gets metrics.jsonl, checkpoints, and in the end model/, a Hugging Face folder with a model
-    card. The same command with --resume goes on where a killed one stopped, to the same result.
+    card. The same command with --resume goes on where a killed one stopped, to the same result;
+    with more --max-steps it goes on to them, at the learning rates of a run of that length.
     """
     from opt_cli import trackers
     from opt_cli.progress import training_progress

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 from opt_cli.main import main
 from opt_core.data import write_blocks
 from opt_core.training import read_metrics

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from fcntl import ioctl
 from pathlib import Path
 from struct import pack
-from termios import TIOCSWINSZ
+from termios import TIOCSCTTY, TIOCSWINSZ
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import typer
+
+pytest.importorskip("torch")
 
 from opt_cli.commands import PLACEHOLDERS, Command
 from opt_cli.main import app, main
@@ -62,7 +64,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [*COMMAND, *map(str, arguments)], cwd=ROOT, stdin=terminal, stdout=terminal,
             stderr=terminal, start_new_session=True, env=known | {"TERM": "xterm"},
-            preexec_fn=lambda: ioctl(0, 0x540E, 0),  # TIOCSCTTY: it is theirs, Ctrl-C included
+            preexec_fn=lambda: ioctl(0, TIOCSCTTY, 0),  # the terminal is theirs, Ctrl-C included
         )  # fmt: skip
         os.close(terminal)
         self.shown = ""
