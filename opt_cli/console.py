@@ -234,7 +234,7 @@ def bar_columns(figures: str) -> tuple[Any, ...]:
     from rich.progress import BarColumn, TextColumn
     from rich.table import Column
 
-    width = max(8, min(40, stderr.width // 4))
+    width = max(8, min(40, stderr.width // 5))
     return (
         TextColumn(
             "{task.description}",

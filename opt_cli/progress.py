@@ -84,12 +84,12 @@ def _progress_lines(total: int) -> OnRecord:
 
 
 def _figures(record: dict[str, Any]) -> str:
-    if console.stderr.is_terminal and console.is_narrow():
+    """As many as a terminal has room for beside its bar; all of them elsewhere."""
+    width = console.stderr.width if console.stderr.is_terminal else 100
+    if width < console.NARROW:
         return f"loss {record['loss']:.3f}"
-    return (
-        f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s, "
-        f"{console.size(peak_memory())}"
-    )
+    figures = f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s"
+    return figures if width < 100 else f"{figures}, {console.size(peak_memory())}"
 
 
 def _event_line(record: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The command at a terminal: help, narrow bars, questions, completion, real interrupts."""
 
+import io
 import os
 import pty
 import re
@@ -18,11 +19,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import typer
+from rich.console import Console
 
 pytest.importorskip("torch")
 
+from opt_cli import console
 from opt_cli.commands import PLACEHOLDERS, Command
 from opt_cli.main import app, main
+from opt_cli.progress import training_progress
 from opt_core.data import write_blocks
 from opt_core.training import read_metrics
 from tests.support.files.tiny_folder import save_model
@@ -136,6 +140,45 @@ def test_a_narrow_terminal_keeps_its_bar(columns, tiny, data, tmp_path):
     assert last.count("━") >= 8
     assert re.search(r"loss \d\.\d+", last)
     assert ("tokens/s" in last) == (columns == 100)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Makes stderr a terminal of some width; gives a function for the lines that were drawn."""
+
+    def make(columns):
+        file = io.StringIO()
+        made = Console(file=file, width=columns, force_terminal=True, _environ={})
+        monkeypatch.setattr(console, "stderr", made)
+        return lambda: re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;?]*\w", "", file.getvalue()))
+
+    return make
+
+
+@pytest.mark.parametrize("columns", [30, 40, 60, 100])
+def test_a_long_name_leaves_room_for_the_bar(columns, drawn):
+    lines = drawn(columns)
+    with console.progress("loading facebook/opt-125m-and-its-whole-long-name") as progress:
+        progress(1 << 27, 1 << 28)
+        time.sleep(0.3)  # it is drawn ten times a second
+    found = [line for line in lines() if "134" in line or "50%" in line]
+    assert found
+    for line in found:
+        assert len(line.rstrip()) <= columns
+        assert sum(map(line.count, "━╸╺")) >= min(8, columns // 5)
+        assert ("/s" in line) == (columns == 100)
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_large_figures_leave_room_for_the_bar(columns, drawn):
+    lines = drawn(columns)
+    with training_progress(100_000, 0) as on_record:
+        on_record({"step": 50_000, "loss": 12.3456, "tokens_per_s": 1_234_567.0})
+    found = [line for line in lines() if "50000/100000" in line and "loss 12.34" in line]
+    assert found, lines()
+    for line in found:
+        assert len(line.rstrip()) <= columns
+        assert sum(map(line.count, "━╸╺")) >= 8
 
 
 def test_generate_asks_for_a_prompt(tiny):
