@@ -11,22 +11,31 @@ import typer
 
 from opt_cli import console
 from opt_cli.backends import AUTO, Backend, load_backend
-from opt_core.errors import ConfigError
+from opt_cli.commands import App
+from opt_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from opt_core import OPTTokenizer
     from opt_core.config import OPTConfig
 
-app = typer.Typer(help="Measure a model: perplexity, choices, classes, answers, bias.")
+app = App(help="Measure a model: perplexity, choices, classes, answers, bias.")
 
-Model = Annotated[str, typer.Option("--model", "-m", help='Folder, hub id or "mini".')]
-Adapter = Annotated[
-    str | None, typer.Option(help="PEFT adapter to merge: folder or hub id.", metavar="DIR")
+Model = Annotated[
+    str, typer.Option("--model", "-m", help='Folder, hub id or "mini".', metavar="MODEL")
 ]
-Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 ...")]
-Quantize = Annotated[str | None, typer.Option(help="int8 or int4.", metavar="SCHEME")]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Rows at a time.", min=1)]
-Limit = Annotated[int | None, typer.Option(help="Look at no more than so many.", min=1)]
+Adapter = Annotated[
+    str | None, typer.Option(help="PEFT adapter to merge: folder or hub id.", metavar="MODEL")
+]
+Dtype = Annotated[
+    str, typer.Option(help="Type of the weights: float32, bfloat16 ...", metavar="NAME")
+]
+Quantize = Annotated[str | None, typer.Option(help="int8 or int4.", metavar="NAME")]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", "-b", help="Rows at a time.", min=1, metavar="N")
+]
+Limit = Annotated[
+    int | None, typer.Option(help="Look at no more than so many.", min=1, metavar="N")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 DataFile = Annotated[Path, typer.Argument(help="The data.", metavar="FILE")]
 
@@ -121,11 +130,14 @@ def classification(
     adapter: Adapter = None,
     backend: Backend = AUTO,
     dtype: Dtype = "float32",
-    text_field: Annotated[str, typer.Option(help="Where the text is.")] = "text",
-    pair_field: Annotated[str | None, typer.Option(help="Where a second text is.")] = None,
-    label_field: Annotated[str, typer.Option(help="Where the label is.")] = "label",
+    text_field: Annotated[str, typer.Option(help="Where the text is.", metavar="NAME")] = "text",
+    pair_field: Annotated[
+        str | None, typer.Option(help="Where a second text is.", metavar="NAME")
+    ] = None,
+    label_field: Annotated[str, typer.Option(help="Where the label is.", metavar="NAME")] = "label",
     max_length: Annotated[
-        int | None, typer.Option(help="Cut longer texts (default: all the model takes).", min=1)
+        int | None,
+        typer.Option(help="Cut longer texts (default: all the model takes).", min=1, metavar="N"),
     ] = None,
     batch_size: BatchSize = 8,
     limit: Limit = None,
@@ -139,6 +151,8 @@ def classification(
     from opt_core.data import encode_labelled_texts, read_labelled_texts
     from opt_core.evaluation import evaluate_classification
 
+    if not file.exists():  # or it would be told after the model has been loaded
+        raise DataError(f"{file}: no such file or folder")
     loaded = load(model, adapter, backend, dtype, kind="OPTForSequenceClassification")
     known = loaded.config.id2label or {}
     names = [known.get(i, f"LABEL_{i}") for i in range(loaded.config.num_labels)]
@@ -168,10 +182,13 @@ def qa(
     adapter: Adapter = None,
     backend: Backend = AUTO,
     dtype: Dtype = "float32",
-    max_length: Annotated[int, typer.Option(help="Tokens of a row.", min=8)] = 384,
-    stride: Annotated[int, typer.Option(help="Tokens that two rows share.", min=0)] = 128,
+    max_length: Annotated[int, typer.Option(help="Tokens of a row.", min=8, metavar="N")] = 384,
+    stride: Annotated[
+        int, typer.Option(help="Tokens that two rows share.", min=0, metavar="N")
+    ] = 128,
     predictions: Annotated[
-        Path | None, typer.Option(help="Write the answers there, as SQuAD's script reads them.")
+        Path | None,
+        typer.Option(help="Write the answers there, as SQuAD's script reads them.", metavar="FILE"),
     ] = None,
     batch_size: BatchSize = 8,
     limit: Limit = None,

@@ -53,9 +53,9 @@ def paper(
     plot: Annotated[
         Path | None, typer.Option(help="Picture to write: .png, .svg or .pdf.", metavar="FILE")
     ] = None,
-    markdown: Annotated[
+    card: Annotated[
         Path | None,
-        typer.Option(help="Write the results there, as a section of a model card.", metavar="FILE"),
+        typer.Option(help="A model's folder whose card gets the results.", metavar="DIR"),
     ] = None,
     batch_size: BatchSize = 8,
     limit: Limit = None,
@@ -72,13 +72,15 @@ def paper(
     """
     from opt_core.evaluation.paper import TASKS, PaperResult, model_size, results_markdown
     from opt_core.evaluation.paper.report import OTHERS, TITLES
+    from opt_core.model_card import put_section
 
     wanted = list(dict.fromkeys(tasks or [*TASKS, *(OTHERS if data else ())]))
     if unknown := [name for name in wanted if name not in TITLES]:
         known = ", ".join(TITLES)
         raise ConfigError(f"unknown task {', '.join(unknown)}: expected some of {known}")
-    if data is not None and not data.is_dir():
-        raise DataError(f"--data {data}: no such folder")
+    for option, folder in (("data", data), ("card", card)):
+        if folder is not None and not folder.is_dir():
+            raise DataError(f"--{option} {folder}: no such folder")
     loaded = load(model, adapter, backend, dtype, quantize)
     run = _Run(loaded, backend, data, shots, classifier, prompts, batch_size, limit)
     shown = Path(model).name if Path(model).exists() else model
@@ -97,8 +99,8 @@ def paper(
     if not (result.tasks or result.bias or result.toxicity):
         reasons = "; ".join(dict.fromkeys(result.missing.values()))
         raise DataError(f"nothing to measure: {reasons}")
-    if markdown is not None:
-        markdown.write_text(results_markdown(result), encoding="utf-8")
+    if card is not None:
+        put_section(card, "The OPT paper's evaluation", results_markdown(result))
     if plot is not None:
         write_picture(plot, lambda figure: draw(figure, result), (8, 6.5))
     _show(result, json)

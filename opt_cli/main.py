@@ -11,6 +11,7 @@ from opt_cli import (
     compilation_cache,
     console,
     convert,
+    download,
     evaluate,
     evaluate_paper,
     export,
@@ -18,14 +19,14 @@ from opt_cli import (
     info,
     plot,
     prepare,
+    push,
     smooth,
     train,
     verify,
 )
+from opt_cli.commands import App
 
-app = typer.Typer(
-    cls=console.PipeGroup,
-    add_completion=False,
+app = App(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -39,6 +40,8 @@ app.command("bench")(bench.bench)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("plot")(plot.plot)
+app.command("download")(download.download)
+app.command("push")(push.push)
 evaluate.app.command("paper")(evaluate_paper.paper)
 app.add_typer(evaluate.app, name="eval")
 

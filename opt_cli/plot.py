@@ -14,12 +14,16 @@ def plot(
     run: Annotated[Path, typer.Argument(help="Folder of a run of `opt-lm train`.", metavar="RUN")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Picture to write, .png, .svg or .pdf (default: RUN/loss.svg)."),
+        typer.Option(
+            help="Picture to write, .png, .svg or .pdf (default: RUN/loss.svg).", metavar="FILE"
+        ),
     ] = None,
 ) -> None:
     """Draw loss and learning rate over the steps of a run."""
     from opt_core.training.run_folder import METRICS_FILE, read_metrics
 
+    if not run.is_dir():
+        raise TrainingError(f"{run}: no such folder")
     records = read_metrics(run)
     steps = [r for r in records if r.get("loss") is not None]
     if not steps:

@@ -97,7 +97,7 @@ def results_markdown(result: PaperResult) -> str:
     """The results as a section's text for a model card: tables, and what they do not say.
 
     Headings in it are of the third level, so that it fits under one of the second
-    (`put_section(folder, "Limits", results_markdown(result))`).
+    (`opt_core.model_card.put_section`).
     """
     parts: list[str] = []
     if result.tasks:

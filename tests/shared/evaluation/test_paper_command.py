@@ -83,8 +83,8 @@ def test_everything_on_files(
     )
     monkeypatch.chdir(tmp_path)
     arguments = ("--data", data, "--limit", 2, "--classifier", "judge:score")
-    picture, card = tmp_path / "paper.svg", tmp_path / "paper.md"
-    code, out, err = opt_lm(*arguments, "--plot", picture, "--markdown", card)
+    picture, card = tmp_path / "paper.svg", tmp_path / "README.md"
+    code, out, err = opt_lm(*arguments, "--plot", picture, "--card", tmp_path)
     assert (code, err) == (0, "")
     for task in TASKS.values():
         assert f"\n{task.title} " in "\n" + out
