@@ -13,7 +13,6 @@ from opt_cli import (
     convert,
     download,
     evaluate,
-    evaluate_paper,
     export,
     generate,
     info,
@@ -25,6 +24,7 @@ from opt_cli import (
     verify,
 )
 from opt_cli.commands import App
+from opt_cli.paper import command
 
 app = App(
     pretty_exceptions_enable=False,
@@ -42,7 +42,7 @@ app.command("train")(train.train)
 app.command("plot")(plot.plot)
 app.command("download")(download.download)
 app.command("push")(push.push)
-evaluate.app.command("paper")(evaluate_paper.paper)
+evaluate.app.command("paper")(command.paper)
 app.add_typer(evaluate.app, name="eval")
 
 

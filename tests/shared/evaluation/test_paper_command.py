@@ -158,7 +158,7 @@ def test_toxicity_by_a_classifier_of_ours(
     config = OPTConfig.from_pretrained(folder).replace(id2label={0: "fine", 1: "Toxic"})
     made = pytest.importorskip("opt_torch").OPTForSequenceClassification(config, seed=0)
     made.save_pretrained(folder)
-    load_classifier = importlib.import_module("opt_cli.classifiers").load_classifier
+    load_classifier = importlib.import_module("opt_cli.paper.classifiers").load_classifier
     score = load_classifier(str(folder), backend.name, batch_size=2)
     texts = ["the dog", "I like you.", "the world sleeps in the world"]
     tokenizer = OPTTokenizer.from_pretrained(folder)

@@ -9,9 +9,9 @@ import typer
 
 from opt_cli import console
 from opt_cli.backends import AUTO, Backend
-from opt_cli.classifiers import load_classifier
 from opt_cli.evaluate import Adapter, BatchSize, Dtype, Json, Limit, Loaded, Model, Quantize, load
-from opt_cli.paper_picture import draw
+from opt_cli.paper.classifiers import load_classifier
+from opt_cli.paper.picture import draw
 from opt_cli.plot import write_picture
 from opt_core.errors import ConfigError, DataError
 
