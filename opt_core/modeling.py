@@ -113,14 +113,26 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         return owner.decoder
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """In training, keep only each layer's input and compute the rest again when needed.
 
         Args:
             gradient_checkpointing_kwargs: Without effect: PyTorch's `use_reentrant` and the like
                 change how, not what is computed.
+            activation_checkpointing_kwargs: The same, under its newer name.
+            every_n_layers: 1 only.
+            offload: False only.
         """
+        if every_n_layers != 1 or offload:
+            raise ConfigError(
+                "gradient checkpointing: expected every_n_layers=1 and offload=False, received "
+                f"{every_n_layers} and {offload}"
+            )
         self._checkpoint_gradients(True)
 
     activation_checkpointing_enable = gradient_checkpointing_enable
@@ -170,7 +182,8 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         self.check_config()
         check_options(options)
         config, use_cache, inputs = self.config, options.get("use_cache"), self.backend.inputs
-        cache = self._adopt(given[-1], self._starts_cache(use_cache, *given[:-1], **mode))
+        past = options.get("cache") if given[-1] is None else given[-1]
+        cache = self._adopt(past, self._starts_cache(use_cache, *given[:-1], **mode))
         ids, mask, positions, embeds, cache = self._check_inputs(*given[:-1], cache)
         decoder: Any = self.get_decoder()
         if embeds is None:
@@ -313,10 +326,12 @@ class CausalLMMixin(GenerationMixin):
         kept = self._keep(out.last_hidden_state, kept_tokens(logits_to_keep))
         logits, loss = self.compute_logits(kept), None
         if labels is not None:
-            items = options.get("num_items_in_batch")
-            loss = self.backend.losses.causal_lm(logits, labels, items=items)
+            loss = self._loss(logits, labels, options.get("num_items_in_batch"))
         base: Any = super()
         return base._finish(out.headed(loss=loss, logits=logits), options)
+
+    def _loss(self, logits: Any, labels: Any, items: Any) -> Any:
+        return self.backend.losses.causal_lm(logits, labels, items=items)
 
 
 class SequenceClassificationMixin:

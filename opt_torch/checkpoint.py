@@ -68,6 +68,8 @@ def from_pretrained(
         del array, values  # or the next tensor would be read while this one is still held
     tie(model)
     model.requires_grad_(source.quantize is None)
+    if source.device is not None:
+        model.hf_device_map = {"": target}
     return source.finish(model)
 
 
