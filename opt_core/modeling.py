@@ -15,11 +15,12 @@ from opt_core.compatibility.calls import (
     each_layers_heads,
     kept_tokens,
 )
+from opt_core.compatibility.config_keys import check_fixed
 from opt_core.compatibility.live_config import check_shapes, shapes_of
 from opt_core.compatibility.methods import MethodsMixin
 from opt_core.compatibility.saving import read_saving
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError, InputError
+from opt_core.errors import ConfigError, InputError, UnsupportedError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.mixin import GenerationMixin
 from opt_core.params import Head
@@ -78,8 +79,14 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         Raises:
             ConfigError: No such attention implementation, or a malformed configuration.
         """
+        if not isinstance(getattr(type(self), "head", None), str):
+            raise UnsupportedError(
+                f"{type(self).__name__}: a class of your own extends OPTModel or one of the heads, "
+                "not the base of them"
+            )
         config = OPTConfig.from_any(config)
         config.validate()
+        check_fixed(config)
         known = self.backend.attention.IMPLEMENTATIONS
         name = attn_implementation or config.attn_implementation
         if name in INTERCHANGEABLE and name not in known:
@@ -166,7 +173,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         self.config.validate()
         options = read_saving(folder, max_shard_size, arguments)
         if options.writes:
-            self.backend.checkpoint.save_pretrained(self, options)
+            options.write(lambda where: self.backend.checkpoint.save_pretrained(self, where))
         if options.repository:
             self.push_to_hub(options.repository, max_shard_size=max_shard_size, **options.hub)
 

@@ -65,7 +65,9 @@ class ModelOutput(OrderedDict[str, Any], Generic[Tensor, Cache]):
 
     def __getitem__(self, key: Any) -> Any:
         """The field of a name, or the one or those that a number or a slice picks."""
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+        if isinstance(key, str):
+            return super().__getitem__("past_key_values" if key == "cache" else key)
+        return self.to_tuple()[key]
 
     @classmethod
     def _fields(cls) -> dict[str, Any]:

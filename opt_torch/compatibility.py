@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from opt_core.compatibility.methods import MethodsMixin
 from opt_core.compatibility.notices import notice
 from opt_core.dialects import TORCH
 from opt_core.errors import InputError
+from opt_core.generation.config import GenerationConfig
 from opt_core.json_files import write_json
 from opt_core.params import ParamSpec, param_specs
 from opt_torch import _private, attention, checkpoint
@@ -68,6 +69,8 @@ def adopt_cache(past: Any) -> AdoptedCache | None:
     Raises:
         InputError: It is one of a fixed size, which returns slots that hold nothing.
     """
+    if isinstance(past, CacheMixin):
+        return None
     if not (hasattr(past, "layers") and hasattr(past, "get_seq_length")):
         return None
     kind = type(past).__name__
@@ -98,15 +101,15 @@ def serve_trainer(module: Any, state: dict[str, Any], prefix: str, metadata: Any
         name = type(module).__name__
         write_json(Path(folder, "config.json"), values | {"architectures": [name]})
         if module.can_generate():
-            settings = type(module.settings).from_any(module.generation_config)
+            settings = GenerationConfig.from_any(module.generation_config)
             settings.save_pretrained(folder)
 
 
 class ModelMethods(MethodsMixin):
     """Methods of every model, beside `torch.nn.Module`'s own."""
 
-    framework = "pt"
-    _tied_weights_keys: Any = None
+    framework: ClassVar[str] = "pt"
+    _tied_weights_keys: ClassVar[Any] = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -264,8 +267,8 @@ class ModelMethods(MethodsMixin):
 class GenerationMethods:
     """Methods that libraries which generate by themselves ask of a language model."""
 
-    _tied_weights_keys: Any = {TIED[0]: TIED[1]}
-    loss_type: str = "ForCausalLM"
+    _tied_weights_keys: ClassVar[Any] = {TIED[0]: TIED[1]}
+    loss_type: ClassVar[str] = "ForCausalLM"
 
     @property
     def loss_function(self: Any) -> Callable[..., Tensor]:
@@ -280,7 +283,12 @@ class GenerationMethods:
         vars(self)["_loss_function"] = function
 
     def _default_loss(
-        self: Any, logits: Tensor, labels: Tensor, *_: Any, num_items_in_batch: Any = None, **__: Any
+        self: Any,
+        logits: Tensor,
+        labels: Tensor,
+        *_: Any,
+        num_items_in_batch: Any = None,
+        **__: Any,
     ) -> Tensor:
         return self.backend.losses.causal_lm(logits, labels, items=num_items_in_batch)
 

@@ -185,6 +185,9 @@ class OPTModel(OPTPreTrainedModel):
 class OPTForCausalLM(GenerationMethods, CausalLMMixin, OPTPreTrainedModel):
     """The language model: the next token's logits."""
 
+    # Python runs between the steps: within a compiled function it stays outside of the graph.
+    generate = torch.compiler.disable(CausalLMMixin.generate)
+
     def _make_layers(self) -> None:
         super()._make_layers()
         self.lm_head = Linear(self.config.embed_dim, self.config.vocab_size, bias=False)

@@ -72,7 +72,7 @@ class MethodsMixin(ModelNames, UploadMixin):
             config: The model's configuration.
             **options: Those of the constructor, and `dtype` or `torch_dtype`.
         """
-        dtype = options.pop("torch_dtype", None) or options.pop("dtype", None)
+        dtype = options.pop("torch_dtype", None) or options.pop("dtype", None) or config.dtype
         model: Any = cls(config, **options)  # type: ignore[call-arg]
         return model if dtype is None else model._cast(dtype)
 
