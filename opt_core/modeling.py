@@ -72,6 +72,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
     """Whether the loss heeds `num_items_in_batch`: the Trainer of `transformers` asks."""
     config: OPTConfig
     generation_config: GenerationConfig
+    generation_config_class: ClassVar[type[GenerationConfig]] = GenerationConfig
 
     def _configure(self, config: Any, attn_implementation: str | None) -> None:
         """Takes the settings over.

@@ -200,10 +200,12 @@ class ModelMethods(MethodsMixin):
         saved = self.state_dict()
         return ((n, b) for n, b in self.named_buffers(*args, **kwargs) if n not in saved)
 
-    def warn_if_padding_and_no_attention_mask(self: Any, input_ids: Any, mask: Any) -> None:
+    def warn_if_padding_and_no_attention_mask(
+        self: Any, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> None:
         """Warns of padding that no mask tells from text."""
-        pad = self.config.pad_token_id
-        if mask is None and pad is not None and bool((input_ids[:, [0, -1]] == pad).any()):
+        pad, ends = self.config.pad_token_id, input_ids[:, [0, -1]]
+        if attention_mask is None and pad is not None and bool((ends == pad).any()):
             notice("input_ids begin or end in padding; pass attention_mask")
 
     def invert_attention_mask(self: Any, encoder_attention_mask: Tensor) -> Tensor:
@@ -303,6 +305,8 @@ class GenerationMethods:
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         cache_position: Any = None,
+        is_first_iteration: bool = False,
+        next_sequence_length: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The model's inputs for the next token, of all ids so far and a cache of the earlier ones.
@@ -312,7 +316,9 @@ class GenerationMethods:
             past_key_values: A cache that holds the first of them, or None.
             attention_mask: (B, S); positions follow from it.
             inputs_embeds: Used in place of the ids where there is no cache yet.
-            cache_position: Without effect: the cache says how many tokens it holds.
+            cache_position: Without effect, like the next two: the cache says what it holds.
+            is_first_iteration: See there.
+            next_sequence_length: See there.
             **kwargs: Passed on.
         """
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())

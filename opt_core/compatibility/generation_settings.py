@@ -38,9 +38,6 @@ _OF_A_CALL = (
     *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"),
     *("assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask"),
 )
-_FROM_CONFIG = frozenset(COMMON) - {
-    *("_name_or_path", "architectures", "is_decoder", "is_encoder_decoder", "prefix"),
-}
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _WHERE = ("cache_dir", *HUB, "proxies", "resume_download", "use_auth_token", "_from_auto")
 
@@ -133,7 +130,9 @@ class SettingsMethods(UploadMixin):
         Args:
             model_config: An `OPTConfig`.
         """
-        said = {name: value for name, value in vars(model_config).items() if name in _FROM_CONFIG}
+        known = {field.name for field in dataclasses.fields(cast(Any, cls))} | REFUSED.keys()
+        known &= COMMON.keys()
+        said = {name: value for name, value in vars(model_config).items() if name in known}
         ids = {name: getattr(model_config, name) for name in _SPECIAL}
         return cls.from_dict(said | ids)
 
@@ -243,12 +242,23 @@ class SettingsMethods(UploadMixin):
         """Writes `to_json_string` into a file."""
         Path(json_file_path).write_text(self.to_json_string(use_diff), encoding="utf-8")
 
-    def update(self, **settings: Any) -> dict[str, Any]:
-        """Sets those that there are; returns the others, as `transformers` does."""
+    def update(
+        self, defaults_only: bool = False, allow_custom_entries: bool = False, **settings: Any
+    ) -> dict[str, Any]:
+        """Sets those that there are; returns the others, as `transformers` does.
+
+        Args:
+            defaults_only: Leave alone what differs from its default.
+            allow_custom_entries: Keep names that are no settings, too.
+            **settings: Names and values.
+        """
         fields = {field.name for field in dataclasses.fields(cast(Any, self))}
-        known = {*fields, *WITHOUT_EFFECT, *REFUSED}
+        known = {*fields, *WITHOUT_EFFECT, *REFUSED, *(settings if allow_custom_entries else ())}
+        changed = self.to_diff_dict() if defaults_only else {}
         for name in [name for name in settings if name in known]:
-            setattr(self, name, settings.pop(name))
+            value = settings.pop(name)
+            if name not in changed:
+                setattr(self, name, value)
         self.validate()
         return settings
 

@@ -197,11 +197,14 @@ class MethodsMixin(ModelNames, UploadMixin):
         parameters = self.num_parameters(exclude_embeddings=exclude_embeddings)
         return 6 * self.estimate_tokens(input_dict) * parameters
 
-    def set_attn_implementation(self, attn_implementation: str | Mapping[str, str]) -> None:
+    def set_attn_implementation(
+        self, attn_implementation: str | Mapping[str, str], allow_all_kernels: bool = False
+    ) -> None:
         """Computes attention otherwise from now on.
 
         Args:
             attn_implementation: As in `from_pretrained`; of a dict, the value for "".
+            allow_all_kernels: Without effect: no kernel is downloaded.
 
         Raises:
             ConfigError: No such implementation, or one that cannot be used here.

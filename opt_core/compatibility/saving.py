@@ -20,7 +20,10 @@ from opt_core.params import ParamSpec
 _WEIGHTS = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?(\.(?:safetensors|bin)(?:\.index\.json)?)"
 )
-_WITHOUT_EFFECT = ("save_function", "save_peft_format", "save_original_format", "version")
+_WITHOUT_EFFECT = (
+    *("save_function", "save_peft_format", "save_original_format", "version"),
+    "distributed_checkpoint",
+)
 _HUB = ("token", "private", "commit_message", "revision", "create_pr", "tags")
 _HANDLED = (
     *("save_directory", "is_main_process", "state_dict", "push_to_hub", "repo_id", "variant"),

@@ -365,7 +365,7 @@ def _plain(value: Any) -> Any:
     """Built-in values for lists, ranges, mappings, and NumPy's or a framework's numbers."""
     if isinstance(value, Mapping):
         pairs = cast(Mapping[Any, Any], value).items()
-        return Items((_plain(k if isinstance(k, tuple) else (k,)), _plain(v)) for k, v in pairs)
+        return _plain([[k if isinstance(k, tuple) else (k,), v] for k, v in pairs])
     if isinstance(value, list | tuple | range):
         return Items(_plain(v) for v in cast(Iterable[Any], value))
     return _plain(value.tolist()) if hasattr(value, "tolist") else value
