@@ -334,11 +334,11 @@ class CausalLMMixin(GenerationMixin):
         kept = self._keep(out.last_hidden_state, kept_tokens(logits_to_keep))
         logits, loss = self.compute_logits(kept), None
         if labels is not None:
-            loss = self._loss(logits, labels, options.get("num_items_in_batch"))
+            loss = self._token_loss(logits, labels, options.get("num_items_in_batch"))
         base: Any = super()
         return base._finish(out.headed(loss=loss, logits=logits), options)
 
-    def _loss(self, logits: Any, labels: Any, items: Any) -> Any:
+    def _token_loss(self, logits: Any, labels: Any, items: Any) -> Any:
         return self.backend.losses.causal_lm(logits, labels, items=items)
 
 

@@ -168,6 +168,7 @@ class ModelMethods(MethodsMixin):
         """Gives every layer new starting values, by PyTorch's own generator."""
         for module in self.modules():
             self._init_weights(module)
+        self._init_weights(self.get_input_embeddings())  # a tied head has no padding
         self.tie_weights()
 
     initialize_weights = init_weights
@@ -294,7 +295,7 @@ class GenerationMethods:
     ) -> Tensor:
         return self.backend.losses.causal_lm(logits, labels, items=num_items_in_batch)
 
-    def _loss(self: Any, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
+    def _token_loss(self: Any, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
         sizes = {"vocab_size": self.config.vocab_size}
         return self.loss_function(logits=logits, labels=labels, **sizes, num_items_in_batch=items)
 
