@@ -70,7 +70,7 @@ def from_pretrained(
     tie(model)
     model.requires_grad_(source.quantize is None)
     if source.device is not None:
-        model.hf_device_map = {"": target}
+        vars(model)["hf_device_map"] = {"": target}
     return source.finish(model)
 
 

@@ -275,7 +275,9 @@ class GenerationMethods:
 
     @property
     def loss_function(self: Any) -> Callable[..., Tensor]:
-        """What the loss is computed by, of `logits`, `labels`, `vocab_size` and more; can be set.
+        """The function of `logits`, `labels`, `vocab_size` and more that gives the loss.
+
+        It can be set.
 
         A function that is set is called so, with `num_items_in_batch` too.
         """
@@ -337,7 +339,7 @@ class GenerationMethods:
     def _update_model_kwargs_for_generation(
         self: Any, outputs: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
     ) -> dict[str, Any]:
-        """What a loop of the caller's passes next: the cache, and a mask of one token more."""
+        """Arguments of a caller's loop for its next call: the cache, a mask of one token more."""
         made = {**model_kwargs, "past_key_values": outputs.past_key_values}
         mask = made.get("attention_mask")
         if mask is not None:

@@ -186,7 +186,7 @@ class OPTForCausalLM(GenerationMethods, CausalLMMixin, OPTPreTrainedModel):
     """The language model: the next token's logits."""
 
     # Python runs between the steps: within a compiled function it stays outside of the graph.
-    generate = torch.compiler.disable(CausalLMMixin.generate)
+    generate: Any = torch.compiler.disable(CausalLMMixin.generate)
 
     def _make_layers(self) -> None:
         super()._make_layers()

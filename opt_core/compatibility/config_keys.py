@@ -200,8 +200,9 @@ def check_fixed(config: Any) -> None:
     Raises:
         ConfigError: The first key of the kind.
     """
-    for key in FIXED.keys() & vars(config).keys():
-        _check_fixed(key, vars(config)[key], "")
+    held: dict[str, Any] = vars(config)
+    for key in FIXED.keys() & held.keys():
+        _check_fixed(key, held[key], "")
 
 
 def _check_fixed(key: str, value: Any, where: str) -> None:

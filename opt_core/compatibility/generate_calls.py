@@ -33,7 +33,7 @@ class Functions(list[Any]):
         super().__init__([call])
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        """What the function makes of them."""
+        """The function's result for them."""
         return self[0](input_ids, scores)
 
 

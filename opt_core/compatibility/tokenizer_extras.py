@@ -1,7 +1,7 @@
 """A tokenizer's older and rarer methods and attributes in `transformers`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
 from opt_core.errors import TokenizerError
@@ -22,7 +22,7 @@ REFUSED = {
 
 
 class TokenizerExtras(Decoding):
-    """What few programs ask for; each is a line or two over the tokenizer's own."""
+    """Methods that few programs call; each is a line or two over the tokenizer's own."""
 
     SPECIAL_TOKENS_ATTRIBUTES: ClassVar[list[str]] = [*NAMES, "additional_special_tokens"]
     vocab_files_names: ClassVar[dict[str, str]] = {
@@ -94,10 +94,9 @@ class TokenizerExtras(Decoding):
         """The text as it is."""
         return text, kwargs
 
-    @contextmanager
-    def as_target_tokenizer(self) -> Iterator[None]:
+    def as_target_tokenizer(self) -> AbstractContextManager[None]:
         """Without effect: labels are encoded as inputs are."""
-        yield
+        return nullcontext()
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
         """The template that `apply_chat_template` takes.

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from opt_core.compatibility.config_keys import near_miss
-from opt_core.compatibility.generation_settings import (
+from opt_core.compatibility.notices import notice
+from opt_core.config import OPTConfig
+from opt_core.errors import GenerationError
+from opt_core.generation.compatibility import (
     WITHOUT_EFFECT,
     Items,
     SettingsMethods,
     check_cache_name,
 )
-from opt_core.compatibility.notices import notice
-from opt_core.config import OPTConfig
-from opt_core.errors import GenerationError
 from opt_core.generation.limits import REFUSED, check_settings
 
 DEFAULT_NEW_TOKENS = 20

@@ -191,10 +191,11 @@ class Encoding(dict[str, Any]):
 
     def word_to_chars(
         self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
-    ) -> "CharSpan":
+    ) -> "CharSpan | None":
         """The first character of a word and the one after its last, as `start` and `end`."""
         row, place = _row_and_place(batch_or_word_index, word_index)
-        return CharSpan(*self._row(row).word_to_chars(place, sequence_index))
+        found = self._row(row).word_to_chars(place, sequence_index)
+        return None if found is None else CharSpan(*found)
 
     def char_to_word(
         self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0

@@ -87,11 +87,11 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
             TokenizerError: Its files are missing, damaged, or describe no byte-level BPE; or there
                 is no setting of such a name.
         """
-        path_or_hub_id = settings.pop("pretrained_model_name_or_path", path_or_hub_id)
+        place: Any = settings.pop("pretrained_model_name_or_path", path_or_hub_id)
         changes = tokenizer_parts.check_settings(settings)
         where: dict[str, Any] = {"cache_dir": cache_dir, "subfolder": subfolder}
         path = resolve(
-            path_or_hub_id,
+            place,
             files=(),
             optional=TOKENIZER_FILES,
             revision=revision,

@@ -1,4 +1,4 @@
-"""What the tests of `transformers`' OPT in PyTorch ask for, in words of our own."""
+"""Intents of the tests of `transformers`' OPT in PyTorch, in words of our own."""
 
 import copy
 import io
@@ -16,6 +16,7 @@ import opt_torch
 from opt_core import OPTConfig
 from opt_core.errors import UnsupportedError
 from opt_torch import OPTForCausalLM, OPTForSequenceClassification, OPTModel
+from opt_torch.modeling import OPTPreTrainedModel
 from tests.support.configs import CONFIGS
 
 transformers = pytest.importorskip("transformers")
@@ -79,7 +80,7 @@ def test_layers_of_ones_own_begin_as_transformers_layers_do():
     assert not made.scores.bias.any()
     assert all(torch.equal(made.state_dict()[k], v) for k, v in plain.state_dict().items())
 
-    class Bare(opt_torch.modeling.OPTPreTrainedModel):
+    class Bare(OPTPreTrainedModel):
         pass
 
     with pytest.raises(UnsupportedError, match="Bare: a class of your own extends OPTModel"):
@@ -87,7 +88,7 @@ def test_layers_of_ones_own_begin_as_transformers_layers_do():
 
 
 def test_weights_are_drawn_anew():
-    model = OPTForCausalLM(CONFIG)
+    model: Any = OPTForCausalLM(CONFIG)
     old = copy.deepcopy(model.state_dict())
     torch.manual_seed(0)
     model.init_weights()
@@ -123,7 +124,8 @@ def test_accelerate_keeps_weights_elsewhere(model, tmp_path):
     empty.tie_weights()
     loaded = accelerate.load_checkpoint_and_dispatch(empty, str(tmp_path), device_map={"": "cpu"})
     close(loaded(IDS).logits, expected)
-    assert OPTForCausalLM.from_pretrained(tmp_path, device_map="auto").hf_device_map.keys() == {""}
+    placed: Any = OPTForCausalLM.from_pretrained(tmp_path, device_map="auto")
+    assert placed.hf_device_map.keys() == {""}
 
 
 def test_shards_and_variants_of_pickled_files(model, tmp_path):
@@ -174,8 +176,8 @@ def test_a_loop_of_ones_own(model):
 
 def test_a_compiled_function_may_generate(model):
     expected = model.generate(IDS, **SETTINGS)
-    for options in ({}, {"fullgraph": True}):
-        found = torch.compile(model.generate, backend="eager", **options)(IDS, **SETTINGS)
+    for whole in (False, True):
+        found = torch.compile(model.generate, backend="eager", fullgraph=whole)(IDS, **SETTINGS)
         assert torch.equal(found, expected)
     added = torch.compile(lambda ids: model.generate(ids, **SETTINGS) + 1, backend="eager")(IDS)
     assert torch.equal(added, expected + 1)

@@ -94,7 +94,7 @@ def test_every_argument_is_here_or_on_the_page(name):
 
 
 def test_every_setting_of_generation_can_be_set_to_its_default():
-    """What `transformers` writes into a generation_config.json is taken."""
+    """Files of `transformers` are taken."""
     theirs = transformers.GenerationConfig()
     for name, value in theirs.to_dict().items():
         settings = GenerationConfig()

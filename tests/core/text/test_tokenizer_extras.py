@@ -1,5 +1,7 @@
 """Rarer methods of `transformers`' tokenizers, and of what they return."""
 
+from typing import Any
+
 import pytest
 
 from opt_core import OPTTokenizer
@@ -69,7 +71,7 @@ def test_conversations(tokenizer):
     assert tokenizer.apply_chat_template(talk, tools="T", **options) == "hi.yo.T"
     assert tokenizer.apply_chat_template([talk, talk[:1]], tools="", **options) == ["hi.yo.", "hi."]
     assert tokenizer.apply_chat_template(talk, continue_final_message=True, **options) == "hi.yo"
-    named = OPTTokenizer.from_pretrained("mini")
+    named: Any = OPTTokenizer.from_pretrained("mini")
     named.chat_template = {"default": "D", "rag": "R"}
     assert named.get_chat_template() == "D"
     assert named.apply_chat_template(talk, chat_template="rag", tokenize=False) == "R"

@@ -46,11 +46,13 @@ class Items(tuple[Any, ...]):
     """Several values of a setting: they cannot change, and equal a list of the same."""
 
     __slots__ = ()
-    __hash__ = tuple.__hash__
+
+    def __hash__(self) -> int:
+        return super().__hash__()
 
     def __eq__(self, other: object) -> bool:
         same = tuple(cast("list[Any]", other)) if isinstance(other, list) else other
-        return tuple.__eq__(self, same)  # pyright: ignore[reportArgumentType]
+        return super().__eq__(same)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -132,7 +134,8 @@ class SettingsMethods(UploadMixin):
         """
         known = {field.name for field in dataclasses.fields(cast(Any, cls))} | REFUSED.keys()
         known &= COMMON.keys()
-        said = {name: value for name, value in vars(model_config).items() if name in known}
+        held: dict[str, Any] = vars(model_config)
+        said = {name: value for name, value in held.items() if name in known}
         ids = {name: getattr(model_config, name) for name in _SPECIAL}
         return cls.from_dict(said | ids)
 

@@ -1,4 +1,4 @@
-"""What the tests of `transformers`' OPT ask for, in words of our own, on every backend."""
+"""Intents of the tests of `transformers`' OPT, in words of our own, on every backend."""
 
 import json
 
