@@ -161,8 +161,9 @@ class ModelMethods(MethodsMixin):
             padding = getattr(module, "padding_idx", None)
             if padding is not None:
                 module.weight[padding] = 0
-            if getattr(module, "bias", None) is not None:
-                module.bias.zero_()
+            bias: Any = getattr(module, "bias", None)
+            if bias is not None:
+                bias.zero_()
 
     def init_weights(self: Any) -> None:
         """Gives every layer new starting values, by PyTorch's own generator."""

@@ -200,7 +200,7 @@ def check_fixed(config: Any) -> None:
     Raises:
         ConfigError: The first key of the kind.
     """
-    held: dict[str, Any] = vars(config)
+    held = cast("dict[str, Any]", vars(config))
     for key in FIXED.keys() & held.keys():
         _check_fixed(key, held[key], "")
 

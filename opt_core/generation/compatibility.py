@@ -134,7 +134,7 @@ class SettingsMethods(UploadMixin):
         """
         known = {field.name for field in dataclasses.fields(cast(Any, cls))} | REFUSED.keys()
         known &= COMMON.keys()
-        held: dict[str, Any] = vars(model_config)
+        held = cast("dict[str, Any]", vars(model_config))
         said = {name: value for name, value in held.items() if name in known}
         ids = {name: getattr(model_config, name) for name in _SPECIAL}
         return cls.from_dict(said | ids)
