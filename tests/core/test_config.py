@@ -1,7 +1,9 @@
 """The configuration: published sizes, files of every age, and what must not be accepted."""
 
 import json
+import pickle
 
+import numpy as np
 import pytest
 
 from opt_core.config import OPTConfig
@@ -254,6 +256,16 @@ def test_what_transformers_configurations_have():
         ConfigError, match=r"config\.json: is_encoder_decoder=True is not supported"
     ):
         OPTConfig.from_dict({"is_encoder_decoder": True}, "config.json")
+
+
+def test_a_dtype_equals_the_frameworks_own():
+    config = OPTConfig(torch_dtype=np.float16)
+    assert config.dtype == config.torch_dtype == "float16" == np.dtype("float16")
+    assert config.dtype == np.float16
+    assert config.dtype != np.float32
+    assert json.loads(config.to_json_string())["torch_dtype"] == "float16"
+    assert pickle.loads(pickle.dumps(config)).dtype == "float16"
+    assert hash(config) == hash(OPTConfig(dtype="float16"))
 
 
 def test_methods_of_transformers_that_read(tmp_path):

@@ -108,7 +108,8 @@ def test_models_may_begin_without_weights_or_in_another_type():
     finally:
         torch.set_default_dtype(torch.float32)
     halved = OPTConfig(**CONFIG.replace(dtype="float16").to_dict())
-    assert OPTForCausalLM._from_config(halved).dtype == torch.float16
+    model = OPTForCausalLM._from_config(halved)
+    assert model.dtype == model.config.dtype == model.config.torch_dtype == torch.float16
 
 
 def test_accelerate_keeps_weights_elsewhere(model, tmp_path):
