@@ -88,7 +88,7 @@ def resolve(
     path = Path(name).expanduser() if name else None
     on_disk = path is not None and path.exists()
     if on_disk or name == MINI:
-        if revision is not None:
+        if revision not in (None, "main"):  # transformers' default, which callers pass on
             raise CheckpointError(f"{name}: revision={revision!r} is for hub ids; this is on disk")
         found = path if path is not None and on_disk else _mini()
         if subfolder and not (found / subfolder).is_dir():
