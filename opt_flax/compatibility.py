@@ -17,10 +17,12 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.tree_util import GetAttrKey
 from numpy.typing import NDArray
 
 from opt_core.compatibility.calls import CallOptions
 from opt_core.compatibility.methods import MethodsMixin
+from opt_core.compatibility.sequences import Sequences
 from opt_core.dialects import LINEN
 from opt_core.errors import ConfigError, InputError, UnsupportedError
 from opt_core.params import ParamSpec, param_specs
@@ -32,6 +34,12 @@ if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
 
 Tree = Mapping[str, Any]
+
+jax.tree_util.register_pytree_with_keys(
+    Sequences,
+    lambda ids: (((GetAttrKey("sequences"), ids.sequences),), None),
+    lambda _, leaves: Sequences(*leaves),
+)
 
 
 class FlaxCallOptions(CallOptions, total=False):
@@ -308,9 +316,13 @@ class GenerationMethods:
             params: Generate with these in place of the model's own.
             trace: Without effect: `transformers`' way to debug.
             **options: See there.
+
+        Returns:
+            As there; ids have themselves as `sequences` too.
         """
         base: Any = super(GenerationMethods, self.with_params(params))
-        return base.generate(input_ids, *args, **options)
+        found = base.generate(_plain(input_ids), *args, **options)
+        return Sequences(found) if isinstance(found, Array) else found
 
 
 def refuse_linen(name: str) -> Any:
@@ -335,9 +347,14 @@ def _with_params(call: Callable[..., Any]) -> Callable[..., Any]:
     def run(
         self: Any, input_ids: Any = None, *args: Any, params: Tree | None = None, **inputs: Any
     ) -> Any:
-        return call(self.with_params(params), input_ids, *args, **inputs)
+        return call(self.with_params(params), _plain(input_ids), *args, **inputs)
 
     return run
+
+
+def _plain(ids: Any) -> Any:
+    """Ids of a generation as the array they are."""
+    return ids.sequences if isinstance(ids, Sequences) else ids
 
 
 def _check_initialized(model: Any) -> None:

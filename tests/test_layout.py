@@ -78,7 +78,7 @@ OWN_NAMES = {
             *("packed", "fingerprint", "available_memory"),
         },
     },
-    "sampling.py": {"JAX draws by keys": {"as_key", "make_key"}},
+    "sampling.py": {"JAX draws by keys": {"as_key", "drawn_key", "make_key"}},
     "quantization.py": {
         "Keras builds a layer before it has weights": {"prepare"},
         "PyTorch's CPU products in integers": {"fused_linear", "make_fused_linear", "scaled"},
