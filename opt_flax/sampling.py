@@ -64,7 +64,7 @@ def draw_seed(source: Array | None = None) -> int:
 
 
 def drawn_key(source: int | Array) -> Array:
-    """The key of the seed that `draw_seed` takes out of a key, which may be traced, or of a seed."""
+    """The key of a seed, or of what `draw_seed` takes out of a key, which may be traced."""
     if isinstance(source, int):
         return make_key(source)
     high, low = jax.random.bits(as_key(source), (2,))

@@ -21,6 +21,7 @@ OWN_FILES = {
     "opt_tf": {
         "compilation.py": "generation is compiled by XLA",
         "keras_fit.py": "Keras' compile, fit, evaluate and predict",
+        "keras_hub.py": "names and habits of KerasHub, which is Keras'",
     },
     "opt_flax": {
         "compilation.py": "generation is compiled by XLA",

@@ -23,6 +23,30 @@ class KerasHubTokenizer(Decoding):
             return made.from_pretrained(preset, **settings)
         return made(files / "vocabulary.json", files / "merges.txt", **settings)
 
+    @property
+    def start_token_id(self) -> int | None:
+        """KerasHub's name of `bos_token_id`."""
+        return cast(Any, self).bos_token_id
+
+    @property
+    def end_token_id(self) -> int | None:
+        """KerasHub's name of `eos_token_id`."""
+        return cast(Any, self).eos_token_id
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """KerasHub's name of `all_special_tokens`."""
+        return list(cast(Any, self).all_special_tokens)
+
+    @property
+    def special_token_ids(self) -> list[int]:
+        """KerasHub's name of `all_special_ids`."""
+        return list(cast(Any, self).all_special_ids)
+
+    def save_assets(self, dir_path: str | PathLike[str]) -> None:
+        """KerasHub's name of `save_pretrained`."""
+        cast(Any, self).save_pretrained(dir_path)
+
     def detokenize(self, inputs: Any) -> Any:
         """KerasHub's name of `decode`."""
         return self.decode(inputs)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from opt_core.compatibility.upload import UploadMixin
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError, InputError, UnsupportedError
+from opt_core.errors import ArgumentError, ConfigError, InputError, UnsupportedError
 from opt_core.params import Head, ParamSpec, param_specs
 from opt_core.quantization import check_not_quantized
 
@@ -90,6 +90,14 @@ class MethodsMixin(UploadMixin):
         dtype = options.pop("torch_dtype", None) or options.pop("dtype", None)
         model: Any = cls(config, **options)  # type: ignore[call-arg]
         return model if dtype is None else model._cast(dtype)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Without effect: there is no code to save beside the weights.
+
+        Args:
+            auto_class: Name of one of `transformers`' classes.
+        """
 
     def set_decoder(self, decoder: Any) -> None:
         """Replaces the decoder."""
@@ -316,6 +324,17 @@ class MethodsMixin(UploadMixin):
         raise NotImplementedError
 
 
+def refuse_to_generate(model: MethodsMixin) -> None:
+    """Says which class generates.
+
+    Raises:
+        ArgumentError: Always, for this is what a model without a language-model head does.
+    """
+    name = type(model).__name__
+    prefix = name[: name.index("OPT")]
+    raise ArgumentError(f"{name} does not generate; load it as {prefix}OPTForCausalLM")
+
+
 def resize_table(
     table_VP: NDArray[Any], count: int, init_std: float | None, seed: int = 0
 ) -> NDArray[Any]:
@@ -343,7 +362,9 @@ def resize_table(
     return np.concatenate([table_VP, new.astype(table_VP.dtype)])
 
 
-def _refuse(name: str, advice: str) -> Callable[..., Any]:
+def refuse(name: str, advice: str) -> Callable[..., Any]:
+    """A method that says what to do in its place, and does nothing."""
+
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError(f"{type(self).__name__}.{name} is not supported: {advice}")
 
@@ -352,4 +373,4 @@ def _refuse(name: str, advice: str) -> Callable[..., Any]:
 
 
 for _name, _advice in REFUSED.items():
-    setattr(MethodsMixin, _name, _refuse(_name, _advice))
+    setattr(MethodsMixin, _name, refuse(_name, _advice))

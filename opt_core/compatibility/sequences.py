@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +67,7 @@ class Sequences:
 
 
 class Predictions(np.ndarray):
-    """What Keras' `predict` returns, an array that has itself under the output's name.
+    """A result of Keras' `predict`, an array that has itself under the output's name.
 
     `transformers`' models returned an output of arrays: `logits` here, or `last_hidden_state` of a
     model without a head, as an attribute or by name. It is a plain array otherwise.
@@ -108,6 +108,22 @@ def _delegate(name: str) -> Callable[..., Any]:
         return function(*(reversed(values) if is_reverse else values))
 
     return method
+
+
+class PredictedSpans(NamedTuple):
+    """The result of Keras' `predict` of question answering.
+
+    Attributes:
+        start_logits: (B, T).
+        end_logits: (B, T).
+    """
+
+    start_logits: NDArray[Any]
+    end_logits: NDArray[Any]
+
+    def __getitem__(self, key: Any) -> Any:
+        """One of the two, by number or by name."""
+        return getattr(self, key) if isinstance(key, str) else tuple(self)[key]
 
 
 _BINARY = ("add", "sub", "mul", "floordiv", "truediv", "mod", "and", "or", "xor", "lshift", "pow")
