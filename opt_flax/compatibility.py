@@ -339,8 +339,8 @@ def _with_params(call: Callable[..., Any]) -> Callable[..., Any]:
         past = inputs.get("past_key_values", False)
         if past is None and inputs.get("use_cache") is None and self.config.use_cache:
             # Whoever passes what is None so far goes on with what is returned, traced or not.
-            mode = split_mode({k: v for k, v in inputs.items() if k == "train"}, None, None)[1]
-            mode["deterministic"] = inputs.get("deterministic", mode["deterministic"])
+            train, is_off = inputs.get("train"), inputs.get("deterministic")
+            mode = split_mode({"train": train}, is_off, None)[1]
             inputs["use_cache"] = not self._trains(**mode)
         return call(self.with_params(params), _plain(input_ids), *args, **inputs)
 

@@ -168,7 +168,7 @@ class Fitted(keras.Model):
         targets, are_next = _targets(x, y), keras_hub.are_keras_hubs(x)
         x = keras_hub.renamed(x)
         if are_next and targets is not None and not _private.has_compiled_loss(self):
-            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            loss: Any = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
             return loss(targets, self._predictions(y_pred), sample_weight)
         if _private.has_compiled_loss(self):
             predictions = self._predictions(y_pred)

@@ -76,7 +76,7 @@ class KerasHubMethods:
         self.save_to_preset(path)
 
     @property
-    def backbone(self) -> Any:
+    def backbone(self: Any) -> Any:
         """KerasHub's name for `base_model`."""
         return self.base_model
 

@@ -30,7 +30,7 @@ def random_source(model: "TFOPTForCausalLM", seed: int) -> Callable[[int], tf.Te
     return lambda made: tf.constant([seed, made], tf.int64)
 
 
-def draw_seed(source: tf.random.Generator | tf.Tensor | None = None) -> int:
+def draw_seed(source: Any = None) -> int:
     """A seed out of a generator or a pair; None: TensorFlow's own (`tf.random.set_seed`)."""
     if source is not None and not hasattr(source, "uniform"):
         return pair_seed(*(int(part) for part in source))

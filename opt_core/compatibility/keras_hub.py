@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from opt_core.compatibility.datasets import stack_rows
 from opt_core.config import OPTConfig
 from opt_core.errors import ArgumentError, ConfigError, InputError
+from opt_core.generation.config import as_ids
 
 PRESETS: Mapping[str, str] = {
     "opt_125m_en": "facebook/opt-125m",
@@ -100,7 +101,7 @@ def encode_for_fit(
     if hasattr(preprocessor, "sequence_length"):
         inputs, labels, weights = preprocessor(texts)
         return renamed(inputs), labels, weights
-    longest, end = config.max_position_embeddings, config.eos_token_id
+    longest, end = config.max_position_embeddings, next(iter(as_ids(config.eos_token_id)), None)
     inputs = encode_texts(preprocessor, texts, config.pad_token_id, longest, end)
     labels, weights = (np.pad(x[:, 1:], ((0, 0), (0, 1))) for x in inputs.values())
     return inputs, labels, weights
@@ -108,7 +109,8 @@ def encode_for_fit(
 
 def left_padded(ids: Any, mask: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     """Prompts (B, L) and mask with padding on the left, of rows (B, W) with it on the right."""
-    rows = [row[kept] for row, kept in zip(np.asarray(ids), np.asarray(mask) != 0, strict=True)]
+    pairs: Any = zip(np.asarray(ids), np.asarray(mask) != 0, strict=True)
+    rows = [row[kept] for row, kept in pairs]
     found = stack_rows([{"input_ids": row} for row in rows], 0, "left")
     return found["input_ids"], found["attention_mask"]
 

@@ -87,7 +87,7 @@ class OPTCausalLMPreprocessor:
     def generate_postprocess(self, x: Any) -> Any:
         """The text, or texts, of what `generate` returned, without special tokens."""
         ids, mask = np.asarray(x["token_ids"]), np.asarray(x["padding_mask"]) != 0
-        rows = zip(np.atleast_2d(ids), np.atleast_2d(mask), strict=True)
+        rows: Any = zip(np.atleast_2d(ids), np.atleast_2d(mask), strict=True)
         decode = self.tokenizer.decode
         texts = [decode(row[kept], skip_special_tokens=True) for row, kept in rows]
         return texts[0] if ids.ndim == 1 else texts

@@ -1,8 +1,11 @@
 """A tokenizer's methods in KerasHub, over its own."""
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
 
 from opt_core.text.decoding import Decoding
 
@@ -48,8 +51,10 @@ class KerasHubTokenizer(Decoding):
         cast(Any, self).save_pretrained(dir_path)
 
     def detokenize(self, inputs: Any) -> Any:
-        """KerasHub's name of `decode`."""
-        return self.decode(inputs)
+        """KerasHub's name of `decode`, and of `batch_decode` for several rows."""
+        ids = cast(Any, inputs["input_ids"] if isinstance(inputs, Mapping) else inputs)
+        is_one = len(ids) == 0 or np.ndim(ids[0]) == 0
+        return self.decode(ids) if is_one else cast(Any, self).batch_decode(ids)
 
     def vocabulary_size(self) -> int:
         """KerasHub's name of `len`."""

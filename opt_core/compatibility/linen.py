@@ -42,7 +42,7 @@ def make_tree(
 
 
 def read_tree(
-    config: OPTConfig, head: Head, params: Tree, transpose: Callable[[Any], Any]
+    config: OPTConfig, head: Head, params: Any, transpose: Callable[[Any], Any]
 ) -> dict[str, Any]:
     """Arrays in the canonical layout by their names, of a tree of linen's names.
 
@@ -57,7 +57,7 @@ def read_tree(
     """
     if not isinstance(params, Mapping):
         raise InputError(f"params: expected a dict, received {type(params).__name__}")
-    leaves = dict(flat(params))
+    leaves = dict(flat(cast(Tree, params)))
     specs = {LINEN.path(spec, head): spec for spec in param_specs(config, head)}
     for what, names in (
         ("missing", specs.keys() - leaves.keys()), ("unknown", leaves.keys() - specs.keys())

@@ -123,7 +123,8 @@ class PredictedSpans(NamedTuple):
 
     def __getitem__(self, key: Any) -> Any:
         """One of the two, by number or by name."""
-        return getattr(self, key) if isinstance(key, str) else tuple(self)[key]
+        values: tuple[Any, ...] = tuple(self)
+        return getattr(self, key) if isinstance(key, str) else values[key]
 
 
 _BINARY = ("add", "sub", "mul", "floordiv", "truediv", "mod", "and", "or", "xor", "lshift", "pow")

@@ -80,10 +80,10 @@ class GenerationMixin:
         Raises:
             GenerationError: A setting or prompt that cannot be honoured.
         """
-        if input_ids is not None and not self.backend.inputs.is_known(input_ids):
-            return self._trace(
-                input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
-            )
+        given = input_ids, attention_mask, seed, overrides.get("prng_key")
+        if input_ids is not None and self._is_inside_program(*given):
+            ids = input_ids if hasattr(input_ids, "shape") else np.array(input_ids, np.int32)
+            return self._trace(ids, attention_mask, generation_config, seed, tokenizer, **overrides)
         request = make_request(
             self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
             assistant_model, **overrides,
@@ -142,6 +142,13 @@ class GenerationMixin:
             None if beam_indices is None else array(beam_indices), normalize_logits,
         )  # fmt: skip
         return self.backend.inputs.to_tensor(self, found)
+
+    def _is_inside_program(self, *given: Any) -> bool:
+        """Whether a program is being traced, of which this generation is to be a part."""
+        owner: Any = self
+        return hasattr(self.backend.generation, "trace") and (
+            owner._is_traced(*given) or not self.backend.inputs.is_known(given[0])
+        )
 
     def _trace(
         self,
