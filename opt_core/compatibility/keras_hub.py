@@ -118,7 +118,7 @@ def left_padded(ids: Any, mask: Any) -> tuple[NDArray[Any], NDArray[Any]]:
 def right_padded(
     ids: Any, width: int, lengths: NDArray[Any], ends: Iterable[int]
 ) -> dict[str, NDArray[Any]]:
-    """What KerasHub's `generate` returns: rows (B, W) with padding on the right, and their mask.
+    """The result of KerasHub's `generate`: rows (B, W) with padding on the right, and their mask.
 
     Args:
         ids: (B, L + new), what was generated behind prompts that are padded on the left.

@@ -1,4 +1,4 @@
-"""What `generate` returns, as users of `transformers`' Flax models and of JAX use it."""
+"""The result of `generate`, as users of `transformers`' Flax models and of JAX use it."""
 
 import jax
 import jax.numpy as jnp

@@ -16,8 +16,9 @@ from opt_core.errors import AbsentError, ArgumentError, ConfigError, Unsupported
 from tests.support.reference import make_mask, make_prompts
 from tests.support.tf_models import QUIET, model_of
 
-IDS, MASK = make_prompts(QUIET, 2, 6), make_mask("left", [6, 4])
-FIELDS = {
+IDS: Any = make_prompts(QUIET, 2, 6)
+MASK: Any = make_mask("left", [6, 4])
+FIELDS: dict[str, Any] = {
     "vocabulary_size": 3000, "num_layers": 1, "num_heads": 2, "hidden_dim": 8,
     "intermediate_dim": 8, "max_sequence_length": 24,
 }  # fmt: skip
@@ -127,9 +128,9 @@ def preprocessor() -> Any:
 
 def test_a_task_of_kerashub(preprocessor, tmp_path, monkeypatch):
     monkeypatch.setattr("opt_tf.compilation.JIT_COMPILE", False)
-    backbone = opt_tf.TFOPTModel(**FIELDS, dropout=0.0)
+    backbone: Any = opt_tf.TFOPTModel(**FIELDS, dropout=0.0)
     assert {name: getattr(backbone, name) for name in FIELDS} == FIELDS
-    task = opt_tf.TFOPTForCausalLM(backbone=backbone, preprocessor=preprocessor)
+    task: Any = opt_tf.TFOPTForCausalLM(backbone=backbone, preprocessor=preprocessor)
     assert task.backbone is backbone
     inputs, labels, weights = preprocessor(TEXTS)
     logits = backbone(inputs).last_hidden_state @ tf.transpose(
@@ -146,10 +147,10 @@ def test_a_task_of_kerashub(preprocessor, tmp_path, monkeypatch):
             found += [task.evaluate(x, verbose=0) for x in (TEXTS, data)]
         assert np.ravel(found)[::2] == pytest.approx([expected] * len(found), abs=1e-5)
     task.save_to_preset(tmp_path)
-    again = opt_tf.TFOPTForCausalLM.from_preset(tmp_path, preprocessor=None)
+    again: Any = opt_tf.TFOPTForCausalLM.from_preset(tmp_path, preprocessor=None)
     assert again.preprocessor is None
     np.testing.assert_allclose(again(inputs).logits, logits, atol=1e-6)
-    fresh = opt_tf.TFOPTForCausalLM.from_preset(tmp_path, load_weights=False)
+    fresh: Any = opt_tf.TFOPTForCausalLM.from_preset(tmp_path, load_weights=False)
     assert isinstance(fresh.preprocessor, OPTTokenizer)
     with pytest.raises(ArgumentError, match="config: expected an OPTConfig, received none"):
         opt_tf.TFOPTModel()
