@@ -1,5 +1,7 @@
 """The result of `generate`, as users of `transformers`' Flax models and of JAX use it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +14,12 @@ from tests.support.flax_models import SILENT
 from tests.support.reference import make_prompts
 
 CONFIG = CONFIGS["pre_ln"].replace(**SILENT, num_hidden_layers=1)
-IDS = make_prompts(CONFIG, 2, 4)
+IDS: Any = make_prompts(CONFIG, 2, 4)
 FOUR = {"max_new_tokens": 4, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")
-def model() -> FlaxOPTForCausalLM:
+def model() -> Any:
     return FlaxOPTForCausalLM(CONFIG)
 
 
@@ -94,8 +96,9 @@ def test_transformers_order_of_arguments(model):
     np.testing.assert_allclose(out.logits, expected.logits, atol=1e-5)
     assert out.attentions is not None
     assert out.hidden_states is None
+    shape_first: Any = (1, 1), 0, jnp.float32
     with pytest.raises(ArgumentError, match=r"seed: expected an integer, received \(1, 1\)"):
-        FlaxOPTForCausalLM(CONFIG, (1, 1), 0, jnp.float32)  # pyright: ignore[reportArgumentType]
+        FlaxOPTForCausalLM(CONFIG, *shape_first)
     with pytest.raises(ArgumentError, match="FlaxOPTModel does not generate; load it as FlaxOPTFo"):
         FlaxOPTModel(CONFIG).generate(IDS)
 
