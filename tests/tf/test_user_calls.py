@@ -69,8 +69,8 @@ def test_losses_and_masks_by_transformers_methods(model):
     out = model(IDS, labels=IDS)
     loss = model.hf_compute_loss(labels=IDS[:, 1:], logits=out.logits[:, :-1])
     assert float(loss) == pytest.approx(float(out.loss), abs=1e-6)
-    heads = opt_tf.TFOPTForSequenceClassification(QUIET)
-    scored = heads(IDS, labels=[0, 1])
+    heads: Any = opt_tf.TFOPTForSequenceClassification(QUIET)
+    scored: Any = heads(IDS, labels=[0, 1])
     assert float(heads.hf_compute_loss([0, 1], scored.logits)) == pytest.approx(float(scored.loss))
     with pytest.raises(ConfigError, match="hf_compute_loss: TFOPTModel has no loss"):
         model.model.hf_compute_loss([0], out.logits)
@@ -138,7 +138,8 @@ def test_a_task_of_kerashub(preprocessor, tmp_path, monkeypatch):
     )
     np.testing.assert_allclose(task(inputs).logits, logits, atol=1e-6)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    expected = float(loss(labels, logits, sample_weight=weights))
+    weighted: Any = loss(labels, logits, sample_weight=weights)
+    expected = float(weighted)
     data = tf.data.Dataset.from_tensor_slices(TEXTS).batch(2)
     for given in (loss, None):
         task.compile("auto", given, weighted_metrics="auto", sampler="greedy", run_eagerly=True)
