@@ -55,3 +55,7 @@ class TrainingError(OPTError, RuntimeError):
 
 class UnsupportedError(OPTError, NotImplementedError):
     """A method or class of `transformers` that this project does not have; it names its own."""
+
+
+class AbsentError(OPTError, AttributeError):
+    """An attribute that a result does not have here; it says how to get it."""

@@ -1,10 +1,10 @@
 """OPT for JAX, on Flax NNX."""
 
+from opt_core.compatibility.linen import refuse_linen as __getattr__  # noqa: F401
 from opt_flax.cache import KVCache
-from opt_flax.compatibility import refuse_linen as __getattr__  # noqa: F401
 from opt_flax.decoder import FlaxOPTOutput
 from opt_flax.heads import FlaxOPTForQuestionAnswering, FlaxOPTForSequenceClassification
-from opt_flax.modeling import FlaxOPTForCausalLM, FlaxOPTModel
+from opt_flax.modeling import FlaxOPTForCausalLM, FlaxOPTModel, FlaxOPTPreTrainedModel
 
 __all__ = [
     "FlaxOPTForCausalLM",
@@ -12,5 +12,6 @@ __all__ = [
     "FlaxOPTForSequenceClassification",
     "FlaxOPTModel",
     "FlaxOPTOutput",
+    "FlaxOPTPreTrainedModel",
     "KVCache",
 ]

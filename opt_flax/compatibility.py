@@ -7,22 +7,25 @@ holds those arrays, traced or not, so that `jax.grad`, `jax.jit` and `jax.pmap` 
 """
 
 import functools
-import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.tree_util import GetAttrKey
 from numpy.typing import NDArray
 
+from opt_core.compatibility import linen
 from opt_core.compatibility.calls import CallOptions
-from opt_core.compatibility.methods import MethodsMixin
-from opt_core.dialects import LINEN
-from opt_core.errors import ConfigError, InputError, UnsupportedError
+from opt_core.compatibility.linen import Tree
+from opt_core.compatibility.methods import MethodsMixin, refuse_to_generate
+from opt_core.compatibility.sequences import Sequences
+from opt_core.config import OPTConfig
+from opt_core.errors import ConfigError, UnsupportedError
+from opt_core.generation.config import GenerationConfig
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import check_not_quantized
 from opt_flax import attention, checkpoint
@@ -31,7 +34,11 @@ from opt_flax.linear import Linear
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
 
-Tree = Mapping[str, Any]
+jax.tree_util.register_pytree_with_keys(
+    Sequences,
+    lambda ids: (((GetAttrKey("sequences"), ids.sequences),), None),
+    lambda _, leaves: Sequences(*leaves),
+)
 
 
 class FlaxCallOptions(CallOptions, total=False):
@@ -64,6 +71,10 @@ def split_mode(
 class ModelMethods(MethodsMixin):
     """Parameters outside of the model, and what else there is beside `nnx.Module`'s own."""
 
+    framework: ClassVar[str] = "flax"
+    input_shape: ClassVar[tuple[int, int]] = (1, 1)
+    """Shape that `transformers` has `init_weights` take; no parameter depends on it."""
+
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if "__call__" in vars(cls):
@@ -82,7 +93,8 @@ class ModelMethods(MethodsMixin):
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         if name == "params":  # NNX would have refused arrays before it came to a property's setter
-            checkpoint.set_arrays(self, self._arrays(value))
+            _check_initialized(self)
+            checkpoint.set_arrays(self, linen.read_tree(self.config, self.head, value, _turn))
         else:
             super().__setattr__(name, value)
 
@@ -94,7 +106,7 @@ class ModelMethods(MethodsMixin):
     @property
     def required_params(self) -> set[tuple[str, ...]]:
         """Paths of the leaves of `params`."""
-        return set(flatten_dict(self.params_shape_tree))
+        return {path for path, _ in linen.flat(self.params_shape_tree)}
 
     @property
     def module(self) -> Any:
@@ -106,7 +118,10 @@ class ModelMethods(MethodsMixin):
         )
 
     def init_weights(
-        self, rng: Array, input_shape: tuple[int, ...] | None = None, params: Tree | None = None
+        self: Any,
+        rng: Array,
+        input_shape: tuple[int, ...] | None = None,
+        params: Tree | None = None,
     ) -> dict[str, Any]:
         """Fresh parameters, as `params` gives them; the model keeps its own.
 
@@ -115,23 +130,10 @@ class ModelMethods(MethodsMixin):
             input_shape: Without effect: no parameter depends on it.
             params: Take those that are here over.
         """
-        config, keys = self.config, iter(range(2**31))
-
-        def draw(spec: ParamSpec) -> Array:
-            if spec.name.endswith(".bias"):
-                return jnp.zeros(spec.shape)
-            if spec.kind == "norm":
-                return jnp.ones(spec.shape)
-            key = jax.random.fold_in(rng, next(keys))
-            values = config.init_std * jax.random.normal(key, spec.shape)
-            if spec.name.endswith("embed_tokens.weight") and config.pad_token_id is not None:
-                values = values.at[config.pad_token_id].set(0)
-            return values
-
-        fresh = self._tree(draw)
+        fresh = self._tree(_draw_values(self.config, rng))
         if params is None:
             return fresh
-        return unflatten_dict(flatten_dict(fresh) | flatten_dict(_unfrozen(params)))
+        return linen.merge_trees(fresh, params)
 
     def to_bf16(self, params: Tree, mask: Any = None) -> Any:
         """Parameters in bfloat16; a mask (a tree of bools) leaves some out where it is False."""
@@ -158,7 +160,7 @@ class ModelMethods(MethodsMixin):
             _check_initialized(self)
             return self
         check_not_quantized(self, "params")
-        arrays = self._arrays(params)
+        arrays = linen.read_tree(self.config, self.head, params, _turn)
         graph, state = nnx.split(self)
         # Variables of its own, that a program which is being traced may set.
         other = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
@@ -177,6 +179,10 @@ class ModelMethods(MethodsMixin):
         base: Any = super(ModelMethods, model)
         base.save_pretrained(*args, **options)
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the language model's, `FlaxOPTForCausalLM`."""
+        refuse_to_generate(self)
+
     def enable_gradient_checkpointing(self: Any) -> None:
         """`gradient_checkpointing_enable`, as Flax' models called it."""
         self.gradient_checkpointing_enable()
@@ -191,40 +197,7 @@ class ModelMethods(MethodsMixin):
     __str__ = __repr__
 
     def _tree(self: Any, values: Callable[[ParamSpec], Any]) -> dict[str, Any]:
-        """Values by linen's names; those of a kernel are given as [out, in]."""
-        leaves: dict[tuple[str, ...], Any] = {}
-        for spec in param_specs(self.config, self.head):
-            value = values(spec)
-            if isinstance(value, jax.ShapeDtypeStruct):
-                value = jax.ShapeDtypeStruct(value.shape[:: _order(spec)], value.dtype)
-            elif _order(spec) < 0:
-                value = value.T
-            leaves[LINEN.path(spec, self.head)] = value
-        return unflatten_dict(leaves)
-
-    def _arrays(self: Any, params: Tree) -> dict[str, Any]:
-        """Arrays in the canonical layout by their names, of a tree of linen's names."""
-        if not isinstance(params, Mapping):
-            raise InputError(f"params: expected a dict, received {type(params).__name__}")
-        leaves = flatten_dict(_unfrozen(params))
-        specs = {LINEN.path(s, self.head): s for s in param_specs(self.config, self.head)}
-        for what, names in (
-            ("missing", specs.keys() - leaves.keys()), ("unknown", leaves.keys() - specs.keys())
-        ):  # fmt: skip
-            if names:
-                first = "/".join(map(str, min(names)))
-                raise InputError(f"params: {len(names)} {what}, such as {first}")
-        for path, spec in specs.items():
-            leaf: Any = leaves[path]
-            expected, found = spec.shape[:: _order(spec)], jnp.shape(leaf)
-            if found != expected:
-                raise InputError(
-                    f"params: {'/'.join(path)}: expected shape {expected}, received {found}"
-                )
-        return {
-            spec.name: jnp.asarray(leaves[path]).T if _order(spec) < 0 else leaves[path]
-            for path, spec in specs.items()
-        }
+        return linen.make_tree(self.config, self.head, values, _turn)
 
     def _without_params(self: Any) -> tuple[Any, dict[str, Any]]:
         """The model, with shapes in place of parameters, and its parameters."""
@@ -308,24 +281,49 @@ class GenerationMethods:
             params: Generate with these in place of the model's own.
             trace: Without effect: `transformers`' way to debug.
             **options: See there.
+
+        Returns:
+            As there; ids have themselves as `sequences` too.
         """
         base: Any = super(GenerationMethods, self.with_params(params))
-        return base.generate(input_ids, *args, **options)
+        if len(args) == 2 and isinstance(args[0], GenerationConfig):  # transformers' order
+            args, options["seed"] = (None, args[0]), args[1]
+        found = base.generate(_plain(input_ids), *args, **options)
+        return Sequences(found) if isinstance(found, Array) else found
+
+    def prepare_inputs_for_generation(
+        self: Any, input_ids: Array, max_length: int, attention_mask: Array | None = None
+    ) -> dict[str, Any]:
+        """Inputs of the first call in a loop of one's own, beside the prompts (B, T).
+
+        Args:
+            input_ids: The prompts.
+            max_length: Slots of the cache.
+            attention_mask: (B, T); None: no padding.
+        """
+        rows, count = input_ids.shape
+        mask = jnp.ones((rows, max_length), jnp.int32)
+        if attention_mask is not None:
+            mask = mask.at[:, :count].set(attention_mask)
+        return {
+            "past_key_values": self.init_cache(rows, max_length),
+            "attention_mask": mask,
+            "position_ids": mask[:, :count].cumsum(1) - 1,
+        }
+
+    def update_inputs_for_generation(
+        self, model_outputs: Any, model_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The same for the next call, of one token a row."""
+        last = model_kwargs["position_ids"][:, -1:]
+        changes = {"past_key_values": model_outputs.past_key_values, "position_ids": last + 1}
+        return model_kwargs | changes
 
 
-def refuse_linen(name: str) -> Any:
-    """`__getattr__` of a module (PEP 562): names the class to use in place of a linen module.
-
-    Raises:
-        UnsupportedError: The name of one of `transformers`' linen modules.
-    """
-    found = re.fullmatch(r"(FlaxOPT\w*?)(Layer|Decoder)?(Collection)?Module", name)
-    if found:
-        raise UnsupportedError(
-            f"{name} is not supported: no linen modules; {found[1].removesuffix('OPT')}"
-            f"{'' if found[1] != 'FlaxOPT' else 'OPTModel'} is an nnx.Module"
-        )
-    raise AttributeError(f"no attribute {name!r}")
+_BEHIND_PAST = (
+    *("output_attentions", "output_hidden_states", "return_dict", "dropout_rng", "deterministic"),
+)
+"""Arguments of a call of `transformers`' Flax models behind `past_key_values`, in their order."""
 
 
 def _with_params(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -335,9 +333,23 @@ def _with_params(call: Callable[..., Any]) -> Callable[..., Any]:
     def run(
         self: Any, input_ids: Any = None, *args: Any, params: Tree | None = None, **inputs: Any
     ) -> Any:
-        return call(self.with_params(params), input_ids, *args, **inputs)
+        if len(args) > 2 and isinstance(args[2], Mapping):  # transformers' order
+            params, names = args[2], ("past_key_values", *_BEHIND_PAST)
+            inputs, args = dict(zip(names, args[3:], strict=False)) | inputs, args[:2]
+        past = inputs.get("past_key_values", False)
+        if past is None and inputs.get("use_cache") is None and self.config.use_cache:
+            # Whoever passes what is None so far goes on with what is returned, traced or not.
+            train, is_off = inputs.get("train"), inputs.get("deterministic")
+            mode = split_mode({"train": train}, is_off, None)[1]
+            inputs["use_cache"] = not self._trains(**mode)
+        return call(self.with_params(params), _plain(input_ids), *args, **inputs)
 
     return run
+
+
+def _plain(ids: Any) -> Any:
+    """Ids of a generation as the array they are."""
+    return ids.sequences if isinstance(ids, Sequences) else ids
 
 
 def _check_initialized(model: Any) -> None:
@@ -348,14 +360,22 @@ def _check_initialized(model: Any) -> None:
         )
 
 
-def _order(spec: ParamSpec) -> int:
-    """Step through a parameter's dimensions: backwards for a kernel, which linen transposes."""
-    return -1 if spec.kind == "linear" and len(spec.shape) == 2 else 1
+def _draw_values(config: OPTConfig, rng: Array) -> Callable[[ParamSpec], Array]:
+    """Fresh values of parameters, drawn one after another."""
+    keys = iter(range(2**31))
 
+    def draw(spec: ParamSpec) -> Array:
+        if spec.name.endswith(".bias"):
+            return jnp.zeros(spec.shape)
+        if spec.kind == "norm":
+            return jnp.ones(spec.shape)
+        key = jax.random.fold_in(rng, next(keys))
+        values = config.init_std * jax.random.normal(key, spec.shape)
+        if spec.name.endswith("embed_tokens.weight") and config.pad_token_id is not None:
+            values = values.at[config.pad_token_id].set(0)
+        return values
 
-def _unfrozen(params: Tree) -> dict[str, Any]:
-    """A nested dict of any nested mapping, such as a FrozenDict."""
-    return {k: _unfrozen(v) if isinstance(v, Mapping) else v for k, v in params.items()}
+    return draw
 
 
 def _cast_tree(params: Any, dtype: Any, mask: Any) -> Any:
@@ -366,3 +386,10 @@ def _cast_tree(params: Any, dtype: Any, mask: Any) -> Any:
         return jnp.asarray(leaf, dtype) if wanted and is_float else leaf
 
     return jax.tree.map(cast, params) if mask is None else jax.tree.map(cast, params, mask)
+
+
+def _turn(kernel: Any) -> Any:
+    """A kernel with its two dimensions exchanged."""
+    if isinstance(kernel, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(kernel.shape[::-1], kernel.dtype)
+    return jnp.asarray(kernel).T

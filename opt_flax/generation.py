@@ -129,7 +129,7 @@ def trace(
         request: What to generate; its prompts are of the greatest length there may be.
         run: This module's `run`, or that of `beam`.
         ids_BT: The prompts.
-        mask_BT: bool, False at padding; None: nothing is padded.
+        mask_BT: 0 at padding; None: nothing is padded.
         seed: Of sampling, or a key; None: the request's.
 
     Returns:
@@ -138,7 +138,7 @@ def trace(
     graph, state = nnx.split(model)
     settings, T, longest = request.settings, ids_BT.shape[1], request.ids.shape[1]
     copies = settings.num_beams if settings.is_beam_search else settings.num_return_sequences
-    mask_BT = jnp.ones(ids_BT.shape, bool) if mask_BT is None else mask_BT
+    mask_BT = jnp.ones(ids_BT.shape, bool) if mask_BT is None else mask_BT != 0
     ids, real = (
         jnp.pad(values, ((0, 0), (0, longest - T)), constant_values=fill)
         for values, fill in ((ids_BT, request.pad), (mask_BT, True))
@@ -147,7 +147,7 @@ def trace(
     history = jnp.repeat(jnp.pad(ids, free, constant_values=request.pad), copies, 0)
     known = jnp.repeat(jnp.pad(real, free, constant_values=True), copies, 0)
     prompts = Prompts(ids, real, jnp.asarray(T, jnp.int32), None)
-    key = None if seed is None else sampling.as_key(seed)
+    key = None if seed is None else sampling.drawn_key(seed)
     rules = sampling.request_rules(model, request, key)
     return run(graph, state, prompts, history, known, rules)
 

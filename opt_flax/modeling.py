@@ -10,6 +10,8 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh, Sharding
 
+from opt_core.compatibility.linen import check_seed
+from opt_core.compatibility.linen import refuse_linen as __getattr__  # noqa: F401
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
 from opt_flax import (
@@ -32,7 +34,6 @@ from opt_flax.compatibility import (
     ModelMethods,
     split_mode,
 )
-from opt_flax.compatibility import refuse_linen as __getattr__  # noqa: F401
 from opt_flax.decoder import FlaxOPTDecoder, FlaxOPTOutput
 from opt_flax.linear import Linear
 
@@ -73,8 +74,10 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
             _do_init: False: as `seed=None`, for a call with `params=`.
 
         Raises:
+            ArgumentError: The seed is a shape, which `transformers` has in its place.
             ConfigError: No such attention implementation, or a mesh that cannot be used.
         """
+        check_seed(seed)
         self._configure(config, attn_implementation)
         sharding.check_mesh(mesh)
         self.mesh, self.scan_layers = mesh, scan_layers

@@ -63,6 +63,15 @@ def draw_seed(source: Array | None = None) -> int:
     return high % 2**31 * 2**32 + low
 
 
+def drawn_key(source: int | Array) -> Array:
+    """The key of a seed, or of what `draw_seed` takes out of a key, which may be traced."""
+    if isinstance(source, int):
+        return make_key(source)
+    high, low = jax.random.bits(as_key(source), (2,))
+    half = jnp.uint32(2**31)
+    return jax.random.fold_in(jax.random.key(low % half), high % half * 2 + low // half)
+
+
 def add_bias(logits_BV: Array, bias_V: Array) -> Array:
     """Adds to the logit of each id, in all rows alike or (B, V); others never come."""
     missing = logits_BV.shape[1] - bias_V.shape[-1]  # rows of a vocabulary that a mesh divides

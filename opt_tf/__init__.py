@@ -29,16 +29,21 @@ def _choose_backend() -> None:
 
 _choose_backend()
 
+from opt_core.compatibility.keras_hub_preprocessor import (  # noqa: E402
+    OPTCausalLMPreprocessor,
+)
 from opt_tf.cache import KVCache  # noqa: E402
 from opt_tf.decoder import TFOPTOutput  # noqa: E402
 from opt_tf.heads import TFOPTForQuestionAnswering, TFOPTForSequenceClassification  # noqa: E402
-from opt_tf.modeling import TFOPTForCausalLM, TFOPTModel  # noqa: E402
+from opt_tf.modeling import TFOPTForCausalLM, TFOPTModel, TFOPTPreTrainedModel  # noqa: E402
 
 __all__ = [
     "KVCache",
+    "OPTCausalLMPreprocessor",
     "TFOPTForCausalLM",
     "TFOPTForQuestionAnswering",
     "TFOPTForSequenceClassification",
     "TFOPTModel",
     "TFOPTOutput",
+    "TFOPTPreTrainedModel",
 ]

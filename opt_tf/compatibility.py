@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
 import numpy as np
@@ -13,14 +13,14 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from opt_core.compatibility import keras_hub
-from opt_core.compatibility.methods import MethodsMixin
-from opt_core.config import OPTConfig
+from opt_core.compatibility.methods import MethodsMixin, refuse_to_generate
+from opt_core.compatibility.names import refuse
 from opt_core.dialects import KERAS
-from opt_core.errors import ConfigError
+from opt_core.errors import ArgumentError, ConfigError
 from opt_core.params import ParamSpec, param_specs
-from opt_core.quantization import check_not_quantized, check_scheme
-from opt_core.text.tokenizer import OPTTokenizer
-from opt_tf import _private, checkpoint, lora, quantization
+from opt_core.quantization import check_not_quantized
+from opt_tf import _private, checkpoint, losses
+from opt_tf.keras_hub import KerasHubMethods
 from opt_tf.linear import Embedding, Linear
 
 if TYPE_CHECKING:
@@ -31,51 +31,57 @@ _ALIASES = ("base_model", "backbone", "_decoder")
 
 
 def name_inputs(
-    call: Callable[..., Any], first: Any, others: tuple[Any, ...], named: Mapping[str, Any]
+    model: Any, first: Any, others: tuple[Any, ...], named: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The arguments of a model's call by name: Keras takes positional ones for tensors.
 
     Args:
-        call: The model's `call`.
+        model: The model.
         first: Its first argument: ids, or, as Keras and `transformers` have it, several inputs in a
             mapping, or in a tuple or list in the order of the parameters.
         others: Its other positional arguments.
         named: Arguments by name.
+
+    Raises:
+        ArgumentError: The third input may be one of two, and nothing tells which.
     """
+    explicit = named
     if isinstance(first, Mapping):
-        values = {**first, **named}
+        renamed = {keras_hub.INPUTS.get(str(name), name): value for name, value in first.items()}
+        values = explicit = {**renamed, **named}
     else:
         if isinstance(first, tuple | list) and first and len(getattr(first[0], "shape", ())) == 2:
             first, others = first[0], tuple(first[1:])
-        values = {**inspect.signature(call).bind_partial(first, *others).arguments, **named}
+        if others and _is_cache(others[0]):  # transformers' order
+            filled = (*others, *(None,) * (5 - len(others)))
+            past, mask, places, heads, embeds, *rest = filled
+            others = (mask, places, embeds, past, *rest[:1])
+            named = {"head_mask": heads, **named}
+        elif len(others) > 1 and others[0] is None and others[1] is not None:
+            raise ArgumentError(
+                "the third input, without a second, is attention_mask in transformers and "
+                "position_ids here; pass it by name"
+            )
+        values = {**inspect.signature(model.call).bind_partial(first, *others).arguments, **named}
     if any(isinstance(value, keras.KerasTensor) for value in values.values()):
         values.setdefault("use_cache", False)  # a functional model knows its outputs beforehand
+    elif explicit.get("past_key_values", False) is None and values.get("use_cache") is None:
+        # Whoever passes what is None so far goes on with what is returned, traced or not.
+        values["use_cache"] = model.config.use_cache and not values.get("training")
     return values
 
 
-class ModelMethods(MethodsMixin):
+def _is_cache(value: Any) -> bool:
+    """Whether it is a cache, or keys and values, and no mask."""
+    is_pairs = isinstance(value, tuple | list) and value and isinstance(value[0], tuple | list)
+    return hasattr(value, "keys") or bool(is_pairs and hasattr(value[0][0], "shape"))
+
+
+class ModelMethods(KerasHubMethods, MethodsMixin):
     """Methods of every model, beside `keras.Model`'s own."""
 
-    preprocessor: Any = None
-    """The tokenizer that `fit` and `generate` turn texts into ids with."""
-
-    @classmethod
-    def from_preset(cls: Any, preset: str | PathLike[str], **options: Any) -> Any:
-        """Loads a model with its tokenizer, as KerasHub spells it.
-
-        Args:
-            preset: One of KerasHub's names, such as "opt_125m_en", or as in `from_pretrained`.
-            **options: Those of `from_pretrained`.
-        """
-        name = keras_hub.PRESETS.get(str(preset), preset)
-        model = cls.from_pretrained(name, **options)
-        model.preprocessor = OPTTokenizer.from_pretrained(name)
-        return model
-
-    @property
-    def backbone(self) -> Any:
-        """KerasHub's name for `base_model`."""
-        return self.base_model
+    framework: ClassVar[str] = "tf"
+    supports_xla_generation: ClassVar[bool] = True
 
     @property
     def input_signature(self) -> dict[str, tf.TensorSpec]:
@@ -92,15 +98,15 @@ class ModelMethods(MethodsMixin):
 
     def eager_serving(self: Any, inputs: Mapping[str, tf.Tensor]) -> dict[str, Any]:
         """The model's output for a dict of inputs, as an export returns it."""
-        return self.serving_output(self(dict(inputs)))
+        return dict(self.serving_output(self(dict(inputs))))
 
-    def serving_output(self, output: Any) -> dict[str, Any]:
-        """An output as a dict of its tensors; those of all layers stacked, no cache."""
+    def serving_output(self, output: Any) -> Any:
+        """An output of tensors alone; those of all layers stacked, no cache."""
         present = {name: value for name, value in output.items() if name != "past_key_values"}
-        return {
-            name: tf.stack(value) if isinstance(value, tuple) else value
+        return type(output)(
+            (name, tf.stack(value) if isinstance(value, tuple) else value)
             for name, value in present.items()
-        }
+        )
 
     def export(
         self: Any,
@@ -169,38 +175,79 @@ class ModelMethods(MethodsMixin):
             archive.add_endpoint(name, self.eager_serving, input_signature=specs)
         archive.write_out(str(folder), verbose=verbose)
 
-    def quantize(self: Any, mode: str, **options: Any) -> None:
-        """Keeps the weights so from now on, as `from_pretrained(quantize=...)` does; only to run.
+    def save(self, filepath: str | PathLike[str], *args: Any, **options: Any) -> None:
+        """Keras' `save`, of a .keras file.
+
+        Raises:
+            ConfigError: A format of Keras 2, by `save_format`.
+        """
+        if "save_format" in options:
+            raise ConfigError(
+                "save: Keras 3 has no save_format; use model.export(folder) for a SavedModel, "
+                "a .keras file, or save_pretrained"
+            )
+        base: Any = super()
+        base.save(filepath, *args, **options)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the language model's, `TFOPTForCausalLM`."""
+        refuse_to_generate(self)
+
+    def prepare_inputs_for_generation(
+        self, inputs: Any, past_key_values: Any = None, use_cache: bool | None = None, **given: Any
+    ) -> dict[str, Any]:
+        """The inputs of a call in a loop of one's own: behind a cache, the last token alone.
 
         Args:
-            mode: "int8" or "int4".
-            **options: Keras' own, which have nothing to say here.
+            inputs: (B, T) ids so far.
+            past_key_values: The cache of the call before.
+            use_cache: Passed on.
+            **given: `attention_mask`, which is passed on.
         """
-        check_scheme(mode)
-        check_not_quantized(self, "quantize")
-        specs = param_specs(self.config, self.head)
-        arrays = {spec.name: checkpoint.get_parameter(self, spec) for spec in specs}
-        quantization.prepare(self, mode)
-        layers: list[Any] = _private.sublayers(self)
-        for layer in layers:
-            if not layer.built:
-                layer.build()
-        self.quantized = self.base_model.quantized = mode
-        for spec in specs:
-            checkpoint.set_parameter(self, spec, arrays[spec.name])
-        self._forget_programs()
+        return {
+            "input_ids": inputs if past_key_values is None else inputs[:, -1:],
+            "attention_mask": given.get("attention_mask"),
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
 
-    def enable_lora(self: Any, rank: int, target_layer_names: Any = None) -> None:
-        """Puts adapters on queries and values, which alone are trained, as KerasHub does.
+    def hf_compute_loss(self: Any, labels: Any, logits: Any) -> tf.Tensor:
+        """The mean loss of logits.
 
         Args:
-            rank: Rank of the adapters; `opt_tf.lora.apply` has more to say.
-            target_layer_names: Our names of other layers, such as "fc1".
+            labels: Of the language model ids (B, T), shifted already; of a classifier (B,).
+            logits: Of as many places (B, T, V), or (B, num_labels).
+
+        Raises:
+            ConfigError: The model has no such loss.
         """
-        targets = tuple(target_layer_names or ("q_proj", "v_proj"))
-        lora.apply(self, rank, float(rank), targets)
-        for spec in param_specs(self.config, self.head):
-            checkpoint.locate(self, spec).trainable = False
+        if self.head == "causal_lm":
+            # The model's own loss takes each place for the one before.
+            labels = tf.pad(tf.cast(labels, tf.int32), [[0, 0], [1, 0]])
+            return losses.causal_lm(tf.pad(logits, [[0, 0], [0, 1], [0, 0]]), labels)
+        if self.head == "sequence_classification":
+            return losses.classification(logits, labels, self.config)
+        raise ConfigError(f"hf_compute_loss: {type(self).__name__} has no loss of this kind")
+
+    def get_head_mask(self, head_mask: Any, num_hidden_layers: int) -> Any:
+        """A head mask (H,) or (N, H) for each layer, (N, 1, H, 1, 1); of None as many of them."""
+        if head_mask is None:
+            return [None] * num_hidden_layers
+        mask = tf.cast(head_mask, tf.float32)
+        mask = tf.broadcast_to(mask, (num_hidden_layers, mask.shape[-1]))
+        return mask[:, None, :, None, None]
+
+    def get_label_to_output_name_mapping(self: Any) -> dict[str, str]:
+        """The output that belongs to each label, where the names do not say it."""
+        if self.head != "question_answering":
+            return {}
+        return {"start_positions": "start_logits", "end_positions": "end_logits"}
+
+    def get_output_layer_with_bias(self) -> None:
+        """Layer of the head's bias: OPT has none."""
+
+    def get_prefix_bias_name(self) -> None:
+        """Name of the head's bias: OPT has none."""
 
     def get_lm_head(self) -> Any:
         """`get_output_embeddings`, as TensorFlow's models called it."""
@@ -269,38 +316,11 @@ class ModelMethods(MethodsMixin):
         return type(self)(self.config, 0, self.attn_implementation, dtype=dtype)
 
 
-class GenerationMethods:
-    """Texts in place of ids, for the language model."""
-
-    config: OPTConfig
-    preprocessor: Any
-
-    def generate(
-        self,
-        input_ids: Any = None,
-        *args: Any,
-        strip_prompt: bool = False,
-        stop_token_ids: Any = "auto",
-        **options: Any,
-    ) -> Any:
-        """As in every backend; of a text, or a list of texts, the texts that they go on to.
-
-        Args:
-            input_ids: See there; texts need `preprocessor`, a tokenizer.
-            *args: See there.
-            strip_prompt: Leave a text's own beginning out, as in KerasHub.
-            stop_token_ids: KerasHub's name for `eos_token_id`.
-            **options: See there.
-        """
-        base: Any = super()
-        if stop_token_ids != "auto":
-            options["eos_token_id"] = None if stop_token_ids is None else list(stop_token_ids)
-        texts = keras_hub.texts_of([input_ids] if isinstance(input_ids, str) else input_ids)
-        if texts is None:
-            return base.generate(input_ids, *args, **options)
-        window, pad = self.config.max_position_embeddings, self.config.pad_token_id
-        inputs = keras_hub.encode_texts(self.preprocessor, texts, pad, window, None, "left")
-        ids = np.asarray(base.generate(**inputs, **options))
-        ids = ids[:, inputs["input_ids"].shape[1] :] if strip_prompt else ids
-        found = self.preprocessor.batch_decode(ids, skip_special_tokens=True)
-        return found[0] if isinstance(input_ids, str) else found
+for _name, _advice in {
+    "greedy_search": "use generate(do_sample=False)",
+    "sample": "use generate(do_sample=True)",
+    "beam_search": "use generate(num_beams=...)",
+    "contrastive_search": "use generate(penalty_alpha=..., top_k=...)",
+    "set_bias": "OPT's head has no bias",
+}.items():
+    setattr(ModelMethods, _name, refuse(_name, _advice))

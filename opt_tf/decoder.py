@@ -116,6 +116,15 @@ class TFOPTDecoder(DecoderMixin, keras.layers.Layer):
             for i in range(config.num_hidden_layers)
         ]
 
+    @property
+    def layers(self) -> list[TFOPTDecoderLayer]:
+        """The layers, as `transformers` and the other backends call them."""
+        return self.blocks
+
+    def __dir__(self) -> list[str]:
+        # Keras saves whatever layers it finds here, and would save these twice.
+        return [name for name in super().__dir__() if name != "layers"]
+
     def build(self, input_shape: Any = None) -> None:
         """Makes the variables."""
         for part in (self.embed_tokens, self.embed_positions, *self.blocks):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tensorflow as tf
 
 from opt_core.generation import filters
-from opt_core.generation.request import Request, check_logits
+from opt_core.generation.request import Request, check_logits, pair_seed
 from opt_core.generation.rules import BANNED, Rules
 from opt_tf import sampling
 from opt_tf.cache import KVCache
@@ -121,8 +121,8 @@ def trace(
         request: What to generate; its prompts are of the greatest length there may be.
         run: This module's `run`, or that of `beam`.
         ids_BT: The prompts.
-        mask_BT: bool, False at padding; None: nothing is padded.
-        seed: Of sampling; None: the request's.
+        mask_BT: 0 at padding; None: nothing is padded.
+        seed: Of sampling, one number or two; None: another one at each run.
 
     Returns:
         Rows (R, S), how many tokens were made, and the largest logits at the start.
@@ -130,14 +130,19 @@ def trace(
     prompt, slots = tf.shape(ids_BT)[1], request.ids.shape[1] + request.new_tokens
     # Slots of a number that is known, so that the loop's shapes are.
     behind = [[0, 0], [0, slots - prompt]]
-    mask_BT = tf.ones_like(ids_BT, tf.bool) if mask_BT is None else mask_BT
+    mask_BT = tf.ones_like(ids_BT, tf.bool) if mask_BT is None else tf.cast(mask_BT, tf.bool)
     history = tf.pad(ids_BT, behind, constant_values=request.pad)
+    if seed is None:
+        seed = tf.random.uniform((), 0, 2**63 - 1, tf.int64) if request.settings.do_sample else 0
+    number = tf.cast(seed, tf.int64)
+    if number.shape.rank == 1:
+        number = pair_seed(*tf.unstack(number, 2))
     inputs = {
         "ids": ids_BT,
         "history": tf.reshape(history, (-1, slots)),
         "mask": tf.reshape(tf.pad(mask_BT, behind, constant_values=True), (-1, slots)),
         "prompt": prompt,
-        "seed": tf.cast(request.seed if seed is None else seed, tf.int64),
+        "seed": number,
     }
     return run(model, sampling.request_rules(model, request), inputs)
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from opt_core.compatibility import datasets, keras_hub
 from opt_core.compatibility.datasets import LABELS
+from opt_core.compatibility.sequences import PredictedSpans, Predictions
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.training.microbatches import IGNORE_INDEX
@@ -19,6 +20,9 @@ from opt_tf.inputs import as_integers, check_range
 
 _INTERNAL_LOSSES = ("auto", "auto_with_warning", "passthrough")
 """Names of `transformers` for the loss that a model has itself."""
+
+
+_KERAS_HUBS_RATE = 2e-5
 
 
 class Fitted(keras.Model):
@@ -91,17 +95,23 @@ class Fitted(keras.Model):
         """Keras' compile; nothing of an earlier one stays.
 
         Args:
-            optimizer: As there.
+            optimizer: As there; "auto" is KerasHub's: Adam, 2e-5.
             loss: As there; None, or "passthrough" of `transformers`, for the model's own.
             *args: Keras' own.
-            sampler: One of KerasHub's names, such as "greedy": sets `generation_config`.
+            sampler: One of KerasHub's, or its name, such as "greedy": sets `generation_config`.
             **options: Keras' own.
         """
+        if isinstance(optimizer, str) and optimizer == "auto":
+            optimizer = keras.optimizers.Adam(_KERAS_HUBS_RATE)
+        if options.get("weighted_metrics") == "auto":
+            options["weighted_metrics"] = [keras.metrics.SparseCategoricalAccuracy()]
         if sampler is not None:
             settings = keras_hub.sampler_settings(sampler)
             self.generation_config = self.generation_config.replace(**settings)
         if isinstance(loss, str) and loss in _INTERNAL_LOSSES:
             loss = None
+        if isinstance(loss, Mapping) and len(loss) == 1:  # by the output's name, of which one is
+            (loss,) = loss.values()
         _private.forget_compilation(self)
         super().compile(optimizer, loss, *args, **options)
 
@@ -122,15 +132,27 @@ class Fitted(keras.Model):
 
         Texts, as a list, an array or a `tf.data.Dataset`, are turned into ids by `preprocessor`.
         """
+        options = self._with_targets(x, args, options)
         return super().fit(self._checked(x), *args, **options)
 
     def evaluate(self, x: Any = None, *args: Any, **options: Any) -> Any:
         """Keras' evaluate, of ids checked as in `fit`."""
+        options = self._with_targets(x, args, options)
         return super().evaluate(self._checked(x), *args, **options)
 
     def predict(self, x: Any, *args: Any, **options: Any) -> Any:
-        """Keras' predict, of ids checked as in `fit`."""
-        return super().predict(self._checked(x), *args, **options)
+        """Keras' predict, of ids checked as in `fit`: the logits, which have that name too."""
+        return self._named(super().predict(self._checked(x), *args, **options))
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """Keras' predict_on_batch, as `predict`."""
+        return self._named(super().predict_on_batch(self._checked(x)))
+
+    def _named(self: Any, found: Any) -> Any:
+        if self.head == "question_answering":
+            return PredictedSpans(*found)
+        field = "last_hidden_state" if self.head == "none" else "logits"
+        return Predictions.of(found, field)
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None,
@@ -143,7 +165,11 @@ class Fitted(keras.Model):
         that has them), or, for the language model, of the input ids. Then `sample_weight`, (B,) or
         of the labels' shape, is a factor of what each label adds to the mean.
         """
-        targets = _targets(x, y)
+        targets, are_next = _targets(x, y), keras_hub.are_keras_hubs(x)
+        x = keras_hub.renamed(x)
+        if are_next and targets is not None and not _private.has_compiled_loss(self):
+            loss: Any = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            return loss(targets, self._predictions(y_pred), sample_weight)
         if _private.has_compiled_loss(self):
             predictions = self._predictions(y_pred)
             return super().compute_loss(x, targets, predictions, sample_weight, training)
@@ -158,7 +184,8 @@ class Fitted(keras.Model):
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
     ) -> dict[str, Any]:
         """Updates the metrics given to `compile`, which see the logits and y."""
-        targets, predictions = self._labels(x, _targets(x, y)), self._predictions(y_pred)
+        targets = self._labels(keras_hub.renamed(x), _targets(x, y))
+        predictions = self._predictions(y_pred)
         results: Any = super().compute_metrics(x, targets, predictions, sample_weight)
         if isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
             # Keras 3.15 takes the mean over workers along an axis, which scalars do not have.
@@ -175,32 +202,42 @@ class Fitted(keras.Model):
         if is_dataset and getattr(x.element_spec, "dtype", None) == tf.string:
             return x.map(self._encode_in_graph)
         texts = None if is_dataset else keras_hub.texts_of(x)
-        x = x if texts is None else self._encode(texts)
-        ids = x.get("input_ids") if isinstance(x, Mapping) else x
+        x = x if texts is None else self._encode(texts)[0]
+        given = keras_hub.renamed(x)
+        ids = given.get("input_ids") if isinstance(given, Mapping) else given
         if isinstance(ids, np.ndarray) or tf.is_tensor(ids):
             count = self.config.vocab_size
             tensor: Any = as_integers("input_ids", ids)
             check_range("input_ids", tensor, 0, count - 1, f"vocab_size={count}")
         return x
 
-    def _encode(self: Any, texts: list[str]) -> dict[str, Any]:
-        config = self.config
-        longest, end = config.max_position_embeddings, config.eos_token_id
-        return keras_hub.encode_texts(self.preprocessor, texts, config.pad_token_id, longest, end)
+    def _with_targets(self, x: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """The options of a fit on texts, with the next tokens as y for a loss of the caller's."""
+        texts = None if isinstance(x, tf.data.Dataset) else keras_hub.texts_of(x)
+        is_given = bool(args) or options.get("y") is not None
+        if texts is None or is_given or not _private.has_compiled_loss(self):
+            return options
+        _, y, weights = self._encode(texts)
+        return {**options, "y": y, "sample_weight": weights}
 
-    def _encode_in_graph(self, texts: tf.Tensor) -> dict[str, tf.Tensor]:
+    def _encode(self: Any, texts: list[str]) -> tuple[dict[str, Any], Any, Any]:
+        """Inputs of texts, the next tokens, and their weights."""
+        return keras_hub.encode_for_fit(self.preprocessor, texts, self.config)
+
+    def _encode_in_graph(self, texts: tf.Tensor) -> Any:
         """Ids of a dataset's texts (B,), or of one."""
 
         def encode(values: Any) -> Any:
-            inputs = self._encode([text.decode() for text in np.atleast_1d(values).tolist()])
-            return [inputs[name] for name in names]
+            made = self._encode([text.decode() for text in np.atleast_1d(values).tolist()])
+            return [made[0]["input_ids"], made[0]["attention_mask"], *made[1:]]
 
-        names = ("input_ids", "attention_mask")
-        found: Any = tf.numpy_function(encode, [texts], [tf.int32, tf.int32])
+        found: Any = tf.numpy_function(encode, [texts], [tf.int32] * 4)
         rows = texts.shape[0] if texts.shape.rank else 1
         for tensor in found:
             tensor.set_shape((rows, None))
-        return dict(zip(names, found, strict=True))
+        ids, mask, y, weights = found
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        return (inputs, y, weights) if _private.has_compiled_loss(self) else inputs
 
     def _weighted_loss(self: Any, x: Any, y: Any, output: TFOPTOutput, weights: Any) -> tf.Tensor:
         """The mean loss of the labels, each with a factor."""

@@ -8,6 +8,7 @@ from typing import Any, Self, Unpack
 import keras
 import tensorflow as tf
 
+from opt_core.compatibility import keras_hub
 from opt_core.compatibility.calls import CallOptions
 from opt_core.config import OPTConfig
 from opt_core.generation.config import GenerationConfig
@@ -27,9 +28,10 @@ from opt_tf import (
     speculative,
 )
 from opt_tf.cache import KVCache, init_cache
-from opt_tf.compatibility import GenerationMethods, ModelMethods, name_inputs
+from opt_tf.compatibility import ModelMethods, name_inputs
 from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
 from opt_tf.keras_fit import Fitted
+from opt_tf.keras_hub import GenerationMethods
 from opt_tf.linear import Linear, sizes
 
 
@@ -46,7 +48,7 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
 
     def __init__(
         self,
-        config: Any,
+        config: Any = None,
         seed: int | None = 0,
         attn_implementation: str | None = None,
         quantize: str | None = None,
@@ -60,25 +62,34 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
             attn_implementation: "sdpa" or "eager".
             quantize: As in `from_pretrained`.
             **options: Keras' own: `name`, `trainable`, and `dtype` ("bfloat16", or a policy such
-                as "mixed_bfloat16").
+                as "mixed_bfloat16"); in place of the configuration KerasHub's, such as
+                `vocabulary_size`, or `backbone` and `preprocessor`.
 
         Raises:
+            ArgumentError: No configuration.
             ConfigError: No such attention implementation or quantisation.
         """
+        backbone, preprocessor = options.pop("backbone", None), options.pop("preprocessor", None)
+        config = keras_hub.find_config(config, backbone, options)
         super().__init__(**options)
+        self.preprocessor = preprocessor
         self._configure(config, attn_implementation)
         check_scheme(quantize)
         self.quantized = quantize
         self.programs = _Untracked()
         _private.keep_inputs(self)
+        self.programs["backbone"] = backbone  # where Keras does not look
         self._make_layers()
         quantization.prepare(self, quantize)
         self.build()
+        weights = None if self.programs.pop("backbone") is None else backbone.get_weights()
         if seed is not None:
             checkpoint.initialize(self, seed)
+        if weights is not None:
+            backbone.set_weights(weights)
 
     def _make_layers(self) -> None:
-        self.model = TFOPTModel(
+        self.model = self.programs["backbone"] or TFOPTModel(
             self.config, None, self.attn_implementation, self.quantized, name="model",
             dtype=self.dtype_policy,
         )  # fmt: skip
@@ -91,7 +102,7 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
 
     def __call__(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> TFOPTOutput:
         """Computes the output (`call`); several inputs may come as one dict, tuple or list."""
-        return super().__call__(**name_inputs(self.call, input_ids, args, kwargs))
+        return super().__call__(**name_inputs(self, input_ids, args, kwargs))
 
     @property
     def device(self) -> str:
@@ -233,6 +244,8 @@ class TFOPTModel(TFOPTPreTrainedModel):
 @keras.saving.register_keras_serializable("opt_tf")
 class TFOPTForCausalLM(GenerationMethods, CausalLMMixin, TFOPTPreTrainedModel):
     """The language model: the next token's logits."""
+
+    backbone_cls = TFOPTModel
 
     def _make_layers(self) -> None:
         super()._make_layers()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from opt_core.generation.request import Request
+from opt_core.generation.request import Request, pair_seed
 from opt_core.generation.rules import BANNED, TOP_H_TOKENS, Rules, make_rules
 from opt_tf.linear import sizes
 
@@ -30,8 +30,10 @@ def random_source(model: "TFOPTForCausalLM", seed: int) -> Callable[[int], tf.Te
     return lambda made: tf.constant([seed, made], tf.int64)
 
 
-def draw_seed(source: tf.random.Generator | None = None) -> int:
-    """A seed out of a generator; None: TensorFlow's own, as `tf.random.set_seed` decides it."""
+def draw_seed(source: Any = None) -> int:
+    """A seed out of a generator or a pair; None: TensorFlow's own (`tf.random.set_seed`)."""
+    if source is not None and not hasattr(source, "uniform"):
+        return pair_seed(*(int(part) for part in source))
     uniform = tf.random.uniform if source is None else source.uniform
     return int(uniform((), 0, 2**63 - 1, tf.int64))
 

@@ -3,7 +3,7 @@
 from opt_torch.cache import KVCache
 from opt_torch.decoder import OPTOutput
 from opt_torch.heads import OPTForQuestionAnswering, OPTForSequenceClassification
-from opt_torch.modeling import OPTForCausalLM, OPTModel
+from opt_torch.modeling import OPTForCausalLM, OPTModel, OPTPreTrainedModel
 
 __all__ = [
     "KVCache",
@@ -12,4 +12,5 @@ __all__ = [
     "OPTForSequenceClassification",
     "OPTModel",
     "OPTOutput",
+    "OPTPreTrainedModel",
 ]

@@ -21,6 +21,7 @@ OWN_FILES = {
     "opt_tf": {
         "compilation.py": "generation is compiled by XLA",
         "keras_fit.py": "Keras' compile, fit, evaluate and predict",
+        "keras_hub.py": "names and habits of KerasHub, which is Keras'",
     },
     "opt_flax": {
         "compilation.py": "generation is compiled by XLA",
@@ -78,7 +79,7 @@ OWN_NAMES = {
             *("packed", "fingerprint", "available_memory"),
         },
     },
-    "sampling.py": {"JAX draws by keys": {"as_key", "make_key"}},
+    "sampling.py": {"JAX draws by keys": {"as_key", "drawn_key", "make_key"}},
     "quantization.py": {
         "Keras builds a layer before it has weights": {"prepare"},
         "PyTorch's CPU products in integers": {"fused_linear", "make_fused_linear", "scaled"},

@@ -1,8 +1,11 @@
 """A tokenizer's methods in KerasHub, over its own."""
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
 
 from opt_core.text.decoding import Decoding
 
@@ -23,9 +26,35 @@ class KerasHubTokenizer(Decoding):
             return made.from_pretrained(preset, **settings)
         return made(files / "vocabulary.json", files / "merges.txt", **settings)
 
+    @property
+    def start_token_id(self) -> int | None:
+        """KerasHub's name of `bos_token_id`."""
+        return cast(Any, self).bos_token_id
+
+    @property
+    def end_token_id(self) -> int | None:
+        """KerasHub's name of `eos_token_id`."""
+        return cast(Any, self).eos_token_id
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """KerasHub's name of `all_special_tokens`."""
+        return list(cast(Any, self).all_special_tokens)
+
+    @property
+    def special_token_ids(self) -> list[int]:
+        """KerasHub's name of `all_special_ids`."""
+        return list(cast(Any, self).all_special_ids)
+
+    def save_assets(self, dir_path: str | PathLike[str]) -> None:
+        """KerasHub's name of `save_pretrained`."""
+        cast(Any, self).save_pretrained(dir_path)
+
     def detokenize(self, inputs: Any) -> Any:
-        """KerasHub's name of `decode`."""
-        return self.decode(inputs)
+        """KerasHub's name of `decode`, and of `batch_decode` for several rows."""
+        ids = cast(Any, inputs["input_ids"] if isinstance(inputs, Mapping) else inputs)
+        is_one = len(ids) == 0 or np.ndim(ids[0]) == 0
+        return self.decode(ids) if is_one else cast(Any, self).batch_decode(ids)
 
     def vocabulary_size(self) -> int:
         """KerasHub's name of `len`."""

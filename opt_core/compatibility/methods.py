@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from opt_core.compatibility.names import ModelNames
 from opt_core.compatibility.upload import UploadMixin
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError, InputError
+from opt_core.errors import ArgumentError, ConfigError, InputError
 from opt_core.params import Head, ParamSpec, param_specs
 from opt_core.quantization import check_not_quantized
 
@@ -302,6 +302,17 @@ class MethodsMixin(ModelNames, UploadMixin):
     def _check_flash(self) -> None:
         """Refuses FlashAttention where it cannot run."""
         raise NotImplementedError
+
+
+def refuse_to_generate(model: MethodsMixin) -> None:
+    """Says which class generates.
+
+    Raises:
+        ArgumentError: Always, for this is what a model without a language-model head does.
+    """
+    name = type(model).__name__
+    prefix = name[: name.index("OPT")]
+    raise ArgumentError(f"{name} does not generate; load it as {prefix}OPTForCausalLM")
 
 
 def resize_table(

@@ -30,6 +30,7 @@ REFUSED: Mapping[str, str] = {
     "load_adapter": "use lora.load_adapter(model, folder) or from_pretrained(..., adapter=folder)",
     "get_adapter_state_dict": _NO_ADAPTER,
     "enable_peft_hotswap": _NO_ADAPTER,
+    "create_model_card": "write README.md yourself; push_to_hub(tags=...) makes one with tags",
     "dequantize": "load the checkpoint without quantize=",
     "get_encoder": _NO_ENCODER,
     "set_encoder": _NO_ENCODER,
@@ -62,7 +63,6 @@ REFUSED: Mapping[str, str] = {
     "should_save_on_this_rank": _INNER,
     "barrier_after_gathered_checkpoint_save": _INNER,
     "adjust_generation_fn": _INNER,
-    "create_model_card": "write README.md yourself; push_to_hub(tags=...) makes one with tags",
 }
 """Methods of `transformers` that there are not, and what to do instead."""
 
@@ -134,7 +134,9 @@ class ModelNames:
         cls._auto_class = getattr(auto_class, "__name__", auto_class)
 
 
-def _refuse(name: str, advice: str) -> Callable[..., Any]:
+def refuse(name: str, advice: str) -> Callable[..., Any]:
+    """A method that says what to do in its place, and does nothing."""
+
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError(f"{type(self).__name__}.{name} is not supported: {advice}")
 
@@ -143,4 +145,4 @@ def _refuse(name: str, advice: str) -> Callable[..., Any]:
 
 
 for _name, _advice in REFUSED.items():
-    setattr(ModelNames, _name, _refuse(_name, _advice))
+    setattr(ModelNames, _name, refuse(_name, _advice))

@@ -18,7 +18,13 @@ from opt_core.generation import contrastive, host_beams, observed
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.hooks import Deadline, Hooks
 from opt_core.generation.outputs import GenerateOutput
-from opt_core.generation.request import Request, check_request, merge_settings, padding_id
+from opt_core.generation.request import (
+    Request,
+    check_request,
+    merge_settings,
+    padding_id,
+    pair_seed,
+)
 from opt_core.generation.scores import transition_scores
 from opt_core.generation.speculation import check_assistant
 from opt_core.text.tokenizer import OPTTokenizer
@@ -83,10 +89,10 @@ class GenerationMixin:
         """
         custom = overrides.pop("custom_generate", None)
         is_custom = check_custom(custom)
-        if input_ids is not None and not self.backend.inputs.is_known(input_ids):
-            return self._trace(
-                input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
-            )
+        given = input_ids, attention_mask, seed, overrides.get("prng_key")
+        if input_ids is not None and self._is_inside_program(*given):
+            ids = input_ids if hasattr(input_ids, "shape") else np.array(input_ids, np.int32)
+            return self._trace(ids, attention_mask, generation_config, seed, tokenizer, **overrides)
         request = make_request(
             self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
             assistant_model, **overrides,
@@ -149,6 +155,13 @@ class GenerationMixin:
         )  # fmt: skip
         return self.backend.inputs.to_tensor(self, found)
 
+    def _is_inside_program(self, *given: Any) -> bool:
+        """Whether a program is being traced, of which this generation is to be a part."""
+        owner: Any = self
+        return hasattr(self.backend.generation, "trace") and (
+            owner._is_traced(*given) or not self.backend.inputs.is_known(given[0])
+        )
+
     def _trace(
         self,
         ids_BT: Any,
@@ -181,8 +194,7 @@ class GenerationMixin:
         if mask_BT is None and padding is not None:
             mask_BT = ids_BT != padding
         run = (backend.beam if settings.is_beam_search else backend.generation).run
-        mask = None if mask_BT is None else mask_BT != 0
-        found = backend.generation.trace(self, request, run, ids_BT, mask, seed)[0]
+        found = backend.generation.trace(self, request, run, ids_BT, mask_BT, seed)[0]
         found = found if T is None else found[:, : T + request.new_tokens]
         return GenerateOutput(sequences=found) if settings.return_dict_in_generate else found
 
@@ -326,8 +338,8 @@ def _seed(model: GenerationMixin, seed: Any, do_sample: bool) -> int:
     if seed is None:
         return model.backend.sampling.draw_seed() if do_sample else 0
     kind = type(seed).__name__
-    if kind == "tuple" and [type(part) for part in seed] == [int, int]:
-        return seed[0] % 2**31 * 2**31 + seed[1] % 2**31
+    if kind in ("tuple", "list") and [type(part) for part in seed] == [int, int]:
+        return pair_seed(*seed)
     if hasattr(seed, "dtype") or kind == "Generator":
         return model.backend.sampling.draw_seed(seed)
     if type(seed) is not int or not 0 <= seed < 2**63:

@@ -256,3 +256,8 @@ def check_logits(best_B: NDArray[Any]) -> None:
     for row in np.flatnonzero(~np.isfinite(best_B))[:1].tolist():
         reason = "the logits are NaN" if np.isnan(best_B[row]) else "every token is banned"
         raise GenerationError(f"row {row}: no token can be generated: {reason}")
+
+
+def pair_seed(first: Any, second: Any) -> Any:
+    """One seed of two numbers, which TensorFlow's stateless functions and `transformers` take."""
+    return first % 2**31 * 2**31 + second % 2**31
