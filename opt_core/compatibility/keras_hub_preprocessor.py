@@ -88,7 +88,8 @@ class OPTCausalLMPreprocessor:
         """The text, or texts, of what `generate` returned, without special tokens."""
         ids: Any = np.asarray(x["token_ids"])
         mask: Any = np.asarray(x["padding_mask"]) != 0
-        rows: Any = zip(np.atleast_2d(ids), np.atleast_2d(mask), strict=True)
+        two: Any = np.atleast_2d
+        rows: Any = zip(two(ids), two(mask), strict=True)
         decode = self.tokenizer.decode
         texts = [decode(row[kept], skip_special_tokens=True) for row, kept in rows]
         return texts[0] if ids.ndim == 1 else texts
