@@ -3,6 +3,8 @@
 from collections import OrderedDict
 from typing import Any, Generic, Self, TypeVar
 
+from opt_core.summaries import describe_fields
+
 Tensor = TypeVar("Tensor")
 Cache = TypeVar("Cache")
 
@@ -63,6 +65,9 @@ class ModelOutput(OrderedDict[str, Any], Generic[Tensor, Cache]):
     def __getitem__(self, key: Any) -> Any:
         """The field of a name, or the one or those that a number or a slice picks."""
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __repr__(self) -> str:
+        return describe_fields(type(self).__name__, self)
 
     @classmethod
     def _fields(cls) -> dict[str, Any]:

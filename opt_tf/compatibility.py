@@ -59,6 +59,11 @@ class ModelMethods(MethodsMixin):
     preprocessor: Any = None
     """The tokenizer that `fit` and `generate` turn texts into ids with."""
 
+    def __repr__(self: Any) -> str:
+        return self._described()
+
+    __str__ = __repr__
+
     @classmethod
     def from_preset(cls: Any, preset: str | PathLike[str], **options: Any) -> Any:
         """Loads a model with its tokenizer, as KerasHub spells it.

@@ -31,7 +31,7 @@ _NO_EFFECT = frozenset([
 """Settings of `transformers` that change no text of these models: they are taken and forgotten."""
 
 
-@dataclass
+@dataclass(repr=False)
 class GenerationConfig:
     """Settings of one generation; fields can be set, and are checked when they are used.
 
@@ -165,6 +165,14 @@ class GenerationConfig:
         # transformers takes None for "not set"; only some settings have a meaning for it.
         is_unset = value is None and "None" not in str(field.type)
         object.__setattr__(self, name, field.default if is_unset else value)
+
+    def __repr__(self) -> str:
+        given = (
+            f"{name}={getattr(self, name)!r}"
+            for name, field in _FIELDS.items()
+            if getattr(self, name) != field.default
+        )
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def __hash__(self) -> int:
         # Flax' programs are told apart by a model's attributes.
