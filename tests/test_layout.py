@@ -119,7 +119,7 @@ OWN_SUFFIXES = {"lora_A", "lora_B"}
 MAX_LINES = 400
 TOP_LEVEL = {
     *(".ci", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
-    *("Makefile", "README.md", "docs", "pyproject.toml", "tests", *PACKAGES),
+    *("Makefile", "README.md", "docs", "mkdocs.yml", "pyproject.toml", "tests", *PACKAGES),
 }
 
 
