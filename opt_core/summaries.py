@@ -23,7 +23,7 @@ def describe_value(value: Any) -> str:
 
 
 def describe_fields(name: str, fields: Mapping[str, Any]) -> str:
-    """A name with a line for each field: `OPTOutput(\\n  logits: float32 [1, 3, 1024],\\n)`."""
+    """A name with a line for each field, in parentheses."""
     shown = {field: describe_value(value) for field, value in fields.items()}
     lines = [textwrap.indent(f"{field}: {text},\n", "  ") for field, text in shown.items()]
     return f"{name}(\n{''.join(lines)})" if lines else f"{name}()"

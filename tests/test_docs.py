@@ -1,4 +1,4 @@
-"""README and docs: code blocks run, commands have such options, messages, figures and links exist."""
+"""README and docs: code runs, commands have such options, messages, figures and links exist."""
 
 import ast
 import json
