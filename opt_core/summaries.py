@@ -1,4 +1,4 @@
-"""What objects print: one screen of names, shapes and types, never the numbers of tensors."""
+"""Texts that objects print: one screen of names, shapes and types, no numbers of tensors."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -64,7 +64,7 @@ def _lines(branch: Mapping[str, Any], indent: str) -> list[str]:
 
 
 def _below(branch: Mapping[str, Any], indent: str) -> list[str]:
-    """What stands behind a module's name, and the lines below it."""
+    """The text behind a name of a module, and the lines below it."""
     specs = [value for value in branch.values() if isinstance(value, ParamSpec)]
     if not specs:
         return ["(", *_lines(branch, indent + "  "), indent + ")"]

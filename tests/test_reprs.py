@@ -1,4 +1,4 @@
-"""What is shown of models, outputs and caches at a prompt or in a notebook: one screen each."""
+"""Texts that models, outputs and caches print in a notebook: one screen each."""
 
 import numpy as np
 import pytest
