@@ -9,7 +9,7 @@ FRAMEWORKS := torch tensorflow keras jax flax transformers
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo test test-all lint core-test format release-check clean
+.PHONY: help demo test test-all lint core-test docs format release-check clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -37,6 +37,9 @@ lint: $(VENV)/.installed-test $(VENV)/.installed-lint ## Check style, spelling a
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/codespell
 	$(VENV)/bin/pyright
+
+docs: $(VENV)/.installed-test $(VENV)/.installed-docs ## Build the site into build/site, any warning an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 format: $(VENV)/.installed-lint ## Rewrite the sources the way `make lint` wants them
 	$(VENV)/bin/ruff check --fix .

@@ -3,6 +3,8 @@
 from collections import OrderedDict
 from typing import Any, Generic, Self, TypeVar
 
+from opt_core.summaries import describe_fields
+
 Tensor = TypeVar("Tensor")
 Cache = TypeVar("Cache")
 
@@ -68,6 +70,9 @@ class ModelOutput(OrderedDict[str, Any], Generic[Tensor, Cache]):
         if isinstance(key, str):
             return super().__getitem__("past_key_values" if key == "cache" else key)
         return self.to_tuple()[key]
+
+    def __repr__(self) -> str:
+        return describe_fields(type(self).__name__, self)
 
     @classmethod
     def _fields(cls) -> dict[str, Any]:

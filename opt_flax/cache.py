@@ -17,7 +17,7 @@ from opt_flax.sharding import constrain_rows
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KVCache(CacheMixin):
     """Keys and values of the tokens seen so far.
 

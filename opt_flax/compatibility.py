@@ -188,11 +188,7 @@ class ModelMethods(MethodsMixin):
         self.gradient_checkpointing_enable()
 
     def __repr__(self: Any) -> str:
-        config = self.config
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim")
-        shown = ", ".join(f"{name}={getattr(config, name)}" for name in sizes)
-        count = f"{self.num_parameters():,}"
-        return f"{type(self).__name__}({shown}, dtype={self.dtype}, parameters={count})"
+        return self._described()
 
     __str__ = __repr__
 

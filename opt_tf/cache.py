@@ -14,7 +14,7 @@ from opt_core.params import POSITION_OFFSET
 from opt_tf.linear import sizes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KVCache(CacheMixin):
     """Keys and values of the tokens seen so far.
 

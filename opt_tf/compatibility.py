@@ -83,6 +83,11 @@ class ModelMethods(KerasHubMethods, MethodsMixin):
     framework: ClassVar[str] = "tf"
     supports_xla_generation: ClassVar[bool] = True
 
+    def __repr__(self: Any) -> str:
+        return self._described()
+
+    __str__ = __repr__
+
     @property
     def input_signature(self) -> dict[str, tf.TensorSpec]:
         """Inputs of `serving`: ids and mask, (B, T) of any sizes."""

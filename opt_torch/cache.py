@@ -16,7 +16,7 @@ USED_UP = -1
 """The frontier of a cache whose slots belong to another one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KVCache(CacheMixin):
     """Keys and values of the tokens seen so far.
 

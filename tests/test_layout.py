@@ -121,7 +121,7 @@ MAX_LINES = 400
 TOP_LEVEL = {
     *(".ci", ".github", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CITATION.cff"),
     *("CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md", "docs"),
-    *("pyproject.toml", "tests", *PACKAGES),
+    *("mkdocs.yml", "pyproject.toml", "tests", *PACKAGES),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from opt_core import inputs as rules
 from opt_core.errors import InputError
+from opt_core.summaries import describe_fields
 
 FEWEST_SLOTS = 64
 """Slots of a cache that has grown, at least."""
@@ -22,6 +23,10 @@ class CacheMixin:
     values: tuple[Any, ...]
     grows: bool
     length: Any
+
+    def __repr__(self) -> str:
+        fields = {name: getattr(self, name) for name in ("keys", "values", "length", "mask")}
+        return describe_fields(type(self).__name__, fields)
 
     @property
     def known_length(self) -> int | None:

@@ -13,6 +13,7 @@ from opt_core.config import OPTConfig
 from opt_core.errors import ArgumentError, ConfigError, InputError
 from opt_core.params import Head, ParamSpec, param_specs
 from opt_core.quantization import check_not_quantized
+from opt_core.summaries import describe_modules
 
 DUMMY_INPUT_IDS = ((7, 6, 0, 0, 1), (1, 2, 3, 0, 0), (0, 0, 0, 4, 5))
 """Ids that `dummy_inputs` holds."""
@@ -159,6 +160,14 @@ class MethodsMixin(ModelNames, UploadMixin):
                     self._put_table(spec, resize_table(table, count, width))
             self.tie_weights()
         return self.get_input_embeddings()
+
+    def _described(self: Any) -> str:
+        name = type(self).__name__
+        if "config" not in dir(self):  # half made, within an error's message
+            return f"{name}()"
+        specs = param_specs(self.config, self.head)
+        count = sum(spec.size for spec in specs)
+        return describe_modules(name, specs, f"{count:,} parameters, {self.dtype}")
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters, a tied head counted once.

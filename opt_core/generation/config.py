@@ -25,7 +25,7 @@ DEFAULT_NEW_TOKENS = 20
 """New tokens where no length was asked for, as in `transformers` 5."""
 
 
-@dataclass(init=False)
+@dataclass(init=False, repr=False)
 class GenerationConfig(SettingsMethods):
     """Settings of one generation; fields can be set, and are checked when they are used.
 
@@ -181,6 +181,14 @@ class GenerationConfig(SettingsMethods):
                 raise _unknown(name)
             notice(f"{name}: no setting of generation; it is kept, without effect")
         self.keep(name, value, line)
+
+    def __repr__(self) -> str:
+        given = (
+            f"{name}={getattr(self, name)!r}"
+            for name, field in _FIELDS.items()
+            if getattr(self, name) != field.default
+        )
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def __hash__(self) -> int:
         # Flax' programs are told apart by a model's attributes.

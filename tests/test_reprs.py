@@ -1,0 +1,46 @@
+"""Texts that models, outputs and caches print in a notebook: one screen each."""
+
+import numpy as np
+import pytest
+
+from opt_core import GenerationConfig
+from tests.support.backends import Backend
+
+SCREEN = 50
+
+
+@pytest.fixture
+def model(backend: Backend, folder):
+    return backend.load(folder("pre_ln"))
+
+
+def test_layers_that_are_alike_are_one_branch(model):
+    lines = repr(model).splitlines()
+    assert len(lines) < SCREEN
+    count = model.config.num_hidden_layers
+    assert f"(0-{count - 1}): {count} x" in repr(model)
+    assert sum("q_proj" in line for line in lines) == 1
+    assert all(part in repr(model) for part in ("embed_tokens", "fc1", "final_layer_norm"))
+    assert str(model) == repr(model)
+
+
+def test_outputs_and_caches_show_shapes_not_numbers(model):
+    ids = np.array([[2, 5, 6]], np.int32)
+    out = model(ids, output_hidden_states=True)
+    layers = model.config.num_hidden_layers
+    lines = repr(out).splitlines()
+    assert len(lines) <= 10
+    assert lines[0].endswith("OPTOutput(")
+    assert f"  logits: float32 [1, 3, {model.config.vocab_size}]," in lines
+    states = f"float32 [1, 3, {model.config.hidden_size}]"
+    assert f"  hidden_states: {layers + 1} x ({states})," in lines
+    assert f"    keys: {layers} x (float32 [1, " in repr(out)
+    cache = repr(model.init_cache(2, 16))
+    assert cache.startswith("KVCache(\n  keys:")
+    assert "  length: 0," in cache.splitlines()
+
+
+def test_a_generation_config_shows_what_was_set():
+    assert repr(GenerationConfig(do_sample=True, top_k=5)) == (
+        "GenerationConfig(do_sample=True, top_k=5)"
+    )
