@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -141,12 +142,18 @@ def table(header: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> None:
 
     made = Table(box=None, pad_edge=False, header_style="bold", show_header=header is not None)
     for i in range(max(map(len, rows), default=0)):
-        is_number = i > 0 and all(isinstance(row[i], int | float) for row in rows)
+        is_number = i > 0 and all(_is_number(row[i]) for row in rows)
         title = Text(header[i]) if header else ""
         made.add_column(title, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         made.add_row(*(Text(_format_cell(value)) for value in row))
     stdout.print(made)
+
+
+def _is_number(value: Any) -> bool:
+    """Numbers, also those that are written already, or left out."""
+    written = isinstance(value, str) and re.fullmatch(r"-?[\d,.]+\*?|\N{EN DASH}", value)
+    return isinstance(value, int | float) or bool(written)
 
 
 def _format_cell(value: Any) -> str:

@@ -65,7 +65,7 @@ def perplexity(
     from opt_core.evaluation import text_perplexity
 
     text = read_text(file)
-    loaded = _load(model, adapter, backend, dtype, quantize)
+    loaded = load(model, adapter, backend, dtype, quantize)
     with console.progress("scoring", unit="windows") as progress:
         result = text_perplexity(
             loaded.token_scores,
@@ -100,7 +100,7 @@ def multiple_choice(
     from opt_core.evaluation import evaluate_choices, read_items
 
     format, items = read_items(file, limit)
-    loaded = _load(model, adapter, backend, dtype, quantize)
+    loaded = load(model, adapter, backend, dtype, quantize)
     with console.progress("scoring", unit="rows") as progress:
         result = evaluate_choices(
             loaded.token_scores,
@@ -139,7 +139,7 @@ def classification(
     from opt_core.data import encode_labelled_texts, read_labelled_texts
     from opt_core.evaluation import evaluate_classification
 
-    loaded = _load(model, adapter, backend, dtype, kind="OPTForSequenceClassification")
+    loaded = load(model, adapter, backend, dtype, kind="OPTForSequenceClassification")
     known = loaded.config.id2label or {}
     names = [known.get(i, f"LABEL_{i}") for i in range(loaded.config.num_labels)]
     data = read_labelled_texts(file, names, text_field, label_field, pair_field, limit)
@@ -186,7 +186,7 @@ def qa(
     from opt_core.json_files import write_json
 
     questions = read_questions(file, limit)
-    loaded = _load(model, adapter, backend, dtype, kind="OPTForQuestionAnswering")
+    loaded = load(model, adapter, backend, dtype, kind="OPTForQuestionAnswering")
     length = min(max_length, loaded.config.max_position_embeddings)
     windows = encode_questions(questions, loaded.tokenizer, length, stride, training=False)
     with console.progress("answering", unit="rows") as progress:
@@ -217,7 +217,7 @@ def bias(
     from opt_core.evaluation import evaluate_bias, read_comparisons
 
     format, comparisons = read_comparisons(file, limit)
-    loaded = _load(model, adapter, backend, dtype, quantize)
+    loaded = load(model, adapter, backend, dtype, quantize)
     with console.progress("scoring", unit="rows") as progress:
         result = evaluate_bias(
             loaded.token_scores,
@@ -261,7 +261,7 @@ def harness(
     manager = lm_tasks.TaskManager(include_path=None if include_path is None else str(include_path))
     if unknown := sorted({*tasks} - {*manager.all_tasks}):
         raise ConfigError(f"lm-eval knows no task {', '.join(unknown)}; its own list: lm_eval ls")
-    loaded = _load(model, adapter, backend, dtype, quantize)
+    loaded = load(model, adapter, backend, dtype, quantize)
     window = loaded.config.max_position_embeddings
     wrapped = HarnessLM(
         loaded.token_scores, loaded.model.generate, loaded.tokenizer, window, batch_size
@@ -283,7 +283,7 @@ def harness(
     console.table(("task", "metric", "value"), rows)
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
     """A model on a backend, behind the functions that score with it."""
 
     model: Any
@@ -292,10 +292,12 @@ class _Loaded(NamedTuple):
 
     @property
     def config(self) -> "OPTConfig":
+        """The model's configuration."""
         return self.model.config
 
     @property
     def token_scores(self) -> Callable[..., Any]:
+        """The likelihoods of tokens."""
         return self.bound("token_scores")
 
     def bound(self, name: str) -> Callable[..., Any]:
@@ -303,14 +305,24 @@ class _Loaded(NamedTuple):
         return partial(getattr(self.scoring, name), self.model)
 
 
-def _load(
+def load(
     model: str,
     adapter: str | None,
     backend: str,
     dtype: str,
     quantize: str | None = None,
     kind: str = "OPTForCausalLM",
-) -> _Loaded:
+) -> Loaded:
+    """Loads a model, of the kind that is named, with its tokenizer.
+
+    Args:
+        model: Folder, hub id or "mini".
+        adapter: PEFT adapter to merge; None: none.
+        backend: torch, tf or flax.
+        dtype: Type of the weights.
+        quantize: Scheme; None: none.
+        kind: Class of the model, as PyTorch's is called.
+    """
     from opt_core import OPTTokenizer
     from opt_core.adapters.folders import tokenizer_folder
     from opt_core.hub import resolve
@@ -321,7 +333,7 @@ def _load(
         made = load_backend(backend, kind).from_pretrained(
             path, dtype=dtype, quantize=quantize, progress=progress, adapter=adapter
         )
-    return _Loaded(made, tokenizer, import_module(f"opt_{backend}.scoring"))
+    return Loaded(made, tokenizer, import_module(f"opt_{backend}.scoring"))
 
 
 def _print(values: dict[str, Any], json: bool) -> None:

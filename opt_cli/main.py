@@ -12,6 +12,7 @@ from opt_cli import (
     console,
     convert,
     evaluate,
+    evaluate_paper,
     export,
     generate,
     info,
@@ -38,6 +39,7 @@ app.command("bench")(bench.bench)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("plot")(plot.plot)
+evaluate.app.command("paper")(evaluate_paper.paper)
 app.add_typer(evaluate.app, name="eval")
 
 
