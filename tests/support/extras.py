@@ -1,4 +1,4 @@
-"""What one extra promises, tried where nothing but that extra is installed.
+"""The promises of one extra, tried where nothing but that extra is installed.
 
     python -P tests/support/extras.py flax            # by the command and in Python
     python -P tests/support/extras.py flax formats    # what a further extra adds to it
@@ -43,7 +43,7 @@ QUESTION = '{"question": "My lord,", "choices": [" I am", " xqz"], "answer": 0}\
 
 
 def opt_lm(*arguments: object) -> str:
-    """What the command prints; where it fails, this program ends with its words."""
+    """Output of the command; where it fails, this program ends with its words."""
     words = [str(argument) for argument in arguments]
     command = [sys.executable, "-P", "-m", "opt_cli", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -69,7 +69,7 @@ def by_command(backend: str) -> tuple[str, float]:
 
 
 def program(name: str, backend: str) -> Path:
-    """Where an exported program goes: torch's is a file."""
+    """The place of an exported program: torch's is a file."""
     return Path(f"{name}.pt2" if backend == "torch" else name)
 
 
@@ -157,7 +157,7 @@ FURTHER = {
     "tensorboard": tensorboard,
     "lm-eval": lm_eval,
 }
-"""What each extra adds to a backend."""
+"""Extras on top of a backend, each with a check."""
 
 
 def main(backend: str, extra: str | None = None) -> None:

@@ -68,7 +68,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What it is called in the table, and chosen by."""
+        """Its name in the table, by which it is chosen."""
         return f"{self.version} {self.kind}"
 
 
