@@ -35,6 +35,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("XDG_CACHE_HOME", str(Path(__file__).parents[1] / ".pytest_cache"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")  # counting thousands takes time
 keep_programs()
+if importlib.util.find_spec("triton"):
+    # CUDA builds of torch bring it. Both carry LLVM: loaded after TensorFlow it ends the process.
+    importlib.import_module("triton")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import cast
 
@@ -99,10 +100,10 @@ class TorchArchive:
                 if len(self.entries) != len(archive.infolist()):
                     raise CheckpointError(f"{path}: an archive entry occurs twice; it is damaged")
                 self.root = self._root()
-                order = self._small(archive, "byteorder", _MAX_SMALL_ENTRY) or b"little"
+                order = self._small("byteorder", _MAX_SMALL_ENTRY) or b"little"
                 if order != b"little":
                     raise CheckpointError(f"{path}: byte order {order!r}; expected b'little'")
-                self.pickle = self._small(archive, "data.pkl", _MAX_PICKLE)
+                self.pickle = self._small("data.pkl", _MAX_PICKLE)
         except CheckpointError:
             raise
         except (
@@ -122,7 +123,7 @@ class TorchArchive:
             )
         return roots[0]
 
-    def _small(self, archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    def _small(self, name: str, limit: int) -> bytes:
         info = self.entries.get(f"{self.root}/{name}")
         if info is None:
             return b""
@@ -131,7 +132,14 @@ class TorchArchive:
             raise CheckpointError(
                 f"{self.source.path}: {name} has {info.file_size} bytes; expected at most {limit}"
             )
-        return archive.read(info)
+        # Not `archive.read`: how strictly it takes a damaged directory differs between Pythons.
+        data = self.source.bytes_at(self._start(info), info.file_size)
+        if zlib.crc32(data) != info.CRC:
+            raise CheckpointError(
+                f"{self.source.path}: {info.filename} differs from its checksum; it is damaged, "
+                "download it again"
+            )
+        return data
 
     def _check_stored(self, info: zipfile.ZipInfo) -> None:
         if info.flag_bits & 1 or info.compress_type != zipfile.ZIP_STORED:
@@ -174,14 +182,21 @@ class TorchArchive:
                 f"{path}: storage {storage.key!r}: expected {needed} bytes, "
                 f"received {info.file_size}"
             )
-        header = self.source.bytes_at(self.start + info.header_offset, _LOCAL_HEADER.size)
-        if info.header_offset < 0 or not header.startswith(_ZIP_MAGIC):
+        return self._start(info), needed
+
+    def _start(self, info: zipfile.ZipInfo) -> int:
+        """Where in the file the bytes of an entry begin."""
+        path = self.source.path
+        at = max(info.header_offset, 0)
+        header = self.source.bytes_at(self.start + at, _LOCAL_HEADER.size)
+        is_whole = len(header) == _LOCAL_HEADER.size and header.startswith(_ZIP_MAGIC)
+        if info.header_offset < 0 or not is_whole:
             raise CheckpointError(f"{path}: {info.filename} is not where the archive says")
         _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        start = at + _LOCAL_HEADER.size + name_length + extra_length
         if start + info.file_size > self.size:
             raise CheckpointError(f"{path}: {info.filename} reaches past the end of the file")
-        return self.start + start, needed
+        return self.start + start
 
 
 class _Part(io.RawIOBase):

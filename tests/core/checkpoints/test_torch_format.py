@@ -197,6 +197,15 @@ def test_directories_that_lie(path):
     ):
         path.write_bytes(patched(content, entry + offset, value))
         refused(path, message)
+    pickle_entry = content.rindex(b"archive/data.pkl") - 46
+    for offset, value, message in (
+        (16, b"\0\0\0\0", r"archive/data\.pkl differs from its checksum"),
+        (20, struct.pack("<II", 10**6, 10**6), r"archive/data\.pkl reaches past the end"),
+        (42, struct.pack("<I", 1), r"archive/data\.pkl is not where the archive says"),
+        (42, struct.pack("<I", len(content) - 4), r"archive/data\.pkl is not where"),
+    ):
+        path.write_bytes(patched(content, pickle_entry + offset, value))
+        refused(path, message)
     end = content.rindex(b"PK\x05\x06")
     path.write_bytes(patched(content, end + 16, struct.pack("<I", 2**31)))
     refused(path)
