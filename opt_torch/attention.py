@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from opt_core.compatibility.calls import scale_heads
 from opt_core.config import OPTConfig
@@ -169,6 +168,9 @@ def packed(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask_BS: Tensor) -> T
         v_BHSK: Values.
         mask_BS: bool, False at padding.
     """
+    # It brings triton, whose LLVM ends the process where TensorFlow is loaded already.
+    from torch.nn.attention.varlen import varlen_attn
+
     new_BT = mask_BS[:, -q_BHTK.shape[2] :]
     query, key, value = (
         x.transpose(1, 2)[mask]

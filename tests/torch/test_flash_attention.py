@@ -27,7 +27,7 @@ def varlen_on_cpu(monkeypatch):
             out[a:b] = attention.eager(query, key, value, None, 0.0)[0][0].transpose(0, 1)
         return out
 
-    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     monkeypatch.setattr(attention, "check_flash", lambda device, dtype: None)
 
 
