@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from opt_core.generation.request import Ids, Mask
 from opt_flax.cache import KVCache
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def prefill_prompts(
-    model: "FlaxOPTForCausalLM", prompts: Prompts, chunk: int | None, slots: int, copies: int
+    model: "FlaxOPTForCausalLM", prompts: Prompts, chunk: int | None, slots: int
 ) -> tuple[Array, KVCache]:
     """Reads the prompts of a request, without what its cache has of them already.
 
@@ -27,18 +28,34 @@ def prefill_prompts(
         prompts: Inputs of a program.
         chunk: Tokens to read at a time; None: all at once, with nothing before them.
         slots: Slots S of the cache.
-        copies: Rows that each prompt gets; there are R of them in all.
 
     Returns:
-        Logits (R, V) after the last token, and the cache that holds the prompts.
+        Logits (B, V) after the last token, and the cache that holds the prompts.
     """
     B, past = prompts.ids.shape[0], prompts.past
     cache = model.init_cache(B, slots) if past is None else past.resize(B, slots, model.mesh)
-    logits, cache = prefill(model, prompts.ids, prompts.mask, cache, chunk, prompts.length)
-    if copies > 1:
-        rows = jnp.zeros((B, copies), jnp.int32)
-        logits, cache = jnp.repeat(logits, copies, 0), cache.regroup(rows, model.mesh)
-    return logits, cache
+    return prefill(model, prompts.ids, prompts.mask, cache, chunk, prompts.length)
+
+
+@partial(jax.jit, static_argnames=("graph", "chunk", "slots"))
+def read_prompts(
+    graph: Any, state: Any, prompts: Prompts, chunk: int | None, slots: int
+) -> tuple[Array, KVCache]:
+    """`prefill_prompts` as a program, one for all that may follow."""
+    return prefill_prompts(nnx.merge(graph, state), prompts, chunk, slots)
+
+
+def copy_rows(
+    logits_BV: Array, cache: KVCache, copies: int, mesh: Mesh | None
+) -> tuple[Array, KVCache]:
+    """Several rows of each prompt: logits (B * copies, V), and the cache that goes with them."""
+    return (logits_BV, cache) if copies == 1 else _copy_rows(logits_BV, cache, copies, mesh)
+
+
+@partial(jax.jit, static_argnames=("copies", "mesh"))
+def _copy_rows(logits_BV: Array, cache: KVCache, copies: int, mesh: Any) -> tuple[Array, KVCache]:
+    rows = jnp.zeros((len(logits_BV), copies), jnp.int32)
+    return jnp.repeat(logits_BV, copies, 0), cache.regroup(rows, mesh)
 
 
 def prefill(
