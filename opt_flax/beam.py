@@ -17,8 +17,8 @@ from opt_core.generation.request import Request, allocate_tokens, check_logits
 from opt_core.generation.rules import Rules
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts, program_inputs
-from opt_flax.prefill import copy_rows, read_prompts
+from opt_flax.compilation import Prompts
+from opt_flax.prefill import copy_rows, prefill_prompts, read_prompts
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
@@ -65,16 +65,11 @@ def search(model: "FlaxOPTForCausalLM", request: Request) -> Array:
     Raises:
         GenerationError: No token can come in a row.
     """
-    (B, prompt), W, slots = request.ids.shape, request.settings.num_beams, request.slots
-    graph, state = nnx.split(model)
-    prompts = program_inputs(request, slots)
-    found = read_prompts(graph, state, prompts, request.chunk, slots)
-    logits, cache = copy_rows(*found, W, model.mesh)
-    search = _begin(logits, cache, *allocate_tokens(request, slots, W), B, prompts.length)
-    search = _loop(graph, state, search, sampling.request_rules(model, request))
+    graph, state, search, rules = _start(model, request)
+    search = _loop(graph, state, search, rules)
     check_logits(np.asarray(search.best))
+    (B, prompt), count = request.ids.shape, request.settings.num_return_sequences
     finished = search.finished
-    count = request.settings.num_return_sequences
     ids, lengths = (np.asarray(x)[:, :count] for x in (finished.ids, finished.lengths))
     return jnp.asarray(ids[:, :, : prompt + lengths.max()].reshape(B * count, -1))
 
@@ -147,9 +142,9 @@ def run(
     rules: Rules,
 ) -> tuple[Array, Array]:  # fmt: skip
     """All of a search as one program: its best rows, and the highest scores at its start."""
-    B, mesh = prompts.ids.shape[0], nnx.merge(graph, state).mesh
-    logits, cache = read_prompts(graph, state, prompts, None, history_RS.shape[1])
-    logits, cache = copy_rows(logits, cache, rules.num_beams, mesh)
+    model, B = nnx.merge(graph, state), prompts.ids.shape[0]
+    found = prefill_prompts(model, prompts, None, history_RS.shape[1])
+    logits, cache = copy_rows(*found, rules.num_beams, model.mesh)
     search = _begin(logits, cache, history_RS, mask_RS, B, prompts.length)
     search = _loop(graph, state, search, rules)
     found = search.finished.ids
@@ -186,18 +181,31 @@ class _Search(NamedTuple):
     keep_going: Array
 
 
+def _start(model: "FlaxOPTForCausalLM", request: Request) -> tuple[Any, Any, _Search, Rules]:
+    """Reads the prompts; the model comes back in its two parts."""
+    parts, W, (B, prompt) = nnx.split(model), request.settings.num_beams, request.ids.shape
+    found = read_prompts(model, parts, request, request.slots, W)
+    tokens = allocate_tokens(request, request.slots, W)
+    search = _begin(*found, *tokens, B, np.int32(prompt))
+    return *parts, search, sampling.request_rules(model, request)
+
+
 def _begin(
-    logits_RV: Array, cache: KVCache, history_RS: Any, mask_RS: Any, B: int, prompt: Any
+    logits_RV: Array, cache: KVCache, history_RS: Any, mask_RS: Any, B: Any, prompt: Any
 ) -> _Search:
     """Beams of which nothing is generated yet."""
-    W, S = len(history_RS) // B, history_RS.shape[1]
+    (R, S), nothing = history_RS.shape, jnp.int32(0)
+    W = R // B
     # All beams start alike: only the first may be continued, or the same text would come W times.
-    scores = np.where(np.arange(W) == 0, 0, np.full((B, W), NEG_INF)).astype(np.float32)
-    running = Beams(history_RS.reshape(B, W, S), scores, np.zeros((B, W), np.int32))
-    finished = running._replace(scores=np.full((B, W), NEG_INF, np.float32))
+    scores = jnp.where(jnp.arange(W) == 0, jnp.zeros((B, W)), NEG_INF)
+    running, finished = (
+        # Arrays of their own, which a program may take over.
+        Beams(history_RS.reshape(B, W, S), first, jnp.zeros((B, W), jnp.int32))
+        for first in (scores, jnp.full((B, W), NEG_INF))
+    )
     return _Search(
-        logits_RV, np.zeros(B * W, np.float32), cache, mask_RS, running, finished,
-        np.ones((B, 1), bool), np.zeros((B, W), np.int32), np.int32(0), prompt, np.bool_(True),
+        logits_RV, jnp.zeros(R), cache, mask_RS, running, finished, jnp.ones((B, 1), bool),
+        jnp.zeros((B, W), jnp.int32), nothing, prompt, jnp.array(True),
     )  # fmt: skip
 
 
@@ -222,7 +230,7 @@ def _choose(search: _Search, rules: Rules) -> _Search:
         running=running, finished=finished, is_open=is_open, made=made + 1,
         parents=jnp.take_along_axis(parents, index, 1),
         keep_going=~ends.all() & is_open.any() & ~is_full,
-        best=jnp.where(is_first, scores.max(-1), search.best),
+        best=lax.cond(is_first, lambda: scores.max(-1), lambda: search.best),
     )  # fmt: skip
 
 

@@ -22,8 +22,8 @@ from opt_core.generation.request import Request, allocate_tokens, check_logits
 from opt_core.generation.rules import BANNED, Rules
 from opt_flax import sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts, program_inputs
-from opt_flax.prefill import copy_rows, read_prompts
+from opt_flax.compilation import Prompts
+from opt_flax.prefill import copy_rows, prefill_prompts, read_prompts
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
@@ -117,9 +117,9 @@ def run(
     rules: Rules,
 ) -> tuple[Array, Array]:  # fmt: skip
     """All of a generation as one program: the rows (R, S), and the highest logits at its start."""
-    logits, cache = read_prompts(graph, state, prompts, None, history_RS.shape[1])
-    mesh = nnx.merge(graph, state).mesh
-    logits, cache = copy_rows(logits, cache, rules.num_return_sequences, mesh)
+    model = nnx.merge(graph, state)
+    found = prefill_prompts(model, prompts, None, history_RS.shape[1])
+    logits, cache = copy_rows(*found, rules.num_return_sequences, model.mesh)
     rows = _loop(graph, state, _begin(logits, cache, history_RS, mask_RS, prompts.length), rules)
     return rows.history, rows.best
 
@@ -163,21 +163,21 @@ def trace(
 
 
 def _start(model: "FlaxOPTForCausalLM", request: Request) -> tuple[Any, Any, _Rows, Rules]:
-    """Reads the prompts; the model comes in its two parts."""
-    graph, state = nnx.split(model)
-    copies, prompts = request.settings.num_return_sequences, program_inputs(request, request.slots)
-    found = read_prompts(graph, state, prompts, request.chunk, request.slots)
-    logits, cache = copy_rows(*found, copies, model.mesh)
-    history, mask = allocate_tokens(request, request.slots, copies)
-    rules = sampling.request_rules(model, request)
-    return graph, state, _begin(logits, cache, history, mask, prompts.length), rules
+    """Reads the prompts; the model comes back in its two parts."""
+    parts, copies = nnx.split(model), request.settings.num_return_sequences
+    found = read_prompts(model, parts, request, request.slots, copies)
+    tokens = allocate_tokens(request, request.slots, copies)
+    rows = _begin(*found, *tokens, np.int32(request.ids.shape[1]))
+    return *parts, rows, sampling.request_rules(model, request)
 
 
 def _begin(logits_RV: Array, cache: KVCache, history_RS: Any, mask_RS: Any, prompt: Any) -> _Rows:
     """Rows of which nothing is generated yet."""
-    R = len(history_RS)
-    ended, token, best = np.zeros(R, bool), np.zeros(R, np.int32), np.zeros(R, np.float32)
-    return _Rows(history_RS, mask_RS, ended, token, logits_RV, best, cache, np.int32(0), prompt)
+    R = history_RS.shape[0]
+    ended, token, best = (jnp.zeros(R, dtype) for dtype in (bool, jnp.int32, jnp.float32))
+    return _Rows(
+        jnp.asarray(history_RS), mask_RS, ended, token, logits_RV, best, cache, jnp.int32(0), prompt
+    )
 
 
 def _choose(rows: _Rows, rules: Rules, mesh: Mesh | None) -> _Rows:
@@ -195,7 +195,7 @@ def _choose(rows: _Rows, rules: Rules, mesh: Mesh | None) -> _Rows:
     history = lax.dynamic_update_slice(rows.history, token[:, None], (0, end))
     return rows._replace(
         history=history, ended=rows.ended | rules.ends[token], token=token, made=rows.made + 1,
-        best=replicate(jnp.where(is_first, scores.max(-1), rows.best), mesh),
+        best=lax.cond(is_first, lambda: replicate(scores.max(-1), mesh), lambda: rows.best),
     )  # fmt: skip
 
 

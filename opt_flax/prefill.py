@@ -10,9 +10,9 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from opt_core.generation.request import Ids, Mask
+from opt_core.generation.request import Ids, Mask, Request
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts
+from opt_flax.compilation import Prompts, program_inputs
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
@@ -37,11 +37,31 @@ def prefill_prompts(
     return prefill(model, prompts.ids, prompts.mask, cache, chunk, prompts.length)
 
 
-@partial(jax.jit, static_argnames=("graph", "chunk", "slots"))
 def read_prompts(
+    model: "FlaxOPTForCausalLM", parts: Any, request: Request, slots: int, copies: int
+) -> tuple[Array, KVCache]:
+    """Reads the prompts of a request, and makes several rows of each.
+
+    The program that reads them is the same for all that may follow.
+
+    Args:
+        model: The language model.
+        parts: The model's, as `nnx.split` gives them.
+        request: What to generate.
+        slots: Slots S of the cache.
+        copies: Rows of each prompt; there are R of them in all.
+
+    Returns:
+        Logits (R, V) after the last token, and the cache that holds the prompts.
+    """
+    found = _read_prompts(*parts, program_inputs(request, slots), request.chunk, slots)
+    return copy_rows(*found, copies, model.mesh)
+
+
+@partial(jax.jit, static_argnames=("graph", "chunk", "slots"))
+def _read_prompts(
     graph: Any, state: Any, prompts: Prompts, chunk: int | None, slots: int
 ) -> tuple[Array, KVCache]:
-    """`prefill_prompts` as a program, one for all that may follow."""
     return prefill_prompts(nnx.merge(graph, state), prompts, chunk, slots)
 
 
@@ -54,7 +74,7 @@ def copy_rows(
 
 @partial(jax.jit, static_argnames=("copies", "mesh"))
 def _copy_rows(logits_BV: Array, cache: KVCache, copies: int, mesh: Any) -> tuple[Array, KVCache]:
-    rows = jnp.zeros((len(logits_BV), copies), jnp.int32)
+    rows = jnp.zeros((logits_BV.shape[0], copies), jnp.int32)
     return jnp.repeat(logits_BV, copies, 0), cache.regroup(rows, mesh)
 
 

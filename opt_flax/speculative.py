@@ -22,8 +22,7 @@ from opt_core.generation.rules import Rules
 from opt_core.generation.speculation import Counts, Reader, Rows, speculate
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import program_inputs
-from opt_flax.prefill import copy_rows, read_prompts
+from opt_flax.prefill import read_prompts
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
@@ -130,9 +129,8 @@ class _Reader(Reader):
         self.graph, self.state = nnx.split(model)
         self.is_bare = len(rows.texts) == 1 and self.slots.is_plain  # and stays so
         self.rules = sampling.request_rules(model, request)
-        prompts, copies = program_inputs(request, slots), request.settings.num_return_sequences
-        found = read_prompts(self.graph, self.state, prompts, request.chunk, slots)
-        logits, cache = copy_rows(*found, copies, model.mesh)
+        parts, copies = (self.graph, self.state), request.settings.num_return_sequences
+        logits, cache = read_prompts(model, parts, request, slots, copies)
         self.keys, self.values = cache.keys, cache.values
         self.token, self.best = _open(logits, self._history(rows.no_draft), self.rules, model.mesh)
 

@@ -88,7 +88,7 @@ def search(model: "TFOPTForCausalLM", request: Request) -> tf.Tensor:
         GenerationError: No token can come in a row.
     """
     inputs, W = program_inputs(request, request.slots), request.settings.num_beams
-    found = copy_rows(*read_prompts(model, inputs, request.chunk, request.slots), W)
+    found = read_prompts(model, request, request.slots, W)
     state = _begin(*found, inputs["history"], W)
     finished, best = generation_program(model, request, _loop)(inputs, state)
     check_logits(best.numpy())

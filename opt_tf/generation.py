@@ -154,7 +154,7 @@ def trace(
 def _start(model: "TFOPTForCausalLM", request: Request) -> tuple[dict[str, Any], _State]:
     """Reads the prompts; the inputs of the programs that follow."""
     inputs, copies = program_inputs(request, request.slots), request.settings.num_return_sequences
-    found = copy_rows(*read_prompts(model, inputs, request.chunk, request.slots), copies)
+    found = read_prompts(model, request, request.slots, copies)
     return inputs, _begin(*found, inputs["history"], copies)
 
 

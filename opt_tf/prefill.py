@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from opt_core.generation.request import Ids, Mask
+from opt_core.generation.request import Ids, Mask, Request
 from opt_tf.cache import KVCache
-from opt_tf.compilation import compiled
+from opt_tf.compilation import compiled, prompt_inputs
 from opt_tf.linear import sizes
 
 if TYPE_CHECKING:
@@ -35,12 +35,24 @@ def prefill_prompts(
 
 
 def read_prompts(
-    model: "TFOPTForCausalLM", inputs: dict[str, Any], chunk: int | None, slots: int
+    model: "TFOPTForCausalLM", request: Request, slots: int, copies: int
 ) -> tuple[tf.Tensor, KVCache]:
-    """`prefill_prompts` as a program, one for all that may follow."""
-    prompts = {name: x for name, x in inputs.items() if name in ("ids", "mask", "prompt", "past")}
-    logits, keys, values = compiled(model, _read_prompts, chunk, slots)(prompts)
-    return logits, KVCache(keys, values, inputs["prompt"], inputs["mask"])
+    """Reads the prompts of a request, and makes several rows of each.
+
+    The program that reads them is the same for all that may follow.
+
+    Args:
+        model: The language model.
+        request: What to generate.
+        slots: Slots S of the cache.
+        copies: Rows of each prompt; there are R of them in all.
+
+    Returns:
+        Logits (R, V) after the last token, and the cache that holds the prompts.
+    """
+    prompts = prompt_inputs(request, slots)
+    logits, keys, values = compiled(model, _read_prompts, request.chunk, slots)(prompts)
+    return copy_rows(logits, KVCache(keys, values, prompts["prompt"], prompts["mask"]), copies)
 
 
 def _read_prompts(

@@ -19,7 +19,7 @@ from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
 from opt_tf.compilation import generation_program, program_inputs
 from opt_tf.linear import sizes
-from opt_tf.prefill import copy_rows, read_prompts
+from opt_tf.prefill import read_prompts
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -117,8 +117,8 @@ class _Reader(Reader):
         super().__init__(model, request, rows, slots)
         inputs = program_inputs(request, slots)
         self.numbers = inputs["numbers"]
-        found = read_prompts(model, inputs, request.chunk, slots)
-        logits, cache = copy_rows(*found, request.settings.num_return_sequences)
+        copies = request.settings.num_return_sequences
+        logits, cache = read_prompts(model, request, slots, copies)
         self.keys, self.values = cache.keys, cache.values
         self.token, self.best = self._run(_open, inputs, self._history(rows.no_draft), logits)
 

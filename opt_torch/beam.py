@@ -16,7 +16,7 @@ from opt_core.generation.rules import Rules
 from opt_torch import generation, sampling
 from opt_torch.fast_decode import make_step
 from opt_torch.linear import packed
-from opt_torch.prefill import copy_rows, prefill_prompts
+from opt_torch.prefill import read_prompts
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -79,8 +79,7 @@ def search(model: "OPTForCausalLM", request: Request) -> Tensor:
     finished = empty
     is_open = torch.ones((B, 1), dtype=torch.bool, device=device)
     with packed(model, new):
-        found = prefill_prompts(model, request, settings.prefill_chunk_size, prompt + new - 1)
-        logits, cache = copy_rows(*found, W)
+        logits, cache = read_prompts(model, request, prompt + new - 1, W)
         step = make_step(model) or partial(generation.decode_step, model)
         for made in range(new):
             end, history = prompt + made, running.ids.flatten(0, 1)

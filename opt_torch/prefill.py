@@ -34,6 +34,24 @@ def prefill_prompts(
     return prefill(model, ids, mask, cache, chunk)
 
 
+def read_prompts(
+    model: "OPTForCausalLM", request: Request, slots: int, copies: int
+) -> tuple[Tensor, KVCache]:
+    """Reads the prompts of a request, and makes several rows of each.
+
+    Args:
+        model: The language model.
+        request: What to generate.
+        slots: Slots S of the cache.
+        copies: Rows of each prompt; there are R of them in all.
+
+    Returns:
+        Logits (R, V) after the last token, and the cache that holds the prompts.
+    """
+    found = prefill_prompts(model, request, request.settings.prefill_chunk_size, slots)
+    return copy_rows(*found, copies)
+
+
 def copy_rows(logits_BV: Tensor, cache: KVCache, copies: int) -> tuple[Tensor, KVCache]:
     """Several rows of each prompt: logits (B * copies, V), and the cache that goes with them."""
     if copies == 1:
