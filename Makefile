@@ -9,13 +9,13 @@ FRAMEWORKS := torch tensorflow keras jax flax transformers
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo test test-all lint core-test format clean
+.PHONY: help demo test test-all lint core-test format release-check clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-torch ## Install what text generation needs and let the embedded model write
 	$(VENV)/bin/opt-lm generate "ROMEO:" --max-new-tokens 120 --seed 1
@@ -42,8 +42,11 @@ format: $(VENV)/.installed-lint ## Rewrite the sources the way `make lint` wants
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+release-check: .venv-release/.installed-release ## Build what a release is, check it, and run it in an empty environment
+	.ci/release-check .venv-release/bin/python
+
 clean: ## Remove environments, caches and build outputs
-	rm -rf $(VENV) $(CORE_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CORE_VENV) .venv-release build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 %/.made:
@@ -65,5 +68,6 @@ $(1)/.installed-%: $(1)/.made pyproject.toml
 endef
 $(eval $(call install_rule,$(VENV)))
 $(eval $(call install_rule,$(CORE_VENV)))
+$(eval $(call install_rule,.venv-release))
 
-.PRECIOUS: %/.made $(VENV)/.installed-% $(CORE_VENV)/.installed-%
+.PRECIOUS: %/.made $(VENV)/.installed-% $(CORE_VENV)/.installed-% .venv-release/.installed-%

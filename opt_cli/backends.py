@@ -56,15 +56,20 @@ def load_backend(name: str, model: str = "OPTForCausalLM") -> Any:
     """
     from conversion import backends
 
-    if name != "tf":
+    if name == "torch":
         return backends.load_backend(name, model)
     with _without_log_lines():
-        return backends.load_backend(name, model)
+        found = backends.load_backend(name, model)
+        if name == "flax":  # libtpu, where it is installed, complains when JAX looks for devices
+            import jax
+
+            jax.devices()
+        return found
 
 
 @contextmanager
 def _without_log_lines() -> Iterator[None]:
-    """Drops what TensorFlow writes while it loads: no setting of its keeps it from that."""
+    """Drops what TensorFlow and libtpu write while they load: no setting keeps them from that."""
     try:
         kept = os.dup(2)
     except OSError:  # no standard error at all

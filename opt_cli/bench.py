@@ -12,7 +12,7 @@ TASKS = ("prefill", "decode", "batch")
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help='Folder, hub id, or "mini".')],
+    model: Annotated[str, typer.Argument(help='Folder, hub id, or "mini".', metavar="MODEL")],
     backend: Backend = AUTO,
     task: Annotated[
         list[str] | None,
@@ -23,10 +23,10 @@ def bench(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Type of the weights: float32, bfloat16, float16.", metavar="TYPE")
+        str, typer.Option(help="Type of the weights: float32, bfloat16, float16.", metavar="NAME")
     ] = "float32",
     quantize: Annotated[
-        str | None, typer.Option(help="int8 or int4 weights (default: none).", metavar="SCHEME")
+        str | None, typer.Option(help="int8 or int4 weights (default: none).", metavar="NAME")
     ] = None,
     reps: Annotated[
         int, typer.Option(help="Timed repetitions of each task.", metavar="N", min=1)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from opt_core.errors import OPTError
+from opt_core.errors import InputError, OPTError
+
+NARROW = 80
+"""Columns of a terminal."""
 
 EXIT_DIFFERENT = 1
 EXIT_USER_ERROR = 2
@@ -105,6 +109,27 @@ def write(text: str, style: str | None = None) -> None:
     sys.stdout.flush()
 
 
+def ask(question: str, refusal: str) -> str:
+    """Asks for a line of text, on stderr, where somebody can answer.
+
+    Args:
+        question: What is asked.
+        refusal: What to say where nobody does.
+
+    Raises:
+        InputError: Nobody answers.
+    """
+    if not stderr.is_terminal:
+        raise InputError(refusal)
+    try:
+        return stderr.input(question, markup=False)
+    except BaseException as error:
+        stderr.out("")  # the line of the question has no end yet
+        if isinstance(error, EOFError):
+            raise InputError(refusal) from None
+        raise
+
+
 def note(text: str) -> None:
     """Writes one line about the run itself to stderr."""
     stderr.out(text, style="dim")
@@ -141,12 +166,18 @@ def table(header: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> None:
 
     made = Table(box=None, pad_edge=False, header_style="bold", show_header=header is not None)
     for i in range(max(map(len, rows), default=0)):
-        is_number = i > 0 and all(isinstance(row[i], int | float) for row in rows)
+        is_number = i > 0 and all(_is_number(row[i]) for row in rows)
         title = Text(header[i]) if header else ""
         made.add_column(title, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         made.add_row(*(Text(_format_cell(value)) for value in row))
     stdout.print(made)
+
+
+def _is_number(value: Any) -> bool:
+    """Numbers, also those that are written already, or left out."""
+    written = isinstance(value, str) and re.fullmatch(r"-?[\d,.]+\*?|\N{EN DASH}", value)
+    return isinstance(value, int | float) or bool(written)
 
 
 def _format_cell(value: Any) -> str:
@@ -171,14 +202,9 @@ def progress(what: str, unit: str | None = None) -> Iterator[Callable[..., None]
         yield lambda *_: None
         return
     from rich.filesize import decimal
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+    from rich.progress import Progress, SpinnerColumn
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[amount]}"),
-    )
+    columns = (SpinnerColumn(), *bar_columns("amount"))
     with Progress(*columns, console=stderr, transient=True) as bar:
         task = bar.add_task(what, total=None, amount="")
         now, start = what, time.monotonic()
@@ -188,9 +214,44 @@ def progress(what: str, unit: str | None = None) -> Iterator[Callable[..., None]
             if what != now:
                 now, start = what, time.monotonic()
             rate = done / max(1e-3, time.monotonic() - start)
-            amount = f"{decimal(done)} of {decimal(total)}, {decimal(int(rate))}/s"
-            if unit is not None:
+            if unit is None:
+                amount = f"{decimal(done)} of {decimal(total)}, {decimal(int(rate))}/s"
+            else:
                 amount = f"{done} of {total} {unit}, {rate:.3g}/s"
+            if is_narrow():
+                amount = f"{100 * done // max(1, total)}%"
             bar.update(task, completed=done, total=total, description=what, amount=amount)
 
         yield update
+
+
+def is_narrow() -> bool:
+    """Whether a line of the terminal has no room for a bar and all its figures."""
+    return stderr.width < NARROW
+
+
+def bar_columns(figures: str) -> tuple[Any, ...]:
+    """Columns of a progress bar: what is under way, the bar, figures.
+
+    The bar keeps its place where a terminal is narrow: what does not fit is cut off at its right.
+
+    Args:
+        figures: Field of the task that holds the figures.
+    """
+    from rich.progress import BarColumn, TextColumn
+    from rich.table import Column
+
+    width = max(8, min(40, stderr.width // 5))
+    return (
+        TextColumn(
+            "{task.description}",
+            markup=False,
+            table_column=Column(max_width=stderr.width // 3, no_wrap=True, overflow="ellipsis"),
+        ),
+        BarColumn(bar_width=width, table_column=Column(min_width=width, no_wrap=True)),
+        TextColumn(
+            f"{{task.fields[{figures}]}}",
+            markup=False,
+            table_column=Column(no_wrap=True, overflow="ellipsis"),
+        ),
+    )

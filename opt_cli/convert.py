@@ -11,14 +11,17 @@ from opt_cli import console
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help='Folder, weight file, index of shards, hub id, or "mini".')
+        str,
+        typer.Argument(
+            help='Folder, weight file, index of shards, hub id, or "mini".', metavar="MODEL"
+        ),
     ],
-    destination: Annotated[Path, typer.Argument(help="A new folder.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder.", metavar="DIR")],
     to: Annotated[
         str,
         typer.Option(
             help="safetensors, torch-bin, tf-h5, flax-msgpack, metaseq or keras-hub.",
-            metavar="FORMAT",
+            metavar="NAME",
         ),
     ] = "safetensors",
     dtype: Annotated[
@@ -40,7 +43,7 @@ def convert(
         ),
     ] = "",
     adapter: Annotated[
-        str | None, typer.Option(help="PEFT adapter to merge: folder or hub id.", metavar="DIR")
+        str | None, typer.Option(help="PEFT adapter to merge: folder or hub id.", metavar="MODEL")
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="NAME")

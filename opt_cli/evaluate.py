@@ -11,22 +11,31 @@ import typer
 
 from opt_cli import console
 from opt_cli.backends import AUTO, Backend, load_backend
-from opt_core.errors import ConfigError
+from opt_cli.commands import App
+from opt_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from opt_core import OPTTokenizer
     from opt_core.config import OPTConfig
 
-app = typer.Typer(help="Measure a model: perplexity, choices, classes, answers, bias.")
+app = App(help="Measure a model: perplexity, choices, classes, answers, bias.")
 
-Model = Annotated[str, typer.Option("--model", "-m", help='Folder, hub id or "mini".')]
-Adapter = Annotated[
-    str | None, typer.Option(help="PEFT adapter to merge: folder or hub id.", metavar="DIR")
+Model = Annotated[
+    str, typer.Option("--model", "-m", help='Folder, hub id or "mini".', metavar="MODEL")
 ]
-Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 ...")]
-Quantize = Annotated[str | None, typer.Option(help="int8 or int4.", metavar="SCHEME")]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Rows at a time.", min=1)]
-Limit = Annotated[int | None, typer.Option(help="Look at no more than so many.", min=1)]
+Adapter = Annotated[
+    str | None, typer.Option(help="PEFT adapter to merge: folder or hub id.", metavar="MODEL")
+]
+Dtype = Annotated[
+    str, typer.Option(help="Type of the weights: float32, bfloat16 ...", metavar="NAME")
+]
+Quantize = Annotated[str | None, typer.Option(help="int8 or int4.", metavar="NAME")]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", "-b", help="Rows at a time.", min=1, metavar="N")
+]
+Limit = Annotated[
+    int | None, typer.Option(help="Look at no more than so many.", min=1, metavar="N")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 DataFile = Annotated[Path, typer.Argument(help="The data.", metavar="FILE")]
 
@@ -65,7 +74,7 @@ def perplexity(
     from opt_core.evaluation import text_perplexity
 
     text = read_text(file)
-    loaded = _load(model, adapter, backend, dtype, quantize)
+    loaded = load(model, adapter, backend, dtype, quantize)
     with console.progress("scoring", unit="windows") as progress:
         result = text_perplexity(
             loaded.token_scores,
@@ -100,7 +109,7 @@ def multiple_choice(
     from opt_core.evaluation import evaluate_choices, read_items
 
     format, items = read_items(file, limit)
-    loaded = _load(model, adapter, backend, dtype, quantize)
+    loaded = load(model, adapter, backend, dtype, quantize)
     with console.progress("scoring", unit="rows") as progress:
         result = evaluate_choices(
             loaded.token_scores,
@@ -121,11 +130,14 @@ def classification(
     adapter: Adapter = None,
     backend: Backend = AUTO,
     dtype: Dtype = "float32",
-    text_field: Annotated[str, typer.Option(help="Where the text is.")] = "text",
-    pair_field: Annotated[str | None, typer.Option(help="Where a second text is.")] = None,
-    label_field: Annotated[str, typer.Option(help="Where the label is.")] = "label",
+    text_field: Annotated[str, typer.Option(help="Where the text is.", metavar="NAME")] = "text",
+    pair_field: Annotated[
+        str | None, typer.Option(help="Where a second text is.", metavar="NAME")
+    ] = None,
+    label_field: Annotated[str, typer.Option(help="Where the label is.", metavar="NAME")] = "label",
     max_length: Annotated[
-        int | None, typer.Option(help="Cut longer texts (default: all the model takes).", min=1)
+        int | None,
+        typer.Option(help="Cut longer texts (default: all the model takes).", min=1, metavar="N"),
     ] = None,
     batch_size: BatchSize = 8,
     limit: Limit = None,
@@ -139,7 +151,9 @@ def classification(
     from opt_core.data import encode_labelled_texts, read_labelled_texts
     from opt_core.evaluation import evaluate_classification
 
-    loaded = _load(model, adapter, backend, dtype, kind="OPTForSequenceClassification")
+    if not file.exists():  # or it would be told after the model has been loaded
+        raise DataError(f"{file}: no such file or folder")
+    loaded = load(model, adapter, backend, dtype, kind="OPTForSequenceClassification")
     known = loaded.config.id2label or {}
     names = [known.get(i, f"LABEL_{i}") for i in range(loaded.config.num_labels)]
     data = read_labelled_texts(file, names, text_field, label_field, pair_field, limit)
@@ -168,10 +182,13 @@ def qa(
     adapter: Adapter = None,
     backend: Backend = AUTO,
     dtype: Dtype = "float32",
-    max_length: Annotated[int, typer.Option(help="Tokens of a row.", min=8)] = 384,
-    stride: Annotated[int, typer.Option(help="Tokens that two rows share.", min=0)] = 128,
+    max_length: Annotated[int, typer.Option(help="Tokens of a row.", min=8, metavar="N")] = 384,
+    stride: Annotated[
+        int, typer.Option(help="Tokens that two rows share.", min=0, metavar="N")
+    ] = 128,
     predictions: Annotated[
-        Path | None, typer.Option(help="Write the answers there, as SQuAD's script reads them.")
+        Path | None,
+        typer.Option(help="Write the answers there, as SQuAD's script reads them.", metavar="FILE"),
     ] = None,
     batch_size: BatchSize = 8,
     limit: Limit = None,
@@ -186,7 +203,7 @@ def qa(
     from opt_core.json_files import write_json
 
     questions = read_questions(file, limit)
-    loaded = _load(model, adapter, backend, dtype, kind="OPTForQuestionAnswering")
+    loaded = load(model, adapter, backend, dtype, kind="OPTForQuestionAnswering")
     length = min(max_length, loaded.config.max_position_embeddings)
     windows = encode_questions(questions, loaded.tokenizer, length, stride, training=False)
     with console.progress("answering", unit="rows") as progress:
@@ -217,7 +234,7 @@ def bias(
     from opt_core.evaluation import evaluate_bias, read_comparisons
 
     format, comparisons = read_comparisons(file, limit)
-    loaded = _load(model, adapter, backend, dtype, quantize)
+    loaded = load(model, adapter, backend, dtype, quantize)
     with console.progress("scoring", unit="rows") as progress:
         result = evaluate_bias(
             loaded.token_scores,
@@ -261,7 +278,7 @@ def harness(
     manager = lm_tasks.TaskManager(include_path=None if include_path is None else str(include_path))
     if unknown := sorted({*tasks} - {*manager.all_tasks}):
         raise ConfigError(f"lm-eval knows no task {', '.join(unknown)}; its own list: lm_eval ls")
-    loaded = _load(model, adapter, backend, dtype, quantize)
+    loaded = load(model, adapter, backend, dtype, quantize)
     window = loaded.config.max_position_embeddings
     wrapped = HarnessLM(
         loaded.token_scores, loaded.model.generate, loaded.tokenizer, window, batch_size
@@ -283,7 +300,7 @@ def harness(
     console.table(("task", "metric", "value"), rows)
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
     """A model on a backend, behind the functions that score with it."""
 
     model: Any
@@ -292,10 +309,12 @@ class _Loaded(NamedTuple):
 
     @property
     def config(self) -> "OPTConfig":
+        """The model's configuration."""
         return self.model.config
 
     @property
     def token_scores(self) -> Callable[..., Any]:
+        """The likelihoods of tokens."""
         return self.bound("token_scores")
 
     def bound(self, name: str) -> Callable[..., Any]:
@@ -303,14 +322,24 @@ class _Loaded(NamedTuple):
         return partial(getattr(self.scoring, name), self.model)
 
 
-def _load(
+def load(
     model: str,
     adapter: str | None,
     backend: str,
     dtype: str,
     quantize: str | None = None,
     kind: str = "OPTForCausalLM",
-) -> _Loaded:
+) -> Loaded:
+    """Loads a model, of the kind that is named, with its tokenizer.
+
+    Args:
+        model: Folder, hub id or "mini".
+        adapter: PEFT adapter to merge; None: none.
+        backend: torch, tf or flax.
+        dtype: Type of the weights.
+        quantize: Scheme; None: none.
+        kind: Class of the model, as PyTorch's is called.
+    """
     from opt_core import OPTTokenizer
     from opt_core.adapters.folders import tokenizer_folder
     from opt_core.hub import resolve
@@ -321,7 +350,7 @@ def _load(
         made = load_backend(backend, kind).from_pretrained(
             path, dtype=dtype, quantize=quantize, progress=progress, adapter=adapter
         )
-    return _Loaded(made, tokenizer, import_module(f"opt_{backend}.scoring"))
+    return Loaded(made, tokenizer, import_module(f"opt_{backend}.scoring"))
 
 
 def _print(values: dict[str, Any], json: bool) -> None:

@@ -14,22 +14,23 @@ DEFAULT_MAX_PROMPT = 64
 
 
 def export(
-    model: Annotated[str, typer.Argument(help='Folder, hub id, or "mini".')],
+    model: Annotated[str, typer.Argument(help='Folder, hub id, or "mini".', metavar="MODEL")],
     destination: Annotated[
         Path,
         typer.Argument(
-            help="torch: a file (.pt2); tf: a folder or a file (.tflite); flax: a folder."
+            help="torch: a file (.pt2); tf: a folder or a file (.tflite); flax: a folder.",
+            metavar="FILE",
         ),
     ],
     backend: Backend = AUTO,
     adapter: Annotated[
-        str | None, typer.Option(help="PEFT adapter to merge: folder or hub id.", metavar="DIR")
+        str | None, typer.Option(help="PEFT adapter to merge: folder or hub id.", metavar="MODEL")
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="NAME")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16; auto: as stored.", metavar="TYPE")
+        str, typer.Option(help="float32, bfloat16, float16; auto: as stored.", metavar="NAME")
     ] = "float32",
     max_prompt: Annotated[
         int | None,

@@ -45,21 +45,25 @@ def _option(help: str, metavar: str, panel: str | None = None) -> Any:
 def generate(
     prompt: Annotated[
         list[str] | None,
-        typer.Argument(help='Texts to continue; "-" or none: stdin.', show_default=False),
+        typer.Argument(
+            help='Texts to continue; "-": stdin; none: stdin, or asked for.',
+            metavar="TEXT",
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[
         str, typer.Option("--model", "-m", help='Folder, hub id, or "mini".', metavar="MODEL")
     ] = "mini",
     adapter: Annotated[
-        str | None, _option("PEFT adapter to merge: folder or hub id.", "DIR")
+        str | None, _option("PEFT adapter to merge: folder or hub id.", "MODEL")
     ] = None,
     revision: Annotated[str | None, _option("Branch, tag or commit of a hub id.", "NAME")] = None,
     backend: Backend = AUTO,
     dtype: Annotated[
-        str, _option("float32, bfloat16, float16; auto: as stored.", "TYPE")
+        str, _option("float32, bfloat16, float16; auto: as stored.", "NAME")
     ] = "float32",
     quantize: Annotated[
-        str | None, _option("Keep the weights as int8 or int4: less memory.", "SCHEME")
+        str | None, _option("Keep the weights as int8 or int4: less memory.", "NAME")
     ] = None,
     device: Annotated[
         str | None, _option('Device of the torch backend, such as "cuda".', "NAME")
@@ -99,15 +103,15 @@ def generate(
     temperature: Annotated[
         float | None, _option("Below 1: more conservative.", "X", _SAMPLING)
     ] = None,
-    top_k: Annotated[int | None, _option("Among the K likeliest; 0: all.", "K", _SAMPLING)] = None,
+    top_k: Annotated[int | None, _option("Among the N likeliest; 0: all.", "N", _SAMPLING)] = None,
     top_p: Annotated[
-        float | None, _option("Among the fewest of this probability.", "P", _SAMPLING)
+        float | None, _option("Among the fewest of this probability.", "X", _SAMPLING)
     ] = None,
     min_p: Annotated[
-        float | None, _option("Among those at least P times the likeliest.", "P", _SAMPLING)
+        float | None, _option("Among those at least X times the likeliest.", "X", _SAMPLING)
     ] = None,
     typical_p: Annotated[
-        float | None, _option("Among the most typical of this probability.", "P", _SAMPLING)
+        float | None, _option("Among the most typical of this probability.", "X", _SAMPLING)
     ] = None,
     seed: Annotated[
         int | None, _option("Same seed, same text; drawn and told if not given.", "N", _SAMPLING)
@@ -189,7 +193,7 @@ def generate(
 
 def _read_prompts(arguments: list[str]) -> list[str]:
     if not arguments and sys.stdin.isatty():
-        raise GenerationError('no prompt; expected one as an argument or on stdin, or "" for none')
+        return [console.ask("prompt: ", "no prompt; expected one as an argument or on stdin")]
     return [_read_stdin() if text == "-" else text for text in arguments or ["-"]]
 
 

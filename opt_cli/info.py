@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def info(
-    model: Annotated[str, typer.Argument(help='Folder, weight file, hub id, or "mini".')],
+    model: Annotated[
+        str, typer.Argument(help='Folder, weight file, hub id, or "mini".', metavar="MODEL")
+    ],
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="NAME")
     ] = None,

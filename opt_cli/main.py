@@ -11,20 +11,22 @@ from opt_cli import (
     compilation_cache,
     console,
     convert,
+    download,
     evaluate,
     export,
     generate,
     info,
     plot,
     prepare,
+    push,
     smooth,
     train,
     verify,
 )
+from opt_cli.commands import App
+from opt_cli.paper import command
 
-app = typer.Typer(
-    cls=console.PipeGroup,
-    add_completion=False,
+app = App(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -38,6 +40,9 @@ app.command("bench")(bench.bench)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("plot")(plot.plot)
+app.command("download")(download.download)
+app.command("push")(push.push)
+evaluate.app.command("paper")(command.paper)
 app.add_typer(evaluate.app, name="eval")
 
 

@@ -1,5 +1,6 @@
 """`opt-lm plot`: a run's loss and learning rate as a picture."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,32 +14,52 @@ def plot(
     run: Annotated[Path, typer.Argument(help="Folder of a run of `opt-lm train`.", metavar="RUN")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Picture to write, .png, .svg or .pdf (default: RUN/loss.svg)."),
+        typer.Option(
+            help="Picture to write, .png, .svg or .pdf (default: RUN/loss.svg).", metavar="FILE"
+        ),
     ] = None,
 ) -> None:
     """Draw loss and learning rate over the steps of a run."""
     from opt_core.training.run_folder import METRICS_FILE, read_metrics
 
+    if not run.is_dir():
+        raise TrainingError(f"{run}: no such folder")
     records = read_metrics(run)
     steps = [r for r in records if r.get("loss") is not None]
     if not steps:
         raise TrainingError(f"{run / METRICS_FILE}: expected steps of a run, found none")
     path = out or run / "loss.svg"
+    write_picture(path, lambda figure: _draw(figure, run.resolve().name, steps, records))
+    console.write(f"{path}\n")
+
+
+def write_picture(
+    path: Path, draw: Callable[[Any], None], size: tuple[float, float] = (7, 4.5)
+) -> None:
+    """Writes a picture, whole or not at all.
+
+    Args:
+        path: Where; its name says which format.
+        draw: Is given a figure of matplotlib's.
+        size: Width and height in inches.
+
+    Raises:
+        ConfigError: The name is of no known format, or matplotlib is not there.
+    """
     if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--out: expected a name in .png, .svg or .pdf, received {str(path)!r}")
+        raise ConfigError(f"picture: expected a name in .png, .svg or .pdf, received {str(path)!r}")
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("plot needs matplotlib: pip install 'opt-lm[plots]'") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    _draw(figure, run.resolve().name, steps, records)
+        raise ConfigError("a picture needs matplotlib: pip install 'opt-lm[plots]'") from None
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure)
     part = path.with_name(f".{path.name}{path.suffix}")
     try:
         figure.savefig(part, dpi=150)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    console.write(f"{path}\n")
 
 
 def _draw(

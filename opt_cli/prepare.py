@@ -19,14 +19,17 @@ def prepare(
         typer.Argument(
             help="Files or folders: .txt, .jsonl, .csv, .tsv (also .gz, .zst), .parquet; and last "
             "the new folder to write.",
-            metavar="SRC... DST",
+            metavar="FILE... DIR",
         ),
     ],
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Whose tokenizer: a folder, a hub id or mini.")
+        str,
+        typer.Option(
+            "--model", "-m", help="Whose tokenizer: a folder, a hub id or mini.", metavar="MODEL"
+        ),
     ] = "mini",
     sequence_length: Annotated[
-        int, typer.Option("--sequence-length", "-t", help="Tokens of a block.", min=2)
+        int, typer.Option("--sequence-length", "-t", help="Tokens of a block.", min=2, metavar="N")
     ] = 2048,
     validation: Annotated[
         float | None,
@@ -34,25 +37,36 @@ def prepare(
             help="Share of the documents to hold out (default: 0.01; of little text, none).",
             min=0,
             max=1,
+            metavar="X",
         ),
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Where the text is in rows.")] = "text",
+    text_field: Annotated[
+        str, typer.Option(help="Where the text is in rows.", metavar="NAME")
+    ] = "text",
     separator: Annotated[
         str | None,
         typer.Option(
-            help=r"What separates documents of a text file, such as '\n\n' (default: none does)."
+            help=r"What separates documents of a text file, such as '\n\n' (default: none does).",
+            metavar="TEXT",
         ),
     ] = None,
-    normalization: Annotated[str, typer.Option(help="NFC, NFKC or none.")] = "NFC",
-    min_chars: Annotated[int, typer.Option(help="Drop shorter documents.", min=1)] = 1,
-    max_chars: Annotated[int | None, typer.Option(help="Drop longer documents.")] = None,
+    normalization: Annotated[str, typer.Option(help="NFC, NFKC or none.", metavar="NAME")] = "NFC",
+    min_chars: Annotated[int, typer.Option(help="Drop shorter documents.", min=1, metavar="N")] = 1,
+    max_chars: Annotated[
+        int | None, typer.Option(help="Drop longer documents.", metavar="N")
+    ] = None,
     max_repetition: Annotated[
         float,
-        typer.Option(help="Drop documents that repeat more of their five-word sequences; 1: none."),
+        typer.Option(
+            help="Drop documents that repeat more of their five-word sequences; 1: none.",
+            metavar="X",
+        ),
     ] = 0.5,
     near_duplicates: Annotated[
         float,
-        typer.Option(help="Drop documents so similar to an earlier one; 1: equal ones only."),
+        typer.Option(
+            help="Drop documents so similar to an earlier one; 1: equal ones only.", metavar="X"
+        ),
     ] = 0.8,
     keep_duplicates: Annotated[
         bool, typer.Option("--keep-duplicates", help="Drop no duplicate at all.")
@@ -61,11 +75,11 @@ def prepare(
         bool, typer.Option("--skip-bad", help="Drop and count what cannot be read.")
     ] = False,
     processes: Annotated[
-        int | None, typer.Option(help="Processes (default: one per core).", min=1)
+        int | None, typer.Option(help="Processes (default: one per core).", min=1, metavar="N")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Turn text into token blocks for `opt-lm train`: DST/train, DST/validation, DST/report.json.
+    """Turn text into token blocks for `opt-lm train`: DIR/train, DIR/validation, DIR/report.json.
 
     Documents are cleaned, duplicates dropped, and an end-of-text token put between them. The new
     folder appears when it is complete.

@@ -1,43 +1,40 @@
-"""Progress of a training run: a bar on a terminal, lines elsewhere, TensorBoard."""
+"""Progress of a training run: a bar on a terminal, lines elsewhere."""
 
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib import import_module
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from opt_cli import console
-from opt_core.errors import ConfigError
+from opt_cli.trackers import OnRecord
 
 EVERY_SECONDS = 10.0
 """Between two lines where stderr is no terminal."""
 
-OnRecord = Callable[[dict[str, Any]], None]
-
 
 @contextmanager
-def training_progress(total: int, start: int, tensorboard: Path | None) -> Iterator[OnRecord]:
-    """Shows a run's records on stderr, and hands them to TensorBoard if that is asked for.
+def training_progress(
+    total: int, start: int, trackers: Iterable[AbstractContextManager[OnRecord]] = ()
+) -> Iterator[OnRecord]:
+    """Shows a run's records on stderr, and hands them to whatever else follows the run.
 
     Args:
         total: Steps in all.
         start: Steps done already.
-        tensorboard: Folder for its event files; None: none.
+        trackers: Such as `opt_cli.trackers` has.
 
     Yields:
         A function to call with each record.
-
-    Raises:
-        ConfigError: TensorBoard is asked for, and the library that writes for it is not there.
     """
-    with _tensorboard_writer(tensorboard) as write, _progress_bar(total, start) as show:
+    with ExitStack() as stack:
+        watching = [stack.enter_context(tracker) for tracker in trackers]
+        watching.append(stack.enter_context(_progress_bar(total, start)))
 
         def on_record(record: dict[str, Any]) -> None:
-            write(record)
-            show(record)
+            for watch in watching:
+                watch(record)
 
         yield on_record
 
@@ -53,15 +50,15 @@ def _progress_bar(total: int, start: int) -> Iterator[OnRecord]:
     if not console.stderr.is_terminal:
         yield _progress_lines(total)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    columns = (
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), Remaining(),
-        TextColumn("{task.fields[figures]}"),
+    what, bar_itself, figures = console.bar_columns("figures")
+    done, left = MofNCompleteColumn(), TimeRemainingColumn(compact=True)
+    columns = (bar_itself, done, left, figures) if console.is_narrow() else (
+        what, bar_itself, done, left, figures
     )  # fmt: skip
     with Progress(*columns, console=console.stderr) as bar:
-        task = bar.add_task("", total=total, completed=start, figures="")
+        task = bar.add_task("training", total=total, completed=start, figures="")
 
         def show(record: dict[str, Any]) -> None:
             if "eval_loss" in record or record.get("skipped"):
@@ -87,10 +84,12 @@ def _progress_lines(total: int) -> OnRecord:
 
 
 def _figures(record: dict[str, Any]) -> str:
-    return (
-        f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s, "
-        f"{console.size(peak_memory())}"
-    )
+    """As many as a terminal has room for beside its bar; all of them elsewhere."""
+    width = console.stderr.width if console.stderr.is_terminal else 100
+    if width < console.NARROW:
+        return f"loss {record['loss']:.3f}"
+    figures = f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s"
+    return figures if width < 100 else f"{figures}, {console.size(peak_memory())}"
 
 
 def _event_line(record: dict[str, Any]) -> str:
@@ -99,31 +98,3 @@ def _event_line(record: dict[str, Any]) -> str:
     loss = "not finite" if record["eval_loss"] is None else f"{record['eval_loss']:.4f}"
     best = ", the best so far" if record["best"] else ""
     return f"step {record['step']}: validation loss {loss}{best}"
-
-
-@contextmanager
-def _tensorboard_writer(folder: Path | None) -> Iterator[OnRecord]:
-    if folder is None:
-        yield lambda record: None
-        return
-    try:
-        make = import_module("tensorboardX").SummaryWriter
-    except ImportError:
-        raise ConfigError(
-            "--tensorboard needs a library: pip install 'opt-lm[tensorboard]'"
-        ) from None
-    writer: Any = None
-
-    def write(record: dict[str, Any]) -> None:
-        nonlocal writer
-        # Not before the first record: it makes its folder, and a new run's must be empty.
-        writer = writer or make(str(folder))
-        for name, value in record.items():
-            if name != "step" and isinstance(value, float):
-                writer.add_scalar(name, value, record["step"])
-
-    try:
-        yield write
-    finally:
-        if writer is not None:
-            writer.close()

@@ -11,17 +11,22 @@ from opt_cli import console
 
 def smooth(
     source: Annotated[
-        str, typer.Argument(help='Folder, weight file, index of shards, hub id, or "mini".')
+        str,
+        typer.Argument(
+            help='Folder, weight file, index of shards, hub id, or "mini".', metavar="MODEL"
+        ),
     ],
-    destination: Annotated[Path, typer.Argument(help="A new folder.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder.", metavar="DIR")],
     text: Annotated[
         Path, typer.Option(help="A text such as the model will see, UTF-8.", metavar="FILE")
     ],
     alpha: Annotated[
-        float, typer.Option(help="How much of the range goes to the weights, 0 to 1.")
+        float, typer.Option(help="How much of the range goes to the weights, 0 to 1.", metavar="X")
     ] = 0.5,
-    rows: Annotated[int, typer.Option(help="Rows of the text to look at.", min=1)] = 32,
-    length: Annotated[int, typer.Option(help="Tokens of a row.", min=1)] = 256,
+    rows: Annotated[
+        int, typer.Option(help="Rows of the text to look at.", min=1, metavar="N")
+    ] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of a row.", min=1, metavar="N")] = 256,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="NAME")
     ] = None,

@@ -55,7 +55,7 @@ def train(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Start from OPT's own recipe of a size: opt-125m ...", metavar="SIZE"),
+        typer.Option(help="Start from OPT's own recipe of a size: opt-125m ...", metavar="NAME"),
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Times through the data, for --max-steps.", metavar="X")
@@ -64,21 +64,31 @@ def train(
         bool, typer.Option("--from-scratch", help="Start from random weights.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the run's last checkpoint, if it has one.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the run's last checkpoint, if it has one; also to more --max-steps.",
+        ),
     ] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write RUN/tensorboard as well.")
+    ] = False,
+    wandb: Annotated[
+        bool, typer.Option("--wandb", help="Send the figures to Weights & Biases as well.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Train a model, or fine-tune it.
 
-    RUN gets metrics.jsonl, checkpoints, and in the end model/, a Hugging Face folder. The same
-    command with --resume goes on where a killed one stopped, to the same result.
+    RUN gets metrics.jsonl, checkpoints, and in the end model/, a Hugging Face folder with a model
+    card. The same command with --resume goes on where a killed one stopped, to the same result;
+    with more --max-steps it goes on to them, at the learning rates of a run of that length.
     """
+    from opt_cli import trackers
     from opt_cli.progress import training_progress
     from opt_core.data import Batches
     from opt_core.training import run
+    from opt_core.training.run_folder import RunFolder
 
     is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if task not in CLASSES:
@@ -88,6 +98,7 @@ def train(
     if not is_new and not resume:
         raise TrainingError(f"{out}: already exists; --resume goes on with it")
     config = _settings(preset, given)
+    done = max(RunFolder(out).steps(), default=0)
     source, model_config = _model(model, from_scratch)
     with _ends_cleanly(out, is_new):
         opened = _open(data, task, model_config, config, validation, source, out)
@@ -112,8 +123,12 @@ def train(
         trainer = _trainer(
             backend, task, source or model, config, opened.model_config, from_scratch, device
         )
-        events = out / "tensorboard" if tensorboard else None
-        with training_progress(config.max_steps, 0, events) as on_record:
+        following: list[Any] = []
+        if tensorboard:
+            following.append(trackers.tensorboard(out / "tensorboard"))
+        if wandb:
+            following.append(trackers.wandb(out, {**about, **asdict(config)}))
+        with training_progress(config.max_steps, done, following) as on_record:
             result = run(trainer, batches, config, out, validate, resume, about, on_record)
     _finish(result, source, json)
 

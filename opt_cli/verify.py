@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opt_cli import console
+from opt_cli.backends import load_backend
 
 if TYPE_CHECKING:
     from conversion import Report
@@ -13,12 +14,17 @@ if TYPE_CHECKING:
 
 
 def verify(
-    a: Annotated[str, typer.Argument(help='The reference: a folder, hub id or "mini".')],
+    a: Annotated[
+        str, typer.Argument(help='The reference: a folder, hub id or "mini".', metavar="MODEL")
+    ],
     b: Annotated[
-        str, typer.Argument(help="What to compare with it; the same for several backends.")
+        str,
+        typer.Argument(
+            help="What to compare with it; the same for several backends.", metavar="MODEL"
+        ),
     ],
     backends: Annotated[
-        str, typer.Option(help="Backends, separated by commas: torch,tf,flax.", metavar="NAMES")
+        str, typer.Option(help="Backends, separated by commas: torch,tf,flax.", metavar="NAME")
     ] = "torch",
     prompt: Annotated[
         list[str] | None,
@@ -47,6 +53,9 @@ def verify(
     """
     from conversion.verify import TOLERANCE, verify
 
+    names = [name.strip() for name in backends.split(",") if name.strip()]
+    for name in names:
+        load_backend(name)  # without its log lines
     with console.progress("comparing") as progress:
 
         def report_progress(side: "Side", done: int, total: int) -> None:
@@ -55,7 +64,7 @@ def verify(
         report = verify(
             a,
             b,
-            backends=[name.strip() for name in backends.split(",") if name.strip()],
+            backends=names,
             prompts=prompt or None,
             max_new_tokens=max_new_tokens,
             tolerance=TOLERANCE if tolerance is None else tolerance,

@@ -13,6 +13,6 @@ from opt_core.config import OPTConfig
 from opt_core.generation import GenerationConfig
 from opt_core.text import OPTTokenizer
 from opt_core.training import TrainConfig
+from opt_core.version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["GenerationConfig", "OPTConfig", "OPTTokenizer", "TrainConfig"]
+__all__ = ["GenerationConfig", "OPTConfig", "OPTTokenizer", "TrainConfig", "__version__"]

@@ -239,28 +239,35 @@ class OPTConfig(ConfigMethods):
 
     @classmethod
     def from_dict(
-        cls, values: Mapping[str, Any], source: str = "config", **changes: Any
-    ) -> "OPTConfig":
+        cls, values: Mapping[str, Any] | None = None, source: str = "config", **changes: Any
+    ) -> Any:
         """Makes a configuration from the contents of a config.json.
 
         Args:
-            values: Keys as `transformers` or an older conversion wrote them. A key that OPT does
-                not have and that cannot change what it computes is kept, and named in a warning.
+            values: Keys as `transformers` or an older conversion wrote them (`config_dict` is
+                another name of it). A key that OPT does not have and that cannot change what it
+                computes is kept, and named in a warning.
             source: Name of the file, for messages.
-            **changes: Fields that replace those of the file.
+            **changes: Fields that replace those of the file; with `return_unused_kwargs`, those
+                that are no fields are returned too.
 
         Raises:
             ConfigError: Another model, quantised weights, a key that changes what OPT computes, a
                 near miss of a field, an alias that contradicts its field, or a bad value.
         """
+        given, wants_unused = changes.pop("config_dict", values), changes.pop(_UNUSED, False)
+        known = {*_FIELDS, *ALIASES}
+        unused = {k: v for k, v in changes.items() if wants_unused and k not in known}
         config = cls.__new__(cls)
-        config._fill(values, source)
-        return config.replace(**changes) if changes else config
+        config._fill(given or {}, source)
+        rest = {k: v for k, v in changes.items() if k not in unused}
+        config = config.replace(**rest) if rest else config
+        return (config, unused) if wants_unused else config
 
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | PathLike[str],
+        path_or_hub_id: str | PathLike[str] | None = None,
         return_unused_kwargs: bool = False,
         **arguments: Any,
     ) -> Any:
@@ -282,16 +289,17 @@ class OPTConfig(ConfigMethods):
         """
         from opt_core.hub import resolve  # huggingface_hub is imported only when it is needed
 
+        place = arguments.pop("pretrained_model_name_or_path", path_or_hub_id)
         changes = {k: v for k, v in arguments.items() if k in ("dtype", "torch_dtype")}
         others = {k: v for k, v in arguments.items() if k not in changes}
         sort = sort_arguments if return_unused_kwargs else read_arguments
         options = sort(others, _FIELDS)
-        path = resolve(path_or_hub_id, files=("config.json",), **options.hub)
+        path = resolve(place, files=("config.json",), **options.hub)
         path = path / "config.json" if path.is_dir() else path
         if not path.exists():
             raise MissingFileError(f"{path}: no such file")
         config = cls.from_dict(read_json(path), str(path), **(changes | options.changes))
-        config.name_or_path = str(path_or_hub_id)
+        config.name_or_path = str(place)
         return (config, options.unused) if return_unused_kwargs else config
 
     @classmethod
@@ -337,15 +345,7 @@ class OPTConfig(ConfigMethods):
 
     def extras(self) -> dict[str, Any]:
         """Attributes beside the fields, those that belong to this object alone left out."""
-        own = {
-            *_FIELDS,
-            "structure",
-            "label2id",
-            "_snapshot",
-            "_name_or_path",
-            "_attn_implementation",
-        }
-        return {name: value for name, value in vars(self).items() if name not in own}
+        return {name: value for name, value in vars(self).items() if name not in _NOT_SAVED}
 
     def replace(self, **changes: Any) -> "OPTConfig":
         """A copy with some fields changed.
@@ -384,4 +384,5 @@ _NOT_SAVED = {
     *(*_FIELDS, "structure", "label2id", "_snapshot"),
     *("_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "_commit_hash"),
 }
+_UNUSED = "return_unused_kwargs"
 _SWITCHES = ("output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing")

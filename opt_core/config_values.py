@@ -7,14 +7,35 @@ from typing import Any, cast
 from opt_core.errors import ConfigError
 
 
+class DtypeName(str):
+    """The name of a data type, which equals the frameworks' own type of that name."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return super().__hash__()
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other if isinstance(other, str) else _name_of(other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
 def dtype_name(value: Any) -> Any:
     """The name of a data type, however a framework writes it; None stays None.
 
     Args:
         value: "float16", "torch.float16", or a type of PyTorch, TensorFlow, JAX or NumPy.
     """
-    if value is None or isinstance(value, str):
-        return value and value.removeprefix("torch.")
+    if value is None or value == "":
+        return value
+    return DtypeName(_name_of(value))
+
+
+def _name_of(value: Any) -> str:
+    if isinstance(value, str):
+        return value.removeprefix("torch.")
     name = getattr(getattr(value, "dtype", value), "name", None)  # jnp.float16 has a dtype
     if name is None and isinstance(value, type):
         name = value.__name__  # numpy.float16

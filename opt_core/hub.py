@@ -53,6 +53,7 @@ def resolve(
     force_download: bool = False,
     subfolder: str = "",
     variant: str | None = None,
+    local_dir: str | PathLike[str] | None = None,
 ) -> Path:
     """Finds the folder of a model, downloading what is needed of it when it is on the hub.
 
@@ -64,7 +65,7 @@ def resolve(
         files: Names to fetch from the hub, all of which must be there. None fetches everything a
             model needs: configuration, tokenizer, and the weights in one format (safetensors before
             pytorch_model.bin, an index with its shards before a single file).
-        optional: With `files`, names to fetch as well where the repository has them.
+        optional: Names to fetch as well where the repository has them.
         revision: Branch, tag or commit on the hub; None means its default branch.
         token: Access token, True for the one `hf auth login` stored, False for none, None for the
             stored one if there is one.
@@ -75,6 +76,7 @@ def resolve(
         force_download: Whether to download again what is there already.
         subfolder: Folder inside the repository, or inside the folder on disk.
         variant: Part of the names of the weight files, such as "fp16".
+        local_dir: Folder for what comes from the hub, in place of the cache.
 
     Returns:
         A folder that holds the files, or the path itself where it names a file.
@@ -86,7 +88,7 @@ def resolve(
     path = Path(name).expanduser() if name else None
     on_disk = path is not None and path.exists()
     if on_disk or name == MINI:
-        if revision is not None:
+        if revision not in (None, "main"):  # transformers' default, which callers pass on
             raise CheckpointError(f"{name}: revision={revision!r} is for hub ids; this is on disk")
         found = path if path is not None and on_disk else _mini()
         if subfolder and not (found / subfolder).is_dir():
@@ -95,7 +97,7 @@ def resolve(
     if _HUB_ID.fullmatch(name):
         repository = _Repository(
             name, revision, token, convertible, subfolder.strip("/"), variant,
-            {"cache_dir": cache_dir, "force_download": force_download},
+            {"cache_dir": cache_dir, "local_dir": local_dir, "force_download": force_download},
         )  # fmt: skip
         if local_files_only:
             return repository.cached(files, optional)
@@ -176,7 +178,7 @@ def remote_files(
     Raises:
         CheckpointError: There is no such repository, or it cannot be had.
     """
-    if not _HUB_ID.fullmatch(name) or Path(name).exists():
+    if not is_hub_id(name):
         return None
     from huggingface_hub import HfApi
 
@@ -191,6 +193,11 @@ def remote_files(
         raise _Repository(name, revision, token).explained(error) from error
     sizes = {s.rfilename: s.size if type(s.size) is int else 0 for s in info.siblings or []}
     return RemoteFiles(name, sizes, info.sha, token)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is a hub id: it has the form of one, and nothing on disk is called so."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def model_files(
@@ -287,7 +294,7 @@ class _Repository:
             raise
         except _hub_failures() as failure:
             error = _actual(failure)
-            if not _is_unreachable(error):
+            if not _is_unreachable(error) or self.download.get("local_dir"):
                 raise self.explained(error) from error
             try:
                 return self.cached(files, optional)
@@ -305,7 +312,7 @@ class _Repository:
         start = f"{self.subfolder}/" if self.subfolder else ""
         inside = [name.removeprefix(start) for name in names if name.startswith(start)]
         if files is None:
-            return model_files(inside, source, self.convertible, self.variant)
+            files = tuple(model_files(inside, source, self.convertible, self.variant))
         if missing := [name for name in files if name not in inside]:
             raise MissingFileError(f"{source}: no {', '.join(missing)}")
         return [*files, *(name for name in optional if name in inside)]

@@ -15,11 +15,12 @@ from opt_core.compatibility.calls import (
     each_layers_heads,
     kept_tokens,
 )
+from opt_core.compatibility.config_keys import check_fixed
 from opt_core.compatibility.live_config import check_shapes, shapes_of
 from opt_core.compatibility.methods import MethodsMixin
 from opt_core.compatibility.saving import read_saving
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError, InputError
+from opt_core.errors import ConfigError, InputError, UnsupportedError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.mixin import GenerationMixin
 from opt_core.params import Head
@@ -71,6 +72,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
     """Whether the loss heeds `num_items_in_batch`: the Trainer of `transformers` asks."""
     config: OPTConfig
     generation_config: GenerationConfig
+    generation_config_class: ClassVar[type[GenerationConfig]] = GenerationConfig
 
     def _configure(self, config: Any, attn_implementation: str | None) -> None:
         """Takes the settings over.
@@ -78,8 +80,14 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         Raises:
             ConfigError: No such attention implementation, or a malformed configuration.
         """
+        if not isinstance(getattr(type(self), "head", None), str):
+            raise UnsupportedError(
+                f"{type(self).__name__}: a class of your own extends OPTModel or one of the heads, "
+                "not the base of them"
+            )
         config = OPTConfig.from_any(config)
         config.validate()
+        check_fixed(config)
         known = self.backend.attention.IMPLEMENTATIONS
         name = attn_implementation or config.attn_implementation
         if name in INTERCHANGEABLE and name not in known:
@@ -113,14 +121,26 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         return owner.decoder
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """In training, keep only each layer's input and compute the rest again when needed.
 
         Args:
             gradient_checkpointing_kwargs: Without effect: PyTorch's `use_reentrant` and the like
                 change how, not what is computed.
+            activation_checkpointing_kwargs: The same, under its newer name.
+            every_n_layers: 1 only.
+            offload: False only.
         """
+        if every_n_layers != 1 or offload:
+            raise ConfigError(
+                "gradient checkpointing: expected every_n_layers=1 and offload=False, received "
+                f"{every_n_layers} and {offload}"
+            )
         self._checkpoint_gradients(True)
 
     activation_checkpointing_enable = gradient_checkpointing_enable
@@ -154,7 +174,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         self.config.validate()
         options = read_saving(folder, max_shard_size, arguments)
         if options.writes:
-            self.backend.checkpoint.save_pretrained(self, options)
+            options.write(lambda where: self.backend.checkpoint.save_pretrained(self, where))
         if options.repository:
             self.push_to_hub(options.repository, max_shard_size=max_shard_size, **options.hub)
 
@@ -170,7 +190,8 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         self.check_config()
         check_options(options)
         config, use_cache, inputs = self.config, options.get("use_cache"), self.backend.inputs
-        cache = self._adopt(given[-1], self._starts_cache(use_cache, *given[:-1], **mode))
+        past = options.get("cache") if given[-1] is None else given[-1]
+        cache = self._adopt(past, self._starts_cache(use_cache, *given[:-1], **mode))
         ids, mask, positions, embeds, cache = self._check_inputs(*given[:-1], cache)
         decoder: Any = self.get_decoder()
         if embeds is None:
@@ -313,10 +334,12 @@ class CausalLMMixin(GenerationMixin):
         kept = self._keep(out.last_hidden_state, kept_tokens(logits_to_keep))
         logits, loss = self.compute_logits(kept), None
         if labels is not None:
-            items = options.get("num_items_in_batch")
-            loss = self.backend.losses.causal_lm(logits, labels, items=items)
+            loss = self._token_loss(logits, labels, options.get("num_items_in_batch"))
         base: Any = super()
         return base._finish(out.headed(loss=loss, logits=logits), options)
+
+    def _token_loss(self, logits: Any, labels: Any, items: Any) -> Any:
+        return self.backend.losses.causal_lm(logits, labels, items=items)
 
 
 class SequenceClassificationMixin:

@@ -21,6 +21,7 @@ class ModelOutput(OrderedDict[str, Any], Generic[Tensor, Cache]):
         start_logits: (B, T), question answering.
         end_logits: (B, T), question answering.
         past_key_values: The cache that includes these tokens.
+            `cache` is another name of it.
         hidden_states: N + 1 tensors: the embeddings and each layer's output, the last one after the
             last norm and projection.
         attentions: N tensors (B, H, T, S): the attention weights, before dropout is applied to
@@ -50,6 +51,8 @@ class ModelOutput(OrderedDict[str, Any], Generic[Tensor, Cache]):
             return self[name]
         if name in self._fields():
             return None
+        if name == "cache":
+            return self.past_key_values
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -62,7 +65,9 @@ class ModelOutput(OrderedDict[str, Any], Generic[Tensor, Cache]):
 
     def __getitem__(self, key: Any) -> Any:
         """The field of a name, or the one or those that a number or a slice picks."""
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+        if isinstance(key, str):
+            return super().__getitem__("past_key_values" if key == "cache" else key)
+        return self.to_tuple()[key]
 
     @classmethod
     def _fields(cls) -> dict[str, Any]:

@@ -159,9 +159,9 @@ class FlaxOPTDecoder(DecoderMixin, nnx.Module):
             cache = cache.advance(count, mask_BS, *buffers)
         return FlaxOPTOutput(
             last_hidden_state=hidden,
+            past_key_values=cache,
             hidden_states=(*states, hidden) if output_hidden_states else None,
             attentions=tuple(w[..., :filled] for w in attentions) if output_attentions else None,
-            past_key_values=cache,
         )
 
     def _dropout_keys(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> Array | None:

@@ -183,11 +183,11 @@ class TFOPTDecoder(DecoderMixin, keras.layers.Layer):
         hidden = self._leave(hidden)
         return TFOPTOutput(
             last_hidden_state=hidden,
-            hidden_states=(*states, hidden) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
             past_key_values=cache.advance(count, mask_BS, *zip(*buffers, strict=True))
             if cache
             else None,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
 
     def _seeds(self) -> list[tf.Tensor | None]:

@@ -5,6 +5,7 @@ question that cannot be asked has the answer that costs time and not correctness
 says what happens then.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -105,3 +106,17 @@ def register_output(cls: Any) -> None:
 def replace_buffer(state: dict[str, Any], name: str, value: Tensor | None) -> dict[str, Any]:
     """A module's state to copy or pickle, with another buffer; `nn.Module` keeps them so."""
     return state | {"_buffers": state["_buffers"] | {name: value}}
+
+
+def trainers_folder() -> str | None:
+    """The folder that the Trainer of `transformers` is saving a model in right now, or None.
+
+    It tells a model of another library nothing of it (seen in transformers 4.57 and 5.24); without
+    these frames the weights lie there alone, and `from_pretrained` needs `config=`.
+    """
+    frame = sys._getframe()
+    while (frame := frame.f_back) is not None:
+        name = frame.f_globals.get("__name__")
+        if name == "transformers.trainer" and frame.f_code.co_name in ("_save", "save_model"):
+            return frame.f_locals.get("output_dir")
+    return None

@@ -18,6 +18,7 @@ from opt_core.compatibility.saving import SaveOptions
 from opt_core.dialects import TORCH
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
+from opt_core.json_files import read_json, write_json
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import quantize_array, scheme_of
 from opt_core.training.lora import check_merged
@@ -68,6 +69,8 @@ def from_pretrained(
         del array, values  # or the next tensor would be read while this one is still held
     tie(model)
     model.requires_grad_(source.quantize is None)
+    if source.device is not None:
+        vars(model)["hf_device_map"] = {"": target}
     return source.finish(model)
 
 
@@ -96,14 +99,27 @@ def save_pretrained(model: "OPTPreTrainedModel", options: SaveOptions) -> None:
 
 
 def _pickle(folder: Path) -> None:
-    """Puts pytorch_model.bin in the place of a folder's safetensors."""
-    checkpoint = open_checkpoint(folder)
-    tensors = {name: as_tensor(tensor.read()) for name, tensor in checkpoint.tensors.items()}
-    part = folder / ".pytorch_model.bin.tmp"
-    torch.save(tensors, part)
-    part.replace(folder / "pytorch_model.bin")
-    for file in (*checkpoint.files, folder / INDEX_FILE):
+    """Puts pytorch_model.bin, or shards of it, in the place of a folder's safetensors."""
+    checkpoint, old = open_checkpoint(folder), folder / INDEX_FILE
+    places = read_json(old)["weight_map"] if old.exists() else {}
+    shards: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        file = _pickled_name(places.get(name, "model.safetensors"))
+        shards.setdefault(file, {})[name] = as_tensor(tensor.read())
+    for file, tensors in shards.items():
+        part = folder / f".{file}.tmp"
+        torch.save(tensors, part)
+        part.replace(folder / file)
+    if places:
+        files = {name: _pickled_name(file) for name, file in places.items()}
+        index = read_json(old) | {"weight_map": files}
+        write_json(folder / "pytorch_model.bin.index.json", index)
+    for file in (*checkpoint.files, old):
         file.unlink(missing_ok=True)
+
+
+def _pickled_name(file: str) -> str:
+    return "pytorch_" + file.replace(".safetensors", ".bin")
 
 
 def locate(model: "OPTPreTrainedModel", spec: ParamSpec) -> Any:

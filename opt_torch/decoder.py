@@ -142,9 +142,9 @@ class OPTDecoder(DecoderMixin, nn.Module):
         hidden = self._leave(hidden)
         return OPTOutput(
             last_hidden_state=hidden,
+            past_key_values=cache.advance(count, mask_BS) if cache else None,
             hidden_states=(*states, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
-            past_key_values=cache.advance(count, mask_BS) if cache else None,
         )
 
 

@@ -27,7 +27,7 @@ from opt_torch.compatibility import (
     GenerationMethods,
     ModelMethods,
     adopt_cache,
-    part_tied,
+    serve_trainer,
 )
 from opt_torch.decoder import OPTDecoder, OPTOutput
 from opt_torch.linear import Linear
@@ -39,7 +39,6 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
     backend = Backend(
         attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
-    _keys_to_ignore_on_save = None  # the Trainer of `transformers` asks
 
     def __init__(self, config: Any, seed: int | None = 0, attn_implementation: str | None = None):
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
@@ -54,11 +53,13 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         """
         super().__init__()
         self._configure(config, attn_implementation)
+        is_meant_empty = torch.get_default_device().type == "meta"
         with torch.device("meta"):
             self._make_layers()
-        if seed is not None:
+        if seed is not None and not is_meant_empty:
             checkpoint.initialize(self, seed)
-        self.register_state_dict_post_hook(part_tied)
+            self.to(torch.get_default_dtype())
+        self.register_state_dict_post_hook(serve_trainer)
         self.eval()
 
     def _make_layers(self) -> None:
@@ -66,8 +67,12 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.get_decoder().embed_positions.weight.device
+        """Where the weights are, or, while accelerate keeps them elsewhere, where it computes."""
+        positions = self.get_decoder().embed_positions
+        place = positions.weight.device
+        if place.type != "meta" or not hasattr(positions, "_hf_hook"):
+            return place
+        return torch.device(positions._hf_hook.execution_device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,6 +184,9 @@ class OPTModel(OPTPreTrainedModel):
 
 class OPTForCausalLM(GenerationMethods, CausalLMMixin, OPTPreTrainedModel):
     """The language model: the next token's logits."""
+
+    # Python runs between the steps: within a compiled function it stays outside of the graph.
+    generate: Any = torch.compiler.disable(CausalLMMixin.generate)
 
     def _make_layers(self) -> None:
         super()._make_layers()

@@ -119,8 +119,9 @@ OWN_SUFFIXES = {"lora_A", "lora_B"}
 
 MAX_LINES = 400
 TOP_LEVEL = {
-    *(".ci", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
-    *("Makefile", "README.md", "docs", "pyproject.toml", "tests", *PACKAGES),
+    *(".ci", ".github", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CITATION.cff"),
+    *("CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md", "docs"),
+    *("pyproject.toml", "tests", *PACKAGES),
 }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +117,7 @@ class Pretrained:
         """
         home, given = _home(self.path), self.options.generation_config
         if given is not None:
-            model.generation_config = _settings(given)
+            model.generation_config = GenerationConfig.from_any(given)
         elif model.head == "causal_lm" and (home / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(home)
         if not self.options.initialize:
@@ -192,19 +192,9 @@ def open_pretrained(
     for note in (*checkpoint.notes, *notes):
         notice(note)
     stored = plan.entries[0][1].dtype.name
+    config.dtype = stored if name == "auto" else name
     plan = plan if read is None else merge_adapter(plan, head, read)
     return Pretrained(path, plan, stored if name == "auto" else name, quantize, options)
-
-
-def _settings(given: Any) -> GenerationConfig:
-    """Settings of generation that a caller gives, as such or as a dict."""
-    if isinstance(given, GenerationConfig):
-        return given
-    if isinstance(given, dict):
-        return GenerationConfig().replace(**cast("dict[str, Any]", given))
-    raise ConfigError(
-        f"generation_config: expected a GenerationConfig, received {type(given).__name__}"
-    )
 
 
 def save_pretrained(
@@ -237,7 +227,7 @@ def save_pretrained(
         max_shard_size=options.max_shard_size,
         architecture=re.sub("^(TF|Flax)", "", type(model).__name__),
     )
-    model.generation_config.save_pretrained(options.folder)
+    GenerationConfig.from_any(model.generation_config).save_pretrained(options.folder)
 
 
 def _home(path: Path) -> Path:

@@ -1,7 +1,8 @@
 """Caches as code written for `transformers` uses them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, Self
 
 from opt_core import inputs as rules
@@ -109,12 +110,43 @@ class CacheMixin:
         cache: Any = self
         return -1 if self.grows else cache.max_length
 
-    def reorder_cache(self, beam_idx: Any) -> None:
-        """Refused: a cache is a value here, and who ignores what `select` returns would not see it.
+    @property
+    def layers(self) -> list[SimpleNamespace]:
+        """Each layer's `keys` and `values`, (B, H, length, K)."""
+        return [SimpleNamespace(keys=keys, values=values) for keys, values in self]
 
-        Raises:
-            InputError: Always.
-        """
-        raise InputError(
-            "reorder_cache: a cache is not changed in place; use cache = cache.select(beam_idx)"
-        )
+    @property
+    def key_cache(self) -> list[Any]:
+        """Each layer's keys, (B, H, length, K)."""
+        return [keys for keys, _ in self]
+
+    @property
+    def value_cache(self) -> list[Any]:
+        """Each layer's values, (B, H, length, K)."""
+        return [values for _, values in self]
+
+
+REFUSED = {
+    "reorder_cache": "use cache = cache.select(beam_idx)",
+    "batch_select_indices": "use cache = cache.select(indices)",
+    "batch_repeat_interleave": "use cache = cache.select(rows), each row's number repeated",
+    "reset": "begin with another one: init_cache(rows, slots)",
+    "update": "the model's call writes it, and returns the next one",
+    "offload": "it stays where the model is",
+    "prefetch": "it stays where the model is",
+    "early_initialization": "use init_cache(rows, slots)",
+}
+"""Methods of `transformers`' caches that change one in place, and what to do instead."""
+
+
+def _refuse(name: str, advice: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Who ignores what a method returns would not see that nothing changed.
+        raise InputError(f"{name}: a cache is not changed in place; {advice}")
+
+    method.__name__, method.__doc__ = name, f"Refused: {advice}."
+    return method
+
+
+for _name, _advice in REFUSED.items():
+    setattr(CacheMixin, _name, _refuse(_name, _advice))

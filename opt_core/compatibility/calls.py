@@ -20,6 +20,7 @@ class CallOptions(TypedDict, total=False):
         return_dict: False: the output is a tuple of the fields that are there; None: as
             `config.use_return_dict` says.
         head_mask: (N, H), or (H,) for all layers: what each head's weights are multiplied by.
+        cache: Another name of `past_key_values`.
         cache_position: (T,) slots of the new tokens; where it can be read, only those that follow
             the cache are accepted.
         num_items_in_batch: With labels, the language model's loss is the sum over the tokens
@@ -35,6 +36,7 @@ class CallOptions(TypedDict, total=False):
     use_cache: bool | None
     return_dict: bool | None
     head_mask: Any
+    cache: Any
     cache_position: Any
     num_items_in_batch: Any
     token_type_ids: Any

@@ -87,7 +87,7 @@ FIXED: Mapping[str, tuple[object, ...]] = {
 
 COMMON: Mapping[str, Any] = {
     "_name_or_path": "", "_attn_implementation": "sdpa", "architectures": None,
-    "torchscript": False, "is_decoder": False, "is_encoder_decoder": False,
+    "pruned_heads": {}, "torchscript": False, "is_decoder": False, "is_encoder_decoder": False,
     "add_cross_attention": False, "cross_attention_hidden_size": None, "tie_encoder_decoder": False,
     "finetuning_task": None, "task_specific_params": None, "tokenizer_class": None,
     "transformers_version": None, "prefix": None, "chunk_size_feed_forward": 0,
@@ -161,9 +161,9 @@ def sort_keys(values: Mapping[str, Any], fields: Collection[str], source: str = 
         elif key in SYNONYMS:
             if value is not None:
                 synonyms[key] = value
-        elif key in FIXED and value is not None and value not in FIXED[key]:
-            expected = " or ".join(map(repr, FIXED[key])) or "none"
-            raise ConfigError(f"{where}{key}={value!r} is not supported; expected {expected}")
+        elif source and key in FIXED:
+            _check_fixed(key, value, where)
+            extras[name] = value
         elif name in _KNOWN or key in FIXED or value is None:
             extras[name] = value
         elif near := near_miss(key, fields):
@@ -192,6 +192,23 @@ def check_synonyms(config: Any, synonyms: Mapping[str, Any], source: str = "") -
                 f"{where}{key}={value!r} contradicts {field}={getattr(config, field)!r}, which is "
                 "its name in OPT; keep one of them"
             )
+
+
+def check_fixed(config: Any) -> None:
+    """Refuses a configuration that was given, or set to, what asks for another computation.
+
+    Raises:
+        ConfigError: The first key of the kind.
+    """
+    held = cast("dict[str, Any]", vars(config))
+    for key in FIXED.keys() & held.keys():
+        _check_fixed(key, held[key], "")
+
+
+def _check_fixed(key: str, value: Any, where: str) -> None:
+    if value is not None and value not in FIXED[key]:
+        expected = " or ".join(map(repr, FIXED[key])) or "none"
+        raise ConfigError(f"{where}{key}={value!r} is not supported; expected {expected}")
 
 
 def is_known(key: str) -> bool:

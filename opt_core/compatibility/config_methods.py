@@ -5,13 +5,14 @@ import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from opt_core.compatibility.config_keys import ALIASES, COMMON
 from opt_core.compatibility.upload import UploadMixin
-from opt_core.errors import ArgumentError
+from opt_core.errors import ArgumentError, ConfigError
 from opt_core.json_files import read_json, write_json
 
+_SWITCH = {"true": True, "1": True, "yes": True, "y": True, "false": False, "0": False, "no": False}
 _SHOWN = ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "num_attention_heads")
 
 
@@ -22,6 +23,16 @@ class ConfigMethods(UploadMixin):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {}
     is_composition: ClassVar[bool] = False
+    has_no_defaults_at_init: ClassVar[bool] = False
+    base_config_key: ClassVar[str] = ""
+    sub_configs: ClassVar[dict[str, Any]] = {}
+    base_model_tp_plan: ClassVar[Any] = None
+    base_model_pp_plan: ClassVar[Any] = None
+    base_model_ep_plan: ClassVar[Any] = None
+    base_model_fsdp_plan: ClassVar[Any] = None
+    is_heterogeneous: ClassVar[bool] = False
+    default_theta: ClassVar[float] = 10000.0
+    _auto_class: ClassVar[Any] = None
     id2label: Any
     return_dict: bool
 
@@ -40,6 +51,39 @@ class ConfigMethods(UploadMixin):
     def use_return_dict(self) -> bool:
         """Whether calls return an output with names."""
         return self.return_dict and not self.torchscript
+
+    @property
+    def per_layer_config(self) -> list[Self]:
+        """Each layer's configuration: they are alike."""
+        count: int = cast(Any, self).num_hidden_layers
+        return [self] * count
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Notes the name, as `transformers` does for classes of a user's own."""
+        cls._auto_class = getattr(auto_class, "__name__", auto_class)
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """False: the code is this package's."""
+        return False
+
+    is_custom_code = is_remote_code
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | PathLike[str], **arguments: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Contents of a config.json, and the arguments that `from_pretrained` has no use for."""
+        found, unused = cls.from_pretrained(
+            pretrained_model_name_or_path, return_unused_kwargs=True, **arguments
+        )
+        return found.to_dict(), unused
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: Any, **arguments: Any) -> Any:
+        """Reads config.json from a folder or a hub repository."""
+        raise NotImplementedError
 
     @classmethod
     def from_json_file(cls, json_file: str | PathLike[str]) -> Self:
@@ -107,6 +151,26 @@ class ConfigMethods(UploadMixin):
         for name, value in config_dict.items():
             setattr(self, name, value)
 
+    def update_from_string(self, update_str: str) -> None:
+        """Sets fields from text such as "use_cache=false,dropout=0.2".
+
+        Args:
+            update_str: Names and values; a value has the type that the field has.
+
+        Raises:
+            ConfigError: A name that is no field, or a value of another type.
+        """
+        for part in update_str.split(","):
+            name, _, text = part.partition("=")
+            old: Any = getattr(self, name, None)
+            if old is None and not hasattr(type(self), name):
+                raise ConfigError(f"update_from_string: {name!r} is no field")
+            try:
+                setattr(self, name, _parse(old, text))
+            except ValueError:
+                kind = type(old).__name__
+                raise ConfigError(f"{name}: expected a {kind}, received {text!r}") from None
+
     def get_text_config(self, decoder: bool = False, encoder: bool = False) -> Self:
         """This configuration: OPT is nothing but a language model."""
         return self
@@ -124,3 +188,12 @@ class ConfigMethods(UploadMixin):
         for name in ("model_type", "label2id"):
             values.pop(name, None)
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in values.items())})"
+
+
+def _parse(old: Any, text: str) -> Any:
+    """A text as a value of the type that another one has."""
+    if isinstance(old, bool):
+        if text.lower() not in _SWITCH:
+            raise ValueError(text)
+        return _SWITCH[text.lower()]
+    return type(old)(text) if isinstance(old, int | float) else text

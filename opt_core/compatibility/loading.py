@@ -19,6 +19,7 @@ WITHOUT_EFFECT = frozenset([
     # The hub's client decides, or has always done so.
     "proxies", "resume_download", "mirror", "user_agent", "code_revision", "_commit_hash",
     "_from_auto", "_from_pipeline", "from_pt", "load_weight_prefix", "adapter_kwargs",
+    "adapter_name", "disable_mmap", "fusion_config", "kernel_config", "experts_implementation",
     # Of Flax' former models: a head that is missing is drawn by a seed of its own.
     "seed", "input_shape",
 ])  # fmt: skip
@@ -29,6 +30,7 @@ _REFUSED = {
     "tp_plan": "tensor parallelism is Flax' `mesh=`",
     "tp_size": "tensor parallelism is Flax' `mesh=`",
     "device_mesh": "tensor parallelism is Flax' `mesh=`",
+    "use_flash_attention_2": 'pass attn_implementation="flash_attention_2"',
     "key_mapping": "rename the tensors in the file",
 }
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -99,7 +101,7 @@ def read_arguments(
 def sort_arguments(arguments: Mapping[str, Any], fields: Iterable[str]) -> LoadOptions:
     """As `read_arguments`, unknown names in `unused`."""
     for name, hint in _REFUSED.items():
-        if arguments.get(name) is not None:
+        if arguments.get(name):
             raise ConfigError(f"from_pretrained: {name} is not supported; {hint}")
     known = {*fields, *ALIASES, *SYNONYMS, *FIXED, *COMMON, "label2id"} - {"dtype", "torch_dtype"}
     taken = {*HUB, *_HANDLED, *WITHOUT_EFFECT, *_REFUSED}

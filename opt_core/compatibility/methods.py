@@ -1,15 +1,16 @@
 """Methods and attributes that `transformers` gives every model: what needs no framework."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.compatibility.names import ModelNames
 from opt_core.compatibility.upload import UploadMixin
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError, InputError, UnsupportedError
+from opt_core.errors import ConfigError, InputError
 from opt_core.params import Head, ParamSpec, param_specs
 from opt_core.quantization import check_not_quantized
 
@@ -19,24 +20,8 @@ DUMMY_INPUT_IDS = ((7, 6, 0, 0, 1), (1, 2, 3, 0, 0), (0, 0, 0, 4, 5))
 _SPREAD = 1e-9
 """Share of the old rows' covariance that new rows differ by, as in `transformers`."""
 
-_NO_ADAPTER = "adapters are those of the module `lora` of this package, or of peft.get_peft_model"
-_NO_BETTER = 'attention is the framework\'s fused kernel already (attn_implementation="sdpa")'
-REFUSED: Mapping[str, str] = {
-    "to_bettertransformer": _NO_BETTER,
-    "reverse_bettertransformer": _NO_BETTER,
-    "prune_heads": "heads stay; set their columns of out_proj to zero to switch them off",
-    "resize_position_embeddings": "the position table is the checkpoint's; it has "
-    "max_position_embeddings rows",
-    "add_adapter": _NO_ADAPTER,
-    "set_adapter": _NO_ADAPTER,
-    "enable_adapters": _NO_ADAPTER,
-    "disable_adapters": _NO_ADAPTER,
-    "create_model_card": "write README.md yourself; push_to_hub(tags=...) makes one with tags",
-}
-"""Methods of `transformers` that there are not, and what to do instead."""
 
-
-class MethodsMixin(UploadMixin):
+class MethodsMixin(ModelNames, UploadMixin):
     """The embeddings, the vocabulary's size, counts and names, as `transformers` spells them."""
 
     head: ClassVar[Head]
@@ -87,7 +72,7 @@ class MethodsMixin(UploadMixin):
             config: The model's configuration.
             **options: Those of the constructor, and `dtype` or `torch_dtype`.
         """
-        dtype = options.pop("torch_dtype", None) or options.pop("dtype", None)
+        dtype = options.pop("torch_dtype", None) or options.pop("dtype", None) or config.dtype
         model: Any = cls(config, **options)  # type: ignore[call-arg]
         return model if dtype is None else model._cast(dtype)
 
@@ -212,11 +197,14 @@ class MethodsMixin(UploadMixin):
         parameters = self.num_parameters(exclude_embeddings=exclude_embeddings)
         return 6 * self.estimate_tokens(input_dict) * parameters
 
-    def set_attn_implementation(self, attn_implementation: str | Mapping[str, str]) -> None:
+    def set_attn_implementation(
+        self, attn_implementation: str | Mapping[str, str], allow_all_kernels: bool = False
+    ) -> None:
         """Computes attention otherwise from now on.
 
         Args:
             attn_implementation: As in `from_pretrained`; of a dict, the value for "".
+            allow_all_kernels: Without effect: no kernel is downloaded.
 
         Raises:
             ConfigError: No such implementation, or one that cannot be used here.
@@ -341,15 +329,3 @@ def resize_table(
         weights = rng.standard_normal((more, len(wide)), np.float32)
         new = mean + weights @ (wide - mean) * np.float32(math.sqrt(_SPREAD / len(wide)))
     return np.concatenate([table_VP, new.astype(table_VP.dtype)])
-
-
-def _refuse(name: str, advice: str) -> Callable[..., Any]:
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedError(f"{type(self).__name__}.{name} is not supported: {advice}")
-
-    method.__name__, method.__doc__ = name, f"Refused: {advice}."
-    return method
-
-
-for _name, _advice in REFUSED.items():
-    setattr(MethodsMixin, _name, _refuse(_name, _advice))

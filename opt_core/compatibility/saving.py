@@ -1,10 +1,12 @@
 """Arguments of `transformers`' `save_pretrained`: honoured, without effect, or refused by name."""
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,16 @@ from numpy.typing import NDArray
 
 from opt_core.checkpoints.load import canonical_name
 from opt_core.errors import ArgumentError, CheckpointError
+from opt_core.json_files import read_json, write_json
 from opt_core.params import ParamSpec
 
-_WITHOUT_EFFECT = ("save_function", "save_peft_format", "save_original_format", "version")
+_WEIGHTS = re.compile(
+    r"(model|pytorch_model)(-\d{5}-of-\d{5})?(\.(?:safetensors|bin)(?:\.index\.json)?)"
+)
+_WITHOUT_EFFECT = (
+    *("save_function", "save_peft_format", "save_original_format", "version"),
+    "distributed_checkpoint",
+)
 _HUB = ("token", "private", "commit_message", "revision", "create_pr", "tags")
 _HANDLED = (
     *("save_directory", "is_main_process", "state_dict", "push_to_hub", "repo_id", "variant"),
@@ -36,6 +45,7 @@ class SaveOptions:
         signatures: Those of the SavedModel, or None.
         repository: The repository to upload to, or None.
         hub: Arguments of the upload.
+        variant: Part of the names of weight files, such as "fp16", or None.
     """
 
     folder: Path
@@ -47,6 +57,26 @@ class SaveOptions:
     signatures: Any = None
     repository: str | None = None
     hub: dict[str, Any] = field(default_factory=dict[str, Any])
+    variant: str | None = None
+
+    def write(self, save: Callable[["SaveOptions"], None]) -> None:
+        """Calls what writes a folder; weights of a variant get its name, and others' stay.
+
+        Args:
+            save: Writes the folder of the options that it is given.
+        """
+        if not self.variant:
+            save(self)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self.folder) as stage:
+            save(replace(self, folder=Path(stage), variant=None))
+            names = {path.name for path in Path(stage).iterdir()}
+            for name in names:
+                new = _varied(name, self.variant)
+                if name.endswith(".index.json"):
+                    _vary_index(Path(stage, name), self.variant)
+                Path(stage, name).replace(self.folder / new)
 
     def values(
         self,
@@ -93,11 +123,6 @@ def read_saving(
     path = folder if folder is not None else arguments.get("save_directory")
     if path is None:
         raise ArgumentError("save_pretrained: expected a folder")
-    if arguments.get("variant") is not None:
-        raise ArgumentError(
-            "save_pretrained: variant is not written; save into a folder of its own, "
-            "or rename model.safetensors"
-        )
     hub = {name: arguments[name] for name in _HUB if arguments.get(name) is not None}
     if arguments.get("use_auth_token") is not None:
         hub.setdefault("token", arguments["use_auth_token"])
@@ -112,7 +137,25 @@ def read_saving(
         signatures=arguments.get("signatures"),
         repository=(arguments.get("repo_id") or Path(path).name) if wanted else None,
         hub=hub,
+        variant=arguments.get("variant"),
     )
+
+
+def _varied(name: str, variant: str) -> str:
+    """A weight file's name with the variant in it; another file's as it is."""
+    match = _WEIGHTS.fullmatch(name)
+    if match is None:
+        return name
+    stem, shard, end = match.groups()
+    if end.endswith(".json"):
+        return f"{stem}{end.removesuffix('.json')}.{variant}.json"
+    return f"{stem}.{variant}{shard or ''}{end}"
+
+
+def _vary_index(path: Path, variant: str) -> None:
+    index = read_json(path)
+    files = {name: _varied(file, variant) for name, file in index["weight_map"].items()}
+    write_json(path, index | {"weight_map": files})
 
 
 def refuse_unsafe(options: SaveOptions, to: str) -> None:

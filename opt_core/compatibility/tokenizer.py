@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from opt_core.compatibility.tokenizer_extras import TokenizerExtras
 from opt_core.errors import TokenizerError
 from opt_core.json_files import write_json
 from opt_core.text import assembly, byte_level, tokenizer_files
-from opt_core.text.decoding import Decoding
 from opt_core.text.encoding import Encoding
 from opt_core.text.texts import rows_of
 from opt_core.text.tokenizer_files import NAMES
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _WITHOUT_EFFECT = {"verbose", "tokenizer_kwargs", "return_dict"}
 
 
-class TokenizerCompatibility(Decoding):
+class TokenizerCompatibility(TokenizerExtras):
     """Methods by which code written for `transformers` or KerasHub calls a tokenizer."""
 
     is_fast = True
@@ -269,40 +269,55 @@ class TokenizerCompatibility(Decoding):
         add_generation_prompt: bool = False,
         tokenize: bool = True,
         return_dict: bool = False,
+        tools: Any = None,
+        documents: Any = None,
+        continue_final_message: bool = False,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Any:
-        """Lays a conversation out as text, by a template, and encodes it.
+        """Lays conversations out as text, by a template, and encodes them.
 
         Args:
-            conversation: Messages with "role" and "content".
-            chat_template: In place of the tokenizer's own.
+            conversation: Messages with "role" and "content", or a list of several conversations.
+            chat_template: In place of the tokenizer's own, or the name of one of its own.
             add_generation_prompt: Whether to end where an answer begins.
             tokenize: Whether to return ids and not the text.
             return_dict: Whether to return ids and mask.
+            tools: For the template.
+            documents: For the template.
+            continue_final_message: Whether the text ends with the last message's content.
+            tokenizer_kwargs: More options.
             **options: As of `__call__`.
 
         Raises:
             TokenizerError: There is no template: OPT was not trained on conversations.
         """
-        template = chat_template or self.chat_template
-        if template is None:
-            raise TokenizerError(
-                "apply_chat_template: this tokenizer has no chat_template (OPT was not trained on "
-                "conversations); pass chat_template= or write the prompt as text"
-            )
+        template = self.get_chat_template(chat_template, tools)
         try:
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
             raise TokenizerError("apply_chat_template needs jinja2: pip install jinja2") from None
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        text = environment.from_string(template).render(
-            messages=conversation,
-            add_generation_prompt=add_generation_prompt,
-            **self.special_tokens_map,
-        )
+        given = list(conversation)
+        is_batch = bool(given) and isinstance(given[0], list | tuple)
+        texts: list[str] = []
+        for messages in given if is_batch else [given]:
+            text = environment.from_string(template).render(
+                messages=messages,
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens_map,
+            )
+            if continue_final_message:
+                last = str(messages[-1]["content"]).strip()
+                text = text[: text.rindex(last) + len(last)]
+            texts.append(text)
+        result: Any = texts if is_batch else texts[0]
         if not tokenize:
-            return text
-        encoded = self(text, **{"add_special_tokens": False, **options})
+            return result
+        options = {"add_special_tokens": False, **options, **(tokenizer_kwargs or {})}
+        encoded = self(result, **options)
         return encoded if return_dict else encoded["input_ids"]
 
     def save_vocabulary(

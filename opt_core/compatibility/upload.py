@@ -1,15 +1,11 @@
 """`push_to_hub` of `transformers`: what a `save_pretrained` writes, sent to the hub."""
 
 from os import PathLike
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from opt_core.errors import CheckpointError
-from opt_core.hub import (
-    _first_line,  # pyright: ignore[reportPrivateUsage]
-    _hub_failures,  # pyright: ignore[reportPrivateUsage]
-)
+from opt_core.hub_folders import upload
+from opt_core.model_card import write_card
 
 
 class UploadMixin:
@@ -55,32 +51,18 @@ class UploadMixin:
         Raises:
             CheckpointError: The hub refuses, or cannot be reached.
         """
-        from huggingface_hub import HfApi  # huggingface_hub is imported only when it is needed
-
-        api = HfApi(token=token)
         more = [tags] if isinstance(tags, str) else tags or []
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, **options)
-            _tag(Path(folder), [*self.model_tags, *more])
-            try:
-                name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-                return api.upload_folder(
-                    repo_id=name,
-                    folder_path=folder,
-                    commit_message=commit_message or f"Upload {type(self).__name__}",
-                    commit_description=commit_description,
-                    revision=revision,
-                    create_pr=create_pr,
-                )
-            except _hub_failures() as error:
-                reason = _first_line(error)
-                raise CheckpointError(f"{repo_id}: not uploaded ({reason})") from error
-
-
-def _tag(folder: Path, tags: list[str]) -> None:
-    """Writes a model card that has the tags, where there are some."""
-    if tags:
-        lines = "".join(f"- {tag}\n" for tag in dict.fromkeys(tags))
-        (folder / "README.md").write_text(
-            f"---\nlibrary_name: transformers\ntags:\n{lines}---\n", encoding="utf-8"
-        )
+            if all_tags := [*self.model_tags, *more]:
+                write_card(folder, repo_id.rpartition("/")[2], "", tags=all_tags)
+            return upload(
+                folder,
+                repo_id,
+                message=commit_message or f"Upload {type(self).__name__}",
+                description=commit_description,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                token=token,
+            )

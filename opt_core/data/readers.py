@@ -184,6 +184,8 @@ def _open_stream(path: Path, progress: Callable[[int], None] | None) -> Generato
     except damaged as error:
         raise DataError(f"{path}: damaged {suffix[1:]} data: {error}") from None
     except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"{path}: no such file or folder") from None
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 

@@ -169,8 +169,8 @@ def _piqa(row: dict[str, Any], place: str) -> Item:
 
 def _hellaswag(row: dict[str, Any], place: str) -> Item:
     start, end = _string(row, "ctx_a", place), _string(row, "ctx_b", place).capitalize()
-    context = _without_marks(f"{_string(row, 'activity_label', place)}: {start} {end}")
-    endings = tuple(" " + _without_marks(text) for text in _strings(row, "endings", place))
+    context = without_marks(f"{_string(row, 'activity_label', place)}: {start} {end}")
+    endings = tuple(" " + without_marks(text) for text in _strings(row, "endings", place))
     return Item(context, endings, _integer(row, "label", place))
 
 
@@ -208,8 +208,8 @@ _FORMATS: dict[str, Callable[[dict[str, Any], str], Item]] = {
 }
 
 
-def _without_marks(text: str) -> str:
-    """HellaSwag's WikiHow texts without what is left of their headings."""
+def without_marks(text: str) -> str:
+    """A text of HellaSwag's without what is left of the headings of WikiHow."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 

@@ -5,35 +5,31 @@ Everything is checked before anything runs.
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from typing import Any, cast
 
+from opt_core.compatibility.config_keys import near_miss
+from opt_core.compatibility.notices import notice
 from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
+from opt_core.generation.compatibility import (
+    WITHOUT_EFFECT,
+    Items,
+    SettingsMethods,
+    check_cache_name,
+)
 from opt_core.generation.limits import REFUSED, check_settings
-from opt_core.json_files import read_json, write_json
 
 DEFAULT_NEW_TOKENS = 20
 """New tokens where no length was asked for, as in `transformers` 5."""
 
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-_NO_EFFECT = frozenset([
-    "_from_model_config", "transformers_version", "cache_implementation", "cache_config",
-    "return_legacy_cache", "decoder_start_token_id", "is_assistant", "disable_compile",
-    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
-    "target_lookbehind", "compile_config", "generation_kwargs", "low_memory", "synced_gpus",
-    "use_model_defaults", "use_mtp",
-])  # fmt: skip
-"""Settings of `transformers` that change no text of these models: they are taken and forgotten."""
 
-
-@dataclass
-class GenerationConfig:
+@dataclass(init=False)
+class GenerationConfig(SettingsMethods):
     """Settings of one generation; fields can be set, and are checked when they are used.
+
+    Several values (ids, words) are kept as a tuple that equals a list of the same.
 
     Attributes:
         max_length: Longest row, prompt included, where `max_new_tokens` is not given. With neither
@@ -100,9 +96,12 @@ class GenerationConfig:
         output_hidden_states: Put the hidden states of each step into it.
         refused: What a file asked for that is not done here, by name, and what `generate` says of
             it.
+        others: Settings of `transformers` that have no effect here, by name, and names that nobody
+            knows: they are kept for other readers of the file.
 
     Raises:
-        GenerationError: A value out of range, or settings that contradict one another.
+        GenerationError: A value out of range, settings that contradict one another, or a name that
+            is nearly one of these.
     """
 
     max_length: int | None = None
@@ -153,22 +152,39 @@ class GenerationConfig:
     output_attentions: bool = False
     output_hidden_states: bool = False
     refused: tuple[tuple[str, str], ...] = ()
+    others: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), compare=False)
 
-    def __post_init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
+        vars(self).update({name: field.default for name, field in _FIELDS.items()})
+        for name, value in settings.items():
+            setattr(self, name, value)
         check_settings(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         field = _FIELDS.get(name)
         if field is None:
-            raise _unknown(name)
-        value = _plain(value)
-        # transformers takes None for "not set"; only some settings have a meaning for it.
-        is_unset = value is None and "None" not in str(field.type)
-        object.__setattr__(self, name, field.default if is_unset else value)
+            self._keep(name, value)
+        elif name in ("refused", "others"):
+            vars(self)[name] = tuple(value)
+        else:
+            value = _plain(value)
+            # transformers takes None for "not set"; only some settings have a meaning for it.
+            is_unset = value is None and "None" not in str(field.type)
+            vars(self)[name] = field.default if is_unset else value
+
+    def _keep(self, name: str, value: Any) -> None:
+        line = ""
+        if name in REFUSED:
+            line = _refusal(name, value)
+        elif name not in WITHOUT_EFFECT:
+            if near_miss(name, _FIELDS):
+                raise _unknown(name)
+            notice(f"{name}: no setting of generation; it is kept, without effect")
+        self.keep(name, value, line)
 
     def __hash__(self) -> int:
         # Flax' programs are told apart by a model's attributes.
-        return hash(tuple(getattr(self, name) for name in _FIELDS))
+        return hash(tuple(getattr(self, name) for name in _FIELDS if name != "others"))
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -197,83 +213,41 @@ class GenerationConfig:
         return self.num_beams > 1
 
     @classmethod
-    def from_model(cls, config: OPTConfig) -> "GenerationConfig":
-        """The defaults of a model without generation_config.json: special ids, greedy search."""
-        return cls(
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
-            bos_token_id=config.bos_token_id,
-        )
-
-    @classmethod
-    def from_pretrained(cls, folder: str | PathLike[str]) -> "GenerationConfig":
-        """Reads generation_config.json from a folder.
-
-        What it asks for that cannot be honoured, `generate` refuses: weights load all the same.
-
-        Raises:
-            ConfigError: It is not a JSON object.
-        """
-        path = Path(folder) / "generation_config.json"
-        values = read_json(path)
-        try:
-            found = cls.from_dict(values)
-        except GenerationError as error:  # a bad value: nothing but the ids can be trusted
-            ids: dict[str, Any] = {
-                k: v for k, v in values.items() if k in _SPECIAL and type(v) is int
-            }
-            found = cls(**ids, refused=(("", str(error)),))
-        lines = tuple((name, f"{path}: {line}") for name, line in found.refused)
-        return dataclasses.replace(found, refused=lines)
-
-    @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> "GenerationConfig":
+    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:
         """Settings by name, as a generation_config.json has them.
 
         What is not done here, `generate` refuses.
 
+        Args:
+            config_dict: Names and values.
+            **overrides: Further ones, which count more; with `return_unused_kwargs`, those that are
+                no settings are returned too.
+
         Raises:
             GenerationError: A bad value.
         """
-        values = {k: v for k, v in (dict(config_dict) | overrides).items() if v is not None}
-        known = {k: v for k, v in values.items() if k in _FIELDS}
-        lines = [(k, _refusal(k, v)) for k, v in values.items() if k not in _FIELDS]
-        return cls(**known, refused=tuple((name, line) for name, line in lines if line))
-
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Writes generation_config.json into a folder, only what differs from the defaults."""
-        write_json(Path(folder) / "generation_config.json", self.to_diff_dict())
+        wants_unused = overrides.pop("return_unused_kwargs", False)
+        unused = {k: v for k, v in overrides.items() if wants_unused and not _is_setting(k)}
+        given = {**config_dict, **{k: v for k, v in overrides.items() if k not in unused}}
+        values = {k: v for k, v in given.items() if v is not None}
+        near = [k for k in values if not _is_setting(k) and near_miss(k, _FIELDS)]
+        found = cls(**{k: v for k, v in values.items() if k not in near})
+        found.refused = (*found.refused, *((k, str(_unknown(k))) for k in near))
+        return (found, unused) if wants_unused else found
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name."""
-        return {name: getattr(self, name) for name in _FIELDS if name != "refused"}
+        kept = {name: getattr(self, name) for name in _FIELDS if name not in _INNER}
+        return kept | dict(self.others)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The settings that differ from the defaults."""
-        values = {k: v for k, v in self.to_dict().items() if v != _FIELDS[k].default}
+        values = {
+            k: v for k, v in self.to_dict().items() if k not in _FIELDS or v != _FIELDS[k].default
+        }
         if self.top_k is None:
             values["top_k"] = 0  # in a file, null would mean "not set"
         return values
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        """The settings as JSON, only those that differ from the defaults unless told otherwise."""
-        values = self.to_diff_dict() if use_diff else self.to_dict()
-        return json.dumps(values, indent=2, sort_keys=True) + "\n"
-
-    def update(self, **settings: Any) -> dict[str, Any]:
-        """Sets those that there are; returns the others, as `transformers` does."""
-        for name in [name for name in settings if name in _FIELDS]:
-            setattr(self, name, settings.pop(name))
-        check_settings(self)
-        return settings
-
-    def validate(self, **_: Any) -> None:
-        """Checks the values.
-
-        Raises:
-            GenerationError: One is out of range, or two contradict one another.
-        """
-        check_settings(self)
 
     def replace(self, **overrides: Any) -> "GenerationConfig":
         """A copy with some settings changed.
@@ -288,6 +262,8 @@ class GenerationConfig:
                 given[name] = value
             elif line := _refusal(name, value):
                 raise GenerationError(line)
+            elif name == "cache_implementation":
+                check_cache_name(value)
         if "max_length" in given and "max_new_tokens" not in given:
             given["max_new_tokens"] = None  # the caller's length counts, not the file's
         refused = tuple(pair for pair in self.refused if pair[0] not in overrides)
@@ -356,8 +332,8 @@ class GenerationConfig:
                     )
 
 
+_INNER = ("refused", "others")
 _FIELDS: Mapping[str, Any] = {f.name: f for f in dataclasses.fields(GenerationConfig)}
-_Setting = tuple[Any, ...] | str | float | None
 
 
 def as_ids(ids: int | Iterable[int] | None) -> tuple[int, ...]:
@@ -367,24 +343,29 @@ def as_ids(ids: int | Iterable[int] | None) -> tuple[int, ...]:
     return () if ids is None else tuple(ids)
 
 
+def _is_setting(name: str) -> bool:
+    return name in _FIELDS or name in WITHOUT_EFFECT or name in REFUSED
+
+
 def _refusal(name: str, value: Any) -> str:
     """Why a setting that is no field cannot be honoured; empty if nothing is lost."""
-    if name in _NO_EFFECT or value is None or (name in REFUSED and value == REFUSED[name][0]):
+    if name in WITHOUT_EFFECT or value is None or (name in REFUSED and value == REFUSED[name][0]):
         return ""
     return f"{name} is not supported{REFUSED[name][1]}" if name in REFUSED else str(_unknown(name))
 
 
 def _unknown(name: str) -> GenerationError:
-    near = difflib.get_close_matches(name, _FIELDS, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(_FIELDS)}"
+    names = [name for name in _FIELDS if name not in _INNER]
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(names)}"
     return GenerationError(f"unknown generation option {name!r}{hint}")
 
 
-def _plain(value: Any) -> _Setting:
+def _plain(value: Any) -> Any:
     """Built-in values for lists, ranges, mappings, and NumPy's or a framework's numbers."""
     if isinstance(value, Mapping):
         pairs = cast(Mapping[Any, Any], value).items()
-        return tuple((_plain(k if isinstance(k, tuple) else (k,)), _plain(v)) for k, v in pairs)
+        return _plain([[k if isinstance(k, tuple) else (k,), v] for k, v in pairs])
     if isinstance(value, list | tuple | range):
-        return tuple(_plain(v) for v in cast(Iterable[Any], value))
+        return Items(_plain(v) for v in cast(Iterable[Any], value))
     return _plain(value.tolist()) if hasattr(value, "tolist") else value

@@ -128,9 +128,7 @@ def _check_ids(config: "GenerationConfig") -> None:
         if value is None or (name.endswith("token_id") and type(value) is int):
             continue
         if name == "bad_words_ids":
-            is_right = isinstance(value, tuple) and all(
-                _is_ids(row) and row for row in _parts(value)
-            )
+            is_right = bool(_parts(value)) and all(_is_ids(r) and r for r in _parts(value))
         else:
             is_right = _is_ids(value) and name != "pad_token_id"
         if not is_right:

@@ -6,6 +6,12 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 
+from opt_core.compatibility.generate_calls import (
+    call_custom,
+    check_custom,
+    prefix_of,
+    settle_arguments,
+)
 from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
 from opt_core.generation import contrastive, host_beams, observed
@@ -64,7 +70,8 @@ class GenerationMixin:
                 returned; functions that run in Python between the steps, which takes longer:
                 `logits_processor`, `stopping_criteria` and `prefix_allowed_tokens_fn` (see
                 `opt_core.generation.hooks`); `negative_prompt_ids` and their
-                `negative_prompt_attention_mask`, for `guidance_scale`.
+                `negative_prompt_attention_mask`, for `guidance_scale`; `custom_generate`, a
+                function in place of this one (`opt_core.compatibility.generate_calls`).
 
         Returns:
             (B * num_return_sequences, T + new) ids: the prompt, then what was generated, then
@@ -74,6 +81,8 @@ class GenerationMixin:
         Raises:
             GenerationError: A setting or prompt that cannot be honoured.
         """
+        custom = overrides.pop("custom_generate", None)
+        is_custom = check_custom(custom)
         if input_ids is not None and not self.backend.inputs.is_known(input_ids):
             return self._trace(
                 input_ids, attention_mask, generation_config, seed, tokenizer, **overrides
@@ -82,6 +91,9 @@ class GenerationMixin:
             self, input_ids, attention_mask, generation_config, seed, tokenizer, past_key_values,
             assistant_model, **overrides,
         )  # fmt: skip
+        if is_custom:
+            more = {"assistant_model": assistant_model, "streamer": streamer}
+            return call_custom(self, request, custom, more)
         settings = request.settings
         if streamer is not None:
             found = self._stream_to(streamer, request)
@@ -227,6 +239,7 @@ def make_request(
     owner: Any = model
     owner.check_config()
     config, assistant, inputs = model.config, assistant_model, model.backend.inputs
+    criteria = overrides.get("stopping_criteria")
     hooks = Hooks(**{name: overrides.pop(name, None) for name in _HOOKS})
     embeds = overrides.pop("inputs_embeds", None)
     seed = overrides.pop("prng_key", None) if seed is None else seed
@@ -246,6 +259,7 @@ def make_request(
         if input_ids is None:
             input_ids, attention_mask = _begin_text(model, overrides), None
         ids, mask = inputs.check_prompts(model, input_ids, attention_mask)
+    settle_arguments(ids.shape, mask, overrides, tokenizer, criteria)
     request = check_request(
         config, model.generation_config, ids, mask, generation_config, 0, tokenizer, **overrides
     )
@@ -256,6 +270,8 @@ def make_request(
     )  # fmt: skip
     if settings.guidance_scale is not None and settings.guidance_scale != 1:
         request = replace(request, guide=_guide(model, request, negative, negative_mask))
+    if past_key_values is not None:
+        past_key_values = prefix_of(model, past_key_values)
     if past_key_values is not None:
         inputs.check_prefix(model, past_key_values, ids, request.mask)
     if assistant is not None:
@@ -285,7 +301,8 @@ def _begin_text(model: GenerationMixin, overrides: Mapping[str, Any]) -> Any:
         GenerationError: There is none.
     """
     bos = overrides.get("bos_token_id", model.generation_config.bos_token_id)
-    bos = model.config.bos_token_id if bos is None else bos
+    if "bos_token_id" not in overrides and bos is None:
+        bos = model.config.bos_token_id
     if bos is None:
         raise GenerationError("input_ids: none given, and there is no bos_token_id to begin with")
     return np.array([[bos]], np.int32)

@@ -200,13 +200,10 @@ def merge_settings(
     Raises:
         GenerationError: These are no settings, or an override is none or of a bad value.
     """
-    given: Any = settings
-    if given is None:
+    defaults = GenerationConfig.from_any(defaults)
+    if settings is None:
         return defaults.replace(**overrides)
-    if not isinstance(given, GenerationConfig):
-        raise GenerationError(
-            f"generation_config: expected a GenerationConfig, received {type(given).__name__}"
-        )
+    given = GenerationConfig.from_any(settings)
     ids = ("eos_token_id", "pad_token_id", "bos_token_id")
     open_ids = {name: getattr(defaults, name) for name in ids if getattr(given, name) is None}
     return given.replace(**open_ids).replace(**overrides)

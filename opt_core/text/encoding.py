@@ -1,7 +1,7 @@
 """Texts as ids: the result of a call of a tokenizer."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,30 @@ def filled(rows: list[list[int]], fill: int | None, side: str) -> NDArray[np.int
     for i, row in enumerate(rows):
         array[i, slice(width - len(row), None) if side == "left" else slice(len(row))] = row
     return array
+
+
+class CharSpan(NamedTuple):
+    """Characters of a text.
+
+    Attributes:
+        start: The first.
+        end: The one after the last.
+    """
+
+    start: int
+    end: int
+
+
+class TokenSpan(NamedTuple):
+    """Tokens of a row.
+
+    Attributes:
+        start: The first.
+        end: The one after the last.
+    """
+
+    start: int
+    end: int
 
 
 class Encoding(dict[str, Any]):
@@ -124,35 +148,78 @@ class Encoding(dict[str, Any]):
         self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
     ) -> int | None:
         """The token that a character of a text is in; given one number, of the first row."""
-        row, place = (
-            (0, batch_or_char_index) if char_index is None else (batch_or_char_index, char_index)
-        )
+        row, place = _row_and_place(batch_or_char_index, char_index)
         return self._row(row).char_to_token(place, sequence_index)
 
     def token_to_chars(
         self, batch_or_token_index: int, token_index: int | None = None
-    ) -> tuple[int, int] | None:
-        """The first character of a token and the one after it; None for a special token."""
-        row, place = (
-            (0, batch_or_token_index)
-            if token_index is None
-            else (batch_or_token_index, token_index)
-        )
-        found = self._row(row).token_to_chars(place)
-        return None if found is None else (found[1] if isinstance(found[1], tuple) else found)
+    ) -> "CharSpan | None":
+        """The first character of a token and the one after its last, as `start` and `end`.
 
-    def convert_to_tensors(self, tensor_type: Any = None, **_: Any) -> "Encoding":
+        None for a special token.
+        """
+        row, place = _row_and_place(batch_or_token_index, token_index)
+        found = self._row(row).token_to_chars(place)
+        span = found[1] if found is not None and isinstance(found[1], tuple) else found
+        return None if span is None else CharSpan(*span)
+
+    def words(self, batch_index: int = 0) -> list[int | None]:
+        """`word_ids`, as it was called before."""
+        return self.word_ids(batch_index)
+
+    def token_to_sequence(
+        self, batch_or_token_index: int, token_index: int | None = None
+    ) -> int | None:
+        """The text of a pair that a token is of, 0 or 1; None for a special token."""
+        row, place = _row_and_place(batch_or_token_index, token_index)
+        return self._row(row).token_to_sequence(place)
+
+    def token_to_word(
+        self, batch_or_token_index: int, token_index: int | None = None
+    ) -> int | None:
+        """The word that a token is of; None for a special token."""
+        row, place = _row_and_place(batch_or_token_index, token_index)
+        return self._row(row).word_ids[place]
+
+    def word_to_tokens(
+        self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
+    ) -> "TokenSpan | None":
+        """The first token of a word and the one after its last, as `start` and `end`."""
+        row, place = _row_and_place(batch_or_word_index, word_index)
+        found = self._row(row).word_to_tokens(place, sequence_index)
+        return None if found is None else TokenSpan(*found)
+
+    def word_to_chars(
+        self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
+    ) -> "CharSpan | None":
+        """The first character of a word and the one after its last, as `start` and `end`."""
+        row, place = _row_and_place(batch_or_word_index, word_index)
+        found = self._row(row).word_to_chars(place, sequence_index)
+        return None if found is None else CharSpan(*found)
+
+    def char_to_word(
+        self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        """The word that a character is of."""
+        row, place = _row_and_place(batch_or_char_index, char_index)
+        return self._row(row).char_to_word(place, sequence_index)
+
+    def convert_to_tensors(
+        self, tensor_type: Any = None, prepend_batch_axis: bool = False, **_: Any
+    ) -> "Encoding":
         """Makes tensors of the entries, in place.
 
         Args:
             tensor_type: "np", "pt", "tf" or "jax"; None changes nothing.
+            prepend_batch_axis: Whether the entries are one row's, to become [1, T].
 
         Raises:
             TokenizerError: No such framework, or rows of different lengths.
         """
         if tensor_type is not None:
             make = tensors.maker(tensor_type)
-            self.update({name: _tensor(name, value, make) for name, value in self.items()})
+            given = {n: [v] if prepend_batch_axis else v for n, v in self.items()}
+            self.update({name: _tensor(name, value, make) for name, value in given.items()})
         return self
 
     def to(self, device: Any, **_: Any) -> "Encoding":
@@ -178,6 +245,11 @@ class Encoding(dict[str, Any]):
         if self._encodings is None:
             raise TokenizerError("this encoding was not made of texts: it has no words")
         return self._encodings[index]
+
+
+def _row_and_place(first: int, second: int | None) -> tuple[int, int]:
+    """A row and a place in it; given one number, it is a place in the first row."""
+    return (0, first) if second is None else (first, second)
 
 
 def _tensor(name: str, value: Any, make: Callable[[NDArray[Any]], Any]) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | PathLike[str],
+        path_or_hub_id: str | PathLike[str] | None = None,
         *,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -86,10 +87,11 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
             TokenizerError: Its files are missing, damaged, or describe no byte-level BPE; or there
                 is no setting of such a name.
         """
+        place: Any = settings.pop("pretrained_model_name_or_path", path_or_hub_id)
         changes = tokenizer_parts.check_settings(settings)
         where: dict[str, Any] = {"cache_dir": cache_dir, "subfolder": subfolder}
         path = resolve(
-            path_or_hub_id,
+            place,
             files=(),
             optional=TOKENIZER_FILES,
             revision=revision,
@@ -105,13 +107,19 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
         )
 
     def save_pretrained(
-        self, folder: str | PathLike[str], push_to_hub: bool = False, **_: Any
+        self,
+        folder: str | PathLike[str] | None = None,
+        push_to_hub: bool = False,
+        filename_prefix: str | None = None,
+        **others: Any,
     ) -> tuple[str, ...]:
         """Writes the files `transformers` reads into a folder (made if missing).
 
         Args:
-            folder: Where to.
+            folder: Where to; `save_directory` is another name of it.
             push_to_hub: Not done here.
+            filename_prefix: Put before the files' names, with a dash.
+            **others: Without effect.
 
         Returns:
             The files.
@@ -120,8 +128,22 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
             raise TokenizerError(
                 "push_to_hub: save into a folder and use huggingface_hub's upload_folder"
             )
-        tokenizer_files.save(self.loaded, Path(folder))
-        return tuple(str(Path(folder, n)) for n in TOKENIZER_FILES if Path(folder, n).is_file())
+        given: Any = others.get("save_directory", folder)
+        if given is None:
+            raise TokenizerError("save_pretrained: expected a folder")
+        target = Path(given)
+        if filename_prefix is None:
+            tokenizer_files.save(self.loaded, target)
+            return tuple(
+                str(target / name) for name in TOKENIZER_FILES if (target / name).is_file()
+            )
+        target.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target) as stage:
+            tokenizer_files.save(self.loaded, Path(stage))
+            files = sorted(Path(stage).iterdir())
+            return tuple(
+                str(file.replace(target / f"{filename_prefix}-{file.name}")) for file in files
+            )
 
     def __repr__(self) -> str:
         named = (f"{name}={text!r}" for name, text in self.special_tokens_map.items())
@@ -213,7 +235,8 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
             return_offsets_mapping: Whether to give each token's characters, (first, last + 1).
             return_length: Whether to give the rows' lengths.
             add_prefix_space: Whether texts begin with a space, as words inside of one do.
-            **others: `verbose`, without effect; anything else is refused.
+            **others: `split_special_tokens`, whether special tokens in a text are text there;
+                `verbose`, without effect; anything else is refused.
 
         Returns:
             "input_ids", "attention_mask" (1 for tokens, 0 for padding), and what was asked for.
@@ -222,6 +245,7 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
             TokenizerError: A text is no string, the texts do not pair up, or they cannot be padded
                 or cut as asked.
         """
+        splits = bool(others.pop("split_special_tokens", False))
         self.check_call_options(others)
         as_arrays = padding_side is not None and padding is None and return_tensors is None
         side = assembly.side("padding_side", padding_side or self.padding_side)
@@ -236,10 +260,10 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
         firsts, seconds, is_batch = pairs_of(text, text_pair, is_split_into_words)
         limits = assembly.limits(padding, truncation, max_length, stride, self.model_max_length)
         groups = assembly.assemble(
-            self._encoded(firsts, is_split_into_words, add_prefix_space),
+            self._encoded(firsts, is_split_into_words, add_prefix_space, splits),
             None
             if seconds is None
-            else self._encoded(seconds, is_split_into_words, add_prefix_space),
+            else self._encoded(seconds, is_split_into_words, add_prefix_space, splits),
             self._begin(add_special_tokens),
             limits,
             self.truncation_side,
@@ -288,12 +312,16 @@ class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
         texts: Sequence[Any],
         is_split_into_words: bool = False,
         add_prefix_space: bool = False,
+        splits: bool = False,
     ) -> "list[LibraryEncoding]":
         for i, text in enumerate(texts):
             for part in text if is_split_into_words else (text,):
                 self._check_text(part, i)
         options = {"add_special_tokens": False, "is_pretokenized": is_split_into_words}
         backend: Any = self._prefixing if add_prefix_space else self.loaded.backend
+        if splits:
+            backend = copy.deepcopy(backend)
+            backend.encode_special_tokens = True
         if len(texts) == 1:  # without the library's threads, which forbid a later fork
             return [backend.encode(texts[0], **options)]
         return backend.encode_batch(list(texts), **options)

@@ -25,7 +25,7 @@ _WITHOUT_EFFECT = {
     "clean_up_tokenization_spaces", "config", "errors", "force_download", "from_slow", "legacy",
     "mirror", "name", "dtype", "name_or_path", "proxies", "resume_download",
     "tokenizer_class", "tokenizer_type", "trust_remote_code", "unsplittable_tokens", "use_fast",
-    "verbose",
+    "verbose", "_from_auto", "_commit_hash", "use_auth_token", "local_files_only",
 }  # fmt: skip
 
 
@@ -35,7 +35,11 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TokenizerError: There is no such setting.
     """
-    for name in settings:
+    for name, value in settings.items():
+        if name == "add_eos_token" and value:
+            raise TokenizerError("add_eos_token: texts end as they are; append tokenizer.eos_token")
+        if name == "add_eos_token":
+            continue
         if name not in _SETTINGS and name not in _WITHOUT_EFFECT:
             known = ", ".join(_SETTINGS)
             raise TokenizerError(f"{name}: no setting of a tokenizer; expected one of {known}")

@@ -7,6 +7,7 @@ to save: a run that was killed gives the same numbers as one that was not.
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,9 +20,11 @@ from numpy.typing import NDArray
 from opt_core.checkpoints.safetensors_format import PendingTensor
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, InputError, TrainingError
+from opt_core.model_card import FILE as CARD
 from opt_core.params import Head, ParamSpec
 from opt_core.training.config import TrainConfig
 from opt_core.training.microbatches import as_batch
+from opt_core.training.run_card import write_run_card
 from opt_core.training.run_folder import ADAPTER_FOLDER, MODEL_FOLDER, RunFolder, RunState, open_run
 
 Slot = Literal["value", "mean", "square"]
@@ -137,7 +140,8 @@ def run(
         config: How.
         folder: The run's folder (`opt_core.training.run_folder`).
         validation: Makes the batches of a validation.
-        resume: Go on from the last checkpoint, if the folder has one.
+        resume: Go on from the last checkpoint, if the folder has one; `max_steps` may be another
+            than before, and the learning rate follows it from there on.
         about: What else the run was started with, such as the model's name, for run.json.
         watch: Called with each line of the metrics as it is written.
 
@@ -152,7 +156,7 @@ def run(
     with open_run(folder, settings, resume) as home:
         state = _Run(trainer, batches, config, home, validation, watch or (lambda record: None))
         loss = state.train()
-        return _finish(trainer, config, home, state.state, loss, str(settings.get("model", "")))
+        return _finish(trainer, config, home, state.state, loss, about or {})
 
 
 class _Run:
@@ -297,15 +301,20 @@ def restore(trainer: Trainer, home: RunFolder, step: int) -> RunState:
 
 def _finish(
     trainer: Trainer, config: TrainConfig, home: RunFolder, state: RunState, loss: float | None,
-    base: str,
+    about: Mapping[str, Any],
 ) -> RunResult:  # fmt: skip
     """Writes the final model: the best one where there were validations."""
     if state.best_step is not None and state.best_step != state.step:
         restore(trainer, home, state.best_step)
     model = home.path / MODEL_FOLDER
     trainer.export(model)
-    if config.lora_rank and not (home.path / ADAPTER_FOLDER).exists():
-        trainer.export_adapter(home.path / ADAPTER_FOLDER, base)
+    if loss is not None or not (model / CARD).exists():  # or what was put into it since stays
+        write_run_card(home.path, config, about, trainer.identity, state)
+    if config.lora_rank:
+        adapter = home.path / ADAPTER_FOLDER
+        if adapter.exists():  # of fewer steps
+            shutil.rmtree(adapter)
+        trainer.export_adapter(adapter, str(about.get("model", "")))
     return RunResult(
         model, state.step, loss, state.best_step, state.best_loss, state.skipped, state.stopped
     )

@@ -34,6 +34,7 @@ RUN_FILE, METRICS_FILE, MODEL_FOLDER, ADAPTER_FOLDER = (
 )  # fmt: skip
 _STATE, _TENSORS = "state.json", "state.safetensors"
 _STEP = re.compile(r"step-(\d{8})")
+_STEPS = "config.max_steps"
 
 
 @dataclass
@@ -171,7 +172,8 @@ def open_run(path: Path, settings: Mapping[str, Any], resume: bool) -> Generator
 
     Args:
         path: The folder.
-        settings: What the run is: what it was started with must be equal.
+        settings: What the run is: what it was started with must be equal, `config.max_steps`
+            aside.
         resume: Whether the run may be there already.
 
     Raises:
@@ -187,8 +189,7 @@ def open_run(path: Path, settings: Mapping[str, Any], resume: bool) -> Generator
         with locked(path, TrainingError(f"{path}: another process is training here")):
             if about.exists():
                 _check_settings(path, read_json(about, TrainingError), wanted)
-            else:
-                write_json(about, wanted)
+            write_json(about, wanted)  # the number of steps may have changed
             folder = RunFolder(path)
             try:
                 yield folder
@@ -236,9 +237,14 @@ def _is_new(path: Path) -> bool:
 
 
 def _check_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Says what differs, down to single settings."""
+    """Says what differs, down to single settings; a run may be made longer."""
     ours, theirs = _flat(wanted), _flat(found)
     names = [k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]
+    if _STEPS in names and _STEPS in ours and _STEPS in theirs:
+        done = max(RunFolder(path).steps(), default=0)
+        if ours[_STEPS] < done:
+            raise TrainingError(f"{path}: max_steps={ours[_STEPS]}, but {done} steps are done")
+        names.remove(_STEPS)
     if names:
         told = "; ".join(f"{k}: {theirs.get(k)!r}, now {ours.get(k)!r}" for k in names[:4])
         raise TrainingError(f"{path} was started with other settings: {told}")

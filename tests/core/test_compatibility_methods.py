@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opt_core.compatibility.methods import REFUSED, MethodsMixin, resize_table
+from opt_core.compatibility.methods import MethodsMixin, resize_table
+from opt_core.compatibility.names import REFUSED
 from opt_core.compatibility.upload import UploadMixin
 from opt_core.errors import CheckpointError, UnsupportedError
 from tests.support.files.hub_here import lead

@@ -1,7 +1,9 @@
 """The configuration: published sizes, files of every age, and what must not be accepted."""
 
 import json
+import pickle
 
+import numpy as np
 import pytest
 
 from opt_core.config import OPTConfig
@@ -245,10 +247,47 @@ def test_what_transformers_configurations_have():
         ({"hiden_size": 3}, "did you mean 'hidden_size'"),
         ({"num_heads": 3}, "num_heads=3 contradicts num_attention_heads=12"),
         ({"embed_dim": 3, "word_embed_proj_dim": 4}, "embed_dim=3 contradicts"),
-        ({"is_encoder_decoder": True}, "is_encoder_decoder=True is not supported"),
     ):
         with pytest.raises(ConfigError, match=message):
             OPTConfig(**wrong)
+    asks = OPTConfig(is_encoder_decoder=True, pruned_heads={0: [1]})  # models of it are refused
+    assert asks.is_encoder_decoder
+    with pytest.raises(
+        ConfigError, match=r"config\.json: is_encoder_decoder=True is not supported"
+    ):
+        OPTConfig.from_dict({"is_encoder_decoder": True}, "config.json")
+
+
+def test_a_dtype_equals_the_frameworks_own():
+    config = OPTConfig(torch_dtype=np.float16)
+    assert config.dtype == config.torch_dtype == "float16" == np.dtype("float16")
+    assert config.dtype == np.float16
+    assert config.dtype != np.float32
+    assert json.loads(config.to_json_string())["torch_dtype"] == "float16"
+    assert pickle.loads(pickle.dumps(config)).dtype == "float16"
+    assert hash(config) == hash(OPTConfig(dtype="float16"))
+
+
+def test_methods_of_transformers_that_read(tmp_path):
+    config = OPTConfig(hidden_size=24, num_attention_heads=4)
+    config.update_from_string("use_cache=false,dropout=0.5,num_hidden_layers=3")
+    assert (config.use_cache, config.dropout, config.num_hidden_layers) == (False, 0.5, 3)
+    for text, message in (
+        ("width=3", "'width' is no field"),
+        ("use_cache=perhaps", "use_cache: expected a bool, received 'perhaps'"),
+        ("ffn_dim=wide", "ffn_dim: expected a int, received 'wide'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config.update_from_string(text)
+    config.save_pretrained(tmp_path)
+    values, unused = OPTConfig.get_config_dict(tmp_path, mine=1)
+    assert (values["ffn_dim"], unused) == (3072, {"mine": 1})
+    assert OPTConfig.from_pretrained(pretrained_model_name_or_path=tmp_path) == config
+    read, unused = OPTConfig.from_dict(
+        config_dict=values, return_unused_kwargs=True, dropout=0.2, mine=2
+    )
+    assert (read.dropout, unused) == (0.2, {"mine": 2})
+    assert len(config.per_layer_config) == 3
 
 
 def test_json_of_transformers_methods(tmp_path):

@@ -288,7 +288,8 @@ def test_paths(tmp_path, monkeypatch):
     assert resolve("~/org/model") == folder
     assert resolve(folder / "config.json") == folder / "config.json"
     with pytest.raises(CheckpointError, match="is for hub ids"):
-        resolve(folder, revision="main")
+        resolve(folder, revision="old")
+    assert resolve(folder, revision="main") == folder
 
 
 @pytest.mark.parametrize(
@@ -313,7 +314,7 @@ def test_mini(monkeypatch, tmp_path):
     (tmp_path / "mini" / "config.json").write_text("{}")
     assert resolve("mini") == tmp_path / "mini"
     with pytest.raises(CheckpointError, match="is for hub ids"):
-        resolve("mini", revision="main")
+        resolve("mini", revision="old")
 
 
 def test_huggingface_hub_is_loaded_only_for_the_hub():

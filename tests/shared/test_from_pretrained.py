@@ -156,8 +156,11 @@ def test_save_pretrained_with_transformers_arguments(backend, path, tmp_path):
     saved = json.loads((tmp_path / "a" / "config.json").read_text())
     assert saved["architectures"] == ["OPTForCausalLM"]
     assert "_attn_implementation" not in saved
-    with pytest.raises(ArgumentError, match="variant is not written"):
-        model.save_pretrained(tmp_path / "b", variant="fp16")
+    model.save_pretrained(tmp_path / "a", variant="v2", max_shard_size="20kB")
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert {"model.safetensors", "model.safetensors.index.v2.json"} <= names
+    again = backend.run(backend.load(tmp_path / "a", variant="v2"), input_ids=IDS).logits
+    np.testing.assert_array_equal(again, backend.run(model, input_ids=IDS).logits)
     if backend.name != "torch":
         with pytest.raises(ArgumentError, match=r"opt-lm convert .* --to (tf-h5|flax-msgpack)"):
             model.save_pretrained(tmp_path / "b", safe_serialization=False)

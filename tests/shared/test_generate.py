@@ -285,8 +285,8 @@ def test_callers_settings_keep_the_models_special_ids(backend, folder):
     ended = backend.generate(model, ids, generation_config=settings)[0]
     assert ended[-1] == end
     assert len(ended) <= 16
-    with pytest.raises(GenerationError, match="expected a GenerationConfig, received dict"):
-        model.generate(ids, generation_config={"max_new_tokens": 3})
+    with pytest.raises(GenerationError, match="expected a GenerationConfig, received list"):
+        model.generate(ids, generation_config=[3])
 
 
 def test_padding_without_a_mask_is_padding(backend, folder):

@@ -42,17 +42,22 @@ def train(backend, model, folder, config, examples, stop=None, **options):
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["all", "adapters"])
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(backend, folder, tmp_path, rank):
-    """With dropout on, in parts, and interrupted twice."""
-    config = TRAIN.replace(lora_rank=rank)
+    """With dropout on, in parts, and interrupted twice; with adapters, made longer instead."""
+    config = TRAIN.replace(lora_rank=rank, lr_schedule="constant" if rank else "cosine")
     examples = list(make_prompts(SMALL, 18, 12))
 
     def load():
         return backend.load(folder(SMALL))
 
     train(backend, load(), tmp_path / "whole", config, examples)
-    for stop in (2, 5):
+    with pytest.raises(Stopped):
+        train(backend, load(), tmp_path / "parts", config, examples, 2, resume=True)
+    if rank:
+        shorter = config.replace(max_steps=5)
+        train(backend, load(), tmp_path / "parts", shorter, examples, resume=True)
+    else:
         with pytest.raises(Stopped):
-            train(backend, load(), tmp_path / "parts", config, examples, stop, resume=True)
+            train(backend, load(), tmp_path / "parts", config, examples, 5, resume=True)
     model = load()
     train(backend, model, tmp_path / "parts", config, examples, resume=True)
     losses = [
@@ -65,6 +70,9 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(backend, folder, tm
         for file in files:
             first, second = ((tmp_path / name / file).read_bytes() for name in ("whole", "parts"))
             assert first == second
+    card = (tmp_path / "parts" / "model" / "README.md").read_text()
+    assert "| steps | 8 of 4 rows |" in card
+    assert f"| training | 8 | {losses[1][-1]:.4f} |" in card
     # The model that is written is the model that was trained, adapters and all.
     written = backend.load(tmp_path / "parts" / "model")
     ids = make_prompts(SMALL, 2, 9)

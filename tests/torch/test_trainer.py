@@ -75,3 +75,24 @@ def test_a_checkpoint_is_written_and_taken_up(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     pairs = zip(trainer.model.parameters(), again.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_what_it_saves_loads(tmp_path):
+    """It knows no configuration of another library's model: the model puts its own there."""
+    trainer = make_trainer(str(tmp_path), "OPTForCausalLM", gradient_checkpointing=True)
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 2
+    trainer.model.generation_config.top_k = 7
+    trainer.train()
+    trainer.save_model(str(tmp_path / "last"))
+    ids = torch.tensor(ROWS)
+    with torch.no_grad():
+        expected = trainer.model.eval()(ids).logits
+        for folder in ("checkpoint-4", "last"):
+            ours = opt_torch.OPTForCausalLM.from_pretrained(tmp_path / folder)
+            torch.testing.assert_close(ours(ids).logits, expected)
+            assert ours.generation_config.top_k == 7
+        theirs = transformers.OPTForCausalLM.from_pretrained(tmp_path / "last")
+        torch.testing.assert_close(theirs.eval()(ids).logits, expected, rtol=0, atol=1e-5)
+    before = {path.name for path in tmp_path.iterdir()}
+    trainer.model.state_dict()  # anyone else's call writes nothing
+    assert {path.name for path in tmp_path.iterdir()} == before

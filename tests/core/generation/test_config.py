@@ -58,7 +58,7 @@ def test_features_that_are_switched_off_are_accepted(tmp_path):
         ({"num_beam_groups": 2}, "num_beam_groups=2 does not divide num_beams=1"),
         ({"dola_layers": "low"}, "dola_layers is not supported"),
         ({"temperatre": 0.6}, "unknown generation option 'temperatre'; did you mean 'temperature'"),
-        ({"zzz": 1}, "unknown generation option 'zzz'; expected one of max_length"),
+        ({"max_new_token": 1}, "unknown generation option 'max_new_token'; did you mean"),
         ({"temperature": -1}, "temperature"),
         ({"do_sample": "yes"}, "do_sample: expected True or False"),
         ({"eos_token_id": []}, None),

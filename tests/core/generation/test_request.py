@@ -62,8 +62,8 @@ def test_seeds(seed):
 def test_special_ids_come_from_the_model_where_they_are_open():
     merged = merge_settings(DEFAULTS, GenerationConfig(eos_token_id=9), top_k=3)
     assert (merged.eos_token_id, merged.pad_token_id, merged.top_k) == (9, 1, 3)
-    with pytest.raises(GenerationError, match="expected a GenerationConfig, received dict"):
-        merge_settings(DEFAULTS, {})  # type: ignore[arg-type]
+    with pytest.raises(GenerationError, match="expected a GenerationConfig, received list"):
+        merge_settings(DEFAULTS, [])  # type: ignore[arg-type]
 
 
 def test_rows_get_free_slots_behind_them():

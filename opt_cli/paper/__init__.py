@@ -1,0 +1,1 @@
+"""`opt-lm eval paper`: the command, its picture, and classifiers of toxicity."""

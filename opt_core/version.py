@@ -1,0 +1,3 @@
+"""The release."""
+
+__version__ = "1.0.0"

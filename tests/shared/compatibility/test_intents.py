@@ -1,0 +1,174 @@
+"""Intents of the tests of `transformers`' OPT, in words of our own, on every backend."""
+
+import json
+
+import numpy as np
+import pytest
+
+from opt_core import GenerationConfig
+from opt_core.compatibility.caches import REFUSED as CACHE_REFUSED
+from opt_core.compatibility.names import REFUSED
+from opt_core.errors import GenerationError, InputError, UnsupportedError
+from tests.support.configs import CONFIGS
+from tests.support.reference import make_prompts
+
+CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=1)
+IDS = make_prompts(CONFIG, 2, 6)
+NEW = 3
+SETTINGS = {"max_new_tokens": NEW, "do_sample": False}
+"""The same in all tests, so that little is compiled."""
+
+
+@pytest.fixture(scope="module")
+def models(folder):
+    """Each backend's model, loaded once."""
+    return {}
+
+
+@pytest.fixture
+def model(backend, folder, models):
+    if backend.name not in models:
+        models[backend.name] = backend.load(folder(CONFIG))
+    return models[backend.name]
+
+
+@pytest.fixture
+def greedy(backend, model):
+    return backend.generate(model, IDS, **SETTINGS)
+
+
+def test_fields_stand_in_transformers_order(backend, model):
+    out = backend.call(
+        model, input_ids=IDS, labels=IDS, use_cache=True, output_attentions=True,
+        output_hidden_states=True,
+    )  # fmt: skip
+    order = ["loss", "logits", "past_key_values", "hidden_states", "attentions"]
+    assert list(out) == order
+    assert out[-1] is out.attentions
+    assert out[2] is out.cache is out["cache"] is out.past_key_values
+    again = backend.run(model, input_ids=IDS[:, -1:], cache=out.cache)
+    assert again.logits.shape == (2, 1, CONFIG.vocab_size)
+
+
+def test_a_cache_reads_as_transformers_does_and_stays_a_value(backend, model):
+    cache = backend.call(model, input_ids=IDS, use_cache=True).past_key_values
+    shape = (2, CONFIG.num_attention_heads, 6, CONFIG.head_dim)
+    assert tuple(cache.layers[0].keys.shape) == tuple(cache.key_cache[0].shape) == shape
+    assert tuple(cache.layers[-1].values.shape) == tuple(cache.value_cache[-1].shape) == shape
+    for name in CACHE_REFUSED:
+        with pytest.raises(InputError, match=f"{name}: a cache is not changed in place; "):
+            getattr(cache, name)(np.array([0]))
+
+
+def test_names_that_libraries_look_at(model):
+    assert model.num_labels == CONFIG.num_labels
+    assert model._no_split_modules == ["OPTDecoderLayer"]
+    assert (model.is_parallelizable, model.supports_tp_plan, model.is_remote_code()) == (False,) * 3
+    assert model.generation_config_class is GenerationConfig
+    for name in REFUSED:
+        with pytest.raises(UnsupportedError, match=rf"\.{name} is not supported: \w+"):
+            getattr(model, name)()
+
+
+def test_activations_may_be_checkpointed_under_either_name(model):
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert model.is_gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=None)
+    assert model.is_gradient_checkpointing
+    model.activation_checkpointing_disable()
+    with pytest.raises(ValueError, match="every_n_layers=1 and offload=False, received 2 and"):
+        model.activation_checkpointing_enable(every_n_layers=2)
+
+
+class Theirs:
+    """Settings as another library's object holds them."""
+
+    max_new_tokens = NEW
+
+    def to_diff_dict(self):
+        return {"max_new_tokens": self.max_new_tokens, "transformers_version": "5.24.0"}
+
+
+def test_settings_of_another_library_are_taken(backend, model, greedy):
+    for given in (Theirs(), {"max_new_tokens": NEW}):
+        np.testing.assert_array_equal(backend.generate(model, IDS, generation_config=given), greedy)
+    own, model.generation_config = model.generation_config, Theirs()
+    try:
+        np.testing.assert_array_equal(backend.generate(model, IDS), greedy)
+    finally:
+        model.generation_config = own
+
+
+def test_arguments_that_change_nothing_are_taken(backend, model, greedy):
+    positions = np.arange(6, dtype=np.int32)[None].repeat(2, 0)
+    found = backend.generate(
+        model, IDS, token_type_ids=np.zeros_like(IDS), logits_to_keep=1, position_ids=positions,
+        cache_implementation="static", trace=True, custom_generate="contrastive-search", **SETTINGS,
+    )  # fmt: skip
+    np.testing.assert_array_equal(found, greedy)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"position_ids": np.zeros_like(IDS)}, "position_ids: generate counts positions from"),
+        ({"head_mask": [[1]]}, "generate takes no head_mask"),
+        ({"custom_generate": "me/mine"}, "custom_generate: the code of 'me/mine' is not run"),
+        ({"assistant_tokenizer": object()}, "assistant_tokenizer: pass tokenizer= too"),
+        ({"cache_implementation": "fast"}, "cache_implementation: expected one of dynamic"),
+        ({"foo": 1}, "unknown generation option 'foo'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments_that_cannot_be_honoured_are_refused(model, given, message):
+    with pytest.raises(GenerationError, match=message):
+        model.generate(IDS, **SETTINGS, **given)
+
+
+def test_a_text_begins_with_bos_unless_there_is_none(model):
+    with pytest.raises(GenerationError, match="no bos_token_id to begin with"):
+        model.generate(bos_token_id=None, **SETTINGS)
+
+
+def test_prefixes_are_caches_of_any_kind(backend, model, greedy):
+    held = backend.call(model, input_ids=IDS[:, :4], use_cache=True).past_key_values
+    pairs = held.to_legacy_cache()
+    for past in (held, pairs, list(pairs), ()):
+        found = backend.generate(model, IDS, past_key_values=past, **SETTINGS)
+        np.testing.assert_array_equal(found, greedy)
+
+
+def test_ways_to_generate_of_ones_own(backend, model, greedy):
+    """The filters and ends of the request are at hand, as `transformers` gives them."""
+
+    def likeliest(model, input_ids, logits_processor, stopping_criteria, generation_config, **more):
+        assert set(more) == {"attention_mask"}
+        assert generation_config.max_length == 6 + NEW
+        ids, ended = input_ids, False
+        while not ended:
+            logits = backend.call(model, input_ids=backend.to_array(ids), use_cache=False).logits
+            scores = logits_processor(ids, logits[:, -1])
+            new = backend.to_array(scores).argmax(-1)[:, None]
+            ids = backend.array(np.concatenate([backend.to_array(ids), new], 1).astype(np.int32))
+            ended = backend.to_array(stopping_criteria(ids, scores)).all()
+        return ids
+
+    found = model.generate(IDS, custom_generate=likeliest, eos_token_id=None, **SETTINGS)
+    np.testing.assert_array_equal(
+        backend.to_array(found), backend.generate(model, IDS, eos_token_id=None, **SETTINGS)
+    )
+    banned = int(greedy[0, 6])
+    kept = model.generate(IDS, custom_generate=likeliest, suppress_tokens=[banned], **SETTINGS)
+    assert banned not in backend.to_array(kept)[:, 6:]
+
+
+def test_a_configuration_may_say_how_to_generate(backend, folder, tmp_path):
+    model = backend.load(folder(CONFIG))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"max_length": 9, "num_beams": 2}))
+    settings = backend.load(tmp_path).generation_config
+    assert (settings.max_length, settings.num_beams) == (9, 2)
+    assert settings.eos_token_id == CONFIG.eos_token_id
