@@ -17,8 +17,8 @@ from opt_core.generation.request import Request, allocate_tokens, check_logits
 from opt_core.generation.rules import Rules
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts, program_inputs
-from opt_flax.prefill import prefill_prompts
+from opt_flax.compilation import Prompts
+from opt_flax.prefill import copy_rows, prefill_prompts, read_prompts
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
@@ -65,15 +65,11 @@ def search(model: "FlaxOPTForCausalLM", request: Request) -> Array:
     Raises:
         GenerationError: No token can come in a row.
     """
-    (B, prompt), slots = request.ids.shape, request.slots
-    graph, state = nnx.split(model)
-    rules = sampling.request_rules(model, request)
-    history, mask = allocate_tokens(request, slots, request.settings.num_beams)
-    prompts = program_inputs(request, slots)
-    search, best = _start(graph, state, prompts, history, mask, rules, request.chunk)
-    check_logits(np.asarray(best))
-    finished = _loop(graph, state, search, rules).finished
-    count = request.settings.num_return_sequences
+    graph, state, search, rules = _start(model, request)
+    search = _loop(graph, state, search, rules)
+    check_logits(np.asarray(search.best))
+    (B, prompt), count = request.ids.shape, request.settings.num_return_sequences
+    finished = search.finished
     ids, lengths = (np.asarray(x)[:, :count] for x in (finished.ids, finished.lengths))
     return jnp.asarray(ids[:, :, : prompt + lengths.max()].reshape(B * count, -1))
 
@@ -120,9 +116,7 @@ def finish_beams(
     """
     W = finished.scores.shape[1]
     ends_BC = ends_BC & (jnp.arange(ends_BC.shape[1]) < W)
-    closed = ~is_open
-    if rules.early_stopping is True:
-        closed = closed | (finished.lengths > 0).all(1, keepdims=True)
+    closed = ~is_open | (rules.is_full_enough & (finished.lengths > 0).all(1, keepdims=True))
     scores = grown.scores / jnp.float32(made + 1) ** rules.length_penalty
     scores = scores + closed * NEG_INF + ~ends_BC * NEG_INF
     grown = Beams(grown.ids, scores, grown.lengths * ends_BC)
@@ -137,9 +131,7 @@ def can_improve(
 
     `early_stopping="never"` assumes the length that favours it most; otherwise its present one.
     """
-    length = jnp.float32(made)
-    if rules.early_stopping == "never":
-        length = jnp.where(rules.length_penalty > 0, jnp.float32(limit), length)
+    length = jnp.where(rules.is_hopeful, limit, made).astype(jnp.float32)
     best = running.scores[:, :1] / length**rules.length_penalty
     worst = finished.scores.min(1, keepdims=True)
     return (best > jnp.where(finished.lengths > 0, worst, NEG_INF)).any(1, keepdims=True)
@@ -150,14 +142,34 @@ def run(
     rules: Rules,
 ) -> tuple[Array, Array]:  # fmt: skip
     """All of a search as one program: its best rows, and the highest scores at its start."""
-    search, best = _start(graph, state, prompts, history_RS, mask_RS, rules)
-    found = _loop(graph, state, search, rules).finished.ids
-    return found[:, : rules.num_return_sequences].reshape(-1, found.shape[2]), best
+    model, B = nnx.merge(graph, state), prompts.ids.shape[0]
+    found = prefill_prompts(model, prompts, None, history_RS.shape[1])
+    logits, cache = copy_rows(*found, rules.num_beams, model.mesh)
+    search = _begin(logits, cache, history_RS, mask_RS, B, prompts.length)
+    search = _loop(graph, state, search, rules)
+    found = search.finished.ids
+    return found[:, : rules.num_return_sequences].reshape(-1, found.shape[2]), search.best
 
 
 class _Search(NamedTuple):
-    """The state of a search; `parents` (B, W) are the beams that were continued."""
+    """The state of a search.
 
+    Attributes:
+        logits: (B * W, V) after all tokens that the cache has.
+        best: (B * W,) the highest score that the first token was chosen by.
+        cache: Keys and values, of the newest tokens too where there will be others.
+        mask: bool (B * W, S), False at padding.
+        running: Beams that may grow.
+        finished: Beams that have ended.
+        is_open: bool (B, 1), prompts whose result may still improve.
+        parents: (B, W) the beams that were continued.
+        made: Tokens generated.
+        prompt: Slots of the prompts.
+        keep_going: bool, whether anything can change yet.
+    """
+
+    logits: Array
+    best: Array
     cache: KVCache
     mask: Array
     running: Beams
@@ -169,41 +181,41 @@ class _Search(NamedTuple):
     keep_going: Array
 
 
-@partial(jax.jit, static_argnames=("graph", "chunk"))
-def _start(
-    graph: Any,
-    state: Any,
-    prompts: Prompts,
-    history_RS: Array,
-    mask_RS: Array,
-    rules: Rules,
-    chunk: int | None = None,
-) -> tuple[_Search, Array]:
-    """The beams with their first token, and the highest score of each row."""
-    model = nnx.merge(graph, state)
-    B, (R, S) = prompts.ids.shape[0], history_RS.shape
+def _start(model: "FlaxOPTForCausalLM", request: Request) -> tuple[Any, Any, _Search, Rules]:
+    """Reads the prompts; the model comes back in its two parts."""
+    parts, W, (B, prompt) = nnx.split(model), request.settings.num_beams, request.ids.shape
+    found = read_prompts(model, parts, request, request.slots, W)
+    tokens = allocate_tokens(request, request.slots, W)
+    search = _begin(*found, *tokens, B, np.int32(prompt))
+    return *parts, search, sampling.request_rules(model, request)
+
+
+def _begin(
+    logits_RV: Array, cache: KVCache, history_RS: Any, mask_RS: Any, B: Any, prompt: Any
+) -> _Search:
+    """Beams of which nothing is generated yet."""
+    (R, S), nothing = history_RS.shape, jnp.int32(0)
     W = R // B
-    logits, cache = prefill_prompts(model, prompts, chunk, S, W)
-    empty = Beams(
-        history_RS.reshape(B, W, S), jnp.full((B, W), NEG_INF), jnp.zeros((B, W), jnp.int32)
-    )
     # All beams start alike: only the first may be continued, or the same text would come W times.
-    running = empty._replace(scores=empty.scores.at[:, 0].set(0))
-    open_all = jnp.ones((B, 1), bool)
-    parents = jnp.zeros((B, W), jnp.int32)
-    search = _Search(
-        cache, mask_RS, running, empty, open_all, parents, 0, prompts.length, jnp.array(True)
+    scores = jnp.where(jnp.arange(W) == 0, jnp.zeros((B, W)), NEG_INF)
+    running, finished = (
+        # Arrays of their own, which a program may take over.
+        Beams(history_RS.reshape(B, W, S), first, jnp.zeros((B, W), jnp.int32))
+        for first in (scores, jnp.full((B, W), NEG_INF))
     )
-    search, scores = _choose(search, logits, rules)
-    return search, replicate(scores.max(-1), model.mesh)
+    return _Search(
+        logits_RV, jnp.zeros(R), cache, mask_RS, running, finished, jnp.ones((B, 1), bool),
+        jnp.zeros((B, W), jnp.int32), nothing, prompt, jnp.array(True),
+    )  # fmt: skip
 
 
-def _choose(search: _Search, logits: Array, rules: Rules) -> tuple[_Search, Array]:
-    """Gives every beam its next token; returns the constrained scores too."""
+def _choose(search: _Search, rules: Rules) -> _Search:
+    """Gives every beam its next token."""
     made, (B, W, S) = search.made, search.running.ids.shape
-    end, limit = search.prompt + made, rules.new_tokens
+    end, limit, is_first = search.prompt + made, rules.new_tokens, made == 0
     mask = search.mask & (jnp.arange(S) < end)
-    scores = jax.nn.log_softmax(generation.mask_vocabulary(logits, rules.vocabulary), -1)
+    rules = rules.replace(bias=jnp.where(is_first, rules.begin_bias, rules.bias))
+    scores = jax.nn.log_softmax(generation.mask_vocabulary(search.logits, rules.vocabulary), -1)
     history = search.running.ids.reshape(B * W, S)
     is_last = made + 1 == limit
     scores = filters.process_logits(sampling, scores, history, mask, end, made, rules, is_last)
@@ -213,15 +225,13 @@ def _choose(search: _Search, logits: Array, rules: Rules) -> tuple[_Search, Arra
     finished = finish_beams(search.finished, grown, ends, made, search.is_open, rules)
     running, index = grown._replace(scores=grown.scores + ends * NEG_INF).best(W)
     is_open = search.is_open & can_improve(running, finished, made + 1, limit, rules)
-    keep_going = ~ends.all() & is_open.any()
-    if rules.early_stopping is True:
-        keep_going &= ~(finished.lengths > 0).all()
-    parents = jnp.take_along_axis(parents, index, 1)
-    search = search._replace(
-        running=running, finished=finished, is_open=is_open, parents=parents, made=made + 1,
-        keep_going=keep_going,
+    is_full = rules.is_full_enough & (finished.lengths > 0).all()
+    return search._replace(
+        running=running, finished=finished, is_open=is_open, made=made + 1,
+        parents=jnp.take_along_axis(parents, index, 1),
+        keep_going=~ends.all() & is_open.any() & ~is_full,
+        best=lax.cond(is_first, lambda: scores.max(-1), lambda: search.best),
     )  # fmt: skip
-    return search, scores
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="search")
@@ -229,13 +239,17 @@ def _loop(graph: Any, state: Any, search: _Search, rules: Rules) -> _Search:
     """Tokens until no beam can become one of the best."""
     model = nnx.merge(graph, state)
 
-    def advance(search: _Search) -> _Search:
+    def read(search: _Search) -> _Search:
         slot = search.prompt + search.made - 1
         last = lax.dynamic_index_in_dim(search.running.ids, slot, 2, keepdims=False)
         cache = search.cache.regroup(search.parents, model.mesh)
         logits, cache = generation.decode_step(model, last.reshape(-1), cache)
-        return _choose(search._replace(cache=cache), logits, rules)[0]
+        return search._replace(logits=logits, cache=cache)
+
+    def advance(search: _Search) -> _Search:
+        search = _choose(search, rules)
+        return lax.cond(search.keep_going, read, lambda search: search, search)
 
     search = lax.while_loop(lambda search: search.keep_going, advance, search)
     finished = Beams(*(replicate(values, model.mesh) for values in search.finished))
-    return search._replace(finished=finished)
+    return search._replace(finished=finished, best=replicate(search.best, model.mesh))

@@ -1,6 +1,7 @@
 """Generation: one prefill, then one decode step per token, each compiled once.
 
-`stream` runs the step once per token, `generate` runs the same step in a loop on the device.
+`stream` runs the step once per token, `generate` runs the same step in a loop on the device. The
+prompts are read by a program of their own: another kind of search does not compile it again.
 Programs depend on the number of rows and on lengths rounded up to a bucket, not on the prompt, the
 seed or the numbers of the settings.
 """
@@ -21,8 +22,8 @@ from opt_core.generation.request import Request, allocate_tokens, check_logits
 from opt_core.generation.rules import BANNED, Rules
 from opt_flax import sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts, program_inputs
-from opt_flax.prefill import prefill_prompts
+from opt_flax.compilation import Prompts
+from opt_flax.prefill import copy_rows, prefill_prompts, read_prompts
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ class _Rows(NamedTuple):
         mask: bool (R, S), False at the prompts' padding.
         ended: bool (R,).
         token: (R,) the newest tokens.
-        cache: Keys and values of all tokens but the newest.
+        logits: (R, V) after all tokens that the cache has.
+        best: (R,) the highest logit that the first token was chosen by.
+        cache: Keys and values, of the newest token too where there will be another.
         made: Tokens generated.
         prompt: Slots of the prompts.
     """
@@ -46,6 +49,8 @@ class _Rows(NamedTuple):
     mask: Array
     ended: Array
     token: Array
+    logits: Array
+    best: Array
     cache: KVCache
     made: int | Array
     prompt: Array
@@ -76,7 +81,9 @@ def stream(model: "FlaxOPTForCausalLM", request: Request) -> Iterator[Array]:
     Yields:
         (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
     """
-    graph, state, rows, rules = _run_start(model, request)
+    graph, state, rows, rules = _start(model, request)
+    rows = _open(rows, rules, model.mesh)
+    check_logits(np.asarray(rows.best))
     trackers = request.stop_trackers(len(rows.ended))
     can_end = bool(request.settings.eos_ids or trackers)
     for made in range(1, request.new_tokens + 1):
@@ -93,8 +100,8 @@ def generate(model: "FlaxOPTForCausalLM", request: Request) -> Array:
     """The prompts and all that `stream` yields after them."""
     if request.settings.stops:  # texts are watched on the host
         return jnp.asarray(request.join(stream(model, request)))
-    graph, state, rows, rules = _run_start(model, request)
-    rows = _loop(graph, state, rows, rules)
+    rows = _loop(*_start(model, request))
+    check_logits(np.asarray(rows.best))
     length = request.ids.shape[1] + int(rows.made)
     return jnp.asarray(np.asarray(rows.history)[:, :length])
 
@@ -110,8 +117,11 @@ def run(
     rules: Rules,
 ) -> tuple[Array, Array]:  # fmt: skip
     """All of a generation as one program: the rows (R, S), and the highest logits at its start."""
-    rows, best = _start(graph, state, prompts, history_RS, mask_RS, rules)
-    return _loop(graph, state, rows, rules).history, best
+    model = nnx.merge(graph, state)
+    found = prefill_prompts(model, prompts, None, history_RS.shape[1])
+    logits, cache = copy_rows(*found, rules.num_return_sequences, model.mesh)
+    rows = _loop(graph, state, _begin(logits, cache, history_RS, mask_RS, prompts.length), rules)
+    return rows.history, rows.best
 
 
 def trace(
@@ -152,63 +162,60 @@ def trace(
     return run(graph, state, prompts, history, known, rules)
 
 
-def _run_start(model: "FlaxOPTForCausalLM", request: Request) -> tuple[Any, Any, _Rows, Rules]:
-    """Reads the prompts and chooses the first token; the model comes back in its two parts."""
-    graph, state = nnx.split(model)
-    rules = sampling.request_rules(model, request)
-    history, mask = allocate_tokens(request, request.slots, request.settings.num_return_sequences)
-    prompts = program_inputs(request, request.slots)
-    rows, best = _start(graph, state, prompts, history, mask, rules, request.chunk)
-    check_logits(np.asarray(best))
-    return graph, state, rows, rules
+def _start(model: "FlaxOPTForCausalLM", request: Request) -> tuple[Any, Any, _Rows, Rules]:
+    """Reads the prompts; the model comes back in its two parts."""
+    parts, copies = nnx.split(model), request.settings.num_return_sequences
+    found = read_prompts(model, parts, request, request.slots, copies)
+    tokens = allocate_tokens(request, request.slots, copies)
+    rows = _begin(*found, *tokens, np.int32(request.ids.shape[1]))
+    return *parts, rows, sampling.request_rules(model, request)
 
 
-@partial(jax.jit, static_argnames=("graph", "chunk"))
-def _start(
-    graph: Any,
-    state: Any,
-    prompts: Prompts,
-    history_RS: Array,
-    mask_RS: Array,
-    rules: Rules,
-    chunk: int | None = None,
-) -> tuple[_Rows, Array]:
-    """The rows with their first token, and the highest logit of each."""
-    model, (R, S) = nnx.merge(graph, state), history_RS.shape
-    logits, cache = prefill_prompts(model, prompts, chunk, S, R // prompts.ids.shape[0])
-    none, length = jnp.zeros(R, jnp.int32), prompts.length
-    rows = _Rows(history_RS, mask_RS, jnp.zeros(R, bool), none, cache, 0, length)
-    rows, scores = _choose(rows, logits, rules, model.mesh)
-    return rows, replicate(scores.max(-1), model.mesh)
+def _begin(logits_RV: Array, cache: KVCache, history_RS: Any, mask_RS: Any, prompt: Any) -> _Rows:
+    """Rows of which nothing is generated yet."""
+    R = history_RS.shape[0]
+    ended, token, best = (jnp.zeros(R, dtype) for dtype in (bool, jnp.int32, jnp.float32))
+    return _Rows(
+        jnp.asarray(history_RS), mask_RS, ended, token, logits_RV, best, cache, jnp.int32(0), prompt
+    )
 
 
-def _choose(rows: _Rows, logits: Array, rules: Rules, mesh: Mesh | None) -> tuple[_Rows, Array]:
-    """Gives every row its next token; returns the constrained logits too."""
-    end = rows.prompt + rows.made
+def _choose(rows: _Rows, rules: Rules, mesh: Mesh | None) -> _Rows:
+    """Gives every row its next token."""
+    end, is_first = rows.prompt + rows.made, rows.made == 0
     mask = rows.mask & (jnp.arange(rows.mask.shape[1]) < end)
-    scores = mask_vocabulary(logits, rules.vocabulary)
+    rules = rules.replace(bias=jnp.where(is_first, rules.begin_bias, rules.bias))
+    scores = mask_vocabulary(rows.logits, rules.vocabulary)
     is_last = rows.made + 1 == rules.new_tokens
     scores = filters.process_logits(
         sampling, scores, rows.history, mask, end, rows.made, rules, is_last
     )
     token = filters.select_tokens(sampling, scores, rules, jax.random.fold_in(rules.key, rows.made))
     token = replicate(jnp.where(rows.ended, rules.pad, token), mesh)
-    ended = rows.ended | rules.ends[token]
     history = lax.dynamic_update_slice(rows.history, token[:, None], (0, end))
-    rows = rows._replace(history=history, ended=ended, token=token, made=rows.made + 1)
-    return rows, scores
+    return rows._replace(
+        history=history, ended=rows.ended | rules.ends[token], token=token, made=rows.made + 1,
+        best=lax.cond(is_first, lambda: replicate(scores.max(-1), mesh), lambda: rows.best),
+    )  # fmt: skip
 
 
-def _advance(model: Any, rows: _Rows, rules: Rules) -> _Rows:
-    """Reads the newest token of every row and chooses the next."""
+def _read(model: Any, rows: _Rows) -> _Rows:
+    """Reads the newest token of every row."""
     logits, cache = decode_step(model, rows.token, rows.cache)
-    return _choose(rows._replace(cache=cache), logits, rules, model.mesh)[0]
+    return rows._replace(logits=logits, cache=cache)
+
+
+@partial(jax.jit, static_argnames="mesh", donate_argnames="rows")
+def _open(rows: _Rows, rules: Rules, mesh: Mesh | None) -> _Rows:
+    """The first token of every row."""
+    return _choose(rows, rules, mesh)
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="rows")
 def _step(graph: Any, state: Any, rows: _Rows, rules: Rules) -> _Rows:
     """One more token per row."""
-    return _advance(nnx.merge(graph, state), rows, rules)
+    model = nnx.merge(graph, state)
+    return _choose(_read(model, rows), rules, model.mesh)
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="rows")
@@ -219,9 +226,13 @@ def _loop(graph: Any, state: Any, rows: _Rows, rules: Rules) -> _Rows:
     def keep_going(rows: _Rows) -> Array:
         return (rows.made < rules.new_tokens) & ~rows.ended.all()
 
-    def advance(rows: _Rows) -> _Rows:
-        rows = _advance(model, rows._replace(cache=rows.cache.unsqueezed()), rules)
+    def read(rows: _Rows) -> _Rows:
+        rows = _read(model, rows._replace(cache=rows.cache.unsqueezed()))
         return rows._replace(cache=rows.cache.squeezed())
+
+    def advance(rows: _Rows) -> _Rows:
+        rows = _choose(rows, rules, model.mesh)
+        return lax.cond(keep_going(rows), read, lambda rows: rows, rows)
 
     rows = lax.while_loop(keep_going, advance, rows._replace(cache=rows.cache.squeezed()))
     history = replicate(rows.history, model.mesh)

@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jax.sharding import Mesh
 
-from opt_core.generation.request import Ids, Mask
+from opt_core.generation.request import Ids, Mask, Request
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts
+from opt_flax.compilation import Prompts, program_inputs
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
 
 
 def prefill_prompts(
-    model: "FlaxOPTForCausalLM", prompts: Prompts, chunk: int | None, slots: int, copies: int
+    model: "FlaxOPTForCausalLM", prompts: Prompts, chunk: int | None, slots: int
 ) -> tuple[Array, KVCache]:
     """Reads the prompts of a request, without what its cache has of them already.
 
@@ -27,18 +28,54 @@ def prefill_prompts(
         prompts: Inputs of a program.
         chunk: Tokens to read at a time; None: all at once, with nothing before them.
         slots: Slots S of the cache.
-        copies: Rows that each prompt gets; there are R of them in all.
+
+    Returns:
+        Logits (B, V) after the last token, and the cache that holds the prompts.
+    """
+    B, past = prompts.ids.shape[0], prompts.past
+    cache = model.init_cache(B, slots) if past is None else past.resize(B, slots, model.mesh)
+    return prefill(model, prompts.ids, prompts.mask, cache, chunk, prompts.length)
+
+
+def read_prompts(
+    model: "FlaxOPTForCausalLM", parts: Any, request: Request, slots: int, copies: int
+) -> tuple[Array, KVCache]:
+    """Reads the prompts of a request, and makes several rows of each.
+
+    The program that reads them is the same for all that may follow.
+
+    Args:
+        model: The language model.
+        parts: The model's, as `nnx.split` gives them.
+        request: What to generate.
+        slots: Slots S of the cache.
+        copies: Rows of each prompt; there are R of them in all.
 
     Returns:
         Logits (R, V) after the last token, and the cache that holds the prompts.
     """
-    B, past = prompts.ids.shape[0], prompts.past
-    cache = model.init_cache(B, slots) if past is None else past.resize(B, slots, model.mesh)
-    logits, cache = prefill(model, prompts.ids, prompts.mask, cache, chunk, prompts.length)
-    if copies > 1:
-        rows = jnp.zeros((B, copies), jnp.int32)
-        logits, cache = jnp.repeat(logits, copies, 0), cache.regroup(rows, model.mesh)
-    return logits, cache
+    found = _read_prompts(*parts, program_inputs(request, slots), request.chunk, slots)
+    return copy_rows(*found, copies, model.mesh)
+
+
+@partial(jax.jit, static_argnames=("graph", "chunk", "slots"))
+def _read_prompts(
+    graph: Any, state: Any, prompts: Prompts, chunk: int | None, slots: int
+) -> tuple[Array, KVCache]:
+    return prefill_prompts(nnx.merge(graph, state), prompts, chunk, slots)
+
+
+def copy_rows(
+    logits_BV: Array, cache: KVCache, copies: int, mesh: Mesh | None
+) -> tuple[Array, KVCache]:
+    """Several rows of each prompt: logits (B * copies, V), and the cache that goes with them."""
+    return (logits_BV, cache) if copies == 1 else _copy_rows(logits_BV, cache, copies, mesh)
+
+
+@partial(jax.jit, static_argnames=("copies", "mesh"))
+def _copy_rows(logits_BV: Array, cache: KVCache, copies: int, mesh: Any) -> tuple[Array, KVCache]:
+    rows = jnp.zeros((logits_BV.shape[0], copies), jnp.int32)
+    return jnp.repeat(logits_BV, copies, 0), cache.regroup(rows, mesh)
 
 
 def prefill(

@@ -177,8 +177,8 @@ def top_p(logits_BC: Array, p: float | Array, fewest: int) -> Array:
 
 def min_p(logits_BC: Array, p: float | Array, fewest: int) -> Array:
     """Keeps tokens at least p times as likely as the likeliest."""
-    probabilities = jax.nn.softmax(logits_BC, -1)
-    return _keep(logits_BC, probabilities >= p * probabilities[:, :1], fewest)
+    share = jnp.exp(logits_BC - logits_BC[:, :1])
+    return _keep(logits_BC, share >= p, fewest)
 
 
 def typical_p(logits_BC: Array, p: float | Array, fewest: int) -> Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from opt_core.generation import filters
 from opt_core.generation.request import Ids, Request, check_logits
@@ -21,8 +22,7 @@ from opt_core.generation.rules import Rules
 from opt_core.generation.speculation import Counts, Reader, Rows, speculate
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts, program_inputs
-from opt_flax.prefill import prefill_prompts
+from opt_flax.prefill import read_prompts
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
@@ -129,10 +129,10 @@ class _Reader(Reader):
         self.graph, self.state = nnx.split(model)
         self.is_bare = len(rows.texts) == 1 and self.slots.is_plain  # and stays so
         self.rules = sampling.request_rules(model, request)
-        self.token, self.best, self.keys, self.values = _open(
-            self.graph, self.state, program_inputs(request, slots), self._history(rows.no_draft),
-            self.rules, request.chunk, slots,
-        )  # fmt: skip
+        parts, copies = (self.graph, self.state), request.settings.num_return_sequences
+        logits, cache = read_prompts(model, parts, request, slots, copies)
+        self.keys, self.values = cache.keys, cache.values
+        self.token, self.best = _open(logits, self._history(rows.no_draft), self.rules, model.mesh)
 
     def first_tokens(self) -> Ids:
         check_logits(np.asarray(self.best))
@@ -159,8 +159,7 @@ class _Reader(Reader):
         self.keys, self.values = _reorder(self.keys, self.values, order)
 
     def _rules(self, step: int) -> Rules:
-        key = jax.random.fold_in(self.rules.key, step)
-        return Rules(self.rules.structure, {**self.rules.numbers, "key": key})
+        return self.rules.replace(key=jax.random.fold_in(self.rules.key, step))
 
     def _history(self, draft: Ids) -> _History:
         return _History(*self.histories(draft))
@@ -170,19 +169,14 @@ class _Reader(Reader):
         return _Place(np.int32(self.slots.length), mask, self.positions(count, newest))
 
 
-@partial(jax.jit, static_argnames=("graph", "chunk", "slots"))
+@partial(jax.jit, static_argnames="mesh")
 def _open(
-    graph: Any, state: Any, prompts: Prompts, history: _History, rules: Rules,
-    chunk: int | None, slots: int,
-) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:  # fmt: skip
-    """The first token of each row, the highest logit it was chosen by, and the cache's buffers."""
-    model = nnx.merge(graph, state)
-    copies = len(history.ids) // len(prompts.ids)
-    logits, cache = prefill_prompts(model, prompts, chunk, slots, copies)
-    scores = _constrained(logits[:, None], history._replace(made=0), rules)[:, 0]
+    logits_RV: Array, history: _History, rules: Rules, mesh: Mesh | None
+) -> tuple[Array, Array]:
+    """The first token of each row, and the highest logit it was chosen by."""
+    scores = _constrained(logits_RV[:, None], history._replace(made=0), rules)[:, 0]
     token = filters.select_tokens(sampling, scores, rules, rules.key)
-    token, best = (replicate(x, model.mesh) for x in (token, scores.max(-1)))
-    return token, best, cache.keys, cache.values
+    return replicate(token, mesh), replicate(scores.max(-1), mesh)
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames=("keys", "values"))

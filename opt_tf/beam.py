@@ -14,7 +14,7 @@ from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
 from opt_tf.compilation import generation_program, program_inputs
 from opt_tf.linear import sizes
-from opt_tf.prefill import prefill_prompts
+from opt_tf.prefill import copy_rows, prefill_prompts, read_prompts
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -55,7 +55,10 @@ class _State(NamedTuple):
         finished: Beams that have ended.
         is_open: bool (B, 1), prompts whose result may still improve.
         is_done: bool scalar, whether nothing can change any more.
-        keys: The cache's.
+        rows: (B * W,) the rows of the cache that were continued.
+        logits: (B * W, V) after all tokens that the cache has.
+        best: (B * W,) the largest score that the first token was chosen by.
+        keys: The cache's, with the newest tokens where there will be others.
         values: The cache's.
     """
 
@@ -64,6 +67,9 @@ class _State(NamedTuple):
     finished: Beams
     is_open: tf.Tensor
     is_done: tf.Tensor
+    rows: tf.Tensor
+    logits: tf.Tensor
+    best: tf.Tensor
     keys: tuple[tf.Tensor, ...]
     values: tuple[tf.Tensor, ...]
 
@@ -81,10 +87,11 @@ def search(model: "TFOPTForCausalLM", request: Request) -> tf.Tensor:
     Raises:
         GenerationError: No token can come in a row.
     """
-    inputs = program_inputs(request, request.slots)
-    state, best = generation_program(model, request, _start)(inputs)
+    inputs, W = program_inputs(request, request.slots), request.settings.num_beams
+    found = read_prompts(model, request, request.slots, W)
+    state = _begin(*found, inputs["history"], W)
+    finished, best = generation_program(model, request, _loop)(inputs, state)
     check_logits(best.numpy())
-    finished = generation_program(model, request, _loop)(inputs, state)
     found, made = _result(finished, request.settings)
     return found[:, : inputs["prompt"] + made]
 
@@ -134,9 +141,8 @@ def finish_beams(
     """
     W = sizes(finished.scores)[1]
     ends_BC &= tf.range(sizes(ends_BC)[1]) < W
-    closed = tf.logical_not(is_open)
-    if rules.early_stopping is True:
-        closed |= tf.reduce_all(finished.lengths > 0, 1, keepdims=True)
+    is_full = tf.reduce_all(finished.lengths > 0, 1, keepdims=True)
+    closed = tf.logical_not(is_open) | (rules.is_full_enough & is_full)
     scores = grown.scores / _power(made + 1, rules)
     scores += tf.where(closed, NEG_INF, 0.0) + tf.where(ends_BC, 0.0, NEG_INF)
     grown = Beams(grown.ids, scores, tf.where(ends_BC, grown.lengths, 0))
@@ -155,9 +161,7 @@ def can_improve(
 
     `early_stopping="never"` assumes the length that favours it most; otherwise its present one.
     """
-    length = tf.convert_to_tensor(made)
-    if rules.early_stopping == "never":
-        length = tf.where(tf.convert_to_tensor(rules.length_penalty) > 0, limit, length)
+    length = tf.where(rules.is_hopeful, limit, made)
     best = running.scores[:, :1] / _power(length, rules)
     worst = tf.reduce_min(finished.scores, 1, keepdims=True)
     return tf.reduce_any(best > tf.where(finished.lengths > 0, worst, NEG_INF), 1, keepdims=True)
@@ -171,8 +175,10 @@ def run(
     model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any]
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """All of a search: its best rows (R, S), the most tokens made, the largest scores at first."""
-    state, best = _start(model, rules, inputs)
-    return *_result(_loop(model, rules, inputs, state), rules), best
+    slots, W = sizes(inputs["history"])[1], rules.num_beams
+    found = copy_rows(*prefill_prompts(model, inputs, rules.chunk, slots), W)
+    finished, best = _loop(model, rules, inputs, _begin(*found, inputs["history"], W))
+    return *_result(finished, rules), best
 
 
 def _result(finished: Beams, rules: Any) -> tuple[tf.Tensor, tf.Tensor]:
@@ -182,51 +188,47 @@ def _result(finished: Beams, rules: Any) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.reshape(finished.ids[:, :count], (-1, S)), made
 
 
-def _start(
-    model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any]
-) -> tuple[_State, tf.Tensor]:
-    """The first token of each beam, and the largest score it was chosen by."""
-    B, W = sizes(inputs["history"])[0], rules.num_beams
-    slots = sizes(inputs["history"])[1]
-    logits, cache = prefill_prompts(model, inputs, rules.chunk, slots, W)
-    none = Beams(
-        tf.repeat(inputs["history"][:, None], W, 1),
-        tf.fill((B, W), NEG_INF),
-        tf.zeros((B, W), tf.int32),
-    )
+def _begin(logits_RV: tf.Tensor, cache: KVCache, history_BS: tf.Tensor, W: int) -> _State:
+    """Beams of which nothing is generated yet."""
+    B = sizes(history_BS)[0]
     # All beams start alike: only the first may be continued, or the same text would come W times.
-    running = none._replace(scores=tf.repeat(tf.where(tf.range(W) == 0, 0.0, NEG_INF)[None], B, 0))
-    is_open, is_done = tf.ones((B, 1), tf.bool), tf.constant(False)
-    state = _State(tf.constant(0), running, none, is_open, is_done, cache.keys, cache.values)
-    return _choose(logits, rules, inputs, state, 0)
+    scores = tf.repeat(tf.where(tf.range(W) == 0, 0.0, NEG_INF)[None], B, 0)
+    running = Beams(tf.repeat(history_BS[:, None], W, 1), scores, tf.zeros((B, W), tf.int32))
+    finished = running._replace(scores=tf.fill((B, W), NEG_INF))
+    return _State(
+        tf.constant(0), running, finished, tf.ones((B, 1), tf.bool), tf.constant(False),
+        tf.range(B * W), logits_RV, tf.zeros(B * W), cache.keys, cache.values,
+    )  # fmt: skip
 
 
-def _loop(model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State) -> Beams:
-    """Steps until nothing can change any more; the finished beams."""
+def _loop(
+    model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State
+) -> tuple[Beams, tf.Tensor]:
+    """Tokens until nothing can change any more; the finished beams, and `best`."""
     mask = tf.repeat(inputs["mask"], rules.num_beams, 0)
 
-    def step(*parts: Any) -> _State:
-        state = _State(*parts)
+    def read(state: _State) -> _State:
         end = inputs["prompt"] + state.made - 1
         last = tf.reshape(tf.gather(state.running.ids, end, axis=2), (-1,))
-        cache = KVCache(state.keys, state.values, end, mask)
+        cache = KVCache(state.keys, state.values, end, mask).select(state.rows)
         logits, cache = generation.decode_step(model, last, cache)
-        state = state._replace(keys=cache.keys, values=cache.values)
-        return _choose(logits, rules, inputs, state, state.made)[0]
+        return state._replace(logits=logits, keys=cache.keys, values=cache.values)
 
-    return _State(
-        *tf.while_loop(lambda *s: tf.logical_not(_State(*s).is_done), step, state)
-    ).finished
+    def advance(*parts: Any) -> _State:
+        chosen = _choose(rules, inputs, _State(*parts))
+        return _State(*tf.cond(chosen.is_done, lambda: chosen, lambda: read(chosen)))
+
+    state = _State(*tf.while_loop(lambda *s: ~_State(*s).is_done, advance, state))
+    return state.finished, state.best
 
 
-def _choose(
-    logits: tf.Tensor, rules: Rules, inputs: dict[str, Any], state: _State, made: int | tf.Tensor
-) -> tuple[_State, tf.Tensor]:
-    """Grows the beams by one token, and the largest score there was for each row."""
-    B, W, S = sizes(state.running.ids)
-    limit, end = rules.new_tokens, inputs["prompt"] + made
+def _choose(rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
+    """Gives every beam its next token."""
+    (B, W, S), made = sizes(state.running.ids), state.made
+    limit, end, is_first = rules.new_tokens, inputs["prompt"] + made, made == 0
     mask = tf.repeat(inputs["mask"], W, 0) & (tf.range(S) < end)
-    scores = tf.nn.log_softmax(generation.mask_vocabulary(logits, rules.vocabulary), -1)
+    rules = rules.replace(bias=tf.where(is_first, rules.begin_bias, rules.bias))
+    scores = tf.nn.log_softmax(generation.mask_vocabulary(state.logits, rules.vocabulary), -1)
     history = tf.reshape(state.running.ids, (-1, S))
     is_last = made + 1 == limit
     scores = filters.process_logits(sampling, scores, history, mask, end, made, rules, is_last)
@@ -237,13 +239,11 @@ def _choose(
     open_scores = grown.scores + tf.where(ends, NEG_INF, 0.0)
     running, index = grown._replace(scores=open_scores).best(W)
     is_open = state.is_open & can_improve(running, finished, made + 1, limit, rules)
-    is_done = tf.reduce_all(ends) | ~tf.reduce_any(is_open)
-    if rules.early_stopping is True:
-        is_done |= tf.reduce_all(finished.lengths > 0)
+    is_full = rules.is_full_enough & tf.reduce_all(finished.lengths > 0)
     parents = tf.gather(parents, index, batch_dims=1) + W * tf.range(B)[:, None]
-    rows = tf.reshape(parents, (-1,))
-    keys, values = (tuple(tf.gather(x, rows) for x in xs) for xs in (state.keys, state.values))
-    state = _State(
-        tf.convert_to_tensor(made + 1), running, finished, is_open, is_done, keys, values
-    )
-    return state, tf.reduce_max(scores, -1)
+    return state._replace(
+        made=made + 1, running=running, finished=finished, is_open=is_open,
+        is_done=tf.reduce_all(ends) | ~tf.reduce_any(is_open) | is_full,
+        rows=tf.reshape(parents, (-1,)),
+        best=tf.where(is_first, tf.reduce_max(scores, -1), state.best),
+    )  # fmt: skip

@@ -59,17 +59,16 @@ def generation_program(
     return compiled(model, _run, program, structure, request.chunk)
 
 
-def program_inputs(request: Request, slots: int) -> dict[str, Any]:
-    """The inputs of every program of generation, as tensors.
+def prompt_inputs(request: Request, slots: int) -> dict[str, Any]:
+    """The inputs of the program that reads the prompts, as tensors.
 
     Args:
         request: What to generate.
         slots: Slots S of a row.
 
     Returns:
-        `history` (B, S), the prompts with free slots behind them, and `mask`, False at padding;
-        `ids` (B, T), the prompts padded on the right; `seed`; the length `prompt`; `past`, the
-        parts of a cache, if there is one; and `numbers`, those of the rules.
+        `ids` (B, T), the prompts padded on the right; `mask` (B, S), False at padding; the length
+        `prompt`; and `past`, the parts of a cache, if there is one.
     """
     history, mask = allocate_tokens(request, slots)
     prompt, past = request.ids.shape[1], request.past
@@ -78,9 +77,27 @@ def program_inputs(request: Request, slots: int) -> dict[str, Any]:
         held["past"] = (past.keys, past.values, tf.constant(int(past.length), tf.int32))
     return held | {
         "ids": tf.constant(history[:, : bucket(prompt)]),
-        "history": tf.constant(history),
         "mask": tf.constant(mask),
         "prompt": tf.constant(prompt, tf.int32),
+    }
+
+
+def program_inputs(request: Request, slots: int) -> dict[str, Any]:
+    """The inputs of the programs that choose tokens, as tensors.
+
+    Args:
+        request: What to generate.
+        slots: Slots S of a row.
+
+    Returns:
+        `history` (B, S), the prompts with free slots behind them, and `mask`, False at padding;
+        `seed`; the length `prompt`; and `numbers`, those of the rules.
+    """
+    history, mask = allocate_tokens(request, slots)
+    return {
+        "history": tf.constant(history),
+        "mask": tf.constant(mask),
+        "prompt": tf.constant(request.ids.shape[1], tf.int32),
         "seed": tf.constant(request.seed, tf.int64),
         "numbers": {name: tf.constant(x) for name, x in make_rules(request, True)[1].items()},
     }

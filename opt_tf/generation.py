@@ -1,9 +1,9 @@
 """Generation: one prefill, then one decode step per token, compiled by XLA.
 
-There are two programs per shape: the first token (prefill and choice), and the others. `generate`
-runs the second one as a loop on the device, `stream` as one step at a time; both take the same
-step. Prompts are padded on the right to a length out of a few, so that another prompt rarely needs
-another program; what lies behind a prompt is never looked at and then overwritten.
+`stream` runs the step once per token, `generate` runs the same step in a loop on the device. The
+prompts are read by a program of their own: another kind of search does not compile it again. They
+are padded on the right to a length out of a few, so that another prompt rarely needs another
+program; what lies behind a prompt is never looked at and then overwritten.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from opt_tf.cache import KVCache
 from opt_tf.compilation import generation_program, program_inputs
 from opt_tf.inputs import full_mask
 from opt_tf.linear import sizes
-from opt_tf.prefill import prefill, prefill_prompts
+from opt_tf.prefill import copy_rows, prefill, prefill_prompts, read_prompts
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -33,7 +33,9 @@ class _State(NamedTuple):
         token: (R,) the newest of them.
         ended: bool (R,), rows that have ended.
         history: (R, S) prompt and generated tokens.
-        keys: The cache's.
+        logits: (R, V) after all tokens that the cache has.
+        best: (R,) the largest logit that the first token was chosen by.
+        keys: The cache's, with the newest token where there will be another.
         values: The cache's.
     """
 
@@ -41,6 +43,8 @@ class _State(NamedTuple):
     token: tf.Tensor
     ended: tf.Tensor
     history: tf.Tensor
+    logits: tf.Tensor
+    best: tf.Tensor
     keys: tuple[tf.Tensor, ...]
     values: tuple[tf.Tensor, ...]
 
@@ -67,7 +71,9 @@ def stream(model: "TFOPTForCausalLM", request: Request) -> Iterator[tf.Tensor]:
     Yields:
         (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
     """
-    inputs, state = _run_start(model, request)
+    inputs, state = _start(model, request)
+    state = generation_program(model, request, _open)(inputs, state)
+    check_logits(state.best.numpy())
     trackers = request.stop_trackers(sizes(state.token)[0])
     can_end = bool(request.settings.eos_ids or trackers)
     for made in range(1, request.new_tokens + 1):
@@ -85,9 +91,9 @@ def generate(model: "TFOPTForCausalLM", request: Request) -> tf.Tensor:
     """The prompts and all that `stream` yields after them."""
     if request.settings.stops:  # texts are watched on the host
         return tf.constant(request.join(stream(model, request)))
-    inputs, state = _run_start(model, request)
-    if request.new_tokens > 1:
-        state = generation_program(model, request, _loop)(inputs, state)
+    inputs, state = _start(model, request)
+    state = generation_program(model, request, _loop)(inputs, state)
+    check_logits(state.best.numpy())
     return state.history[:, : request.ids.shape[1] + int(state.made)]
 
 
@@ -101,9 +107,12 @@ def run(
     model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any]
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """All of a generation: the rows (R, S), tokens made, and the largest logits at its start."""
-    state, best = _start(model, rules, inputs)
+    slots = sizes(inputs["history"])[1]
+    logits, cache = prefill_prompts(model, inputs, rules.chunk, slots)
+    copies = rules.num_return_sequences
+    state = _begin(*copy_rows(logits, cache, copies), inputs["history"], copies)
     state = _loop(model, rules, inputs, state)
-    return state.history, state.made, best
+    return state.history, state.made, state.best
 
 
 def trace(
@@ -147,51 +156,58 @@ def trace(
     return run(model, sampling.request_rules(model, request), inputs)
 
 
-def _run_start(model: "TFOPTForCausalLM", request: Request) -> tuple[dict[str, Any], _State]:
-    """Reads the prompts and chooses the first token; the inputs of the programs that follow."""
-    inputs = program_inputs(request, request.slots)
-    state, best = generation_program(model, request, _start)(inputs)
-    check_logits(best.numpy())
-    return inputs, state
+def _start(model: "TFOPTForCausalLM", request: Request) -> tuple[dict[str, Any], _State]:
+    """Reads the prompts; the inputs of the programs that follow."""
+    inputs, copies = program_inputs(request, request.slots), request.settings.num_return_sequences
+    found = read_prompts(model, request, request.slots, copies)
+    return inputs, _begin(*found, inputs["history"], copies)
 
 
-def _start(
-    model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any]
-) -> tuple[_State, tf.Tensor]:
-    """The first token of each row, and the largest logit it was chosen by."""
-    copies, slots = rules.num_return_sequences, sizes(inputs["history"])[1]
-    logits, cache = prefill_prompts(model, inputs, rules.chunk, slots, copies)
-    history = tf.repeat(inputs["history"], copies, 0) if copies > 1 else inputs["history"]
-    no_row = tf.zeros(tf.shape(history)[0], tf.bool)
-    state = _State(tf.constant(0), no_row, no_row, history, cache.keys, cache.values)
-    logits = _constrained(logits, rules, inputs, state, _mask(rules, inputs), 0)
-    return _write(logits, rules, inputs, state), tf.reduce_max(logits, -1)
+def _begin(logits_RV: tf.Tensor, cache: KVCache, history_BS: tf.Tensor, copies: int) -> _State:
+    """Rows of which nothing is generated yet."""
+    history = tf.repeat(history_BS, copies, 0) if copies > 1 else history_BS
+    R = tf.shape(history)[0]
+    ended, token, best = (tf.zeros(R, dtype) for dtype in (tf.bool, tf.int32, tf.float32))
+    none = tf.constant(0)
+    return _State(none, token, ended, history, logits_RV, best, cache.keys, cache.values)
+
+
+def _open(model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
+    """The first token of every row."""
+    return _choose(rules, inputs, state)
 
 
 def _step(model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
-    """Reads the newest token and chooses the next one."""
-    mask = _mask(rules, inputs)
-    length = inputs["prompt"] + state.made - 1
-    logits, cache = decode_step(model, state.token, KVCache(state.keys, state.values, length, mask))
-    state = state._replace(keys=cache.keys, values=cache.values)
-    logits = _constrained(logits, rules, inputs, state, mask, state.made)
-    return _write(logits, rules, inputs, state)
+    """One more token per row."""
+    return _choose(rules, inputs, _read(model, rules, inputs, state))
 
 
 def _loop(model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
-    """Steps until all rows have ended or are full; the state without a cache."""
+    """Tokens until all rows have ended or are full; the state without a cache."""
 
     def keep_going(*state: Any) -> tf.Tensor:
         state = _State(*state)
         is_open = state.made < rules.new_tokens
         return is_open & ~tf.reduce_all(state.ended)
 
-    def step(*state: Any) -> _State:
-        state = _with(_State(*state), KVCache.unsqueezed)
-        return _with(_step(model, rules, inputs, state), KVCache.squeezed)
+    def read(state: _State) -> _State:
+        state = _read(model, rules, inputs, _with(state, KVCache.unsqueezed))
+        return _with(state, KVCache.squeezed)
 
-    state = _State(*tf.while_loop(keep_going, step, _with(state, KVCache.squeezed)))
-    return state._replace(keys=(), values=())
+    def advance(*state: Any) -> _State:
+        chosen = _choose(rules, inputs, _State(*state))
+        return _State(*tf.cond(keep_going(*chosen), lambda: read(chosen), lambda: chosen))
+
+    state = _State(*tf.while_loop(keep_going, advance, _with(state, KVCache.squeezed)))
+    return state._replace(logits=(), keys=(), values=())
+
+
+def _read(model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
+    """Reads the newest token of every row."""
+    length = inputs["prompt"] + state.made - 1
+    cache = KVCache(state.keys, state.values, length, _mask(rules, inputs))
+    logits, cache = decode_step(model, state.token, cache)
+    return state._replace(logits=logits, keys=cache.keys, values=cache.values)
 
 
 def _mask(rules: Rules, inputs: dict[str, Any]) -> tf.Tensor:
@@ -206,23 +222,19 @@ def _with(state: _State, change: Callable[[KVCache], KVCache]) -> _State:
     return state._replace(keys=cache.keys, values=cache.values)
 
 
-def _constrained(
-    logits: tf.Tensor, rules: Rules, inputs: dict[str, Any], state: _State, mask: tf.Tensor,
-    made: int | tf.Tensor,
-) -> tf.Tensor:  # fmt: skip
-    end = inputs["prompt"] + made
-    mask = mask & (tf.range(sizes(mask)[1]) < end)
-    logits = mask_vocabulary(logits, rules.vocabulary)
-    is_last = made + 1 == rules.new_tokens
-    return filters.process_logits(sampling, logits, state.history, mask, end, made, rules, is_last)
-
-
-def _write(logits: tf.Tensor, rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
-    """Chooses a token for each row that has not ended, and writes it down."""
-    seed = tf.stack([inputs["seed"], tf.cast(state.made, tf.int64)])
-    token = filters.select_tokens(sampling, logits, rules, seed)
+def _choose(rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
+    """Gives every row its next token."""
+    made, history, slots = state.made, state.history, tf.range(sizes(state.history)[1])
+    end, is_first, is_last = inputs["prompt"] + made, made == 0, made + 1 == rules.new_tokens
+    mask = _mask(rules, inputs) & (slots < end)
+    rules = rules.replace(bias=tf.where(is_first, rules.begin_bias, rules.bias))
+    scores = mask_vocabulary(state.logits, rules.vocabulary)
+    scores = filters.process_logits(sampling, scores, history, mask, end, made, rules, is_last)
+    seed = tf.stack([inputs["seed"], tf.cast(made, tf.int64)])
+    token = filters.select_tokens(sampling, scores, rules, seed)
     token = tf.where(state.ended, rules.pad, token)
-    ended = state.ended | tf.gather(rules.ends, token)
-    is_here = tf.range(sizes(state.history)[1]) == inputs["prompt"] + state.made
-    history = tf.where(is_here, token[:, None], state.history)
-    return state._replace(made=state.made + 1, token=token, ended=ended, history=history)
+    return state._replace(
+        made=made + 1, token=token, ended=state.ended | tf.gather(rules.ends, token),
+        history=tf.where(slots == end, token[:, None], history),
+        best=tf.where(is_first, tf.reduce_max(scores, -1), state.best),
+    )  # fmt: skip

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from opt_core.generation.request import Ids, Mask
+from opt_core.generation.request import Ids, Mask, Request
 from opt_tf.cache import KVCache
-from opt_tf.compilation import compiled
+from opt_tf.compilation import compiled, prompt_inputs
 from opt_tf.linear import sizes
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def prefill_prompts(
-    model: "TFOPTForCausalLM", prompts: dict[str, Any], chunk: int | None, slots: int, copies: int
+    model: "TFOPTForCausalLM", prompts: dict[str, Any], chunk: int | None, slots: int
 ) -> tuple[tf.Tensor, KVCache]:
     """Reads the prompts of a request, without what its cache has of them already.
 
@@ -24,19 +24,50 @@ def prefill_prompts(
         prompts: Inputs of a program; `past` is there where a cache holds the beginning of them.
         chunk: Tokens to read at a time; None: all at once, with nothing before them.
         slots: Slots S of the cache.
-        copies: Rows that each prompt gets; there are R of them in all.
 
     Returns:
-        Logits (R, V) after the last token, and the cache that holds the prompts.
+        Logits (B, V) after the last token, and the cache that holds the prompts.
     """
     B, past = sizes(prompts["ids"])[0], prompts.get("past")
     cache = model.init_cache(B, slots) if past is None else KVCache(*past).resize(B, slots)
     ids, mask, length = prompts["ids"], prompts["mask"], prompts["prompt"]
-    logits, cache = prefill(model, ids, mask, cache, chunk, length)
-    if copies > 1:
-        rows = tf.repeat(tf.range(B), copies)
-        logits, cache = tf.gather(logits, rows), cache.select(rows)
-    return logits, cache
+    return prefill(model, ids, mask, cache, chunk, length)
+
+
+def read_prompts(
+    model: "TFOPTForCausalLM", request: Request, slots: int, copies: int
+) -> tuple[tf.Tensor, KVCache]:
+    """Reads the prompts of a request, and makes several rows of each.
+
+    The program that reads them is the same for all that may follow.
+
+    Args:
+        model: The language model.
+        request: What to generate.
+        slots: Slots S of the cache.
+        copies: Rows of each prompt; there are R of them in all.
+
+    Returns:
+        Logits (R, V) after the last token, and the cache that holds the prompts.
+    """
+    prompts = prompt_inputs(request, slots)
+    logits, keys, values = compiled(model, _read_prompts, request.chunk, slots)(prompts)
+    return copy_rows(logits, KVCache(keys, values, prompts["prompt"], prompts["mask"]), copies)
+
+
+def _read_prompts(
+    model: "TFOPTForCausalLM", chunk: int | None, slots: int, prompts: dict[str, Any]
+) -> tuple[Any, ...]:
+    logits, cache = prefill_prompts(model, prompts, chunk, slots)
+    return logits, cache.keys, cache.values
+
+
+def copy_rows(logits_BV: tf.Tensor, cache: KVCache, copies: int) -> tuple[tf.Tensor, KVCache]:
+    """Several rows of each prompt: logits (B * copies, V), and the cache that goes with them."""
+    if copies == 1:
+        return logits_BV, cache
+    rows = tf.repeat(tf.range(sizes(logits_BV)[0]), copies)
+    return tf.gather(logits_BV, rows), cache.select(rows)
 
 
 def prefill(

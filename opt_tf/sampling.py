@@ -148,8 +148,8 @@ def top_p(logits_BC: tf.Tensor, p: float | tf.Tensor, fewest: int) -> tf.Tensor:
 
 def min_p(logits_BC: tf.Tensor, p: float | tf.Tensor, fewest: int) -> tf.Tensor:
     """Keeps tokens at least p times as likely as the likeliest."""
-    probabilities = tf.nn.softmax(logits_BC, -1)
-    return _keep(logits_BC, probabilities >= p * probabilities[:, :1], fewest)
+    share = tf.exp(logits_BC - logits_BC[:, :1])
+    return _keep(logits_BC, share >= p, fewest)
 
 
 def typical_p(logits_BC: tf.Tensor, p: float | tf.Tensor, fewest: int) -> tf.Tensor:

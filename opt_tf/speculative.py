@@ -19,7 +19,7 @@ from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
 from opt_tf.compilation import generation_program, program_inputs
 from opt_tf.linear import sizes
-from opt_tf.prefill import prefill_prompts
+from opt_tf.prefill import read_prompts
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -117,9 +117,10 @@ class _Reader(Reader):
         super().__init__(model, request, rows, slots)
         inputs = program_inputs(request, slots)
         self.numbers = inputs["numbers"]
-        self.token, self.best, self.keys, self.values = self._run(
-            _open, inputs, self._history(rows.no_draft)
-        )
+        copies = request.settings.num_return_sequences
+        logits, cache = read_prompts(model, request, slots, copies)
+        self.keys, self.values = cache.keys, cache.values
+        self.token, self.best = self._run(_open, inputs, self._history(rows.no_draft), logits)
 
     def first_tokens(self) -> Ids:
         check_logits(self.best.numpy())
@@ -166,15 +167,17 @@ class _Reader(Reader):
 
 
 def _open(
-    model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], history: _History
-) -> tuple[Any, ...]:
-    """The first token of each row, the largest logit it was chosen by, and the cache's buffers."""
-    copies, slots = rules.num_return_sequences, sizes(inputs["mask"])[1]
-    logits, cache = prefill_prompts(model, inputs, rules.chunk, slots, copies)
-    scores = _constrained(logits[:, None], rules, history, is_first=True)[:, 0]
+    model: "TFOPTForCausalLM",
+    rules: Rules,
+    inputs: dict[str, Any],
+    history: _History,
+    logits_RV: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The first token of each row, and the largest logit it was chosen by."""
+    scores = _constrained(logits_RV[:, None], rules, history, is_first=True)[:, 0]
     seed = tf.stack([inputs["seed"], tf.constant(0, tf.int64)])
     token = filters.select_tokens(sampling, scores, rules, seed)
-    return token, tf.reduce_max(scores, -1), cache.keys, cache.values
+    return token, tf.reduce_max(scores, -1)
 
 
 def _check(

@@ -16,7 +16,7 @@ from opt_core.generation.rules import Rules
 from opt_torch import generation, sampling
 from opt_torch.fast_decode import make_step
 from opt_torch.linear import packed
-from opt_torch.prefill import prefill_prompts
+from opt_torch.prefill import read_prompts
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -79,9 +79,7 @@ def search(model: "OPTForCausalLM", request: Request) -> Tensor:
     finished = empty
     is_open = torch.ones((B, 1), dtype=torch.bool, device=device)
     with packed(model, new):
-        logits, cache = prefill_prompts(
-            model, request, settings.prefill_chunk_size, prompt + new - 1, W
-        )
+        logits, cache = read_prompts(model, request, prompt + new - 1, W)
         step = make_step(model) or partial(generation.decode_step, model)
         for made in range(new):
             end, history = prompt + made, running.ids.flatten(0, 1)
@@ -97,7 +95,7 @@ def search(model: "OPTForCausalLM", request: Request) -> Tensor:
             finished = finish_beams(finished, grown, ends, made, is_open, rules)
             running, index = grown._replace(scores=grown.scores + ends * NEG_INF).best(W)
             is_open = is_open & can_improve(running, finished, made + 1, new, rules)
-            full = settings.early_stopping is True and bool((finished.lengths > 0).all())
+            full = rules.is_full_enough and bool((finished.lengths > 0).all())
             if full or bool(ends.all()) or not bool(is_open.any()):
                 break
             parents = parents.gather(1, index) + W * torch.arange(B, device=device)[:, None]
@@ -150,7 +148,7 @@ def finish_beams(
     W = finished.scores.shape[1]
     ends_BC = ends_BC & (torch.arange(ends_BC.shape[1], device=ends_BC.device) < W)
     closed = ~is_open
-    if rules.early_stopping is True:
+    if rules.is_full_enough:
         closed = closed | (finished.lengths > 0).all(1, keepdim=True)
     scores = grown.scores / (made + 1) ** rules.length_penalty
     scores = scores + closed * NEG_INF + ~ends_BC * NEG_INF
@@ -164,7 +162,7 @@ def can_improve(running: Beams, finished: Beams, made: int, limit: int, rules: R
 
     `early_stopping="never"` assumes the length that favours it most; otherwise its present one.
     """
-    is_longer_better = rules.early_stopping == "never" and rules.length_penalty > 0
-    best = running.scores[:, :1] / (limit if is_longer_better else made) ** rules.length_penalty
+    length = limit if rules.is_hopeful else made
+    best = running.scores[:, :1] / length**rules.length_penalty
     worst = finished.scores.min(1, keepdim=True).values
     return (best > torch.where(finished.lengths > 0, worst, NEG_INF)).any(1, keepdim=True)

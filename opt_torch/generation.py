@@ -16,7 +16,7 @@ from opt_torch import sampling
 from opt_torch.cache import KVCache
 from opt_torch.fast_decode import make_step
 from opt_torch.linear import packed
-from opt_torch.prefill import prefill, prefill_prompts
+from opt_torch.prefill import prefill, read_prompts
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -54,9 +54,7 @@ def stream(model: "OPTForCausalLM", request: Request) -> Iterator[Tensor]:
     rules = sampling.request_rules(model, request)
     trackers = request.stop_trackers(len(history))
     with packed(model, new):
-        logits, cache = prefill_prompts(
-            model, request, settings.prefill_chunk_size, prompt + new - 1, copies
-        )
+        logits, cache = read_prompts(model, request, prompt + new - 1, copies)
         step = make_step(model) or partial(decode_step, model)
         for made in range(new):
             end = prompt + made

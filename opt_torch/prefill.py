@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def prefill_prompts(
-    model: "OPTForCausalLM", prompts: Request, chunk: int | None, slots: int, copies: int
+    model: "OPTForCausalLM", prompts: Request, chunk: int | None, slots: int
 ) -> tuple[Tensor, KVCache]:
     """Reads the prompts of a request, without what its cache has of them already.
 
@@ -23,20 +23,41 @@ def prefill_prompts(
         prompts: What to generate.
         chunk: Tokens to read at a time; None: all at once.
         slots: Slots S of the cache.
-        copies: Rows that each prompt gets; there are R of them in all.
 
     Returns:
-        Logits (R, V) after the last token, and the cache that holds the prompts.
+        Logits (B, V) after the last token, and the cache that holds the prompts.
     """
     B, past, device = len(prompts.ids), prompts.past, model.device
     cache = model.init_cache(B, slots) if past is None else past.resize(B, slots)
     ids = torch.as_tensor(prompts.ids[:, cache.length :], device=device).long()
     mask = None if prompts.mask is None else torch.as_tensor(prompts.mask, device=device)
-    logits, cache = prefill(model, ids, mask, cache, chunk)
-    if copies > 1:
-        rows = torch.arange(B, device=device).repeat_interleave(copies)
-        logits, cache = logits[rows], cache.select(rows)
-    return logits, cache
+    return prefill(model, ids, mask, cache, chunk)
+
+
+def read_prompts(
+    model: "OPTForCausalLM", request: Request, slots: int, copies: int
+) -> tuple[Tensor, KVCache]:
+    """Reads the prompts of a request, and makes several rows of each.
+
+    Args:
+        model: The language model.
+        request: What to generate.
+        slots: Slots S of the cache.
+        copies: Rows of each prompt; there are R of them in all.
+
+    Returns:
+        Logits (R, V) after the last token, and the cache that holds the prompts.
+    """
+    found = prefill_prompts(model, request, request.settings.prefill_chunk_size, slots)
+    return copy_rows(*found, copies)
+
+
+def copy_rows(logits_BV: Tensor, cache: KVCache, copies: int) -> tuple[Tensor, KVCache]:
+    """Several rows of each prompt: logits (B * copies, V), and the cache that goes with them."""
+    if copies == 1:
+        return logits_BV, cache
+    rows = torch.arange(len(logits_BV), device=logits_BV.device).repeat_interleave(copies)
+    return logits_BV[rows], cache.select(rows)
 
 
 def prefill(

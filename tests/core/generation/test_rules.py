@@ -39,6 +39,8 @@ ALIKE = {
     "beams": [
         {"num_beams": 3},
         {"num_beams": 3, "length_penalty": 0.0, "eos_token_id": 2},
+        {"num_beams": 3, "early_stopping": True},
+        {"num_beams": 3, "early_stopping": "never"},
     ],
 }
 
@@ -61,7 +63,6 @@ def test_settings_that_need_programs_of_their_own():
         {"do_sample": True, "typical_p": 0.5},
         {"no_repeat_ngram_size": 5},
         {"num_beams": 4},
-        {"num_beams": 4, "early_stopping": True},
     ]
     made = {(r.structure, tuple(r.numbers)) for r in (rules_of(**kind) for kind in kinds)}
     assert len(made) == len(kinds)
