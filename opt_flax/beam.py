@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from opt_core.generation import filters
 from opt_core.generation.request import Request, allocate_tokens, check_logits
@@ -65,11 +66,8 @@ def search(model: "FlaxOPTForCausalLM", request: Request) -> Array:
     Raises:
         GenerationError: No token can come in a row.
     """
-    graph, state, search, rules = _start(model, request)
-    search = _loop(graph, state, search, rules)
-    check_logits(np.asarray(search.best))
     (B, prompt), count = request.ids.shape, request.settings.num_return_sequences
-    finished = search.finished
+    finished = _loop(*_start(model, request)).finished
     ids, lengths = (np.asarray(x)[:, :count] for x in (finished.ids, finished.lengths))
     return jnp.asarray(ids[:, :, : prompt + lengths.max()].reshape(B * count, -1))
 
@@ -142,34 +140,17 @@ def run(
     rules: Rules,
 ) -> tuple[Array, Array]:  # fmt: skip
     """All of a search as one program: its best rows, and the highest scores at its start."""
-    model, B = nnx.merge(graph, state), prompts.ids.shape[0]
+    model = nnx.merge(graph, state)
     found = prefill_prompts(model, prompts, None, history_RS.shape[1])
-    logits, cache = copy_rows(*found, rules.num_beams, model.mesh)
-    search = _begin(logits, cache, history_RS, mask_RS, B, prompts.length)
-    search = _loop(graph, state, search, rules)
-    found = search.finished.ids
-    return found[:, : rules.num_return_sequences].reshape(-1, found.shape[2]), search.best
+    found = copy_rows(*found, rules.num_beams, model.mesh)
+    search, best = _open(*found, history_RS, mask_RS, prompts.length, rules, model.mesh)
+    found = _loop(graph, state, search, rules).finished.ids
+    return found[:, : rules.num_return_sequences].reshape(-1, found.shape[2]), best
 
 
 class _Search(NamedTuple):
-    """The state of a search.
+    """The state of a search; `parents` (B, W) are the beams that were continued."""
 
-    Attributes:
-        logits: (B * W, V) after all tokens that the cache has.
-        best: (B * W,) the highest score that the first token was chosen by.
-        cache: Keys and values, of the newest tokens too where there will be others.
-        mask: bool (B * W, S), False at padding.
-        running: Beams that may grow.
-        finished: Beams that have ended.
-        is_open: bool (B, 1), prompts whose result may still improve.
-        parents: (B, W) the beams that were continued.
-        made: Tokens generated.
-        prompt: Slots of the prompts.
-        keep_going: bool, whether anything can change yet.
-    """
-
-    logits: Array
-    best: Array
     cache: KVCache
     mask: Array
     running: Beams
@@ -182,40 +163,47 @@ class _Search(NamedTuple):
 
 
 def _start(model: "FlaxOPTForCausalLM", request: Request) -> tuple[Any, Any, _Search, Rules]:
-    """Reads the prompts; the model comes back in its two parts."""
-    parts, W, (B, prompt) = nnx.split(model), request.settings.num_beams, request.ids.shape
-    found = read_prompts(model, parts, request, request.slots, W)
-    tokens = allocate_tokens(request, request.slots, W)
-    search = _begin(*found, *tokens, B, np.int32(prompt))
-    return *parts, search, sampling.request_rules(model, request)
+    """Reads the prompts and chooses the first tokens; the model comes back in its two parts."""
+    (graph, state), W = nnx.split(model), request.settings.num_beams
+    rules = sampling.request_rules(model, request)
+    found = read_prompts(model, (graph, state), request, request.slots, W)
+    tokens, prompt = allocate_tokens(request, request.slots, W), np.int32(request.ids.shape[1])
+    search, best = _open(*found, *tokens, prompt, rules, model.mesh)
+    check_logits(np.asarray(best))
+    return graph, state, search, rules
 
 
-def _begin(
-    logits_RV: Array, cache: KVCache, history_RS: Any, mask_RS: Any, B: Any, prompt: Any
-) -> _Search:
-    """Beams of which nothing is generated yet."""
-    (R, S), nothing = history_RS.shape, jnp.int32(0)
-    W = R // B
-    # All beams start alike: only the first may be continued, or the same text would come W times.
-    scores = jnp.where(jnp.arange(W) == 0, jnp.zeros((B, W)), NEG_INF)
-    running, finished = (
-        # Arrays of their own, which a program may take over.
-        Beams(history_RS.reshape(B, W, S), first, jnp.zeros((B, W), jnp.int32))
-        for first in (scores, jnp.full((B, W), NEG_INF))
+@partial(jax.jit, static_argnames="mesh", donate_argnames="cache")
+def _open(
+    logits_RV: Array,
+    cache: KVCache,
+    history_RS: Array,
+    mask_RS: Array,
+    prompt: Array,
+    rules: Rules,
+    mesh: Mesh | None,
+) -> tuple[_Search, Array]:
+    """The beams with their first token, and the highest score of each row."""
+    (R, S), W = history_RS.shape, rules.num_beams
+    B = R // W
+    empty = Beams(
+        history_RS.reshape(B, W, S), jnp.full((B, W), NEG_INF), jnp.zeros((B, W), jnp.int32)
     )
-    return _Search(
-        logits_RV, jnp.zeros(R), cache, mask_RS, running, finished, jnp.ones((B, 1), bool),
-        jnp.zeros((B, W), jnp.int32), nothing, prompt, jnp.array(True),
-    )  # fmt: skip
+    # All beams start alike: only the first may be continued, or the same text would come W times.
+    running = empty._replace(scores=empty.scores.at[:, 0].set(0))
+    open_all = jnp.ones((B, 1), bool)
+    parents = jnp.zeros((B, W), jnp.int32)
+    search = _Search(cache, mask_RS, running, empty, open_all, parents, 0, prompt, jnp.array(True))
+    search, scores = _choose(search, logits_RV, rules)
+    return search, replicate(scores.max(-1), mesh)
 
 
-def _choose(search: _Search, rules: Rules) -> _Search:
-    """Gives every beam its next token."""
+def _choose(search: _Search, logits: Array, rules: Rules) -> tuple[_Search, Array]:
+    """Gives every beam its next token; returns the constrained scores too."""
     made, (B, W, S) = search.made, search.running.ids.shape
-    end, limit, is_first = search.prompt + made, rules.new_tokens, made == 0
+    end, limit = search.prompt + made, rules.new_tokens
     mask = search.mask & (jnp.arange(S) < end)
-    rules = rules.replace(bias=jnp.where(is_first, rules.begin_bias, rules.bias))
-    scores = jax.nn.log_softmax(generation.mask_vocabulary(search.logits, rules.vocabulary), -1)
+    scores = jax.nn.log_softmax(generation.mask_vocabulary(logits, rules.vocabulary), -1)
     history = search.running.ids.reshape(B * W, S)
     is_last = made + 1 == limit
     scores = filters.process_logits(sampling, scores, history, mask, end, made, rules, is_last)
@@ -225,13 +213,14 @@ def _choose(search: _Search, rules: Rules) -> _Search:
     finished = finish_beams(search.finished, grown, ends, made, search.is_open, rules)
     running, index = grown._replace(scores=grown.scores + ends * NEG_INF).best(W)
     is_open = search.is_open & can_improve(running, finished, made + 1, limit, rules)
-    is_full = rules.is_full_enough & (finished.lengths > 0).all()
-    return search._replace(
-        running=running, finished=finished, is_open=is_open, made=made + 1,
-        parents=jnp.take_along_axis(parents, index, 1),
-        keep_going=~ends.all() & is_open.any() & ~is_full,
-        best=lax.cond(is_first, lambda: scores.max(-1), lambda: search.best),
+    keep_going = ~ends.all() & is_open.any()
+    keep_going &= ~(rules.is_full_enough & (finished.lengths > 0).all())
+    parents = jnp.take_along_axis(parents, index, 1)
+    search = search._replace(
+        running=running, finished=finished, is_open=is_open, parents=parents, made=made + 1,
+        keep_going=keep_going,
     )  # fmt: skip
+    return search, scores
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="search")
@@ -239,17 +228,13 @@ def _loop(graph: Any, state: Any, search: _Search, rules: Rules) -> _Search:
     """Tokens until no beam can become one of the best."""
     model = nnx.merge(graph, state)
 
-    def read(search: _Search) -> _Search:
+    def advance(search: _Search) -> _Search:
         slot = search.prompt + search.made - 1
         last = lax.dynamic_index_in_dim(search.running.ids, slot, 2, keepdims=False)
         cache = search.cache.regroup(search.parents, model.mesh)
         logits, cache = generation.decode_step(model, last.reshape(-1), cache)
-        return search._replace(logits=logits, cache=cache)
-
-    def advance(search: _Search) -> _Search:
-        search = _choose(search, rules)
-        return lax.cond(search.keep_going, read, lambda search: search, search)
+        return _choose(search._replace(cache=cache), logits, rules)[0]
 
     search = lax.while_loop(lambda search: search.keep_going, advance, search)
     finished = Beams(*(replicate(values, model.mesh) for values in search.finished))
-    return search._replace(finished=finished, best=replicate(search.best, model.mesh))
+    return search._replace(finished=finished)

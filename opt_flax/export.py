@@ -153,8 +153,7 @@ def _generate(
         weights: Weights, input_ids: Array, attention_mask: Array, seed: Array | int = 0
     ) -> dict[str, Array]:
         mask = attention_mask.astype(bool)
-        key = jax.random.fold_in(jax.random.key(seed), 0)
-        found, best = generation.trace(rebuild(weights), request, run, input_ids, mask, key)
+        found, best = generation.trace(rebuild(weights), request, run, input_ids, mask, seed)
         fits = (input_ids >= 0) & (input_ids < model.config.vocab_size)
         fits = fits.all(1) & mask[:, -1] & jnp.isfinite(best).reshape(-1, rows).all(1)
         found = found[:, : input_ids.shape[1] + new_tokens]

@@ -38,9 +38,7 @@ class _Rows(NamedTuple):
         mask: bool (R, S), False at the prompts' padding.
         ended: bool (R,).
         token: (R,) the newest tokens.
-        logits: (R, V) after all tokens that the cache has.
-        best: (R,) the highest logit that the first token was chosen by.
-        cache: Keys and values, of the newest token too where there will be another.
+        cache: Keys and values of all tokens but the newest.
         made: Tokens generated.
         prompt: Slots of the prompts.
     """
@@ -49,8 +47,6 @@ class _Rows(NamedTuple):
     mask: Array
     ended: Array
     token: Array
-    logits: Array
-    best: Array
     cache: KVCache
     made: int | Array
     prompt: Array
@@ -82,8 +78,6 @@ def stream(model: "FlaxOPTForCausalLM", request: Request) -> Iterator[Array]:
         (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
     """
     graph, state, rows, rules = _start(model, request)
-    rows = _open(rows, rules, model.mesh)
-    check_logits(np.asarray(rows.best))
     trackers = request.stop_trackers(len(rows.ended))
     can_end = bool(request.settings.eos_ids or trackers)
     for made in range(1, request.new_tokens + 1):
@@ -100,8 +94,8 @@ def generate(model: "FlaxOPTForCausalLM", request: Request) -> Array:
     """The prompts and all that `stream` yields after them."""
     if request.settings.stops:  # texts are watched on the host
         return jnp.asarray(request.join(stream(model, request)))
-    rows = _loop(*_start(model, request))
-    check_logits(np.asarray(rows.best))
+    graph, state, rows, rules = _start(model, request)
+    rows = _loop(graph, state, rows, rules)
     length = request.ids.shape[1] + int(rows.made)
     return jnp.asarray(np.asarray(rows.history)[:, :length])
 
@@ -119,9 +113,9 @@ def run(
     """All of a generation as one program: the rows (R, S), and the highest logits at its start."""
     model = nnx.merge(graph, state)
     found = prefill_prompts(model, prompts, None, history_RS.shape[1])
-    logits, cache = copy_rows(*found, rules.num_return_sequences, model.mesh)
-    rows = _loop(graph, state, _begin(logits, cache, history_RS, mask_RS, prompts.length), rules)
-    return rows.history, rows.best
+    found = copy_rows(*found, rules.num_return_sequences, model.mesh)
+    rows, best = _open(*found, history_RS, mask_RS, prompts.length, rules, model.mesh)
+    return _loop(graph, state, rows, rules).history, best
 
 
 def trace(
@@ -163,59 +157,61 @@ def trace(
 
 
 def _start(model: "FlaxOPTForCausalLM", request: Request) -> tuple[Any, Any, _Rows, Rules]:
-    """Reads the prompts; the model comes back in its two parts."""
-    parts, copies = nnx.split(model), request.settings.num_return_sequences
-    found = read_prompts(model, parts, request, request.slots, copies)
-    tokens = allocate_tokens(request, request.slots, copies)
-    rows = _begin(*found, *tokens, np.int32(request.ids.shape[1]))
-    return *parts, rows, sampling.request_rules(model, request)
+    """Reads the prompts and chooses the first token; the model comes back in its two parts."""
+    (graph, state), copies = nnx.split(model), request.settings.num_return_sequences
+    rules = sampling.request_rules(model, request)
+    found = read_prompts(model, (graph, state), request, request.slots, copies)
+    tokens, prompt = allocate_tokens(request, request.slots, copies), np.int32(request.ids.shape[1])
+    rows, best = _open(*found, *tokens, prompt, rules, model.mesh)
+    check_logits(np.asarray(best))
+    return graph, state, rows, rules
 
 
-def _begin(logits_RV: Array, cache: KVCache, history_RS: Any, mask_RS: Any, prompt: Any) -> _Rows:
-    """Rows of which nothing is generated yet."""
+@partial(jax.jit, static_argnames="mesh", donate_argnames="cache")
+def _open(
+    logits_RV: Array,
+    cache: KVCache,
+    history_RS: Array,
+    mask_RS: Array,
+    prompt: Array,
+    rules: Rules,
+    mesh: Mesh | None,
+) -> tuple[_Rows, Array]:
+    """The rows with their first token, and the highest logit of each."""
     R = history_RS.shape[0]
-    ended, token, best = (jnp.zeros(R, dtype) for dtype in (bool, jnp.int32, jnp.float32))
-    return _Rows(
-        jnp.asarray(history_RS), mask_RS, ended, token, logits_RV, best, cache, jnp.int32(0), prompt
-    )
+    none = jnp.zeros(R, jnp.int32)
+    rows = _Rows(history_RS, mask_RS, jnp.zeros(R, bool), none, cache, 0, prompt)
+    rows, scores = _choose(rows, logits_RV, rules, mesh)
+    return rows, replicate(scores.max(-1), mesh)
 
 
-def _choose(rows: _Rows, rules: Rules, mesh: Mesh | None) -> _Rows:
-    """Gives every row its next token."""
-    end, is_first = rows.prompt + rows.made, rows.made == 0
+def _choose(rows: _Rows, logits: Array, rules: Rules, mesh: Mesh | None) -> tuple[_Rows, Array]:
+    """Gives every row its next token; returns the constrained logits too."""
+    end = rows.prompt + rows.made
     mask = rows.mask & (jnp.arange(rows.mask.shape[1]) < end)
-    rules = rules.replace(bias=jnp.where(is_first, rules.begin_bias, rules.bias))
-    scores = mask_vocabulary(rows.logits, rules.vocabulary)
+    scores = mask_vocabulary(logits, rules.vocabulary)
     is_last = rows.made + 1 == rules.new_tokens
     scores = filters.process_logits(
         sampling, scores, rows.history, mask, end, rows.made, rules, is_last
     )
     token = filters.select_tokens(sampling, scores, rules, jax.random.fold_in(rules.key, rows.made))
     token = replicate(jnp.where(rows.ended, rules.pad, token), mesh)
+    ended = rows.ended | rules.ends[token]
     history = lax.dynamic_update_slice(rows.history, token[:, None], (0, end))
-    return rows._replace(
-        history=history, ended=rows.ended | rules.ends[token], token=token, made=rows.made + 1,
-        best=lax.cond(is_first, lambda: replicate(scores.max(-1), mesh), lambda: rows.best),
-    )  # fmt: skip
+    rows = rows._replace(history=history, ended=ended, token=token, made=rows.made + 1)
+    return rows, scores
 
 
-def _read(model: Any, rows: _Rows) -> _Rows:
-    """Reads the newest token of every row."""
+def _advance(model: Any, rows: _Rows, rules: Rules) -> _Rows:
+    """Reads the newest token of every row and chooses the next."""
     logits, cache = decode_step(model, rows.token, rows.cache)
-    return rows._replace(logits=logits, cache=cache)
-
-
-@partial(jax.jit, static_argnames="mesh", donate_argnames="rows")
-def _open(rows: _Rows, rules: Rules, mesh: Mesh | None) -> _Rows:
-    """The first token of every row."""
-    return _choose(rows, rules, mesh)
+    return _choose(rows._replace(cache=cache), logits, rules, model.mesh)[0]
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="rows")
 def _step(graph: Any, state: Any, rows: _Rows, rules: Rules) -> _Rows:
     """One more token per row."""
-    model = nnx.merge(graph, state)
-    return _choose(_read(model, rows), rules, model.mesh)
+    return _advance(nnx.merge(graph, state), rows, rules)
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="rows")
@@ -226,13 +222,9 @@ def _loop(graph: Any, state: Any, rows: _Rows, rules: Rules) -> _Rows:
     def keep_going(rows: _Rows) -> Array:
         return (rows.made < rules.new_tokens) & ~rows.ended.all()
 
-    def read(rows: _Rows) -> _Rows:
-        rows = _read(model, rows._replace(cache=rows.cache.unsqueezed()))
-        return rows._replace(cache=rows.cache.squeezed())
-
     def advance(rows: _Rows) -> _Rows:
-        rows = _choose(rows, rules, model.mesh)
-        return lax.cond(keep_going(rows), read, lambda rows: rows, rows)
+        rows = _advance(model, rows._replace(cache=rows.cache.unsqueezed()), rules)
+        return rows._replace(cache=rows.cache.squeezed())
 
     rows = lax.while_loop(keep_going, advance, rows._replace(cache=rows.cache.squeezed()))
     history = replicate(rows.history, model.mesh)

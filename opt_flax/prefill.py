@@ -54,8 +54,10 @@ def read_prompts(
     Returns:
         Logits (R, V) after the last token, and the cache that holds the prompts.
     """
-    found = _read_prompts(*parts, program_inputs(request, slots), request.chunk, slots)
-    return copy_rows(*found, copies, model.mesh)
+    graph, state = parts
+    prompts = program_inputs(request, slots)
+    logits, cache = _read_prompts(graph, state, prompts, request.chunk, slots)
+    return copy_rows(logits, cache, copies, model.mesh)
 
 
 @partial(jax.jit, static_argnames=("graph", "chunk", "slots"))

@@ -64,9 +64,11 @@ def draw_seed(source: Array | None = None) -> int:
 
 
 def drawn_key(source: int | Array) -> Array:
-    """The key of a seed, or of what `draw_seed` takes out of a key, which may be traced."""
+    """The key of a seed, or of what `draw_seed` takes out of a key; both may be traced."""
     if isinstance(source, int):
         return make_key(source)
+    if source.ndim == 0 and jnp.issubdtype(source.dtype, jnp.integer):  # 31 bits are enough there
+        return jax.random.fold_in(jax.random.key(source), 0)
     high, low = jax.random.bits(as_key(source), (2,))
     half = jnp.uint32(2**31)
     return jax.random.fold_in(jax.random.key(low % half), high % half * 2 + low // half)

@@ -55,10 +55,7 @@ class _State(NamedTuple):
         finished: Beams that have ended.
         is_open: bool (B, 1), prompts whose result may still improve.
         is_done: bool scalar, whether nothing can change any more.
-        rows: (B * W,) the rows of the cache that were continued.
-        logits: (B * W, V) after all tokens that the cache has.
-        best: (B * W,) the largest score that the first token was chosen by.
-        keys: The cache's, with the newest tokens where there will be others.
+        keys: The cache's.
         values: The cache's.
     """
 
@@ -67,9 +64,6 @@ class _State(NamedTuple):
     finished: Beams
     is_open: tf.Tensor
     is_done: tf.Tensor
-    rows: tf.Tensor
-    logits: tf.Tensor
-    best: tf.Tensor
     keys: tuple[tf.Tensor, ...]
     values: tuple[tf.Tensor, ...]
 
@@ -87,11 +81,8 @@ def search(model: "TFOPTForCausalLM", request: Request) -> tf.Tensor:
     Raises:
         GenerationError: No token can come in a row.
     """
-    inputs, W = program_inputs(request, request.slots), request.settings.num_beams
-    found = read_prompts(model, request, request.slots, W)
-    state = _begin(*found, inputs["history"], W)
-    finished, best = generation_program(model, request, _loop)(inputs, state)
-    check_logits(best.numpy())
+    inputs, state = _start(model, request)
+    finished = generation_program(model, request, _loop)(inputs, state)
     found, made = _result(finished, request.settings)
     return found[:, : inputs["prompt"] + made]
 
@@ -175,10 +166,10 @@ def run(
     model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any]
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """All of a search: its best rows (R, S), the most tokens made, the largest scores at first."""
-    slots, W = sizes(inputs["history"])[1], rules.num_beams
-    found = copy_rows(*prefill_prompts(model, inputs, rules.chunk, slots), W)
-    finished, best = _loop(model, rules, inputs, _begin(*found, inputs["history"], W))
-    return *_result(finished, rules), best
+    found = prefill_prompts(model, inputs, rules.chunk, sizes(inputs["history"])[1])
+    logits, cache = copy_rows(*found, rules.num_beams)
+    state, best = _open(model, rules, inputs, logits, cache.keys, cache.values)
+    return *_result(_loop(model, rules, inputs, state), rules), best
 
 
 def _result(finished: Beams, rules: Any) -> tuple[tf.Tensor, tf.Tensor]:
@@ -188,47 +179,60 @@ def _result(finished: Beams, rules: Any) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.reshape(finished.ids[:, :count], (-1, S)), made
 
 
-def _begin(logits_RV: tf.Tensor, cache: KVCache, history_BS: tf.Tensor, W: int) -> _State:
-    """Beams of which nothing is generated yet."""
-    B = sizes(history_BS)[0]
+def _start(model: "TFOPTForCausalLM", request: Request) -> tuple[dict[str, Any], _State]:
+    """Reads the prompts and chooses the first tokens; the inputs of the programs that follow."""
+    inputs = program_inputs(request, request.slots)
+    logits, cache = read_prompts(model, request, request.slots, request.settings.num_beams)
+    program = generation_program(model, request, _open)
+    state, best = program(inputs, logits, cache.keys, cache.values)
+    check_logits(best.numpy())
+    return inputs, state
+
+
+def _open(
+    model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], logits_RV: tf.Tensor,
+    keys: Any, values: Any,
+) -> tuple[_State, tf.Tensor]:  # fmt: skip
+    """The first token of each beam, and the largest score it was chosen by."""
+    B, W = sizes(inputs["history"])[0], rules.num_beams
+    none = Beams(
+        tf.repeat(inputs["history"][:, None], W, 1),
+        tf.fill((B, W), NEG_INF),
+        tf.zeros((B, W), tf.int32),
+    )
     # All beams start alike: only the first may be continued, or the same text would come W times.
-    scores = tf.repeat(tf.where(tf.range(W) == 0, 0.0, NEG_INF)[None], B, 0)
-    running = Beams(tf.repeat(history_BS[:, None], W, 1), scores, tf.zeros((B, W), tf.int32))
-    finished = running._replace(scores=tf.fill((B, W), NEG_INF))
-    return _State(
-        tf.constant(0), running, finished, tf.ones((B, 1), tf.bool), tf.constant(False),
-        tf.range(B * W), logits_RV, tf.zeros(B * W), cache.keys, cache.values,
-    )  # fmt: skip
+    running = none._replace(scores=tf.repeat(tf.where(tf.range(W) == 0, 0.0, NEG_INF)[None], B, 0))
+    is_open, is_done = tf.ones((B, 1), tf.bool), tf.constant(False)
+    state = _State(tf.constant(0), running, none, is_open, is_done, keys, values)
+    return _choose(logits_RV, rules, inputs, state, 0)
 
 
-def _loop(
-    model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State
-) -> tuple[Beams, tf.Tensor]:
-    """Tokens until nothing can change any more; the finished beams, and `best`."""
+def _loop(model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State) -> Beams:
+    """Steps until nothing can change any more; the finished beams."""
     mask = tf.repeat(inputs["mask"], rules.num_beams, 0)
 
-    def read(state: _State) -> _State:
+    def step(*parts: Any) -> _State:
+        state = _State(*parts)
         end = inputs["prompt"] + state.made - 1
         last = tf.reshape(tf.gather(state.running.ids, end, axis=2), (-1,))
-        cache = KVCache(state.keys, state.values, end, mask).select(state.rows)
+        cache = KVCache(state.keys, state.values, end, mask)
         logits, cache = generation.decode_step(model, last, cache)
-        return state._replace(logits=logits, keys=cache.keys, values=cache.values)
+        state = state._replace(keys=cache.keys, values=cache.values)
+        return _choose(logits, rules, inputs, state, state.made)[0]
 
-    def advance(*parts: Any) -> _State:
-        chosen = _choose(rules, inputs, _State(*parts))
-        return _State(*tf.cond(chosen.is_done, lambda: chosen, lambda: read(chosen)))
-
-    state = _State(*tf.while_loop(lambda *s: ~_State(*s).is_done, advance, state))
-    return state.finished, state.best
+    return _State(
+        *tf.while_loop(lambda *s: tf.logical_not(_State(*s).is_done), step, state)
+    ).finished
 
 
-def _choose(rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
-    """Gives every beam its next token."""
-    (B, W, S), made = sizes(state.running.ids), state.made
-    limit, end, is_first = rules.new_tokens, inputs["prompt"] + made, made == 0
+def _choose(
+    logits: tf.Tensor, rules: Rules, inputs: dict[str, Any], state: _State, made: int | tf.Tensor
+) -> tuple[_State, tf.Tensor]:
+    """Grows the beams by one token, and the largest score there was for each row."""
+    B, W, S = sizes(state.running.ids)
+    limit, end = rules.new_tokens, inputs["prompt"] + made
     mask = tf.repeat(inputs["mask"], W, 0) & (tf.range(S) < end)
-    rules = rules.replace(bias=tf.where(is_first, rules.begin_bias, rules.bias))
-    scores = tf.nn.log_softmax(generation.mask_vocabulary(state.logits, rules.vocabulary), -1)
+    scores = tf.nn.log_softmax(generation.mask_vocabulary(logits, rules.vocabulary), -1)
     history = tf.reshape(state.running.ids, (-1, S))
     is_last = made + 1 == limit
     scores = filters.process_logits(sampling, scores, history, mask, end, made, rules, is_last)
@@ -239,11 +243,12 @@ def _choose(rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
     open_scores = grown.scores + tf.where(ends, NEG_INF, 0.0)
     running, index = grown._replace(scores=open_scores).best(W)
     is_open = state.is_open & can_improve(running, finished, made + 1, limit, rules)
-    is_full = rules.is_full_enough & tf.reduce_all(finished.lengths > 0)
+    is_done = tf.reduce_all(ends) | ~tf.reduce_any(is_open)
+    is_done |= rules.is_full_enough & tf.reduce_all(finished.lengths > 0)
     parents = tf.gather(parents, index, batch_dims=1) + W * tf.range(B)[:, None]
-    return state._replace(
-        made=made + 1, running=running, finished=finished, is_open=is_open,
-        is_done=tf.reduce_all(ends) | ~tf.reduce_any(is_open) | is_full,
-        rows=tf.reshape(parents, (-1,)),
-        best=tf.where(is_first, tf.reduce_max(scores, -1), state.best),
-    )  # fmt: skip
+    rows = tf.reshape(parents, (-1,))
+    keys, values = (tuple(tf.gather(x, rows) for x in xs) for xs in (state.keys, state.values))
+    state = _State(
+        tf.convert_to_tensor(made + 1), running, finished, is_open, is_done, keys, values
+    )
+    return state, tf.reduce_max(scores, -1)

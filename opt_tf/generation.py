@@ -33,9 +33,7 @@ class _State(NamedTuple):
         token: (R,) the newest of them.
         ended: bool (R,), rows that have ended.
         history: (R, S) prompt and generated tokens.
-        logits: (R, V) after all tokens that the cache has.
-        best: (R,) the largest logit that the first token was chosen by.
-        keys: The cache's, with the newest token where there will be another.
+        keys: The cache's.
         values: The cache's.
     """
 
@@ -43,8 +41,6 @@ class _State(NamedTuple):
     token: tf.Tensor
     ended: tf.Tensor
     history: tf.Tensor
-    logits: tf.Tensor
-    best: tf.Tensor
     keys: tuple[tf.Tensor, ...]
     values: tuple[tf.Tensor, ...]
 
@@ -72,8 +68,6 @@ def stream(model: "TFOPTForCausalLM", request: Request) -> Iterator[tf.Tensor]:
         (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
     """
     inputs, state = _start(model, request)
-    state = generation_program(model, request, _open)(inputs, state)
-    check_logits(state.best.numpy())
     trackers = request.stop_trackers(sizes(state.token)[0])
     can_end = bool(request.settings.eos_ids or trackers)
     for made in range(1, request.new_tokens + 1):
@@ -92,8 +86,8 @@ def generate(model: "TFOPTForCausalLM", request: Request) -> tf.Tensor:
     if request.settings.stops:  # texts are watched on the host
         return tf.constant(request.join(stream(model, request)))
     inputs, state = _start(model, request)
-    state = generation_program(model, request, _loop)(inputs, state)
-    check_logits(state.best.numpy())
+    if request.new_tokens > 1:
+        state = generation_program(model, request, _loop)(inputs, state)
     return state.history[:, : request.ids.shape[1] + int(state.made)]
 
 
@@ -107,12 +101,11 @@ def run(
     model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any]
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """All of a generation: the rows (R, S), tokens made, and the largest logits at its start."""
-    slots = sizes(inputs["history"])[1]
-    logits, cache = prefill_prompts(model, inputs, rules.chunk, slots)
-    copies = rules.num_return_sequences
-    state = _begin(*copy_rows(logits, cache, copies), inputs["history"], copies)
+    found = prefill_prompts(model, inputs, rules.chunk, sizes(inputs["history"])[1])
+    logits, cache = copy_rows(*found, rules.num_return_sequences)
+    state, best = _open(model, rules, inputs, logits, cache.keys, cache.values)
     state = _loop(model, rules, inputs, state)
-    return state.history, state.made, state.best
+    return state.history, state.made, best
 
 
 def trace(
@@ -157,57 +150,52 @@ def trace(
 
 
 def _start(model: "TFOPTForCausalLM", request: Request) -> tuple[dict[str, Any], _State]:
-    """Reads the prompts; the inputs of the programs that follow."""
+    """Reads the prompts and chooses the first token; the inputs of the programs that follow."""
     inputs, copies = program_inputs(request, request.slots), request.settings.num_return_sequences
-    found = read_prompts(model, request, request.slots, copies)
-    return inputs, _begin(*found, inputs["history"], copies)
+    logits, cache = read_prompts(model, request, request.slots, copies)
+    program = generation_program(model, request, _open)
+    state, best = program(inputs, logits, cache.keys, cache.values)
+    check_logits(best.numpy())
+    return inputs, state
 
 
-def _begin(logits_RV: tf.Tensor, cache: KVCache, history_BS: tf.Tensor, copies: int) -> _State:
-    """Rows of which nothing is generated yet."""
-    history = tf.repeat(history_BS, copies, 0) if copies > 1 else history_BS
-    R = tf.shape(history)[0]
-    ended, token, best = (tf.zeros(R, dtype) for dtype in (tf.bool, tf.int32, tf.float32))
-    none = tf.constant(0)
-    return _State(none, token, ended, history, logits_RV, best, cache.keys, cache.values)
-
-
-def _open(model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
-    """The first token of every row."""
-    return _choose(rules, inputs, state)
+def _open(
+    model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], logits_RV: tf.Tensor,
+    keys: Any, values: Any,
+) -> tuple[_State, tf.Tensor]:  # fmt: skip
+    """The first token of each row, and the largest logit it was chosen by."""
+    copies = rules.num_return_sequences
+    history = tf.repeat(inputs["history"], copies, 0) if copies > 1 else inputs["history"]
+    no_row = tf.zeros(tf.shape(history)[0], tf.bool)
+    state = _State(tf.constant(0), no_row, no_row, history, keys, values)
+    logits = _constrained(logits_RV, rules, inputs, state, _mask(rules, inputs), 0)
+    return _write(logits, rules, inputs, state), tf.reduce_max(logits, -1)
 
 
 def _step(model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
-    """One more token per row."""
-    return _choose(rules, inputs, _read(model, rules, inputs, state))
+    """Reads the newest token and chooses the next one."""
+    mask = _mask(rules, inputs)
+    length = inputs["prompt"] + state.made - 1
+    logits, cache = decode_step(model, state.token, KVCache(state.keys, state.values, length, mask))
+    state = state._replace(keys=cache.keys, values=cache.values)
+    logits = _constrained(logits, rules, inputs, state, mask, state.made)
+    return _write(logits, rules, inputs, state)
 
 
 def _loop(model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
-    """Tokens until all rows have ended or are full; the state without a cache."""
+    """Steps until all rows have ended or are full; the state without a cache."""
 
     def keep_going(*state: Any) -> tf.Tensor:
         state = _State(*state)
         is_open = state.made < rules.new_tokens
         return is_open & ~tf.reduce_all(state.ended)
 
-    def read(state: _State) -> _State:
-        state = _read(model, rules, inputs, _with(state, KVCache.unsqueezed))
-        return _with(state, KVCache.squeezed)
+    def step(*state: Any) -> _State:
+        state = _with(_State(*state), KVCache.unsqueezed)
+        return _with(_step(model, rules, inputs, state), KVCache.squeezed)
 
-    def advance(*state: Any) -> _State:
-        chosen = _choose(rules, inputs, _State(*state))
-        return _State(*tf.cond(keep_going(*chosen), lambda: read(chosen), lambda: chosen))
-
-    state = _State(*tf.while_loop(keep_going, advance, _with(state, KVCache.squeezed)))
-    return state._replace(logits=(), keys=(), values=())
-
-
-def _read(model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
-    """Reads the newest token of every row."""
-    length = inputs["prompt"] + state.made - 1
-    cache = KVCache(state.keys, state.values, length, _mask(rules, inputs))
-    logits, cache = decode_step(model, state.token, cache)
-    return state._replace(logits=logits, keys=cache.keys, values=cache.values)
+    state = _State(*tf.while_loop(keep_going, step, _with(state, KVCache.squeezed)))
+    return state._replace(keys=(), values=())
 
 
 def _mask(rules: Rules, inputs: dict[str, Any]) -> tf.Tensor:
@@ -222,19 +210,23 @@ def _with(state: _State, change: Callable[[KVCache], KVCache]) -> _State:
     return state._replace(keys=cache.keys, values=cache.values)
 
 
-def _choose(rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
-    """Gives every row its next token."""
-    made, history, slots = state.made, state.history, tf.range(sizes(state.history)[1])
-    end, is_first, is_last = inputs["prompt"] + made, made == 0, made + 1 == rules.new_tokens
-    mask = _mask(rules, inputs) & (slots < end)
-    rules = rules.replace(bias=tf.where(is_first, rules.begin_bias, rules.bias))
-    scores = mask_vocabulary(state.logits, rules.vocabulary)
-    scores = filters.process_logits(sampling, scores, history, mask, end, made, rules, is_last)
-    seed = tf.stack([inputs["seed"], tf.cast(made, tf.int64)])
-    token = filters.select_tokens(sampling, scores, rules, seed)
+def _constrained(
+    logits: tf.Tensor, rules: Rules, inputs: dict[str, Any], state: _State, mask: tf.Tensor,
+    made: int | tf.Tensor,
+) -> tf.Tensor:  # fmt: skip
+    end = inputs["prompt"] + made
+    mask = mask & (tf.range(sizes(mask)[1]) < end)
+    logits = mask_vocabulary(logits, rules.vocabulary)
+    is_last = made + 1 == rules.new_tokens
+    return filters.process_logits(sampling, logits, state.history, mask, end, made, rules, is_last)
+
+
+def _write(logits: tf.Tensor, rules: Rules, inputs: dict[str, Any], state: _State) -> _State:
+    """Chooses a token for each row that has not ended, and writes it down."""
+    seed = tf.stack([inputs["seed"], tf.cast(state.made, tf.int64)])
+    token = filters.select_tokens(sampling, logits, rules, seed)
     token = tf.where(state.ended, rules.pad, token)
-    return state._replace(
-        made=made + 1, token=token, ended=state.ended | tf.gather(rules.ends, token),
-        history=tf.where(slots == end, token[:, None], history),
-        best=tf.where(is_first, tf.reduce_max(scores, -1), state.best),
-    )  # fmt: skip
+    ended = state.ended | tf.gather(rules.ends, token)
+    is_here = tf.range(sizes(state.history)[1]) == inputs["prompt"] + state.made
+    history = tf.where(is_here, token[:, None], state.history)
+    return state._replace(made=state.made + 1, token=token, ended=ended, history=history)

@@ -109,8 +109,8 @@ def encode_for_fit(
 
 def left_padded(ids: Any, mask: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     """Prompts (B, L) and mask with padding on the left, of rows (B, W) with it on the right."""
-    pairs: Any = zip(np.asarray(ids), np.asarray(mask) != 0, strict=True)
-    rows = [row[kept] for row, kept in pairs]
+    values: list[Any] = [np.asarray(ids), np.asarray(mask) != 0]
+    rows = [row[kept] for row, kept in zip(*values, strict=True)]
     found = stack_rows([{"input_ids": row} for row in rows], 0, "left")
     return found["input_ids"], found["attention_mask"]
 

@@ -26,7 +26,7 @@ def compiled():
         for module, names in (
             (prefill, ("_read_prompts",)),
             (generation, ("_open", "_step", "_loop")),
-            (beam, ("_loop",)),
+            (beam, ("_open", "_loop")),
         )
         for name in names
     }

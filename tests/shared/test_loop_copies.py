@@ -17,7 +17,7 @@ def loop_of_flax(model, ids) -> Any:
     from opt_flax import generation
 
     request = make_request(model, ids, **SETTINGS)
-    return generation._loop.lower(*generation._run_start(model, request)).compile().as_text()
+    return generation._loop.lower(*generation._start(model, request)).compile().as_text()
 
 
 def loop_of_tf(model, ids) -> Any:
@@ -25,7 +25,7 @@ def loop_of_tf(model, ids) -> Any:
     from opt_tf.compilation import generation_program
 
     request = make_request(model, ids, **SETTINGS)
-    inputs, state = generation._run_start(model, request)
+    inputs, state = generation._start(model, request)
     program = generation_program(model, request, generation._loop)
     return program.experimental_get_compiler_ir(inputs, state)(stage="optimized_hlo")
 

@@ -49,12 +49,15 @@ MODES = {
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "lookup": {"prompt_lookup_num_tokens": 3},
 }
+ROWS = {mode: 2 + i for i, mode in enumerate(MODES)}
+"""Prompts of each: another number of them has a program of its own, whose tracing is watched."""
 
 
 @pytest.mark.parametrize("mode", tiered(MODES, lambda mode: mode in ("greedy", "beams")))
 def test_prompts_read_in_chunks(backend, folder, widths, mode):
-    model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIG, 2, 40)
-    settings = {**PLAIN, **MODES[mode], "attention_mask": make_mask("left", [40, 23])}
+    model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIG, ROWS[mode], 40)
+    mask = make_mask("left", [40, 23, 40, 31, 40][: ROWS[mode]])
+    settings = {**PLAIN, **MODES[mode], "attention_mask": mask}
     whole = backend.generate(model, ids, **settings)
     assert max(widths) >= 40
     for chunk in (16, 39):
@@ -71,9 +74,10 @@ def test_prompts_read_in_chunks(backend, folder, widths, mode):
 @pytest.mark.parametrize("mode", tiered(MODES, lambda mode: mode == "sampled"))
 def test_a_shared_prefix_is_read_once(backend, folder, widths, mode):
     """A prompt's cache serves any number of endings, of different lengths, again and again."""
-    model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIG, 3, 60)
+    model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIG, ROWS[mode], 60)
     ids[:, :50] = ids[0, :50]
-    mask = np.concatenate([np.ones((3, 50), int), make_mask("left", [10, 4, 1])], 1)
+    lengths = [10, 4, 1, 7, 10][: ROWS[mode]]
+    mask = np.concatenate([np.ones((len(ids), 50), int), make_mask("left", lengths)], 1)
     cache = read(model, ids[:1, :50], 50)
     settings = {**PLAIN, **MODES[mode], "attention_mask": mask}
     whole = backend.generate(model, ids, **settings)

@@ -26,7 +26,7 @@ TARGETS = {
 def make_trainer(folder, kind, **options) -> Any:
     model = getattr(opt_torch, kind)(CONFIG, seed=0)
     columns = {"input_ids": ROWS, "attention_mask": np.ones_like(ROWS), **TARGETS[kind]}
-    rows = [{name: column[i] for name, column in columns.items()} for i in range(len(ROWS))]
+    rows: Any = [{name: column[i] for name, column in columns.items()} for i in range(len(ROWS))]
     settings = transformers.TrainingArguments(
         folder, per_device_train_batch_size=2, per_device_eval_batch_size=3, learning_rate=1e-2,
         max_steps=4, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", **options,
