@@ -44,7 +44,15 @@ from rich.table import Table
 
 from opt_core import GenerationConfig, OPTConfig, TrainConfig
 from opt_core.generation.request import Request
-from opt_flax import FlaxOPTForCausalLM, attention, checkpoint, generation, sharding, training
+from opt_flax import (
+    FlaxOPTForCausalLM,
+    attention,
+    checkpoint,
+    generation,
+    prefill,
+    sharding,
+    training,
+)
 from opt_flax.compilation import Prompts
 from opt_flax.sampling import request_rules
 
@@ -184,11 +192,12 @@ def lower_generation(config: OPTConfig, mesh: Mesh) -> Iterator[tuple[str, Any]]
     ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     mask = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.bool_)
     prompts = Prompts(ids, None, np.int32(LENGTH - 1), None)
-    start = generation._start.lower(graph, state, prompts, ids, mask, rules)
-    compiled = start.compile()
+    read = prefill._read_prompts.lower(graph, state, prompts, None, LENGTH)
+    compiled = read.compile()
     yield "prefill", compiled
-    rows, places = start.out_info[0], compiled.output_shardings[0]
-    rows = abstract_arguments(rows, mesh, places)
+    found = abstract_arguments(read.out_info, mesh, compiled.output_shardings)
+    begin = generation._open.lower(*found, ids, mask, prompts.length, rules, mesh)
+    rows = abstract_arguments(begin.out_info[0], mesh, begin.compile().output_shardings[0])
     yield "decode step", generation._step.lower(graph, state, rows, rules).compile()
     yield "decode loop", generation._loop.lower(graph, state, rows, rules).compile()
 

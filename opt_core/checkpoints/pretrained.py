@@ -192,9 +192,10 @@ def open_pretrained(
     for note in (*checkpoint.notes, *notes):
         notice(note)
     stored = plan.entries[0][1].dtype.name
-    config.dtype = stored if name == "auto" else name
+    name = stored if name == "auto" else name
+    config.dtype = "float32" if name.startswith("mixed_") else name  # Keras' policies
     plan = plan if read is None else merge_adapter(plan, head, read)
-    return Pretrained(path, plan, stored if name == "auto" else name, quantize, options)
+    return Pretrained(path, plan, name, quantize, options)
 
 
 def save_pretrained(

@@ -196,7 +196,7 @@ def test_generate_reads_stdin(arguments: list[str], opt_lm: Run, tiny: Path):
         (["x", "--backend", "jax"], b"", "expected one of torch, tf, flax"),
         (["x", "--backend", "tf", "--device", "cuda"], b"", "--device is for the torch backend"),
         (["x", "--dtype", "int3"], b"", "dtype: expected one of"),
-        (["x", "--revision", "main"], b"", "revision='main' is for hub ids"),
+        (["x", "--revision", "v2"], b"", "revision='v2' is for hub ids"),
         (["x", "--stop", ""], b"", "stop_strings"),
     ],
 )

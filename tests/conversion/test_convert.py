@@ -224,7 +224,7 @@ def test_what_cannot_be_asked_for(tmp_path: Path):
         ({"to": "onnx"}, "to: expected one of safetensors"),
         ({"dtype": "int8"}, "dtype: expected"),
         ({"max_shard_size": "big"}, "max_shard_size"),
-        ({"revision": "main"}, "is for hub ids"),
+        ({"revision": "v2"}, "is for hub ids"),
     ):
         options: dict[str, Any] = kwargs
         with pytest.raises(CheckpointError, match=message):

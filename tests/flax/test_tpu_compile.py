@@ -1,6 +1,7 @@
 """The TPU compiler takes our programs, and they are what we think they are; no TPU is needed."""
 
 import importlib.util
+import os
 from functools import partial
 
 import pytest
@@ -22,6 +23,15 @@ CONFIG = CONFIGS["pre_ln"].replace(
 )
 WEIGHT = 256 * 256 * 2
 """Bytes of the smallest weight of a layer."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def flags_of_all_devices():
+    """Ends the process where it finds a flag it does not know, as those of CPUs are."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "xla_cpu" not in flag]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", " ".join(flags))
+        yield
 
 
 @pytest.fixture(autouse=True)
