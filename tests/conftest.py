@@ -16,6 +16,7 @@ from opt_core.params import Head, param_specs
 from opt_core.text.tokenizer import OPTTokenizer
 from tests.support.backends import BACKENDS, Backend, make_backend
 from tests.support.configs import CONFIGS
+from tests.support.tiers import deal
 
 XLA_FLAGS = (
     # Eight devices of one CPU are enough to test what meshes do.
@@ -42,6 +43,11 @@ keep_programs()
 if importlib.util.find_spec("triton"):
     # CUDA builds of torch bring it. Both carry LLVM: loaded after TensorFlow it ends the process.
     importlib.import_module("triton")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    deal(items, BACKENDS)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -16,6 +16,8 @@ from tests.support.configs import CONFIGS
 from tests.support.files.peft_adapters import make_adapter, ours_logits, theirs, theirs_logits
 from tests.support.reference import make_prompts
 
+pytestmark = pytest.mark.dealt
+
 CONFIG = CONFIGS["post_ln"]
 IDS = make_prompts(CONFIG, 2, 7)
 KINDS = {

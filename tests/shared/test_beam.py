@@ -11,6 +11,8 @@ from tests.support.oracle_generation import Settings
 from tests.support.reference import make_mask, make_prompts
 from tests.support.tiers import tiered
 
+pytestmark = pytest.mark.dealt
+
 EOS = list(range(40, 56))
 """Many ends of text, so that beams really finish."""
 

@@ -10,6 +10,8 @@ from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
 from tests.support.tiers import tiered
 
+pytestmark = pytest.mark.dealt
+
 SAME = 2e-5
 """Cached against uncached logits: the same sums in another order."""
 LENGTH = 12

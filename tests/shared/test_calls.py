@@ -11,6 +11,8 @@ from tests.support.backends import ORACLE_TOLERANCE
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
 
+pytestmark = pytest.mark.dealt
+
 CONFIG = CONFIGS["pre_ln"]
 LENGTH, FIRST = 8, 6
 """Few lengths in all: JAX compiles each operation anew for each of them."""

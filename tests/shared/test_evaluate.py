@@ -24,6 +24,8 @@ from tests.support.backends import Backend
 from tests.support.files.tiny_folder import save_model
 from tests.support.lm_eval_stand_in import install, request
 
+pytestmark = pytest.mark.dealt
+
 TOLERANCE = 1e-4
 """Of every figure, between backends: what the project promises."""
 

@@ -15,6 +15,8 @@ from opt_core.params import count_parameters
 from tests.support.backends import BACKENDS
 from tests.support.tiers import tiered
 
+pytestmark = pytest.mark.dealt
+
 MINI = Path(opt_core.__file__).parent / "mini"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "mini.json"
 TEXT = (

@@ -9,7 +9,7 @@ from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts, tensors
 from tests.support.tiers import tiered
 
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.hf, pytest.mark.dealt]
 CLOSE = 1e-4
 """Of scores that eight tokens' float32 rounding went into."""
 EOS = list(range(40, 50))

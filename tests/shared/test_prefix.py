@@ -11,6 +11,8 @@ from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
 from tests.support.tiers import tiered
 
+pytestmark = pytest.mark.dealt
+
 CONFIG = CONFIGS["pre_ln"]
 PLAIN = {"eos_token_id": None, "max_new_tokens": 12}
 SAME = 2e-5

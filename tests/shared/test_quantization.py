@@ -16,6 +16,8 @@ from tests.support.backends import BACKENDS, CLASSES, ORACLE_TOLERANCE, make_bac
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
 
+pytestmark = pytest.mark.dealt
+
 
 @pytest.fixture(autouse=True)
 def weights_alone(monkeypatch):

@@ -14,6 +14,8 @@ from tests.support.backends import CLASSES
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_prompts
 
+pytestmark = pytest.mark.dealt
+
 CONFIG = CONFIGS["pre_ln"].replace(num_labels=3, attention_dropout=0.1)
 TRAIN = TrainConfig(
     max_steps=8, batch_size=4, sequence_length=12, learning_rate=3e-3, save_every=3,

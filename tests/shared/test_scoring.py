@@ -12,6 +12,8 @@ from tests.support.backends import BACKENDS, ORACLE_TOLERANCE, Backend
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
 
+pytestmark = pytest.mark.dealt
+
 TINY = {name: config.replace(num_labels=3) for name, config in CONFIGS.items()}
 
 

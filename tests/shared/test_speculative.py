@@ -13,6 +13,8 @@ from tests.support.oracle_generation import Settings
 from tests.support.reference import make_mask, make_prompts
 from tests.support.rules import backend_rules
 
+pytestmark = pytest.mark.dealt
+
 PAD = 1
 PRE_LN = CONFIGS["pre_ln"]
 PLAIN = {"eos_token_id": None, "max_new_tokens": 24}

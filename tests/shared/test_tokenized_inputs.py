@@ -8,6 +8,8 @@ from opt_core.text.tokenizer import OPTTokenizer
 from tests.support.backends import make_backend
 from tests.support.files.tiny_folder import save_model
 
+pytestmark = pytest.mark.dealt
+
 TENSORS = {"torch": "pt", "tf": "tf", "flax": "jax"}
 TEXTS = ["I like your dog", "Hello"]
 

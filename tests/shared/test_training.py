@@ -12,6 +12,8 @@ from opt_core.training.lora import adapter_specs, initial_adapter
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_prompts, reference, tensors
 
+pytestmark = pytest.mark.dealt
+
 STEP_TOLERANCE = 1e-5
 """Of parameters after three optimizer steps."""
 CONFIG = TrainConfig(

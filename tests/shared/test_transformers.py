@@ -10,7 +10,7 @@ from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts, reference, tensors
 from tests.support.tiers import tiered
 
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.hf, pytest.mark.dealt]
 CLOSE = 1e-5
 """Float32 against float32 of the same sums; larger logits err more, so it is also relative."""
 EOS = list(range(40, 50))

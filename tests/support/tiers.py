@@ -1,6 +1,12 @@
-"""Two tiers of tests: `make test` runs a few cases of each claim, `make test-all` every one."""
+"""Two tiers of tests: `make test` runs a few cases of each claim, `make test-all` every one.
 
-from collections.abc import Callable, Iterable
+Compiling is what takes time. Files marked `dealt` test what is core's, or the same claim by many
+cases: there each case runs in PyTorch and in one of the compiled backends, in turn, and in the slow
+tier in the other one too.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -15,3 +21,26 @@ def tiered(cases: Iterable[Any], is_fast: Callable[..., bool]) -> list[Any]:
     """
     every = [case if isinstance(case, tuple) else (case,) for case in cases]
     return [pytest.param(*case, marks=() if is_fast(*case) else pytest.mark.slow) for case in every]
+
+
+def deal(items: Sequence[pytest.Item], backends: Sequence[str]) -> None:
+    """Marks as slow what of the `dealt` tests another compiled backend runs.
+
+    Args:
+        items: All tests that were collected.
+        backends: Names of those that are tested; with one compiled backend, it has all cases.
+    """
+    if not {"tf", "flax"} <= {*backends}:
+        return
+    seen: Counter[tuple[str, str]] = Counter()
+    order: dict[str, int] = {}
+    for item in items:
+        values = getattr(item, "callspec", None)
+        backend = values.params.get("backend") if values else None
+        if backend in ("tf", "flax") and item.get_closest_marker("dealt"):
+            name = item.nodeid.partition("[")[0]
+            # Tests of a single case go to one and the other in turn.
+            number = seen[name, backend] + order.setdefault(name, len(order))
+            seen[name, backend] += 1
+            if (number % 2 == 0) != (backend == "tf"):
+                item.add_marker(pytest.mark.slow)

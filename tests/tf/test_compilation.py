@@ -59,8 +59,7 @@ def test_another_prompt_or_setting_compiles_nothing(tmp_path):
     result = python(
         COUNT, "tensorflow", str(tmp_path), XLA_FLAGS=f"--xla_dump_to={tmp_path}", TF_XLA_FLAGS=""
     )
-    # A stream has the first two already. With drafts there is a pass that checks some beside those
-    # of prompts and first token, and one without any, which is that of no drafts.
+    # A stream has the first two already. With drafts there are passes that check some, or none.
     assert result.stdout.split() == ["3", "4", "7", "10", "13", "13"], result.stderr
 
 

@@ -12,6 +12,8 @@ from opt_core.errors import GenerationError, InputError, UnsupportedError
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_prompts
 
+pytestmark = pytest.mark.dealt
+
 CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=1)
 IDS = make_prompts(CONFIG, 2, 6)
 NEW = 3
