@@ -44,16 +44,9 @@ from rich.table import Table
 
 from opt_core import GenerationConfig, OPTConfig, TrainConfig
 from opt_core.generation.request import Request
-from opt_flax import (
-    FlaxOPTForCausalLM,
-    attention,
-    checkpoint,
-    generation,
-    prefill,
-    sharding,
-    training,
-)
+from opt_flax import FlaxOPTForCausalLM, attention, checkpoint, generation, sharding, training
 from opt_flax.compilation import Prompts
+from opt_flax.prefill import _read_prompts
 from opt_flax.sampling import request_rules
 
 RESULTS = Path(__file__).parent / "results" / "tpu.json"
@@ -192,7 +185,7 @@ def lower_generation(config: OPTConfig, mesh: Mesh) -> Iterator[tuple[str, Any]]
     ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     mask = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.bool_)
     prompts = Prompts(ids, None, np.int32(LENGTH - 1), None)
-    read = prefill._read_prompts.lower(graph, state, prompts, None, LENGTH)
+    read = _read_prompts.lower(graph, state, prompts, None, LENGTH)
     compiled = read.compile()
     yield "prefill", compiled
     found = abstract_arguments(read.out_info, mesh, compiled.output_shardings)
