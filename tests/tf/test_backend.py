@@ -14,6 +14,7 @@ from opt_tf import linear, training
 from opt_tf.checkpoint import locate
 from tests.support.configs import CONFIGS
 from tests.support.tf_models import model_of, python
+from tests.support.tiers import tiered
 
 PRODUCT_ERROR = 1e-5  # of sums of 32 products of normal numbers, in float32
 
@@ -29,7 +30,7 @@ IMPORTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", IMPORTS)
+@pytest.mark.parametrize("case", tiered(IMPORTS, lambda case: case in ("unset", "env", "loaded")))
 def test_keras_is_told_or_must_be_told_to_use_tensorflow(case):
     code, backend, expected = IMPORTS[case]
     result = python(
