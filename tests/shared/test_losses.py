@@ -5,6 +5,9 @@ import importlib
 import numpy as np
 import pytest
 
+from tests.support.configs import CONFIGS
+from tests.support.reference import make_prompts
+
 
 def cross_entropy(hidden, head, labels, smoothing):
     """Mean cross entropy of each next token, and its gradients."""
@@ -40,3 +43,14 @@ def test_the_loss_in_chunks_is_cross_entropy(backend, monkeypatch, smoothing, lo
     assert abs(ours - 3 * loss) < 1e-12
     for a, b in zip(found, gradients, strict=True):
         assert abs(a - 3 * b).max() < 1e-12
+
+
+def test_a_padding_token_that_is_read_teaches_its_row_nothing(backend, folder):
+    """As PyTorch's `padding_idx`; a head of its own shows what the look-up alone teaches."""
+    config = CONFIGS["pre_ln"].replace(num_hidden_layers=1, tie_word_embeddings=False)
+    ids = make_prompts(config, 2, 6)
+    ids[0, 2] = config.pad_token_id
+    found = backend.gradients(backend.load(folder(config)), "causal_lm", input_ids=ids, labels=ids)
+    (table,) = (value for name, value in found.items() if name.endswith("embed_tokens.weight"))
+    assert not table[config.pad_token_id].any()
+    assert table[ids[0, 1]].any()
