@@ -45,8 +45,7 @@ from rich.table import Table
 from opt_core import GenerationConfig, OPTConfig, TrainConfig
 from opt_core.generation.request import Request
 from opt_flax import FlaxOPTForCausalLM, attention, checkpoint, generation, sharding, training
-from opt_flax.compilation import Prompts
-from opt_flax.prefill import _read_prompts
+from opt_flax.compilation import Prompts, _read_prompts
 from opt_flax.sampling import request_rules
 
 RESULTS = Path(__file__).parent / "results" / "tpu.json"

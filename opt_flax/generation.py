@@ -22,8 +22,8 @@ from opt_core.generation.request import Request, allocate_tokens, check_logits
 from opt_core.generation.rules import BANNED, Rules
 from opt_flax import sampling
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts
-from opt_flax.prefill import copy_rows, prefill_prompts, read_prompts
+from opt_flax.compilation import Prompts, read_prompts
+from opt_flax.prefill import copy_rows, prefill_prompts
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:

@@ -10,16 +10,16 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from opt_core.generation.request import Ids, Mask, Request
+from opt_core.generation.request import Ids, Mask
 from opt_flax.cache import KVCache
-from opt_flax.compilation import Prompts, program_inputs
 
 if TYPE_CHECKING:
+    from opt_flax.compilation import Prompts
     from opt_flax.modeling import FlaxOPTForCausalLM
 
 
 def prefill_prompts(
-    model: "FlaxOPTForCausalLM", prompts: Prompts, chunk: int | None, slots: int
+    model: "FlaxOPTForCausalLM", prompts: "Prompts", chunk: int | None, slots: int
 ) -> tuple[Array, KVCache]:
     """Reads the prompts of a request, without what its cache has of them already.
 
@@ -35,36 +35,6 @@ def prefill_prompts(
     B, past = prompts.ids.shape[0], prompts.past
     cache = model.init_cache(B, slots) if past is None else past.resize(B, slots, model.mesh)
     return prefill(model, prompts.ids, prompts.mask, cache, chunk, prompts.length)
-
-
-def read_prompts(
-    model: "FlaxOPTForCausalLM", parts: Any, request: Request, slots: int, copies: int
-) -> tuple[Array, KVCache]:
-    """Reads the prompts of a request, and makes several rows of each.
-
-    The program that reads them is the same for all that may follow.
-
-    Args:
-        model: The language model.
-        parts: The model's, as `nnx.split` gives them.
-        request: What to generate.
-        slots: Slots S of the cache.
-        copies: Rows of each prompt; there are R of them in all.
-
-    Returns:
-        Logits (R, V) after the last token, and the cache that holds the prompts.
-    """
-    graph, state = parts
-    prompts = program_inputs(request, slots)
-    logits, cache = _read_prompts(graph, state, prompts, request.chunk, slots)
-    return copy_rows(logits, cache, copies, model.mesh)
-
-
-@partial(jax.jit, static_argnames=("graph", "chunk", "slots"))
-def _read_prompts(
-    graph: Any, state: Any, prompts: Prompts, chunk: int | None, slots: int
-) -> tuple[Array, KVCache]:
-    return prefill_prompts(nnx.merge(graph, state), prompts, chunk, slots)
 
 
 def copy_rows(

@@ -22,7 +22,7 @@ from opt_core.generation.rules import Rules
 from opt_core.generation.speculation import Counts, Reader, Rows, speculate
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
-from opt_flax.prefill import read_prompts
+from opt_flax.compilation import read_prompts
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:

@@ -57,6 +57,7 @@ OWN_NAMES = {
         },
         "parameters may be traced": {"set_arrays"},
     },
+    "prefill.py": {"Flax' takes a model in two parts, and is in `compilation`": {"read_prompts"}},
     "export.py": {
         "every framework has file formats of its own": {
             *("export_program", "export_saved_model", "export_tflite", "export_stablehlo"),
@@ -109,7 +110,6 @@ EXTRA_PARAMETERS = {
     "training": "Keras' training mode is an argument of each call",
     "deterministic": "NNX' training mode is an argument of each call",
     "mesh": "Flax' models are spread over devices",
-    "parts": "Flax' programs take a model in two parts",
     "scan_layers": "Flax' layers can be stacked",
     "dtype": "Keras' layers have a policy instead",
 }

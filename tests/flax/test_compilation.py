@@ -9,7 +9,7 @@ pytest.importorskip("jax")
 
 
 from opt_core.training.config import TrainConfig
-from opt_flax import beam, generation, prefill, speculative, training
+from opt_flax import beam, compilation, generation, speculative, training
 from tests.support.configs import CONFIGS
 from tests.support.flax_models import model_of
 from tests.support.reference import make_mask, make_prompts
@@ -24,7 +24,7 @@ def compiled():
     return {
         f"{module.__name__}.{name}": getattr(module, name)._cache_size()
         for module, names in (
-            (prefill, ("_read_prompts",)),
+            (compilation, ("_read_prompts",)),
             (generation, ("_open", "_step", "_loop")),
             (beam, ("_open", "_loop")),
         )

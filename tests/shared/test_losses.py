@@ -49,6 +49,7 @@ def test_a_padding_token_that_is_read_teaches_its_row_nothing(backend, folder):
     """As PyTorch's `padding_idx`; a head of its own shows what the look-up alone teaches."""
     config = CONFIGS["pre_ln"].replace(num_hidden_layers=1, tie_word_embeddings=False)
     ids = make_prompts(config, 2, 6)
+    assert config.pad_token_id is not None
     ids[0, 2] = config.pad_token_id
     found = backend.gradients(backend.load(folder(config)), "causal_lm", input_ids=ids, labels=ids)
     (table,) = (value for name, value in found.items() if name.endswith("embed_tokens.weight"))
