@@ -79,5 +79,5 @@ def _number(value: Any) -> str:
     """A scalar's value where there is one, nothing inside a program being compiled."""
     try:
         return f"{float(value):.6g}"
-    except Exception:  # each framework has its own for a value that is not there yet
+    except (TypeError, ValueError, RuntimeError):  # traced, symbolic, fake, on no device
         return "scalar"

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from opt_core import GenerationConfig
+from opt_core.summaries import describe_value
 from tests.support.backends import Backend
 
 SCREEN = 50
@@ -44,3 +45,27 @@ def test_a_generation_config_shows_what_was_set():
     assert repr(GenerationConfig(do_sample=True, top_k=5)) == (
         "GenerationConfig(do_sample=True, top_k=5)"
     )
+
+
+def test_a_scalar_inside_a_program_is_no_number(backend):
+    """Each framework has its own error for a value that is not there; none stops a print."""
+    seen = []
+    if backend.name == "torch":
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        seen.append(describe_value(torch.zeros((), device="meta")))
+        with FakeTensorMode():
+            seen.append(describe_value(torch.zeros(()) + 1))
+    elif backend.name == "tf":
+        import tensorflow as tf
+
+        tf.function(lambda x: seen.append(describe_value(x)))(tf.constant(1.0))
+        seen.append(describe_value(tf.keras.Input((), dtype="float32", batch_size=1)[0]))
+    else:
+        import jax
+
+        jax.jit(lambda x: seen.append(describe_value(x)))(1.0)
+        jax.eval_shape(lambda x: seen.append(describe_value(x)), np.float32(1))
+    assert seen == ["float32 scalar"] * 2
+    assert describe_value(np.float32(1.5)) == "float32 1.5"

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from opt_core.compatibility.config_keys import ALIASES, COMMON
 from opt_core.compatibility.upload import UploadMixin
@@ -80,10 +80,11 @@ class ConfigMethods(UploadMixin):
         )
         return found.to_dict(), unused
 
-    @classmethod
-    def from_pretrained(cls, path_or_hub_id: Any, **arguments: Any) -> Any:
-        """Reads config.json from a folder or a hub repository."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # `OPTConfig` has it
+
+        @classmethod
+        def from_pretrained(cls, path_or_hub_id: Any, **arguments: Any) -> Any:
+            """Reads config.json from a folder or a hub repository."""
 
     @classmethod
     def from_json_file(cls, json_file: str | PathLike[str]) -> Self:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from opt_core.compatibility.config_keys import COMMON
 from opt_core.compatibility.loading import HUB
@@ -141,10 +141,19 @@ class SettingsMethods(UploadMixin):
 
     from_model = from_model_config
 
-    @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:
-        """Settings by name."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # `GenerationConfig` has them
+
+        @classmethod
+        def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:
+            """Settings by name."""
+
+        def to_diff_dict(self) -> dict[str, Any]:
+            """The settings that differ from the defaults."""
+            ...
+
+        def to_dict(self) -> dict[str, Any]:
+            """All settings by name."""
+            ...
 
     @classmethod
     def from_pretrained(
@@ -220,14 +229,6 @@ class SettingsMethods(UploadMixin):
         write_json(path / (config_file_name or FILE), self.to_diff_dict())
         if push_to_hub:
             self.push_to_hub(repo_id or path.name, **hub)
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """The settings that differ from the defaults."""
-        raise NotImplementedError
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings by name."""
-        raise NotImplementedError
 
     def to_json_string(self, use_diff: bool = True, ignore_metadata: bool = False) -> str:
         """The settings as JSON.
