@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from opt_core.compatibility import keras_hub
 from opt_core.compatibility.methods import MethodsMixin, refuse_to_generate
-from opt_core.compatibility.names import refuse
+from opt_core.compatibility.refusals import refuse_methods
 from opt_core.dialects import KERAS
-from opt_core.errors import ArgumentError, ConfigError
+from opt_core.errors import ArgumentError, ConfigError, UnsupportedError
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import check_not_quantized
 from opt_tf import _private, checkpoint, losses
@@ -321,11 +321,14 @@ class ModelMethods(KerasHubMethods, MethodsMixin):
         return type(self)(self.config, 0, self.attn_implementation, dtype=dtype)
 
 
-for _name, _advice in {
-    "greedy_search": "use generate(do_sample=False)",
-    "sample": "use generate(do_sample=True)",
-    "beam_search": "use generate(num_beams=...)",
-    "contrastive_search": "use generate(penalty_alpha=..., top_k=...)",
-    "set_bias": "OPT's head has no bias",
-}.items():
-    setattr(ModelMethods, _name, refuse(_name, _advice))
+refuse_methods(
+    ModelMethods,
+    {
+        "greedy_search": "use generate(do_sample=False)",
+        "sample": "use generate(do_sample=True)",
+        "beam_search": "use generate(num_beams=...)",
+        "contrastive_search": "use generate(penalty_alpha=..., top_k=...)",
+        "set_bias": "OPT's head has no bias",
+    },
+    UnsupportedError,
+)

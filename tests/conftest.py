@@ -15,6 +15,7 @@ from opt_core.config import OPTConfig
 from opt_core.params import Head, param_specs
 from opt_core.text.tokenizer import OPTTokenizer
 from tests.support.backends import BACKENDS, Backend, make_backend
+from tests.support.command_line import Run, make_run
 from tests.support.configs import CONFIGS
 from tests.support.tiers import deal
 
@@ -48,6 +49,12 @@ if importlib.util.find_spec("triton"):
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     deal(items, BACKENDS)
+
+
+@pytest.fixture
+def opt_lm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command: `code, out, err = opt_lm("info", folder)`; `stdin=` is its input."""
+    return make_run(monkeypatch, capsys)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,11 +1,12 @@
 """Caches as code written for `transformers` uses them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Self
 
 from opt_core import inputs as rules
+from opt_core.compatibility.refusals import refuse_methods
 from opt_core.errors import InputError
 from opt_core.summaries import describe_fields
 
@@ -144,14 +145,5 @@ REFUSED = {
 """Methods of `transformers`' caches that change one in place, and what to do instead."""
 
 
-def _refuse(name: str, advice: str) -> Callable[..., Any]:
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Who ignores what a method returns would not see that nothing changed.
-        raise InputError(f"{name}: a cache is not changed in place; {advice}")
-
-    method.__name__, method.__doc__ = name, f"Refused: {advice}."
-    return method
-
-
-for _name, _advice in REFUSED.items():
-    setattr(CacheMixin, _name, _refuse(_name, _advice))
+# Who ignores what a method returns would not see that nothing changed.
+refuse_methods(CacheMixin, REFUSED, InputError, "{name}: a cache is not changed in place; {advice}")

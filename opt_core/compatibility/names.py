@@ -1,8 +1,9 @@
 """Names that libraries ask `transformers`' models for: switches, plans, and what there is not."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from opt_core.compatibility.refusals import refuse_methods
 from opt_core.errors import UnsupportedError
 
 _NO_ADAPTER = "adapters are those of the module `lora` of this package, or of peft.get_peft_model"
@@ -134,15 +135,4 @@ class ModelNames:
         cls._auto_class = getattr(auto_class, "__name__", auto_class)
 
 
-def refuse(name: str, advice: str) -> Callable[..., Any]:
-    """A method that says what to do in its place, and does nothing."""
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedError(f"{type(self).__name__}.{name} is not supported: {advice}")
-
-    method.__name__, method.__doc__ = name, f"Refused: {advice}."
-    return method
-
-
-for _name, _advice in REFUSED.items():
-    setattr(ModelNames, _name, refuse(_name, _advice))
+refuse_methods(ModelNames, REFUSED, UnsupportedError)

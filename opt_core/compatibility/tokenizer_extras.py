@@ -1,9 +1,10 @@
 """A tokenizer's older and rarer methods and attributes in `transformers`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
+from opt_core.compatibility.refusals import refuse_methods
 from opt_core.errors import TokenizerError
 from opt_core.text.decoding import Decoding
 from opt_core.text.encoding import Encoding
@@ -219,13 +220,4 @@ def _known(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names}
 
 
-def _refuse(name: str, advice: str) -> Callable[..., Any]:
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise TokenizerError(f"{name} is not supported: {advice}")
-
-    method.__name__, method.__doc__ = name, f"Refused: {advice}."
-    return method
-
-
-for _name, _advice in REFUSED.items():
-    setattr(TokenizerExtras, _name, _refuse(_name, _advice))
+refuse_methods(TokenizerExtras, REFUSED, TokenizerError, "{name} is not supported: {advice}")

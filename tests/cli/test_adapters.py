@@ -1,24 +1,16 @@
 """An adapter's folder wherever the command takes a model, and `--adapter` beside one."""
 
 import json
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 import opt_torch
-from opt_cli.main import main
 from opt_core.json_files import read_json, write_json
 from opt_core.training.lora import Adapter, save_adapter
 from tests.support.files.tiny_folder import save_model
 
 TEXT = "the theorem of the thing"
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +27,6 @@ def adapter(base, tmp_path_factory):
         folder, config, "causal_lm", settings, lambda s: rng.normal(0, 0.3, s.shape), str(base)
     )
     return folder
-
-
-@pytest.fixture
-def opt_lm(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        out = capsys.readouterr()
-        return Outcome(int(end.value.code or 0), out.out, out.err)
-
-    return run
 
 
 def test_as_the_model(opt_lm, base, adapter, tmp_path):

@@ -1,6 +1,5 @@
 """The `opt-lm` command as users and scripts meet it: text, exit codes, errors of one line."""
 
-import io
 import json
 import os
 import pty
@@ -8,9 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,41 +17,18 @@ pytest.importorskip("torch")
 
 import opt_torch
 from opt_cli.generate import DEFAULT_NEW_TOKENS, _without_padding, resolve_settings
-from opt_cli.main import main
 from opt_core import GenerationConfig, OPTTokenizer, __version__
 from opt_core.errors import GenerationError
+from tests.support.command_line import Run
 from tests.support.files.tiny_folder import save_model
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "opt_cli"]
 
 
-class Outcome(NamedTuple):
-    code: int | None
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=4096)
-
-
-@pytest.fixture
-def opt_lm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process, which saves importing torch each time."""
-
-    def run(*arguments: Any, stdin: bytes = b"") -> Outcome:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Outcome(end.value.code, captured.out, captured.err)  # type: ignore[arg-type]
-
-    return run
 
 
 def expected_text(tiny: Path, prompt: str, **settings: Any) -> str:

@@ -3,13 +3,11 @@
 import base64
 import json
 import shutil
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
-from opt_cli.main import main
 from opt_core.hub import TOKENIZER_FILES
 from tests.support.files.hub_here import lead
 from tests.support.files.lying_hub import Handler, serving
@@ -75,16 +73,6 @@ def hub(tmp_path, monkeypatch):
         lead(monkeypatch, hub.url, tmp_path / "hf")
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
         yield hub
-
-
-@pytest.fixture
-def opt_lm(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return SimpleNamespace(code=end.value.code, **capsys.readouterr()._asdict())
-
-    return run
 
 
 @pytest.fixture

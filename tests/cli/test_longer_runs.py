@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import pytest
 
 pytest.importorskip("torch")
 
-from opt_cli.main import main
 from opt_core.data import write_blocks
 from opt_core.training import read_metrics
 from tests.support.files.tiny_folder import save_model
@@ -26,16 +24,6 @@ SETTINGS = ("--sequence-length", 16, "--batch-size", 2, "--lr-schedule", "consta
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def opt_lm(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return SimpleNamespace(code=end.value.code, **capsys.readouterr()._asdict())
-
-    return run
 
 
 @pytest.fixture

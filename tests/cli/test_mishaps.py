@@ -29,18 +29,6 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def opt_lm(capsys):
-    """Runs the command; returns its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return SimpleNamespace(code=end.value.code, **capsys.readouterr()._asdict())
-
-    return run
-
-
-@pytest.fixture
 def data(tmp_path):
     ids = np.random.default_rng(0).integers(3, 60, 400)
     write_blocks(tmp_path / "data", [ids], 16, 60)

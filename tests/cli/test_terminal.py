@@ -14,7 +14,6 @@ from fcntl import ioctl
 from pathlib import Path
 from struct import pack
 from termios import TIOCSCTTY, TIOCSWINSZ
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ pytest.importorskip("torch")
 
 from opt_cli import console
 from opt_cli.commands import PLACEHOLDERS, Command
-from opt_cli.main import app, main
+from opt_cli.main import app
 from opt_cli.progress import training_progress
 from opt_core.data import write_blocks
 from opt_core.training import read_metrics
@@ -46,16 +45,6 @@ def tiny(tmp_path_factory):
 def data(tmp_path):
     write_blocks(tmp_path / "data", [np.random.default_rng(0).integers(3, 60, 400)], 16, 60)
     return tmp_path / "data"
-
-
-@pytest.fixture
-def opt_lm(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return SimpleNamespace(code=end.value.code, **capsys.readouterr()._asdict())
-
-    return run
 
 
 class Terminal:

@@ -17,7 +17,6 @@ pytest.importorskip("torch")
 
 import torch
 
-from opt_cli.main import main
 from opt_core import TrainConfig
 from opt_core.data import TokenBlocks, write_blocks
 from opt_core.training import run_folder
@@ -31,18 +30,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def opt_lm(capsys):
-    """Runs the command; returns its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return end.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -2,25 +2,23 @@
 
 import csv
 import importlib
-import io
 import json
 import re
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
-from opt_cli.main import main
 from opt_core import OPTConfig, OPTTokenizer
 from opt_core.evaluation.bias import evaluate_bias, read_comparisons
 from opt_core.evaluation.multiple_choice import evaluate_choices, read_items
 from opt_core.evaluation.perplexity import text_perplexity
 from tests.support import oracle
 from tests.support.backends import Backend
+from tests.support.command_line import Run
 from tests.support.files.tiny_folder import save_model
 from tests.support.lm_eval_stand_in import install, request
 
@@ -86,27 +84,6 @@ def test_every_backend_gives_the_oracles_figures(backend: Backend, tiny: Path, d
     )
     pair: Any = found, expected
     np.testing.assert_allclose(*pair, rtol=0, atol=TOLERANCE)
-
-
-class Outcome(NamedTuple):
-    code: int | None
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def opt_lm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: Any) -> Outcome:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Outcome(end.value.code, captured.out, captured.err)  # type: ignore[arg-type]
-
-    return run
 
 
 def test_perplexity(opt_lm: Run, tiny: Path, data: Path):

@@ -2,24 +2,21 @@
 
 import csv
 import importlib
-import io
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from opt_cli.main import main
 from opt_core import OPTConfig, OPTTokenizer
 from opt_core.evaluation.paper import TASKS
 from opt_core.evaluation.toxicity import evaluate_toxicity, read_toxicity_prompts
 from opt_core.hub import resolve
 from tests.support.backends import Backend
+from tests.support.command_line import Run
 from tests.support.files.paper_data import hub_rows, write_published
 from tests.support.files.tiny_folder import save_model
 from tests.support.lm_eval_tasks import local_task
@@ -54,29 +51,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Outcome(NamedTuple):
-    code: int | None
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
 @pytest.fixture
-def opt_lm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: Any) -> Outcome:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in ("eval", "paper", *arguments)])
-        captured = capsys.readouterr()
-        return Outcome(end.value.code, captured.out, captured.err)  # type: ignore[arg-type]
-
-    return run
+def paper(opt_lm: Run) -> Run:
+    return lambda *arguments: opt_lm("eval", "paper", *arguments)
 
 
 def test_everything_on_files(
-    opt_lm: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    paper: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "judge.py").write_text(
         "def score(texts):\n    return [len(text) % 10 / 10 for text in texts]\n"
@@ -84,7 +65,7 @@ def test_everything_on_files(
     monkeypatch.chdir(tmp_path)
     arguments = ("--data", data, "--limit", 2, "--classifier", "judge:score")
     picture, card = tmp_path / "paper.svg", tmp_path / "README.md"
-    code, out, err = opt_lm(*arguments, "--plot", picture, "--card", tmp_path)
+    code, out, err = paper(*arguments, "--plot", picture, "--card", tmp_path)
     assert (code, err) == (0, "")
     for task in TASKS.values():
         assert f"\n{task.title} " in "\n" + out
@@ -93,39 +74,39 @@ def test_everything_on_files(
     assert "RealToxicityPrompts: prompts" in out
     assert "Not measured" not in card.read_text()
     assert "zero-shot" in picture.read_text()
-    found = json.loads(opt_lm(*arguments, "--json").out)
+    found = json.loads(paper(*arguments, "--json").out)
     assert [one["task"] for one in found["tasks"]] == [*TASKS]
     assert {one["items"] for one in found["tasks"]} == {2}
     assert [one["format"] for one in found["bias"]] == ["crows-pairs", "stereoset"]
     assert (found["toxicity"]["prompts"], found["toxicity"]["samples"]) == (2, 25)
 
 
-def test_what_is_missing_is_said(opt_lm: Run, data: Path, tmp_path: Path):
+def test_what_is_missing_is_said(paper: Run, data: Path, tmp_path: Path):
     (tmp_path / "copa").mkdir()
     copied = (data / "SuperGLUE/COPA/val.jsonl").read_text()
     (tmp_path / "copa/val.jsonl").write_text(copied)
-    code, out, err = opt_lm("--data", tmp_path)
+    code, out, err = paper("--data", tmp_path)
     assert code == 0
     assert "COPA" in out
     assert f"not measured: BoolQ: no file of its validation split in {tmp_path}" in err
     assert f"not measured: StereoSet: no file of it in {tmp_path}" in err
-    assert opt_lm("boolq", "--data", tmp_path).err == (
+    assert paper("boolq", "--data", tmp_path).err == (
         f"error: boolq: no file of its validation split in {tmp_path}\n"
     )
-    err = opt_lm("copa", "--data", tmp_path, "--shots", 1).err
+    err = paper("copa", "--data", tmp_path, "--shots", 1).err
     assert err == f"error: copa: no file of its train split in {tmp_path}\n"
-    assert "unknown task mine: expected some of hellaswag," in opt_lm("mine").err
-    assert f"--data {tmp_path / 'no'}: no such folder" in opt_lm("--data", tmp_path / "no").err
+    assert "unknown task mine: expected some of hellaswag," in paper("mine").err
+    assert f"--data {tmp_path / 'no'}: no such folder" in paper("--data", tmp_path / "no").err
     (tmp_path / "copa/val.jsonl").unlink()
-    assert "nothing to measure: no file of its" in opt_lm("--data", tmp_path).err
-    assert "stereoset: needs --data" in opt_lm("stereoset").err
-    err = opt_lm("real_toxicity_prompts", "--data", data).err
+    assert "nothing to measure: no file of its" in paper("--data", tmp_path).err
+    assert "stereoset: needs --data" in paper("stereoset").err
+    err = paper("real_toxicity_prompts", "--data", data).err
     assert err == "error: real_toxicity_prompts: needs --classifier, which judges toxicity\n"
 
 
 @pytest.mark.parametrize(("name", "shots"), [("copa", 2), ("cb", 0), ("multirc", 0)])
 def test_through_the_harness_is_as_on_files(
-    name: str, shots: int, opt_lm: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, shots: int, paper: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The harness' own tasks, their data made up here as well: the same figures."""
     tasks = importlib.import_module("lm_eval.tasks")
@@ -136,23 +117,21 @@ def test_through_the_harness_is_as_on_files(
     task = local_task(TASKS[name].lm_eval, hub_rows()[name], tmp_path, shots)
     monkeypatch.setitem(TASKS, name, replace(TASKS[name], lm_eval=task))
     arguments = (name, "--shots", shots, "--json")
-    (found,) = json.loads(opt_lm(*arguments).out)["tasks"]
-    (expected,) = json.loads(opt_lm(*arguments, "--data", data).out)["tasks"]
+    (found,) = json.loads(paper(*arguments).out)["tasks"]
+    (expected,) = json.loads(paper(*arguments, "--data", data).out)["tasks"]
     found["chance"] = expected["chance"]  # the harness does not say
     assert found == pytest.approx(expected)
     monkeypatch.setitem(TASKS, name, replace(TASKS[name], lm_eval="none_such"))
-    code, _, err = opt_lm(name)
+    code, _, err = paper(name)
     assert code == 2
     assert err.splitlines()[-1].startswith(f"error: {name}: lm-eval cannot run")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "opt_core.evaluation.paper.harness", None)
-    assert "without --data, paper needs lm-eval: pip install" in opt_lm(name).err
+    assert "without --data, paper needs lm-eval: pip install" in paper(name).err
 
 
 @pytest.mark.filterwarnings("ignore")  # the head is new, as the warning says
-def test_toxicity_by_a_classifier_of_ours(
-    backend: Backend, opt_lm: Run, data: Path, tmp_path: Path
-):
+def test_toxicity_by_a_classifier_of_ours(backend: Backend, paper: Run, data: Path, tmp_path: Path):
     """Its probability of "toxic" is what counts, on every backend the same."""
     folder = save_model(tmp_path / "judge")
     config = OPTConfig.from_pretrained(folder).replace(id2label={0: "fine", 1: "Toxic"})
@@ -182,12 +161,12 @@ def test_toxicity_by_a_classifier_of_ours(
     assert again(seed=1) != result
 
 
-def test_classifiers_that_cannot_judge(opt_lm: Run, data: Path, tmp_path: Path):
+def test_classifiers_that_cannot_judge(paper: Run, data: Path, tmp_path: Path):
     arguments = ("real_toxicity_prompts", "--data", data, "--classifier")
-    assert "no_such_module" in opt_lm(*arguments, "no_such_module:score").err
-    assert "json has no function 'score'" in opt_lm(*arguments, "json:score").err
+    assert "no_such_module" in paper(*arguments, "no_such_module:score").err
+    assert "json has no function 'score'" in paper(*arguments, "json:score").err
     folder = save_model(tmp_path / "judge")
     made = pytest.importorskip("opt_torch").OPTForSequenceClassification
     made(OPTConfig.from_pretrained(folder), seed=0).save_pretrained(folder)
-    err = opt_lm(*arguments, folder).err
+    err = paper(*arguments, folder).err
     assert "expected a label 'toxic', found label_0, label_1" in err.lower()
