@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from opt_core.generation.request import Request, allocate_tokens, bucket
+from opt_core.generation.request import Request, allocate_tokens, bucket, pad_right
 from opt_core.generation.rules import Rules, Structure, make_rules, make_structure
 
 if TYPE_CHECKING:
@@ -70,14 +70,14 @@ def prompt_inputs(request: Request, slots: int) -> dict[str, Any]:
         `ids` (B, T), the prompts padded on the right; `mask` (B, S), False at padding; the length
         `prompt`; and `past`, the parts of a cache, if there is one.
     """
-    history, mask = allocate_tokens(request, slots)
     prompt, past = request.ids.shape[1], request.past
+    ids = pad_right(request.ids, min(bucket(prompt), slots), request.pad)
     held = {}
     if past is not None:
         held["past"] = (past.keys, past.values, tf.constant(int(past.length), tf.int32))
     return held | {
-        "ids": tf.constant(history[:, : bucket(prompt)]),
-        "mask": tf.constant(mask),
+        "ids": tf.constant(ids),
+        "mask": tf.constant(pad_right(request.full_mask(), slots, True)),
         "prompt": tf.constant(prompt, tf.int32),
     }
 

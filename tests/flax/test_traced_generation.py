@@ -36,6 +36,14 @@ def test_jit_of_generate(model, extra):
     assert found.shape == (2, 13)
 
 
+def test_a_seed_may_be_traced(model):
+    settings = {**SETTINGS, "do_sample": True}
+    jitted = jax.jit(lambda seed: model.generate(IDS, MASK, seed=seed, **settings))
+    for seed in (3, 4):
+        plain = np.asarray(model.generate(IDS, MASK, seed=seed, **settings))
+        np.testing.assert_array_equal(np.asarray(jitted(seed))[:, : plain.shape[1]], plain)
+
+
 def test_jit_of_the_method_itself(model):
     model.generation_config.update(max_new_tokens=3, eos_token_id=None)
     plain = np.asarray(model.generate(IDS))
