@@ -36,6 +36,10 @@ int8_linear: Any = getattr(
 
 Without one of these four int8 weights are upcast to be multiplied, which is slower.
 """
+int4_pack: Any = getattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", None)
+int4_linear: Any = getattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
+"""The CPU's kernel for int4 weights; without one of these two they are widened part by part."""
+
 _HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 
 
@@ -44,6 +48,11 @@ def has_int8_linear() -> bool:
     return _HAS_FBGEMM and None not in (
         quantize_per_channel, int8_prepack, int8_unpack, int8_linear
     )  # fmt: skip
+
+
+def has_int4_linear() -> bool:
+    """Whether PyTorch has a kernel for 4-bit weights on the CPU."""
+    return None not in (int4_pack, int4_linear)
 
 
 def has_mkldnn_bfloat16() -> bool:

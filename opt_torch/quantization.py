@@ -2,17 +2,14 @@
 
 A layer keeps the numbers of `opt_core.quantization`. There are two ways to compute with them:
 
-- With the weight they stand for, a block of it at a time: no whole weight is ever there in floating
+- With the weight they stand for, a part of it at a time: no whole weight is ever there in floating
   point. That saves memory, not time.
-- "int8" on the CPU, where PyTorch is built with FBGEMM: in integers, faster than float32. The
-  input is quantised too, each row by itself, to 7 bits: processors without instructions for such
-  products add pairs of them up in 16 bits, which 8 bits would overflow. Every sum is exact, so a
-  row's result depends on nothing but the row, and layers with one input can share one product.
+- On the CPU, where PyTorch is built with the kernels, in the order these read (`int8`, `int4`):
+  faster than floating point, and rounded more. Layers with one input share one product.
 
 Such a model can only be run: it has no parameters to train and none to save.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -24,32 +21,31 @@ from opt_core.dialects import TORCH
 from opt_core.params import ParamSpec
 from opt_core.quantization import GROUP, QuantizedTensor, is_quantized
 from opt_torch import _private
+from opt_torch.int4 import Int4Order, block_rows
+from opt_torch.int8 import Int8Order
 from opt_torch.linear import has_custom_call, is_eager
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
 
-_BLOCK = 1 << 22  # weights at a time: 16 MiB as float32
-
-_SIGNED = 1 / 63, 64
-"""Step of an input within -1..1, and the number that stands for 0 in 0..127."""
-_UNSIGNED = 1 / 127, 0
-"""The same for 0..1."""
-_SMALLEST = torch.finfo(torch.float32).tiny
+_PART = 1 << 19
+"""Weights that are widened at once on the CPU: 2 MiB as float32, which its caches hold."""
+_LARGE_PART = 1 << 22
+"""The same on another device: 16 MiB."""
 _CPU = torch.device("cpu")
 _ROW = torch.ones(1, 1)
 
 
 class _Packed(NamedTuple):
-    """The place of a weight in FBGEMM's order.
+    """The place of a weight in a kernel's order.
 
     Attributes:
-        order: FBGEMM's own object, of it and of those that are multiplied with the same input.
+        order: Of it and of those that are multiplied with the same input.
         count: How many weights that are.
         start: The first row of this one.
     """
 
-    order: Any
+    order: Int8Order | Int4Order
     count: int
     start: int
 
@@ -58,7 +54,7 @@ class QuantizedWeight(nn.Module):
     """The numbers of a weight (O, I), as in `QuantizedTensor`."""
 
     packed: _Packed | None = None
-    """An "int8" weight in FBGEMM's order, from the first product in integers on."""
+    """The weight in the order of a kernel, from the first product on that is computed with it."""
     is_table = False
     """Whether rows are looked up, too; otherwise `values` go once `packed` is there."""
 
@@ -92,7 +88,8 @@ class QuantizedWeight(nn.Module):
 
     def blocks(self) -> Iterator[Tensor]:
         """The weight in float32, some rows at a time."""
-        step = max(1, _BLOCK // max(1, self.width))
+        size = _PART if self.scales.device == _CPU else _LARGE_PART
+        step = max(1, size // max(1, self.width))
         for start in range(0, len(self.scales), step):
             yield self.dequantize(slice(start, start + step))
 
@@ -101,8 +98,7 @@ class QuantizedWeight(nn.Module):
         if values is not None:
             return values
         assert packed is not None
-        unpacked: Tensor = _private.int8_unpack(packed.order)[0].int_repr()
-        return unpacked[packed.start : packed.start + len(self.scales)].clone()
+        return packed.order.values(packed.start, packed.start + len(self.scales))
 
     def __getstate__(self) -> dict[str, Any]:
         """The state that is copied and pickled: the plain numbers."""
@@ -137,26 +133,32 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Computes the product."""
-        if self.is_int8(input):
+        if self.has_kernel(input):
             return self.make_linear()(input)
         parts = [F.linear(input, block.to(input.dtype)) for block in self.weight.blocks()]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return out if self.bias is None else out + self.bias
 
-    def is_int8(self, input: Tensor) -> bool:
-        """Whether the product with an input is computed in integers."""
-        is_here = input.device == self.weight.scales.device == _CPU and _private.has_int8_linear()
-        return is_here and input.ndim > 1 and self.weight.zeros is None and is_eager(input)
+    def has_kernel(self, input: Tensor) -> bool:
+        """Whether the product with an input is computed by a kernel for such weights."""
+        is_here = input.device == self.weight.scales.device == _CPU
+        if self.weight.zeros is None:
+            is_built = _private.has_int8_linear()
+        else:
+            is_built = _private.has_int4_linear() and block_rows() is not None
+        return is_here and is_built and input.ndim > 1 and is_eager(input)
 
     def make_linear(self) -> Callable[[Tensor], Tensor]:
         """A function that computes what `forward` does from now on; see `Linear.make_linear`."""
-        return _make_int8_linear([self]) if self.is_int8(_ROW) else self.forward
+        return _make_linear([self]) if self.has_kernel(_ROW) else self.forward
 
 
 def fused_linear(layers: Sequence[nn.Module], input: Tensor) -> list[Tensor]:
-    """The results of linear layers with one input; in integers one product, if all are plain."""
+    """The results of linear layers with one input; one product, if all are plain and have one."""
     if all(
-        isinstance(layer, QuantizedLinear) and layer.is_int8(input) and not has_custom_call(layer)
+        isinstance(layer, QuantizedLinear)
+        and layer.has_kernel(input)
+        and not has_custom_call(layer)
         for layer in layers
     ):
         return make_fused_linear(layers)(input)
@@ -165,31 +167,25 @@ def fused_linear(layers: Sequence[nn.Module], input: Tensor) -> list[Tensor]:
 
 def make_fused_linear(layers: Sequence[Any]) -> Callable[[Tensor], list[Tensor]]:
     """A function that computes linear layers with one input; see `Linear.make_linear`."""
-    if not all(isinstance(layer, QuantizedLinear) and layer.is_int8(_ROW) for layer in layers):
+    if not all(isinstance(layer, QuantizedLinear) and layer.has_kernel(_ROW) for layer in layers):
         each = [layer.make_linear() for layer in layers]
         return lambda input: [linear(input) for linear in each]
-    multiply, sizes = _make_int8_linear(layers), [len(layer.weight.scales) for layer in layers]
+    multiply, sizes = _make_linear(layers), [len(layer.weight.scales) for layer in layers]
     return lambda input: list(multiply(input).split(sizes, -1))
 
 
-def _make_int8_linear(layers: Sequence[QuantizedLinear]) -> Callable[[Tensor], Tensor]:
-    """A function that computes layers with one input in integers, one behind the other."""
-    call, order = _private.overload(_private.int8_linear), _pack([x.weight for x in layers])
-    step, zero = _UNSIGNED if layers[0].is_unsigned else _SIGNED
-    biases = [layer.bias.float() for layer in layers if layer.bias is not None]
-    bias = torch.cat(biases) if biases else None
-
-    def multiply(input: Tensor) -> Tensor:
-        rows, size = scaled(input)
-        out: Tensor = call(rows, step, zero, order)
-        out = out.mul_(size) if bias is None else torch.addcmul(bias, out, size)
-        return out.to(input.dtype)
-
-    return multiply
+def _make_linear(layers: Sequence[QuantizedLinear]) -> Callable[[Tensor], Tensor]:
+    """A function that computes layers with one input, one behind the other, by a kernel."""
+    order = _pack([layer.weight for layer in layers])
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    bias = torch.cat(biases).float() if biases else None
+    if isinstance(order, Int8Order):
+        return order.make_linear(bias, layers[0].is_unsigned)
+    return order.make_linear(bias, layers[0].weight.width)
 
 
-def _pack(weights: Sequence[QuantizedWeight]) -> Any:
-    """Weights with one input in FBGEMM's order, which takes the place of their `values`."""
+def _pack(weights: Sequence[QuantizedWeight]) -> Int8Order | Int4Order:
+    """Weights with one input in a kernel's order, which takes the place of their `values`."""
     counts = [len(weight.scales) for weight in weights]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     now = [weight.packed for weight in weights]
@@ -203,30 +199,13 @@ def _pack(weights: Sequence[QuantizedWeight]) -> Any:
         return first.order
     values = torch.cat([weight._values() for weight in weights])
     scales = torch.cat([weight.scales for weight in weights])
-    zeros, engine = torch.zeros(len(values), dtype=torch.int64), torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.quantize_per_tensor")  # to be replaced
-            numbers = _private.quantize_per_channel(values, scales, zeros, 0)
-            order = _private.int8_prepack(numbers, None)
-    finally:
-        torch.backends.quantized.engine = engine
+    zeros = [weight.zeros for weight in weights if weight.zeros is not None]
+    order = Int4Order(values, scales, torch.cat(zeros)) if zeros else Int8Order(values, scales)
     for weight, start in zip(weights, starts, strict=True):
         weight.packed = _Packed(order, len(weights), start)
         if not weight.is_table:
             weight.values = None
     return order
-
-
-def scaled(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows divided by their largest absolute values, so that one step serves them all; and these.
-
-    Both are float32.
-    """
-    wide = input if input.dtype == torch.float32 else input.float()
-    size = wide.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST)
-    return wide / size, size
 
 
 class QuantizedEmbedding(nn.Module):

@@ -17,7 +17,11 @@ import tests.support.backends
 from tests.support.source_tree import BACKENDS, PACKAGES, PRESENT, ROOT, python_files
 
 OWN_FILES = {
-    "opt_torch": {"fast_decode.py": "a decode step without the cost of calling modules"},
+    "opt_torch": {
+        "fast_decode.py": "a decode step without the cost of calling modules",
+        "int4.py": "PyTorch's CPU kernel for 4-bit weights",
+        "int8.py": "PyTorch's CPU products in integers",
+    },
     "opt_tf": {
         "compilation.py": "generation is compiled by XLA",
         "keras_fit.py": "Keras' compile, fit, evaluate and predict",
@@ -83,7 +87,7 @@ OWN_NAMES = {
     "sampling.py": {"JAX draws by keys": {"as_key", "drawn_key", "make_key"}},
     "quantization.py": {
         "Keras builds a layer before it has weights": {"prepare"},
-        "PyTorch's CPU products in integers": {"fused_linear", "make_fused_linear", "scaled"},
+        "PyTorch's CPU kernels": {"fused_linear", "make_fused_linear"},
     },
 }
 """Names that not every backend has, by file and by reason."""

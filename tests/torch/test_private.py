@@ -13,6 +13,7 @@ from tests.support.reference import make_prompts  # noqa: E402
 OPERATIONS = (
     *("mkldnn_linear", "mkldnn_reorder", "_has_bfloat16", "_transforms_active"),
     *("quantize_per_channel", "int8_prepack", "int8_unpack", "int8_linear"),
+    *("int4_pack", "int4_linear"),
 )
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -62,7 +63,7 @@ ALL = (*OPERATIONS, "_op", "_current_level", "_has_any_global_hook")
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_without_a_name_the_model_computes_the_same(folder, without, name, quantize):
     ids = make_prompts(CONFIGS["pre_ln"], 2, 5)
     settings = {"max_new_tokens": 8, "eos_token_id": None}
@@ -75,7 +76,7 @@ def test_without_a_name_the_model_computes_the_same(folder, without, name, quant
     logits, tokens = results()
     without(name)
     found, again = results()
-    # Products in integers round their input to 7 bits; what takes their place does not.
+    # The kernels round their input to 7 or 8 bits; what takes their place does not.
     tolerance = 0.1 if quantize and name in (*OPERATIONS, "_current_level") else 2e-5
     np.testing.assert_allclose(found, logits, atol=tolerance * np.abs(logits).max())
     if not quantize:
