@@ -16,8 +16,9 @@ from torch import Tensor
 
 from opt_core.quantization import GROUP
 from opt_torch import _private
+from opt_torch.linear import product_dtype
 
-FEW_ROWS = 32
+FEW_ROWS = 64
 """Rows up to which the kernel is faster than widening the weight."""
 
 _PART = 1 << 19  # weights that are widened at once
@@ -78,7 +79,8 @@ class Int4Order:
             if len(flat) <= FEW_ROWS:
                 out = call(flat.bfloat16(), order, GROUP, grids)
             else:
-                out = torch.cat([flat @ part.to(flat.dtype) for part in self._parts()], -1)
+                wide = flat.to(product_dtype(flat.dtype))
+                out = torch.cat([wide @ part.to(wide.dtype) for part in self._parts()], -1)
             if free_rows:
                 out = out[:, :rows]
             out = out.to(input.dtype) if bias is None else (out + bias).to(input.dtype)

@@ -260,6 +260,12 @@ def _is_cpu_type(weight: Tensor) -> bool:
     return weight.dtype in (torch.float32, torch.bfloat16)
 
 
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which a CPU multiplies many rows: one that it has instructions for."""
+    is_slow = dtype == torch.float16 or (dtype == torch.bfloat16 and not _has_bfloat16())
+    return torch.float32 if is_slow else dtype
+
+
 @cache
 def _has_bfloat16() -> bool:
     return _private.has_mkldnn_bfloat16()

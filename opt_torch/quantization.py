@@ -23,7 +23,7 @@ from opt_core.quantization import GROUP, QuantizedTensor, is_quantized
 from opt_torch import _private
 from opt_torch.int4 import Int4Order, block_rows
 from opt_torch.int8 import Int8Order
-from opt_torch.linear import has_custom_call, is_eager
+from opt_torch.linear import has_custom_call, is_eager, product_dtype
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
@@ -135,7 +135,9 @@ class QuantizedLinear(nn.Module):
         """Computes the product."""
         if self.has_kernel(input):
             return self.make_linear()(input)
-        parts = [F.linear(input, block.to(input.dtype)) for block in self.weight.blocks()]
+        dtype = product_dtype(input.dtype) if input.device == _CPU else input.dtype
+        wide = input.to(dtype)
+        parts = [F.linear(wide, block.to(dtype)).to(input.dtype) for block in self.weight.blocks()]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return out if self.bias is None else out + self.bias
 

@@ -81,7 +81,7 @@ OWN_NAMES = {
         "XLA multiplies a few rows slowly on CPUs": {"FEW_ROWS", "linear"},
         "PyTorch's CPU products: packed weights, parts, blocks": {
             *("is_eager", "has_custom_call", "BLOCK", "upcast_linear", "MANY_ROWS", "WORTHWHILE"),
-            *("packed", "fingerprint", "available_memory"),
+            *("packed", "fingerprint", "available_memory", "product_dtype"),
         },
     },
     "sampling.py": {"JAX draws by keys": {"as_key", "drawn_key", "make_key"}},
