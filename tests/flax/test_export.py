@@ -20,6 +20,7 @@ from opt_flax.export import export_stablehlo  # noqa: E402
 from tests.support.backends import ORACLE_TOLERANCE  # noqa: E402
 from tests.support.configs import CONFIGS  # noqa: E402
 from tests.support.reference import make_mask, make_prompts  # noqa: E402
+from tests.support.tiers import tiered  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,7 +74,7 @@ def program(folder, name):
     return partial(call, load_file(folder / "weights.safetensors"))
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("case", tiered(SETTINGS, lambda case: case != "greedy"))
 def test_an_exported_program_computes_what_the_model_does(folder, case, tmp_path):
     variant, settings = SETTINGS[case]
     model = LOAD(folder(variant))

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from benchmarks import tpu_compile
 from opt_flax import attention
 from tests.support.configs import CONFIGS
-from tests.support.tiers import tiered
 
 CONFIG = CONFIGS["pre_ln"].replace(
     vocab_size=999, hidden_size=256, num_hidden_layers=2, ffn_dim=512
@@ -74,6 +73,7 @@ def test_generation_compiles_for_four_chips(small):
     assert step.largest_gather < WEIGHT / 4 < found["prefill"].largest_gather
 
 
+@pytest.mark.slow  # the compiler is asked the same way for generation
 def test_training_compiles_for_two_chips(small):
     (row,) = rows_of(partial(tpu_compile.lower_training, rows=4), "v6e", (1, 4, 1)).values()
     assert 0 < row.arguments + row.temporaries < row.memory
@@ -81,7 +81,8 @@ def test_training_compiles_for_two_chips(small):
     assert row.collectives["all-gather"]
 
 
-@pytest.mark.parametrize("size", tiered([64, 80, 128], lambda size: size == 80))
+@pytest.mark.slow  # what it computes is tested by its interpreter (test_flash_attention.py)
+@pytest.mark.parametrize("size", [64, 80, 128])
 def test_the_tpu_kernel_needs_a_tenth_of_the_memory(size):
     mesh = tpu_compile.make_mesh("v5e", (1, 1, 1))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

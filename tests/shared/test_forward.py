@@ -14,6 +14,8 @@ from tests.support.backends import ORACLE_TOLERANCE
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
 
+pytestmark = pytest.mark.dealt
+
 PRE_LN = CONFIGS["pre_ln"]
 VARIANTS = {
     **CONFIGS,

@@ -13,6 +13,8 @@ from tests.support.oracle_generation import Settings
 from tests.support.reference import make_mask, make_prompts
 from tests.support.tiers import tiered
 
+pytestmark = pytest.mark.dealt
+
 PAD = 1
 PLAIN = {"eos_token_id": None, "max_new_tokens": 24}
 

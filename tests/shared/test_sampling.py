@@ -12,6 +12,8 @@ from tests.support.oracle_generation import Settings
 from tests.support.reference import make_prompts
 from tests.support.rules import backend_rules
 
+pytestmark = pytest.mark.dealt
+
 CLOSE = 1e-5
 """Of probabilities computed in float32."""
 DRAWS = 20_000

@@ -1,8 +1,8 @@
 """Two tiers of tests: `make test` runs a few cases of each claim, `make test-all` every one.
 
 Compiling is what takes time. Files marked `dealt` test what is core's, or the same claim by many
-cases: there each case runs in PyTorch and in one of the compiled backends, in turn, and in the slow
-tier in the other one too.
+cases: there each case runs in PyTorch and in one of the compiled backends, in turn, from the fifth
+case on every other one of them; and in the slow tier in all.
 """
 
 from collections import Counter
@@ -23,6 +23,10 @@ def tiered(cases: Iterable[Any], is_fast: Callable[..., bool]) -> list[Any]:
     return [pytest.param(*case, marks=() if is_fast(*case) else pytest.mark.slow) for case in every]
 
 
+MANY = 4
+"""Cases of a test that each have a compiled backend; of more than that, every other one has."""
+
+
 def deal(items: Sequence[pytest.Item], backends: Sequence[str]) -> None:
     """Marks as slow what of the `dealt` tests another compiled backend runs.
 
@@ -40,7 +44,9 @@ def deal(items: Sequence[pytest.Item], backends: Sequence[str]) -> None:
         if backend in ("tf", "flax") and item.get_closest_marker("dealt"):
             name = item.nodeid.partition("[")[0]
             # Tests of a single case go to one and the other in turn.
-            number = seen[name, backend] + order.setdefault(name, len(order))
+            count = seen[name, backend]
+            number = count + order.setdefault(name, len(order))
             seen[name, backend] += 1
-            if (number % 2 == 0) != (backend == "tf"):
+            is_left_out = count >= MANY and count % 4 > 1
+            if is_left_out or (number % 2 == 0) != (backend == "tf"):
                 item.add_marker(pytest.mark.slow)

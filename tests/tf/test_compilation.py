@@ -1,5 +1,7 @@
 """Compiled programs: what is compiled how often, and what may go through them."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -57,7 +59,11 @@ def test_another_prompt_or_setting_compiles_nothing(tmp_path):
     """XLA writes down each program it compiles: prompts, the first token, others; per shape."""
     # Nothing is compiled that a run before has kept.
     result = python(
-        COUNT, "tensorflow", str(tmp_path), XLA_FLAGS=f"--xla_dump_to={tmp_path}", TF_XLA_FLAGS=""
+        COUNT,
+        "tensorflow",
+        str(tmp_path),
+        TF_XLA_FLAGS="",
+        XLA_FLAGS=f"{os.environ['XLA_FLAGS']} --xla_dump_to={tmp_path}",
     )
     # A stream has the first two already. With drafts there are passes that check some, or none.
     assert result.stdout.split() == ["3", "4", "7", "10", "13", "13"], result.stderr

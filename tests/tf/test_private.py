@@ -13,6 +13,7 @@ from opt_core.errors import ConfigError, InputError, OPTError
 from opt_core.training.config import TrainConfig
 from opt_tf import _private, lora, training
 from tests.support.configs import CONFIGS
+from tests.support.tiers import tiered
 
 CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=1, dropout=0.0, attention_dropout=0.0)
 IDS = np.arange(5, 15, dtype=np.int32).reshape(2, 5)
@@ -103,7 +104,7 @@ def test_a_step_is_the_same_without_keras_lists_of_moments(monkeypatch):
             np.testing.assert_array_equal(ours, first)
 
 
-@pytest.mark.parametrize("hidden", [(), ("_compile_loss",)])
+@pytest.mark.parametrize("hidden", tiered([["_compile_loss"], []], bool))
 def test_fit_knows_whether_it_was_given_a_loss(monkeypatch, hidden):
     without(monkeypatch, *hidden)
     model = model_of()
