@@ -24,7 +24,6 @@ from opt_core.errors import ConfigError, InputError, UnsupportedError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.mixin import GenerationMixin
 from opt_core.params import Head
-from opt_core.quantization import check_not_quantized
 from opt_core.training.labels import question_answering
 
 Decoder = TypeVar("Decoder")
@@ -163,13 +162,14 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
     ) -> None:
         """Writes config.json, generation_config.json and safetensors, as `transformers` reads them.
 
+        Quantised weights are written as compressed-tensors has them.
+
         Args:
             folder: Made if missing; other files in it stay.
             max_shard_size: Larger models are split into files of at most this size.
             **arguments: Those of `transformers`, as `opt_core.compatibility.saving` takes them:
                 `state_dict`, `safe_serialization`, `push_to_hub` and so on.
         """
-        check_not_quantized(self, "save_pretrained")
         self.check_config()
         self.config.validate()
         options = read_saving(folder, max_shard_size, arguments)

@@ -8,6 +8,7 @@ be run: it has no parameters to train and none to save, and it stays on one devi
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -47,6 +48,12 @@ class QuantizedWeight(nnx.Module):
         steps = steps.reshape(*scales.shape, GROUP) - some(self.zeros)[..., None].astype(jnp.int8)
         weight = steps.astype(jnp.float32) * scales[..., None]
         return weight.reshape(*scales.shape[:-1], -1)[..., : self.width]
+
+    def numbers(self) -> QuantizedTensor:
+        """The numbers themselves, on the host."""
+        zeros = None if self.zeros is None else np.asarray(self.zeros[...])
+        values, scales = np.asarray(self.values[...]), np.asarray(self.scales[...])
+        return QuantizedTensor("int8" if zeros is None else "int4", values, scales, zeros, self.width)
 
 
 class QuantizedLinear(nnx.Module):

@@ -69,6 +69,12 @@ class QuantizedWeight(keras.layers.Layer):
         wide: Any = tf.reshape(weight, tf.concat((shape[:-1], [scales.shape[-1] * GROUP]), 0))
         return wide[..., : self.width]
 
+    def numbers(self) -> QuantizedTensor:
+        """The numbers themselves, on the host."""
+        zeros = None if self.zeros is None else self.zeros.numpy()
+        values, scales = self.values.numpy(), self.scales.numpy()
+        return QuantizedTensor("int8" if zeros is None else "int4", values, scales, zeros, self.width)
+
 
 class QuantizedLinear(keras.layers.Layer):
     """`input @ weight.T + bias`."""

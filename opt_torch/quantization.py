@@ -9,7 +9,7 @@ A layer keeps the numbers of `opt_core.quantization`. There are two ways to comp
   products add pairs of them up in 16 bits, which 8 bits would overflow. Every sum is exact, so a
   row's result depends on nothing but the row, and layers with one input can share one product.
 
-Such a model can only be run: it has no parameters to train and none to save.
+Such a model can only be run: it has no parameters to train.
 """
 
 import warnings
@@ -89,6 +89,12 @@ class QuantizedWeight(nn.Module):
         steps = torch.stack((values & 15, values >> 4), -1).view(*scales.shape, GROUP).char()
         steps -= self.zeros[rows][..., None].char()
         return (steps * scales[..., None]).flatten(-2)[..., : self.width]
+
+    def numbers(self) -> QuantizedTensor:
+        """The numbers themselves, on the host."""
+        zeros = None if self.zeros is None else self.zeros.cpu().numpy()
+        values, scales = self._values().cpu().numpy(), self.scales.cpu().numpy()
+        return QuantizedTensor("int8" if zeros is None else "int4", values, scales, zeros, self.width)
 
     def blocks(self) -> Iterator[Tensor]:
         """The weight in float32, some rows at a time."""

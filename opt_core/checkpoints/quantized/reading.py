@@ -1,0 +1,149 @@
+"""Checkpoints whose weights are quantised, as the floating-point numbers that they stand for."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from opt_core.checkpoints.quantized import awq, bitsandbytes, compressed_tensors, gptq
+from opt_core.checkpoints.quantized.settings import (
+    AWQ,
+    GPTQ,
+    SIDE_FILE,
+    BitsAndBytes,
+    CompressedTensors,
+    Settings,
+    WeightArguments,
+    find_settings,
+)
+from opt_core.checkpoints.quantized.tensor import PackedTensor, Parts
+from opt_core.checkpoints.report import printable
+from opt_core.checkpoints.safetensors_format import read_safetensors
+from opt_core.checkpoints.tensors import FLOAT_DTYPES, LazyTensor, cast_array
+from opt_core.errors import CheckpointError
+
+
+_COMPARED_ROWS = 64
+_SIDE = CompressedTensors(
+    (WeightArguments("int-quantized", 8, False, symmetric=True, strategy="channel"),), False
+)
+
+
+class _Reader(NamedTuple):
+    """How a scheme's layers are found, and read.
+
+    Attributes:
+        marks: Last names of tensors of which every quantised layer has one.
+        leaves: Last names of all its tensors.
+        open_layer: Makes one weight of them.
+        aside: Last names of tensors that are not needed.
+    """
+
+    marks: tuple[str, ...]
+    leaves: tuple[str, ...]
+    open_layer: Callable[[Parts, Any], PackedTensor]
+    aside: tuple[str, ...] = ()
+
+
+class Opened(NamedTuple):
+    """The tensors of a checkpoint.
+
+    Attributes:
+        tensors: Canonical name -> tensor; quantised weights are one `PackedTensor` each.
+        notes: What was not taken as it is, one line each.
+        files: Files beside those of the checkpoint that some of them are in.
+    """
+
+    tensors: dict[str, LazyTensor]
+    notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+
+def dequantized(folder: Path, tensors: Mapping[str, LazyTensor]) -> Opened:
+    """Puts quantised layers' tensors together, as the settings beside them say.
+
+    Args:
+        folder: Where the weights lie, and their config.json.
+        tensors: Canonical name -> tensor.
+
+    Raises:
+        CheckpointError: Nobody here reads the scheme, or tensors do not fit one another, or the settings.
+    """
+    settings = find_settings(folder)
+    if settings is None:
+        return Opened(dict(tensors))
+    reader, left = _reader(settings), dict(tensors)
+    made: dict[str, LazyTensor] = {}
+    for layer in _layers(tensors, reader.marks):
+        leaves = {leaf: f"{layer}.{leaf}" for leaf in reader.leaves if f"{layer}.{leaf}" in left}
+        parts = Parts(layer, {leaf: left.pop(name) for leaf, name in leaves.items()})
+        made[f"{layer}.weight"] = reader.open_layer(parts, settings)
+    for name in [name for name in left if name.endswith(tuple(f".{leaf}" for leaf in reader.aside))]:
+        del left[name]
+    notes: tuple[str, ...] = ()
+    if isinstance(settings, CompressedTensors) and settings.rounds_inputs:
+        notes = (f"{folder}: other programs round the inputs of its layers, or the cache, too",)
+    side = folder / SIDE_FILE
+    if not (isinstance(settings, CompressedTensors) and side.is_file()):
+        return Opened(left | made, notes)
+    return Opened(left | made | _side_weights(side, left), notes, (side,))
+
+
+def _side_weights(path: Path, floats: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The weights that only we keep in eight bits, in place of what others read for them.
+
+    Raises:
+        CheckpointError: Others read something else: they were changed since.
+    """
+    stored = read_safetensors(path)
+    made: dict[str, LazyTensor] = {}
+    for layer in _layers(stored, compressed_tensors.LEAVES[:1]):
+        parts = Parts(layer, {"weight_scale": stored[f"{layer}.weight_scale"]})
+        if f"{layer}.weight" in stored:
+            parts.tensors["weight"] = stored[f"{layer}.weight"]
+        weight = compressed_tensors.open_layer(parts, _SIDE)
+        other = floats.get(weight.name)
+        if other is None or other.shape != weight.shape or not _agree(weight, other):
+            raise CheckpointError(
+                f"{path}: {printable(weight.name)} is not that of the other files: they were "
+                "changed since; remove this file, and it is rounded anew where it is loaded"
+            )
+        made[weight.name] = weight
+    return made
+
+
+def _agree(weight: LazyTensor, other: LazyTensor) -> bool:
+    """Whether some rows of a weight are, in another type, those of another tensor."""
+    step = max(1, weight.shape[0] // _COMPARED_ROWS)
+    for i in range(0, weight.shape[0], step):
+        mine, its = weight.rows(i, i + 1).read(), other.rows(i, i + 1).read()
+        if its.dtype not in FLOAT_DTYPES.values() or not np.array_equal(
+            cast_array(weight.name, mine, its.dtype), its
+        ):
+            return False
+    return True
+
+
+def _layers(names: Iterable[str], marks: tuple[str, ...]) -> list[str]:
+    """The layers that have one of the marks."""
+    found = [
+        name.removesuffix(f".{mark}") for name in names for mark in marks if name.endswith(f".{mark}")
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _reader(settings: Settings) -> _Reader:
+    match settings:
+        case GPTQ():
+            return _Reader(gptq.LEAVES[:1], gptq.LEAVES, gptq.open_layer)
+        case AWQ():
+            return _Reader(awq.LEAVES[:1], awq.LEAVES, awq.open_layer)
+        case BitsAndBytes(bits=8):
+            leaves = bitsandbytes.LEAVES_8
+            return _Reader(leaves[:1], leaves, bitsandbytes.open_layer)
+        case BitsAndBytes():
+            return _Reader(bitsandbytes.STATES, bitsandbytes.LEAVES_4, bitsandbytes.open_layer)
+        case CompressedTensors():
+            own = compressed_tensors
+            return _Reader(own.LEAVES[:1], own.LEAVES, own.open_layer, own.ASIDE)
