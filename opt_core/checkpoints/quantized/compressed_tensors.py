@@ -135,8 +135,9 @@ class BlockTensor(PackedTensor):
             raise CheckpointError(f"{self.file}: {self.name}: expected finite float8, received NaN")
         scales = read_scales(self.scales)
         scales = scales.reshape(len(scales) if scales.ndim else 1, -1)
-        rows = np.arange(start, stop) // self.block[0]
-        return values * scales[rows[:, None], np.arange(self.shape[1]) // self.block[1]]
+        size = [min(n, m) for n, m in zip(self.block, self.shape, strict=True)]
+        rows, columns = np.arange(start, stop) // size[0], np.arange(self.shape[1]) // size[1]
+        return values * scales[rows[:, None], columns]
 
 
 def open_layer(parts: Parts, settings: CompressedTensors) -> PackedTensor:
@@ -166,7 +167,7 @@ def _open(parts: Parts, arguments: WeightArguments) -> PackedTensor:
         shape = _read_shape(parts, shape_tensor)
         words = words_for(shape[1], arguments.bits)
         values = parts.take("weight_packed", (np.int32,), (shape[0], words))
-        found: tuple[LazyTensor, ...] = (values,)
+        found: tuple[LazyTensor, ...] = (values, shape_tensor)
     else:
         kind = _FLOAT8 if arguments.is_float else np.int8
         values = parts.take("weight", (kind,), (None, None))

@@ -23,7 +23,13 @@ _FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _GROUP = 128
 """Inputs of a group where nobody says, in AutoGPTQ and AutoAWQ."""
 _GPTQ_BITS = (2, 3, 4, 8)
-_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
+_NUMBERS = {
+    "pack-quantized": ("int",),
+    "int-quantized": ("int",),
+    "naive-quantized": ("int", "float"),
+    "float-quantized": ("float",),
+}
+_FORMATS = tuple(_NUMBERS)
 _STRATEGIES = ("tensor", "channel", "group", "block")
 _INSTEAD = "take the original checkpoint and pass quantize="
 
@@ -189,8 +195,9 @@ def _gptq(given: _Given) -> GPTQ:
         raise given.refused(f"gptq's format {kind!r} is not read; expected 'gptq' or 'gptq_v2'")
     if (words := given.get("pack_dtype") or "int32") != "int32":
         raise given.refused(f"gptq with pack_dtype={words!r} is not read; expected 'int32'")
-    dynamic = cast("Mapping[str, Any]", given.get("dynamic") or {})
-    if own := [name for name in dynamic if not str(name).startswith("-:")]:
+    dynamic = given.get("dynamic") or {}
+    names = list(cast("Mapping[str, Any]", dynamic)) if isinstance(dynamic, Mapping) else [dynamic]
+    if own := [name for name in names if not str(name).startswith("-:")]:
         raise given.refused(f"gptq with settings of its own for {own[0]!r} is not read")
     return GPTQ(bits, given.group_size("group_size"), kind == "gptq_v2")
 
@@ -248,10 +255,8 @@ def _weight_arguments(given: _Given, name: str, weights: Any, kind: Any) -> Weig
         raise given.refused(f"compressed-tensors: {name}: weights: expected an object")
     own = _Given(cast("Mapping[str, Any]", weights), f"{given.where}{name}: weights: ")
     bits, number = own.values.get("num_bits", 8), own.values.get("type", "int")
-    allowed = {"int": range(2, 9), "float": range(8, 9)}.get(number, range(0))
-    if type(bits) is not int or bits not in allowed or (number == "float") != (
-        kind == "float-quantized" or (kind == "naive-quantized" and number == "float")
-    ):
+    allowed = range(2, 9) if number == "int" else range(8, 9)
+    if number not in _NUMBERS[kind] or type(bits) is not int or bits not in allowed:
         raise own.refused(f"{kind} with {bits!r} bits of type {number!r} is not read")
     size = None if own.get("group_size") is None else own.group_size("group_size")
     strategy = own.get("strategy") or _strategy(own, size)

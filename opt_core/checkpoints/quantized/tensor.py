@@ -282,7 +282,7 @@ def group_of_inputs(
         CheckpointError: The tensor names groups that there are not.
     """
     if order is None:
-        return np.arange(width) // (size or max(1, width))
+        return np.arange(width) // max(1, min(size or width, width))
     groups = order.read().astype(np.int64)
     if groups.size and not 0 <= groups.min() <= groups.max() < count:
         worst = groups.min() if groups.min() < 0 else groups.max()
