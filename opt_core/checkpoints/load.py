@@ -63,6 +63,7 @@ class Checkpoint:
         tensors: Canonical name -> where the tensor lies.
         format: What they are written in; the models themselves load the first two.
         notes: What was not taken as it is, one line each.
+        quantization: Whose way of quantising it is, such as "gptq"; None: it is not quantised.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class Checkpoint:
     tensors: Mapping[str, LazyTensor]
     format: Format
     notes: tuple[str, ...] = ()
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,9 @@ def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
     opened = dequantized(checkpoint.folder, checkpoint.tensors)
     files = (*checkpoint.files, *opened.files)
     notes = (*checkpoint.notes, *opened.notes)
-    return replace(checkpoint, files=files, tensors=opened.tensors, notes=notes)
+    return replace(
+        checkpoint, files=files, tensors=opened.tensors, notes=notes, quantization=opened.method
+    )
 
 
 def _plain_index(name: str) -> str:

@@ -34,12 +34,14 @@ class _Reader(NamedTuple):
     """How a scheme's layers are found, and read.
 
     Attributes:
+        method: Its name.
         marks: Last names of tensors of which every quantised layer has one.
         leaves: Last names of all its tensors.
         open_layer: Makes one weight of them.
         aside: Last names of tensors that are not needed.
     """
 
+    method: str
     marks: tuple[str, ...]
     leaves: tuple[str, ...]
     open_layer: Callable[[Parts, Any], PackedTensor]
@@ -53,11 +55,13 @@ class Opened(NamedTuple):
         tensors: Canonical name -> tensor; quantised weights are one `PackedTensor` each.
         notes: What was not taken as it is, one line each.
         files: Files beside those of the checkpoint that some of them are in.
+        method: Whose way of quantising it is, such as "gptq"; None: it is not quantised.
     """
 
     tensors: dict[str, LazyTensor]
     notes: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    method: str | None = None
 
 
 def dequantized(folder: Path, tensors: Mapping[str, LazyTensor]) -> Opened:
@@ -86,8 +90,8 @@ def dequantized(folder: Path, tensors: Mapping[str, LazyTensor]) -> Opened:
         notes = (f"{folder}: other programs round the inputs of its layers, or the cache, too",)
     side = folder / SIDE_FILE
     if not (isinstance(settings, CompressedTensors) and side.is_file()):
-        return Opened(left | made, notes)
-    return Opened(left | made | _side_weights(side, left), notes, (side,))
+        return Opened(left | made, notes, (), reader.method if made else None)
+    return Opened(left | made | _side_weights(side, left), notes, (side,), reader.method)
 
 
 def _side_weights(path: Path, floats: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -136,14 +140,16 @@ def _layers(names: Iterable[str], marks: tuple[str, ...]) -> list[str]:
 def _reader(settings: Settings) -> _Reader:
     match settings:
         case GPTQ():
-            return _Reader(gptq.LEAVES[:1], gptq.LEAVES, gptq.open_layer)
+            return _Reader("gptq", gptq.LEAVES[:1], gptq.LEAVES, gptq.open_layer)
         case AWQ():
-            return _Reader(awq.LEAVES[:1], awq.LEAVES, awq.open_layer)
+            return _Reader("awq", awq.LEAVES[:1], awq.LEAVES, awq.open_layer)
         case BitsAndBytes(bits=8):
             leaves = bitsandbytes.LEAVES_8
-            return _Reader(leaves[:1], leaves, bitsandbytes.open_layer)
+            return _Reader("bitsandbytes", leaves[:1], leaves, bitsandbytes.open_layer)
         case BitsAndBytes():
-            return _Reader(bitsandbytes.STATES, bitsandbytes.LEAVES_4, bitsandbytes.open_layer)
+            own = bitsandbytes
+            return _Reader("bitsandbytes", own.STATES, own.LEAVES_4, own.open_layer)
         case CompressedTensors():
             own = compressed_tensors
-            return _Reader(own.LEAVES[:1], own.LEAVES, own.open_layer, own.ASIDE)
+            name = "compressed-tensors"
+            return _Reader(name, own.LEAVES[:1], own.LEAVES, own.open_layer, own.ASIDE)
