@@ -27,7 +27,7 @@ from opt_core.compatibility.saving import SaveOptions
 from opt_core.config import OPTConfig
 from opt_core.config_checks import DTYPES
 from opt_core.config_values import dtype_name
-from opt_core.errors import ArgumentError, CheckpointError, ConfigError
+from opt_core.errors import CheckpointError, ConfigError
 from opt_core.generation.config import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.initialization import initial_value
@@ -252,7 +252,7 @@ def save_pretrained(
 def save_quantized(
     model: Model, options: SaveOptions, fetch: Callable[[ParamSpec], Any], dtype: str
 ) -> None:
-    """Writes a quantised model as `opt_core.checkpoints.save.save_quantized` does.
+    """Writes a quantised model, as `opt_core.checkpoints.save.save_quantized_checkpoint` does.
 
     Args:
         model: The model.
@@ -261,16 +261,8 @@ def save_quantized(
         dtype: Type of what is stored in floating point, such as "float16".
 
     Raises:
-        ArgumentError: Other values, or another format, are asked for.
         CheckpointError: The folder cannot be written.
     """
-    for name, is_given in {
-        "state_dict": options.state_dict is not None,
-        "safe_serialization=False": not options.is_safe,
-        "saved_model": options.saved_model,
-    }.items():
-        if is_given:
-            raise ArgumentError(f"save_pretrained: {name} is not supported with quantised weights")
     specs = param_specs(model.config, model.head)
     a_layer_s = next(spec for spec in specs if scheme_of(spec, "int4") == "int4")
     save_quantized_checkpoint(

@@ -308,7 +308,9 @@ def float8(strategy: str = "channel") -> Made:
 
     settings = compressed("float-quantized", 8, None, True)
     own = settings["config_groups"]["group_0"]
-    own["weights"] |= {"type": "float", "strategy": strategy, "block_structure": list(block)}
+    own["weights"] |= {"type": "float", "strategy": strategy}
+    if strategy == "block":
+        own["weights"]["block_structure"] = list(block)
     own["input_activations"] = {"num_bits": 8, "type": "float", "dynamic": False}
     return make(layer, **settings)
 
