@@ -163,8 +163,6 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
     ) -> None:
         """Writes config.json, generation_config.json and safetensors, as `transformers` reads them.
 
-        Quantised weights are written as compressed-tensors has them.
-
         Args:
             folder: Made if missing; other files in it stay.
             max_shard_size: Larger models are split into files of at most this size.

@@ -68,6 +68,17 @@ class QuantizedTensor:
         scales, zeros = np.empty((rows, groups), np.float32), np.empty((rows, groups), np.uint8)
         return cls(scheme, values, scales, zeros, width)
 
+    @classmethod
+    def of(
+        cls,
+        values: NDArray[Any],
+        scales: NDArray[np.float32],
+        zeros: NDArray[np.uint8] | None,
+        width: int,
+    ) -> "QuantizedTensor":
+        """These numbers, in the scheme that they are of: only "int4" has zero points."""
+        return cls("int8" if zeros is None else "int4", values, scales, zeros, width)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the numbers."""

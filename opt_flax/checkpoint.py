@@ -138,9 +138,7 @@ def get_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> Array:
     return (values if layer is None else values[layer])[: spec.shape[0]]
 
 
-def get_numbers(
-    model: "FlaxOPTPreTrainedModel", spec: ParamSpec
-) -> NDArray[Any] | QuantizedTensor:
+def get_numbers(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> NDArray[Any] | QuantizedTensor:
     """A parameter's values on the host; of a quantised one, the numbers that it is kept as."""
     weight = quantization.get_quantized(model, spec)
     return as_array(get_parameter(model, spec)) if weight is None else weight.numbers()

@@ -53,7 +53,7 @@ class QuantizedWeight(nnx.Module):
         """The numbers themselves, on the host."""
         zeros = None if self.zeros is None else np.asarray(self.zeros[...])
         values, scales = np.asarray(self.values[...]), np.asarray(self.scales[...])
-        return QuantizedTensor("int8" if zeros is None else "int4", values, scales, zeros, self.width)
+        return QuantizedTensor.of(values, scales, zeros, self.width)
 
 
 class QuantizedLinear(nnx.Module):

@@ -73,7 +73,7 @@ class QuantizedWeight(keras.layers.Layer):
         """The numbers themselves, on the host."""
         zeros = None if self.zeros is None else self.zeros.numpy()
         values, scales = self.values.numpy(), self.scales.numpy()
-        return QuantizedTensor("int8" if zeros is None else "int4", values, scales, zeros, self.width)
+        return QuantizedTensor.of(values, scales, zeros, self.width)
 
 
 class QuantizedLinear(keras.layers.Layer):

@@ -94,7 +94,7 @@ class QuantizedWeight(nn.Module):
         """The numbers themselves, on the host."""
         zeros = None if self.zeros is None else self.zeros.cpu().numpy()
         values, scales = self._values().cpu().numpy(), self.scales.cpu().numpy()
-        return QuantizedTensor("int8" if zeros is None else "int4", values, scales, zeros, self.width)
+        return QuantizedTensor.of(values, scales, zeros, self.width)
 
     def blocks(self) -> Iterator[Tensor]:
         """The weight in float32, some rows at a time."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from opt_core.checkpoints.missing_weights import no_weights
 from opt_core.checkpoints.quantized.reading import dequantized

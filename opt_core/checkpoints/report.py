@@ -133,8 +133,8 @@ def _trainer_hints(
         yield "adapters are there that were not merged: save it after merge_and_unload()"
     if any(map(_QUANTIZED.search, unexpected)):
         yield (
-            "another library quantised these weights, and there is no quantization_config that says "
-            "how: copy the config.json that belongs to them beside them"
+            "another library quantised these weights, and no quantization_config says how: put the "
+            "config.json that belongs to them beside them"
         )
     elif any(t.dtype.kind in "iu" for name, t in tensors.items() if name not in unexpected):
         yield "integers are no weights without their scales: save the model after dequantize()"

@@ -143,8 +143,8 @@ def sort_keys(values: Mapping[str, Any], fields: Collection[str], source: str = 
         source: Name of the file, for messages; empty: arguments.
 
     Raises:
-        ConfigError: Another model, weights quantised in a way that is not read, a key that changes what OPT computes, an
-            alias that contradicts its field, or a near miss of a field.
+        ConfigError: Another model, weights quantised in a way that is not read, a key that changes
+            what OPT computes, an alias that contradicts its field, or a near miss of a field.
     """
     where = f"{source}: " if source else ""
     _check_kind(values, where)

@@ -36,7 +36,7 @@ def write(folder: Path, config: OPTConfig, dtype: str = "float32") -> dict[str, 
 
 
 def quantised(values: dict[str, Any], config: OPTConfig, scheme: str) -> dict[str, Any]:
-    """What weights are in a scheme."""
+    """Parameters, in a scheme."""
     made = dict(values)
     for spec in param_specs(config):
         if kept := scheme_of(spec, scheme):
@@ -83,9 +83,7 @@ def test_a_converted_model_has_the_numbers_of_a_loaded_one(scheme: str, tmp_path
 
 @pytest.mark.parametrize("to", ["safetensors", "torch-bin", "flax-msgpack", "metaseq"])
 @pytest.mark.parametrize("make", [files.gptq, files.llm_int8])
-def test_files_of_other_libraries_are_converted(
-    make: Callable[[], Made], to: str, tmp_path: Path
-):
+def test_files_of_other_libraries_are_converted(make: Callable[[], Made], to: str, tmp_path: Path):
     made = make()
     conversion.convert(made.write(tmp_path / "a"), tmp_path / "b", to, dtype="float32")
     conversion.convert(tmp_path / "b", tmp_path / "c")
@@ -115,9 +113,7 @@ def test_only_safetensors_hold_them(tmp_path: Path):
 @pytest.mark.hf
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("variant", ["tied", "untied", "post_ln"])
-def test_transformers_computes_the_same_from_our_files(
-    variant: str, scheme: str, tmp_path: Path
-):
+def test_transformers_computes_the_same_from_our_files(variant: str, scheme: str, tmp_path: Path):
     """Dequantised at load: left packed, compressed-tensors 0.20 has no place for zero points."""
     torch, transformers = import_module("torch"), import_module("transformers")
     projected = {"do_layer_norm_before": False, "word_embed_proj_dim": 24}
@@ -162,7 +158,7 @@ def test_compressed_tensors_reads_the_same_weights(case: str, tmp_path: Path):
     made = LIVE[case]()
     found = loaded(made.write(tmp_path))
     group = made.settings["config_groups"]["group_0"]
-    scheme = schemes.QuantizationScheme(**{k: v for k, v in group.items() if k != "input_activations"})
+    scheme = schemes.QuantizationScheme(targets=group["targets"], weights=group["weights"])
     library = compressors.BaseCompressor.get_value_from_registry(made.settings["format"])
     checkpoint = import_module("safetensors.torch").load_file(tmp_path / "model.safetensors")
     for spec in filter(files.is_layer, param_specs(CONFIG)):

@@ -37,9 +37,7 @@ class AWQTensor(GridTensor):
         weights, zeros, scales = self.parts
         first, last = start // _IN_WORD, -(-stop // _IN_WORD)
         inside = slice(start - first * _IN_WORD, stop - first * _IN_WORD)
-        steps, points = (
-            _unpack(part.read()[:, first:last])[inside] for part in (weights, zeros)
-        )
+        steps, points = (_unpack(part.read()[:, first:last])[inside] for part in (weights, zeros))
         size = -(-self.shape[1] // scales.shape[0])
         groups = group_of_inputs(self.shape[1], size, scales.shape[0], None)
         return Grid(steps, points, read_scales(scales)[:, start:stop].T, groups)
@@ -48,9 +46,8 @@ class AWQTensor(GridTensor):
 def _unpack(words: NDArray[Any]) -> NDArray[np.uint8]:
     """The numbers of all outputs (O, N) of words (N, O / 8)."""
     outputs = words.shape[1] * _IN_WORD
-    return unpack_bits(words.T, _BITS, outputs).reshape(-1, _IN_WORD, len(words))[:, _PLACES].reshape(
-        outputs, -1
-    )
+    in_words = unpack_bits(words.T, _BITS, outputs).reshape(-1, _IN_WORD, len(words))
+    return in_words[:, _PLACES].reshape(outputs, -1)
 
 
 def open_layer(parts: Parts, settings: Any) -> AWQTensor:

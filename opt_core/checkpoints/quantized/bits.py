@@ -1,5 +1,6 @@
 """Numbers of a few bits, one after the other in 32-bit words."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -26,18 +27,19 @@ def unpack_bits(words: NDArray[Any], bits: int, count: int) -> NDArray[np.uint8]
     Returns:
         uint8 (count, N).
     """
-    # As many words as a number has bits hold 32 of them, the same way each time.
-    turns = -(-count // WORD)
+    # Some words hold a whole number of numbers, the same way each time.
+    in_turn = WORD // math.gcd(bits, WORD)
+    turns, size = -(-count // in_turn), in_turn * bits // WORD
     plain = np.ascontiguousarray(words).view(np.uint32)
-    missing = turns * bits - len(plain)
-    plain = np.pad(plain, ((0, max(0, missing)), (0, 0)))[: turns * bits]
-    grouped = plain.reshape(turns, bits, -1)
-    out: NDArray[np.uint8] = np.empty((turns, WORD, grouped.shape[-1]), np.uint8)
+    missing = turns * size - len(plain)
+    plain = np.pad(plain, ((0, max(0, missing)), (0, 0)))[: turns * size]
+    grouped = plain.reshape(turns, size, -1)
+    out: NDArray[np.uint8] = np.empty((turns, in_turn, grouped.shape[-1]), np.uint8)
     mask = np.uint32((1 << bits) - 1)
-    for k in range(WORD):
+    for k in range(in_turn):
         word, start = divmod(k * bits, WORD)
         value = grouped[:, word] >> np.uint32(start)
         if start + bits > WORD:
             value |= grouped[:, word + 1] << np.uint32(WORD - start)
         out[:, k] = value & mask
-    return out.reshape(turns * WORD, -1)[:count]
+    return out.reshape(turns * in_turn, -1)[:count]

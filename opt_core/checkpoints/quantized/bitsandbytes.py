@@ -58,7 +58,7 @@ class Int8Tensor(GridTensor):
 
 
 class _State(NamedTuple):
-    """What a four-bit weight says of itself.
+    """A four-bit weight's description of itself.
 
     Attributes:
         shape: Its shape.
@@ -173,10 +173,10 @@ def _read_state(parts: Parts, tensor: LazyTensor, kind: str) -> _State:
     values = parse_json_object(tensor.read().tobytes(), what, CheckpointError, unique_keys=True)
     if values.get("quant_type") != kind:
         raise parts.wrong(tensor, f"quant_type {kind!r}", repr(values.get("quant_type")))
-    given: Any = values.get("shape")
+    given: object = values.get("shape")
     shape = cast("list[Any]", given) if isinstance(given, list) else []
     if len(shape) != 2 or not all(type(n) is int and 0 < n < 1 << 31 for n in shape):
-        raise parts.wrong(tensor, "the shape of a matrix", repr(given))
+        raise parts.wrong(tensor, "the shape of a matrix", repr(values.get("shape")))
     nested = None
     if "weight.nested_absmax" in parts.tensors:
         nested = _blocksize(parts, tensor, values, "nested_blocksize")

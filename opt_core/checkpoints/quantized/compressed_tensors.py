@@ -1,11 +1,12 @@
 """compressed-tensors' files, which vLLM and transformers read.
 
-A layer (O, I) of "pack-quantized" is `weight_packed` int32 (O, words), packed along the inputs, with
-`weight_shape` (2,); of the other formats, `weight` in int8 or float8. Both have `weight_scale`: (1,)
-for the whole, (O, 1), (O, G), or one for each block of outputs and inputs. Zero points, if there are
-any, are `weight_zero_point`: int8 of the same shape, or packed along the outputs. Integers are
-stored with the sign in "int-quantized", and with half of their range added in "pack-quantized".
-`weight_g_idx` (I,) is the group of each input, where act-order left them in another order.
+A layer (O, I) of "pack-quantized" is `weight_packed` int32 (O, words), packed along the inputs,
+with `weight_shape` (2,); of the other formats, `weight` in int8 or float8. Both have
+`weight_scale`: (1,) for the whole, (O, 1), (O, G), or one for each block of outputs and inputs.
+Zero points, if there are any, are `weight_zero_point`: int8 of the same shape, or packed along the
+outputs. Integers are stored with the sign in "int-quantized", and with half of their range added
+in "pack-quantized". `weight_g_idx` (I,) is the group of each input, where act-order left them in
+another order.
 """
 
 from dataclasses import dataclass
@@ -202,9 +203,7 @@ def _read_shape(parts: Parts, tensor: LazyTensor) -> tuple[int, int]:
     return rows, width
 
 
-def _take_scales(
-    parts: Parts, arguments: WeightArguments, shape: tuple[int, int]
-) -> LazyTensor:
+def _take_scales(parts: Parts, arguments: WeightArguments, shape: tuple[int, int]) -> LazyTensor:
     outputs, width = shape
     if arguments.strategy == "tensor":
         scales = parts.take_floats("weight_scale")

@@ -1,9 +1,9 @@
 """GPTQ's files, as AutoGPTQ and GPTQModel write them.
 
 A layer (O, I) is `qweight` int32 (I * bits / 32, O), packed along the inputs; `qzeros` int32
-(G, O * bits / 32), packed along the outputs; `scales` (G, O); and, since act-order is known, `g_idx`
-(I,), the group of each input. The first version of the format stores zero points less one; what is
-stored for zero is then all ones.
+(G, O * bits / 32), packed along the outputs; `scales` (G, O); and, since act-order is known,
+`g_idx` (I,), the group of each input. The first version of the format stores zero points less one;
+what is stored for zero is then all ones.
 """
 
 from dataclasses import dataclass

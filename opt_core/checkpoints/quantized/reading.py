@@ -23,7 +23,6 @@ from opt_core.checkpoints.safetensors_format import read_safetensors
 from opt_core.checkpoints.tensors import FLOAT_DTYPES, LazyTensor, cast_array
 from opt_core.errors import CheckpointError
 
-
 _COMPARED_ROWS = 64
 _SIDE = CompressedTensors(
     (WeightArguments("int-quantized", 8, False, symmetric=True, strategy="channel"),), False
@@ -72,7 +71,8 @@ def dequantized(folder: Path, tensors: Mapping[str, LazyTensor]) -> Opened:
         tensors: Canonical name -> tensor.
 
     Raises:
-        CheckpointError: Nobody here reads the scheme, or tensors do not fit one another, or the settings.
+        CheckpointError: Nobody here reads the scheme, or tensors do not fit one another, or the
+            settings.
     """
     settings = find_settings(folder)
     if settings is None:
@@ -83,7 +83,9 @@ def dequantized(folder: Path, tensors: Mapping[str, LazyTensor]) -> Opened:
         leaves = {leaf: f"{layer}.{leaf}" for leaf in reader.leaves if f"{layer}.{leaf}" in left}
         parts = Parts(layer, {leaf: left.pop(name) for leaf, name in leaves.items()})
         made[f"{layer}.weight"] = reader.open_layer(parts, settings)
-    for name in [name for name in left if name.endswith(tuple(f".{leaf}" for leaf in reader.aside))]:
+    for name in [
+        name for name in left if name.endswith(tuple(f".{leaf}" for leaf in reader.aside))
+    ]:
         del left[name]
     notes: tuple[str, ...] = ()
     if isinstance(settings, CompressedTensors) and settings.rounds_inputs:
@@ -131,9 +133,8 @@ def _agree(weight: LazyTensor, other: LazyTensor) -> bool:
 
 def _layers(names: Iterable[str], marks: tuple[str, ...]) -> list[str]:
     """The layers that have one of the marks."""
-    found = [
-        name.removesuffix(f".{mark}") for name in names for mark in marks if name.endswith(f".{mark}")
-    ]
+    ends = [f".{mark}" for mark in marks]
+    found = [name.removesuffix(end) for name in names for end in ends if name.endswith(end)]
     return list(dict.fromkeys(found))
 
 

@@ -16,7 +16,7 @@ SIDE_FILE = "int8_weights.safetensors"
 """The file beside our own quantised weights for what no other program keeps in eight bits."""
 
 METHODS = ("gptq", "awq", "bitsandbytes", "compressed-tensors")
-"""What `quant_method` may be."""
+"""Values that `quant_method` may have."""
 
 _FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Where AutoGPTQ and AutoAWQ kept it before configurations had a place for it."""
@@ -195,7 +195,7 @@ def _gptq(given: _Given) -> GPTQ:
         raise given.refused(f"gptq's format {kind!r} is not read; expected 'gptq' or 'gptq_v2'")
     if (words := given.get("pack_dtype") or "int32") != "int32":
         raise given.refused(f"gptq with pack_dtype={words!r} is not read; expected 'int32'")
-    dynamic = given.get("dynamic") or {}
+    dynamic: object = given.get("dynamic") or {}
     names = list(cast("Mapping[str, Any]", dynamic)) if isinstance(dynamic, Mapping) else [dynamic]
     if own := [name for name in names if not str(name).startswith("-:")]:
         raise given.refused(f"gptq with settings of its own for {own[0]!r} is not read")

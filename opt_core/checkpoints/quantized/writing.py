@@ -70,7 +70,7 @@ def _is_packed(spec: ParamSpec) -> bool:
 
 
 class _Last:
-    """What `fetch` gave last: the tensors of one weight are written one after the other."""
+    """The values fetched last: the tensors of one weight are written one after the other."""
 
     def __init__(self, fetch: Fetch) -> None:
         self._fetch = fetch

@@ -1,4 +1,4 @@
-"""Quantised checkpoints that lie: one line that names file, tensor, what was expected and received."""
+"""Quantised checkpoints that lie: one line names file, tensor, what was expected and received."""
 
 import json
 from collections.abc import Callable
@@ -60,7 +60,7 @@ CASES: list[tuple[Callable[[], Made], str, Change, str]] = [
     (lambda: files.gptq(3), "qweight", lambda a: a[:-1], "multiple of 3 words"),
     (files.gptq, "qzeros", lambda a: a[:, :-1], r"expected shape \[2, 8\], received \[2, 7\]"),
     (files.gptq, "qzeros", without, "qzeros: it is missing"),
-    (files.gptq, "scales", lambda a: a[:-1], r"expected 2 groups of 16 inputs for 32, rec.*\[1, 64"),
+    (files.gptq, "scales", lambda a: a[:-1], r"expected 2 groups of 16 inputs for 32.*\[1, 64"),
     (files.gptq, "scales", lambda a: a.astype(np.int8), "expected float32 or float16 or"),
     (files.gptq, "scales", one_is(np.nan), "expected finite numbers, received NaN or infinite"),
     (files.gptq, "scales", one_is(-np.inf), "expected finite numbers, received NaN or infinite"),
@@ -84,7 +84,7 @@ CASES: list[tuple[Callable[[], Made], str, Change, str]] = [
     (files.four_bits, "weight.absmax", lambda a: a[:-1], r"expected 32 numbers, received \[31\]"),
     (files.four_bits, "weight.absmax", one_is(np.inf, 3), "expected finite numbers"),
     (files.four_bits, "weight.absmax", lambda a: a.astype(np.uint8), "received uint8"),
-    (files.four_bits, "weight.quant_map", lambda a: a[:-1], r"expected shape \[16\], received \[15"),
+    (files.four_bits, "weight.quant_map", lambda a: a[:-1], r"expected shape \[16\], .*\[15"),
     (files.four_bits, "weight.quant_map", one_is(np.nan, 3), "expected finite numbers"),
     (files.four_bits, STATE, text(b'{"blocksize": 6'), "quant_state.*not JSON|JSON"),
     (files.four_bits, STATE, text(b"[64]"), "expected a JSON object"),
@@ -134,7 +134,7 @@ CASES: list[tuple[Callable[[], Made], str, Change, str]] = [
         lambda: files.packed(order=True), "weight_g_idx", one_is(-2, 5),
         r"expected groups 0\.\.1, received -2",
     ),
-    (files.unpacked, "weight", lambda a: a.astype(np.int32), "expected int8 numbers, received int32"),
+    (files.unpacked, "weight", lambda a: a.astype(np.int32), "int8 numbers, received int32"),
     (files.float8, "weight", one_is(np.nan), "expected finite float8, received NaN"),
     (
         files.float8, "weight", lambda a: a.astype(ml_dtypes.bfloat16),
@@ -160,8 +160,7 @@ def test_what_cannot_be_a_weight_is_refused_in_one_line(
         tensors[name] = changed
     folder = Made(tensors, {}, made.settings).write(tmp_path)
     with pytest.raises(CheckpointError, match=message) as error:
-        for spec, _ in plan_load(open_checkpoint(folder), CONFIG, "causal_lm").stream():
-            del spec
+        list(plan_load(open_checkpoint(folder), CONFIG, "causal_lm").stream())
     told = str(error.value)
     assert str(folder) in told
     assert FC1 in told

@@ -10,7 +10,12 @@ from safetensors import safe_open
 
 from opt_core.checkpoints.load import open_checkpoint, plan_load
 from opt_core.checkpoints.pretrained import open_pretrained
-from opt_core.checkpoints.quantized.settings import SIDE_FILE, WeightArguments, read_settings
+from opt_core.checkpoints.quantized.settings import (
+    SIDE_FILE,
+    CompressedTensors,
+    WeightArguments,
+    read_settings,
+)
 from opt_core.checkpoints.quantized.tensor import PackedTensor, stored_scheme
 from opt_core.checkpoints.save import save_checkpoint, save_quantized_checkpoint
 from opt_core.checkpoints.tensors import float_dtype
@@ -132,9 +137,7 @@ def test_settings_are_those_of_other_libraries(tmp_path: Path):
         save(tmp_path / scheme, CONFIGS["post_ln"], scheme)
         values = json.loads((tmp_path / scheme / "config.json").read_text())
         given = values["quantization_config"]
-        settings = read_settings(given)
-        assert settings is not None
-        assert settings == type(settings)((expected,), False)
+        assert read_settings(given) == CompressedTensors((expected,), rounds_inputs=False)
         ignored = ["model.decoder.project_out", "model.decoder.project_in", "lm_head"]
         assert given["ignore"] == ignored
         assert values["architectures"] == ["OPTForCausalLM"]

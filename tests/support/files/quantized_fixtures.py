@@ -1,7 +1,8 @@
 """Quantised checkpoints made by hand, number by number, and the weights that they stand for.
 
-What is written here goes through Python's own integers of any size, bit by bit, and what is expected
-is computed one number at a time, so that a reader is tested by neither its own tables nor shifts.
+What is written here goes through Python's own integers of any size, bit by bit, and what is
+expected is computed one number at a time, so that a reader is tested by neither its own tables nor
+shifts.
 """
 
 import json
@@ -87,7 +88,9 @@ def is_layer(spec: ParamSpec) -> bool:
     return ".layers." in spec.name and len(spec.shape) == 2
 
 
-def make(layer: Callable[[ParamSpec, Any], tuple[dict[str, Array], Array]], **settings: Any) -> Made:
+def make(
+    layer: Callable[[ParamSpec, Any], tuple[dict[str, Array], Array]], **settings: Any
+) -> Made:
     """A checkpoint.
 
     Args:
@@ -173,9 +176,7 @@ def awq(size: int = 16) -> Made:
         }
         return parts, on_grid(steps, zeros, scales, groups)
 
-    return make(
-        layer, quant_method="awq", bits=4, group_size=size, version="gemm", zero_point=True
-    )
+    return make(layer, quant_method="awq", bits=4, group_size=size, version="gemm", zero_point=True)
 
 
 def llm_int8() -> Made:
@@ -267,9 +268,7 @@ def packed(
     return make(layer, **compressed("pack-quantized", bits, size, symmetric))
 
 
-def unpacked(
-    kind: str = "int-quantized", size: int | None = None, symmetric: bool = True
-) -> Made:
+def unpacked(kind: str = "int-quantized", size: int | None = None, symmetric: bool = True) -> Made:
     """compressed-tensors' "int-quantized" and "naive-quantized", a byte to a number."""
 
     def layer(spec: ParamSpec, random: Any) -> tuple[dict[str, Array], Array]:

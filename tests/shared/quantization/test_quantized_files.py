@@ -28,7 +28,7 @@ def weights_alone(monkeypatch):
 
 
 def numbers(backend: Any, model: Any) -> dict[str, Any]:
-    """What a model keeps, by canonical name: arrays, or the parts of quantised weights."""
+    """Parameters of a model as it keeps them: arrays, or the parts of quantised weights."""
     checkpoint = import_module(f"opt_{backend.name}.checkpoint")
     found: dict[str, Any] = {}
     for spec in param_specs(model.config, model.head):
