@@ -16,6 +16,7 @@ from conversion.writers import WRITERS, write_weights
 from opt_core.checkpoints.atomic import check_is_new, new_folder
 from opt_core.checkpoints.load import LoadPlan
 from opt_core.checkpoints.quantized.tensor import PackedTensor, numbers_of
+from opt_core.checkpoints.quantized.writing import Fetch
 from opt_core.checkpoints.save import save_quantized_checkpoint
 from opt_core.checkpoints.tensors import float_dtype
 from opt_core.errors import CheckpointError, ConfigError
@@ -105,16 +106,14 @@ def convert(
     path = resolve(source, convertible=True, **hub)
     found = open_any_checkpoint(path, prefix, adapter, **hub)
     plan = found.plan()
-    floats = [t.dtype for t in found.checkpoint.tensors.values() if not isinstance(t, PackedTensor)]
-    is_packed = len(floats) < len(found.checkpoint.tensors)
-    if wanted is None and (quantize or found.adapter or is_packed):
-        # Merged and dequantised weights are float32 until then.
-        wanted = floats[0] if floats else np.dtype(np.float32)
+    is_packed = any(isinstance(t, PackedTensor) for t in found.checkpoint.tensors.values())
+    if wanted is None and (found.adapter or is_packed):  # such weights are float32 until then
+        wanted = _float_type(found)
     if quantize is None:
         files, notes = write_checkpoint(found, plan, new, to, wanted, max_shard_size, progress)
     else:
-        assert wanted is not None
-        files = _write_quantized(found, plan, new, quantize, wanted, max_shard_size, progress)
+        fetch = _rounded(plan, quantize, progress)
+        files = write_quantized(found, plan, new, quantize, wanted, max_shard_size, fetch)
         notes = found.notes
     return Conversion(
         new,
@@ -179,20 +178,47 @@ def write_checkpoint(
     return files, tuple(notes)
 
 
-def _write_quantized(
+def write_quantized(
     found: SourceCheckpoint,
     plan: LoadPlan,
     new: Path,
     scheme: str,
-    dtype: np.dtype[Any],
+    dtype: np.dtype[Any] | None,
     max_shard_size: int | str,
-    progress: Callable[[int, int], None] | None,
+    fetch: Fetch,
 ) -> dict[str, int]:
-    """Writes the tensors of a plan quantised, and all that belongs to them.
+    """Writes a quantised model and all that belongs to it, as `convert` does.
+
+    Args:
+        found: Where it comes from.
+        plan: Its parameters, and the configuration they fit.
+        new: The folder to make.
+        scheme: "int8" or "int4".
+        dtype: Type of what is stored in floating point; None: that of the source.
+        max_shard_size: Most bytes of tensors per file.
+        fetch: Gives a parameter's values, or its `QuantizedTensor` where it has one.
 
     Returns:
         Name and bytes of each weight file.
     """
+    with enough_memory(found), new_folder(new) as stage:
+        adapter = None if found.adapter is None else found.adapter.file.parent
+        copy_sidecar_files(found.checkpoint.folder, stage, adapter=adapter)
+        save_quantized_checkpoint(
+            stage,
+            plan.config,
+            fetch,
+            [spec for spec, _ in plan.entries],
+            (dtype or _float_type(found)).name,
+            scheme,
+            max_shard_size,
+            _ARCHITECTURES[found.head],
+        )
+        return {path.name: path.stat().st_size for path in sorted(stage.glob("*.safetensors"))}
+
+
+def _rounded(plan: LoadPlan, scheme: str, progress: Callable[[int, int], None] | None) -> Fetch:
+    """The parameters of a plan, each weight rounded to nearest when it is asked for."""
     tensors = {spec.name: tensor for spec, tensor in plan.entries}
     total, read = sum(tensor.nbytes for tensor in tensors.values()), set[str]()
 
@@ -203,20 +229,14 @@ def _write_quantized(
             progress(sum(tensors[name].nbytes for name in read), total)
         return tensor.read() if kept is None else numbers_of(spec.name, tensor, kept)
 
-    with enough_memory(found), new_folder(new) as stage:
-        adapter = None if found.adapter is None else found.adapter.file.parent
-        copy_sidecar_files(found.checkpoint.folder, stage, adapter=adapter)
-        save_quantized_checkpoint(
-            stage,
-            plan.config,
-            fetch,
-            [spec for spec, _ in plan.entries],
-            dtype.name,
-            scheme,
-            max_shard_size,
-            _ARCHITECTURES[found.head],
-        )
-        return {path.name: path.stat().st_size for path in sorted(stage.glob("*.safetensors"))}
+    return fetch
+
+
+def _float_type(found: SourceCheckpoint) -> np.dtype[Any]:
+    """The type of what a checkpoint has in floating point."""
+    tensors = found.checkpoint.tensors.values()
+    types = (tensor.dtype for tensor in tensors if not isinstance(tensor, PackedTensor))
+    return next(types, np.dtype(np.float32))
 
 
 @contextlib.contextmanager

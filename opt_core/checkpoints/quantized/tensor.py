@@ -17,6 +17,7 @@ from opt_core.quantization import (
     GROUP,
     SCHEMES,
     QuantizedTensor,
+    pack,
     quantize_array,
     scheme_of,
 )
@@ -172,8 +173,7 @@ def _fill_int4(kept: QuantizedTensor, rows: slice, grid: Grid) -> bool:
         return False
     ours = groups[:, 0]
     kept.scales[rows], kept.zeros[rows] = grid.scales[:, ours], grid.zeros[:, ours]
-    steps = np.concatenate((grid.steps, np.repeat(kept.zeros[rows, -1:], free, 1)), 1)
-    kept.values[rows] = steps[:, ::2] | steps[:, 1::2] << 4
+    kept.values[rows] = pack(grid.steps, kept.zeros[rows])
     return True
 
 
