@@ -169,7 +169,7 @@ class _Rounding:
 
 
 def _factor(hessian: Matrix) -> Matrix:
-    """How the error of each input is made up for by those behind it.
+    """Weights by which the error of each input is made up for by those behind it.
 
     Returns:
         The upper Cholesky factor (I, I) of the inverse Hessian.
@@ -216,7 +216,7 @@ def _grids(name: str, weight: Matrix, importance: Matrix, scheme: str) -> Quanti
 
 
 def _loss(grouped: Matrix, scales: Matrix, zeros: Matrix, counts: Matrix) -> Matrix:
-    """What each group (O, G) loses when its weights are rounded to nearest."""
+    """Losses of the groups (O, G) whose weights are rounded to nearest."""
     steps = np.clip(np.rint(grouped / scales[..., None]) + zeros[..., None], 0, 15)
     off = (steps - zeros[..., None]) * scales[..., None] - grouped
     loss: Matrix = (off * off * counts).sum(-1)
@@ -227,7 +227,8 @@ def _round(name: str, weight: Matrix, hessian: Matrix, factor: Matrix, scheme: s
     """Rounds a weight (O, I), one input after the other."""
     numbers = _grids(name, weight, hessian.diagonal(), scheme)
     outputs, width = weight.shape
-    groups: NDArray[np.int64] = np.arange(width) // (GROUP if scheme == "int4" else width)
+    size = GROUP if scheme == "int4" else width
+    groups: NDArray[np.int64] = np.arange(width) // size
     scales = numbers.scales.reshape(outputs, -1)
     zeros = np.zeros_like(scales) if numbers.zeros is None else numbers.zeros.astype(np.float32)
     low, high = (-127, 127) if numbers.zeros is None else (0, 15)

@@ -2,7 +2,7 @@
 
 A layer keeps the numbers of `opt_core.quantization`; the compiled program makes the weight they
 stand for where it multiplies. That saves memory between the calls, not time. Such a model can only
-be run: it has no parameters to train and none to save, and it stays on one device.
+be run: it has no parameters to train, and it stays on one device.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -2,7 +2,7 @@
 
 A layer keeps the numbers of `opt_core.quantization`; the compiled program makes the weight they
 stand for where it multiplies. That saves memory between the calls, not time. Such a model can only
-be run: it has no parameters to train, and none to save but in Keras' own files.
+be run: it has no parameters to train.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -185,7 +185,7 @@ def test_few_rows_and_unused_inputs_do(tmp_path: Path):
 
 
 def test_the_command_says_what_it_cost(tmp_path: Path, opt_lm: Run):
-    text = tmp_path / "text"
+    text = tmp_path / "text.txt"
     text.write_text("Speak, speak. You are all resolved rather to die than to famish? " * 40)
     given = ["mini", tmp_path / "b", "--text", text, "--rows", 3, "--length", 16]
     before, after = json.loads(opt_lm("quantize", *given, "--json").out)["perplexity"]
