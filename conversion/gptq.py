@@ -228,7 +228,7 @@ def _round(name: str, weight: Matrix, hessian: Matrix, factor: Matrix, scheme: s
     numbers = _grids(name, weight, hessian.diagonal(), scheme)
     outputs, width = weight.shape
     size = GROUP if scheme == "int4" else width
-    groups: NDArray[np.int64] = np.arange(width) // size
+    groups = [i // size for i in range(width)]
     scales = numbers.scales.reshape(outputs, -1)
     zeros = np.zeros_like(scales) if numbers.zeros is None else numbers.zeros.astype(np.float32)
     low, high = (-127, 127) if numbers.zeros is None else (0, 15)
