@@ -1,10 +1,12 @@
 """Checkpoints whose weights are quantised, as the floating-point numbers that they stand for."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opt_core.checkpoints.quantized import awq, bitsandbytes, compressed_tensors, gptq
 from opt_core.checkpoints.quantized.settings import (
@@ -22,6 +24,7 @@ from opt_core.checkpoints.report import printable
 from opt_core.checkpoints.safetensors_format import read_safetensors
 from opt_core.checkpoints.tensors import FLOAT_DTYPES, LazyTensor, cast_array
 from opt_core.errors import CheckpointError
+from opt_core.quantization import QuantizedTensor
 
 _COMPARED_ROWS = 64
 _SIDE = CompressedTensors(
@@ -96,39 +99,70 @@ def dequantized(folder: Path, tensors: Mapping[str, LazyTensor]) -> Opened:
     return Opened(left | made | _side_weights(side, left), notes, (side,), reader.method)
 
 
+@dataclass(frozen=True, eq=False)
+class _SideTensor(PackedTensor):
+    """A weight that only we keep in eight bits, in place of what others read for it.
+
+    Attributes:
+        own: The weight.
+        other: That of the others, with which it is compared before it is used.
+    """
+
+    own: PackedTensor
+    other: LazyTensor
+
+    def dequantize(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Some rows of the weight."""
+        self._check()
+        return self.own.dequantize(start, stop)
+
+    def numbers(self, scheme: str) -> QuantizedTensor | None:
+        """The very numbers of the file as those of a scheme of ours."""
+        self._check()
+        return self.own.numbers(scheme)
+
+    def is_ours(self, scheme: str) -> bool:
+        """Whether it is stored as we store a weight of a scheme of ours."""
+        return self.own.is_ours(scheme)
+
+    def _check(self) -> None:
+        """Compares some rows, in the others' type.
+
+        Raises:
+            CheckpointError: Others read something else: the files were changed since.
+        """
+        step = max(1, self.shape[0] // _COMPARED_ROWS)
+        for i in range(0, self.shape[0], step):
+            mine, its = self.own.rows(i, i + 1).read(), self.other.rows(i, i + 1).read()
+            if not np.array_equal(cast_array(self.name, mine, its.dtype), its):
+                raise _changed(self)
+
+
+def _changed(weight: PackedTensor) -> CheckpointError:
+    return CheckpointError(
+        f"{weight.file}: {printable(weight.name)} is not that of the other files: they were "
+        "changed since; remove this file, and it is rounded anew where it is loaded"
+    )
+
+
 def _side_weights(path: Path, floats: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The weights that only we keep in eight bits, in place of what others read for them.
+    """The weights of the file beside.
 
     Raises:
-        CheckpointError: Others read something else: they were changed since.
+        CheckpointError: The other files have none of a name, or shape.
     """
     stored = read_safetensors(path)
     made: dict[str, LazyTensor] = {}
     for layer in _layers(stored, compressed_tensors.LEAVES[:1]):
-        parts = Parts(layer, {"weight_scale": stored[f"{layer}.weight_scale"]})
-        if f"{layer}.weight" in stored:
-            parts.tensors["weight"] = stored[f"{layer}.weight"]
-        weight = compressed_tensors.open_layer(parts, _SIDE)
-        other = floats.get(weight.name)
-        if other is None or other.shape != weight.shape or not _agree(weight, other):
-            raise CheckpointError(
-                f"{path}: {printable(weight.name)} is not that of the other files: they were "
-                "changed since; remove this file, and it is rounded anew where it is loaded"
-            )
-        made[weight.name] = weight
+        leaves = [leaf for leaf in ("weight_scale", "weight") if f"{layer}.{leaf}" in stored]
+        parts = Parts(layer, {leaf: stored[f"{layer}.{leaf}"] for leaf in leaves})
+        own = compressed_tensors.open_layer(parts, _SIDE)
+        other = floats.get(own.name)
+        is_float = other is not None and other.dtype in FLOAT_DTYPES.values()
+        if other is None or not is_float or other.shape != own.shape:
+            raise _changed(own)
+        made[own.name] = _SideTensor(own.name, own.shape, own.label, own.parts, own, other)
     return made
-
-
-def _agree(weight: LazyTensor, other: LazyTensor) -> bool:
-    """Whether some rows of a weight are, in another type, those of another tensor."""
-    step = max(1, weight.shape[0] // _COMPARED_ROWS)
-    for i in range(0, weight.shape[0], step):
-        mine, its = weight.rows(i, i + 1).read(), other.rows(i, i + 1).read()
-        if its.dtype not in FLOAT_DTYPES.values() or not np.array_equal(
-            cast_array(weight.name, mine, its.dtype), its
-        ):
-            return False
-    return True
 
 
 def _layers(names: Iterable[str], marks: tuple[str, ...]) -> list[str]:

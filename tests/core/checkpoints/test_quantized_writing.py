@@ -191,8 +191,10 @@ def test_the_file_beside_has_to_be_of_the_same_weights(dtype: str, tmp_path: Pat
     save_quantized_checkpoint(tmp_path / "b", config, other, param_specs(config), dtype, "int4")
     side = tmp_path / "a" / SIDE_FILE
     side.write_bytes((tmp_path / "b" / SIDE_FILE).read_bytes())
-    with pytest.raises(CheckpointError, match=f"{EMBEDDING} is not that of the other files"):
-        open_checkpoint(tmp_path / "a")
+    for quantize in (None, "int4"):
+        plan = plan_load(open_checkpoint(tmp_path / "a"), config, "causal_lm")
+        with pytest.raises(CheckpointError, match=f"{EMBEDDING} is not that of the other files"):
+            list(plan.stream(quantize=quantize))
     side.unlink()
     source = open_pretrained("causal_lm", tmp_path / "a", "auto", None, None)
     assert source.quantize is None  # for its embedding is in floating point
