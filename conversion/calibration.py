@@ -1,7 +1,7 @@
 """Inputs of the linear layers of a model on a text, with one layer in memory at a time."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from opt_core.config import OPTConfig
 from opt_core.params import POSITION_OFFSET
 
 Array = NDArray[np.float32]
+See = Callable[[str, Array], None]
 _TOP = "model.decoder"
+_EMBEDDING = f"{_TOP}.embed_tokens.weight"
 _EPSILON = 1e-5
 _HALF = np.float32(0.5)
 
@@ -25,9 +27,6 @@ def activation_scales(
 ) -> dict[str, Array]:
     """Largest magnitude of every input of the layers' linear weights.
 
-    The model is run in float32 by NumPy. The exact gelu is replaced by its tanh form: magnitudes
-    are all that is looked at.
-
     Args:
         config: The model's configuration.
         tensors: Its weights, under canonical names.
@@ -35,10 +34,37 @@ def activation_scales(
         progress: Called with the layers done and in all.
 
     Returns:
-        (in,) for each linear layer, such as "model.decoder.layers.0.fc1"; its query, key and value
-        projections have the same input, called "model.decoder.layers.0.self_attn.qkv" here.
+        (in,) for each linear layer, by the names of `run_layers`.
     """
     scales: dict[str, Array] = {}
+
+    def see(linear: str, rows: Array) -> None:
+        scales[linear] = np.abs(rows).max((0, 1))
+
+    for layer, _ in run_layers(config, tensors, ids_BT, see):
+        if progress is not None:
+            progress(layer + 1, config.num_hidden_layers)
+    return scales
+
+
+def run_layers(
+    config: OPTConfig, tensors: Mapping[str, LazyTensor], ids_BT: NDArray[Any], see: See
+) -> Iterator[tuple[int, Array]]:
+    """Runs a model in float32 by NumPy, with a layer at a time in memory.
+
+    The exact gelu is replaced by its tanh form: what goes into the layers is all that is looked at.
+
+    Args:
+        config: The model's configuration.
+        tensors: Its weights, under canonical names; each is read when its turn comes.
+        ids_BT: Rows of a text, without padding.
+        see: Called with the name of a linear layer, such as "model.decoder.layers.0.fc1", and its
+            input (B, T, in), before its weight is read. Query, key and value projections have the
+            same input, called "model.decoder.layers.0.self_attn.qkv" here.
+
+    Yields:
+        The number of each layer, from 0, and its output (B, T, D).
+    """
     embedding, positions = (
         tensors[f"{_TOP}.embed_{name}.weight"].read() for name in ("tokens", "positions")
     )
@@ -49,23 +75,40 @@ def activation_scales(
     hidden = hidden + positions[POSITION_OFFSET:last].astype(np.float32)
     del embedding, positions
     for layer in range(config.num_hidden_layers):
-        hidden = _layer(hidden, tensors, config, f"{_TOP}.layers.{layer}", scales)
-        if progress is not None:
-            progress(layer + 1, config.num_hidden_layers)
-    return scales
+        hidden = _layer(hidden, tensors, config, f"{_TOP}.layers.{layer}", see)
+        yield layer, hidden
+
+
+def perplexity(config: OPTConfig, tensors: Mapping[str, LazyTensor], ids_BT: NDArray[Any]) -> float:
+    """Perplexity of a language model on rows of a text, of all tokens but each row's first.
+
+    Args:
+        config: The model's configuration.
+        tensors: Its weights, under canonical names.
+        ids_BT: Rows of a text, without padding.
+    """
+    *_, (_, hidden) = run_layers(config, tensors, ids_BT, lambda linear, rows: None)
+    if config.has_final_layer_norm:
+        hidden = _norm(hidden, tensors, f"{_TOP}.final_layer_norm")
+    if config.has_projections:
+        hidden = _linear(hidden, tensors, f"{_TOP}.project_out")
+    head = _read(tensors, "lm_head.weight" if "lm_head.weight" in tensors else _EMBEDDING)
+    losses: list[NDArray[np.float64]] = []
+    for states, ids in zip(hidden, ids_BT, strict=True):
+        logits = (states[:-1] @ head.T).astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        log_sum = np.log(np.exp(logits).sum(-1))
+        losses.append(log_sum - logits[np.arange(len(logits)), ids[1:]])
+    return float(np.exp(np.concatenate(losses).mean()))
 
 
 def _layer(
-    hidden: Array,
-    tensors: Mapping[str, LazyTensor],
-    config: OPTConfig,
-    name: str,
-    scales: dict[str, Array],
+    hidden: Array, tensors: Mapping[str, LazyTensor], config: OPTConfig, name: str, see: See
 ) -> Array:
     is_first, attention = config.do_layer_norm_before, f"{name}.self_attn"
 
     def into(linear: str, rows: Array) -> Array:
-        scales[linear] = np.abs(rows).max((0, 1))
+        see(linear, rows)
         return rows
 
     residual = hidden

@@ -15,11 +15,15 @@ from conversion.sidecar_files import copy_sidecar_files
 from conversion.writers import WRITERS, write_weights
 from opt_core.checkpoints.atomic import check_is_new, new_folder
 from opt_core.checkpoints.load import LoadPlan
+from opt_core.checkpoints.quantized.tensor import PackedTensor, numbers_of
+from opt_core.checkpoints.quantized.writing import Fetch
+from opt_core.checkpoints.save import save_quantized_checkpoint
 from opt_core.checkpoints.tensors import float_dtype
-from opt_core.errors import CheckpointError
+from opt_core.errors import CheckpointError, ConfigError
 from opt_core.hub import resolve
 from opt_core.json_files import write_json
-from opt_core.params import Head
+from opt_core.params import Head, ParamSpec
+from opt_core.quantization import check_scheme, scheme_of
 
 _ARCHITECTURES: dict[Head, str] = {
     "none": "OPTModel",
@@ -59,6 +63,7 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
     prefix: str = "",
     adapter: str | PathLike[str] | None = None,
+    quantize: str | None = None,
     **hub: Any,
 ) -> Conversion:
     """Writes a checkpoint in another format, without the framework of either.
@@ -79,25 +84,37 @@ def convert(
         prefix: Takes only the tensors whose names begin so, as the model's own: "language_model."
             for the OPT inside BLIP-2 and InstructBLIP, whose config.json has it as text_config.
         adapter: A PEFT adapter's folder or hub id, which is merged into `source`.
+        quantize: Writes the weights as "int8" or "int4" (`opt_core.quantization`), in the files of
+            compressed-tensors; with `to="safetensors"` only. Weights that the source has quantised
+            in numbers that fit are not rounded again.
         **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
 
     Raises:
         CheckpointError: The source is missing, damaged or does not fit its configuration, the
             destination exists, or the disk refuses.
-        ConfigError: The format cannot hold this model.
+        ConfigError: The format cannot hold this model, or no quantised weights.
         TokenizerError: The tokenizer's files contradict one another.
     """
     if to not in WRITERS:
         raise CheckpointError(f"to: expected one of {', '.join(WRITERS)}, received {to!r}")
+    check_scheme(quantize)
+    if quantize is not None and to != "safetensors":
+        raise ConfigError(f"quantize: expected None with to={to!r}, received {quantize!r}")
     wanted = None if dtype is None else float_dtype(dtype)
     new = Path(os.path.abspath(Path(destination).expanduser()))
     check_is_new(new)  # before anything is downloaded
     path = resolve(source, convertible=True, **hub)
     found = open_any_checkpoint(path, prefix, adapter, **hub)
     plan = found.plan()
-    if wanted is None and found.adapter is not None:  # merged weights are float32 until then
-        wanted = next(iter(found.checkpoint.tensors.values())).dtype
-    files, notes = write_checkpoint(found, plan, new, to, wanted, max_shard_size, progress)
+    is_packed = any(isinstance(t, PackedTensor) for t in found.checkpoint.tensors.values())
+    if wanted is None and (found.adapter or is_packed):  # such weights are float32 until then
+        wanted = _float_type(found)
+    if quantize is None:
+        files, notes = write_checkpoint(found, plan, new, to, wanted, max_shard_size, progress)
+    else:
+        fetch = _rounded(plan, quantize, progress)
+        files = write_quantized(found, plan, new, quantize, wanted, max_shard_size, fetch)
+        notes = found.notes
     return Conversion(
         new,
         found.checkpoint.format,
@@ -159,6 +176,67 @@ def write_checkpoint(
     notes = [*found.notes, *filter(None, [writer.note and writer.note(plan.config)])]
     notes += [f"{name}: {count} values are NaN or infinite" for name, count in not_finite.items()]
     return files, tuple(notes)
+
+
+def write_quantized(
+    found: SourceCheckpoint,
+    plan: LoadPlan,
+    new: Path,
+    scheme: str,
+    dtype: np.dtype[Any] | None,
+    max_shard_size: int | str,
+    fetch: Fetch,
+) -> dict[str, int]:
+    """Writes a quantised model and all that belongs to it, as `convert` does.
+
+    Args:
+        found: Where it comes from.
+        plan: Its parameters, and the configuration they fit.
+        new: The folder to make.
+        scheme: "int8" or "int4".
+        dtype: Type of what is stored in floating point; None: that of the source.
+        max_shard_size: Most bytes of tensors per file.
+        fetch: Gives a parameter's values, or its `QuantizedTensor` where it has one.
+
+    Returns:
+        Name and bytes of each weight file.
+    """
+    with enough_memory(found), new_folder(new) as stage:
+        adapter = None if found.adapter is None else found.adapter.file.parent
+        copy_sidecar_files(found.checkpoint.folder, stage, adapter=adapter)
+        save_quantized_checkpoint(
+            stage,
+            plan.config,
+            fetch,
+            [spec for spec, _ in plan.entries],
+            (dtype or _float_type(found)).name,
+            scheme,
+            max_shard_size,
+            _ARCHITECTURES[found.head],
+        )
+        return {path.name: path.stat().st_size for path in sorted(stage.glob("*.safetensors"))}
+
+
+def _rounded(plan: LoadPlan, scheme: str, progress: Callable[[int, int], None] | None) -> Fetch:
+    """The parameters of a plan, each weight rounded to nearest when it is asked for."""
+    tensors = {spec.name: tensor for spec, tensor in plan.entries}
+    total, read = sum(tensor.nbytes for tensor in tensors.values()), set[str]()
+
+    def fetch(spec: ParamSpec) -> Any:
+        tensor, kept = tensors[spec.name], scheme_of(spec, scheme)
+        read.add(spec.name)
+        if progress is not None:
+            progress(sum(tensors[name].nbytes for name in read), total)
+        return tensor.read() if kept is None else numbers_of(spec.name, tensor, kept)
+
+    return fetch
+
+
+def _float_type(found: SourceCheckpoint) -> np.dtype[Any]:
+    """The type of what a checkpoint has in floating point."""
+    tensors = found.checkpoint.tensors.values()
+    types = (tensor.dtype for tensor in tensors if not isinstance(tensor, PackedTensor))
+    return next(types, np.dtype(np.float32))
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from conversion.sidecar_files import is_keras_hub
 from opt_core.adapters.settings import CONFIG_FILE
 from opt_core.adapters.tensors import is_adapter, read_adapter
 from opt_core.checkpoints.load import Checkpoint, plan_load
+from opt_core.checkpoints.quantized.tensor import PackedTensor
+from opt_core.checkpoints.tensors import LazyTensor
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, OPTError
 from opt_core.generation.config import GenerationConfig, as_ids
@@ -52,8 +54,8 @@ class Tensor:
     Attributes:
         name: Canonical name, such as "model.decoder.layers.0.fc1.weight".
         shape: Shape in the canonical (torch) layout.
-        dtype: Type it is stored in.
-        nbytes: Its bytes.
+        dtype: Type it is stored in; of a quantised weight that of its numbers, such as "int4".
+        nbytes: Its bytes, those of scales and the like included.
         file: Name of the file that holds it.
     """
 
@@ -100,6 +102,8 @@ class Description:
         vocabulary: Ids the tokenizer knows; None without a tokenizer.
         problems: One line for each; empty if the model loads as it should.
         notes: What was not taken as it is, one line each.
+        quantization: Who quantised weights, and as what, such as "gptq: 72 weights as int4"; None:
+            they are not.
         adapter: For an adapter's folder what it is; files and tensors are its own then, the
             configuration and the head those of the model with it merged.
     """
@@ -117,6 +121,7 @@ class Description:
     vocabulary: int | None
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    quantization: str | None = None
     adapter: AdapterSummary | None = None
 
 
@@ -163,7 +168,8 @@ def _describe(path: Path, names: Collection[str] | None = None) -> Description:
         config = OPTConfig.from_pretrained(folder) if source is None else source.read_config()
     except OPTError as error:
         if weights_error is not None:  # nothing here is a model: most likely a wrong path
-            raise CheckpointError(f"{weights_error}; {error}") from None
+            both = dict.fromkeys((str(weights_error), str(error)))
+            raise CheckpointError("; ".join(both)) from None
         problems.append(str(error))
     if weights_error is not None:
         problems.append(str(weights_error))
@@ -200,6 +206,7 @@ def _describe(path: Path, names: Collection[str] | None = None) -> Description:
         vocabulary=vocabulary,
         problems=tuple(problems),
         notes=source.notes if source is not None else (),
+        quantization=_quantization(checkpoint),
     )
 
 
@@ -237,9 +244,24 @@ def _tensors(checkpoint: Checkpoint | None) -> tuple[Tensor, ...]:
     if checkpoint is None:
         return ()
     return tuple(
-        Tensor(name, stored.shape, stored.dtype.name, stored.nbytes, stored.file.name)
+        Tensor(name, stored.shape, *_stored_as(stored), stored.file.name)
         for name, stored in checkpoint.tensors.items()
     )
+
+
+def _stored_as(tensor: LazyTensor) -> tuple[str, int]:
+    """Type and bytes of a tensor in its file."""
+    if isinstance(tensor, PackedTensor):
+        return tensor.label, tensor.stored_nbytes
+    return tensor.dtype.name, tensor.nbytes
+
+
+def _quantization(checkpoint: Checkpoint | None) -> str | None:
+    if checkpoint is None or checkpoint.quantization is None:
+        return None
+    labels = Counter(t.label for t in checkpoint.tensors.values() if isinstance(t, PackedTensor))
+    counts = ", ".join(f"{count} weights as {label}" for label, count in labels.items())
+    return f"{checkpoint.quantization}: {counts}"
 
 
 def _parts(tensors: Iterable[Tensor], copied: set[str]) -> Iterator[Part]:

@@ -18,6 +18,7 @@ from conversion.formats.hdf5 import read_hdf5_headers
 from opt_core.checkpoints.tensors import TensorFile
 from opt_core.errors import CheckpointError
 from opt_core.hub import RemoteFiles, model_files, resolve
+from opt_core.json_files import parse_json_object
 
 _BLOCK = 1 << 16
 _MAX_HEADER = 100_000_000
@@ -111,8 +112,19 @@ class _Ranges(io.RawIOBase):
 
 
 def _safetensors(ranges: _Ranges) -> None:
+    """The header, and the small tensors that say of which shape quantised weights are."""
     length = int.from_bytes(ranges.read(8), "little")
-    ranges.read(min(length, ranges.size))
+    text = ranges.read(min(length, ranges.size))
+    try:
+        header = parse_json_object(text, ranges.path, CheckpointError)
+        for name, entry in header.items():
+            if name.endswith(".weight_shape") or ".quant_state." in name:
+                begin, end = entry["data_offsets"]
+                ranges.seek(8 + length + begin)
+                ranges.read(min(end - begin, _BLOCK))
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        if ranges.failure is not None:
+            raise
 
 
 def _torch(ranges: _Ranges) -> None:

@@ -94,7 +94,7 @@ def smooth(
     check_is_new(new)
     found = open_any_checkpoint(resolve(source, convertible=True, **hub), **hub)
     plan = found.plan()
-    _check_text(ids_BT, plan.config)
+    check_text(ids_BT, plan.config)
     tensors = {spec.name: tensor for spec, tensor in plan.entries}
     with enough_memory(found):
         scales = activation_scales(plan.config, tensors, ids_BT, progress)
@@ -139,7 +139,12 @@ def calibration_rows(ids: Sequence[int], rows: int, length: int) -> NDArray[np.i
     return np.array([ids[start : start + length] for start in starts], np.int32)
 
 
-def _check_text(ids_BT: NDArray[Any], config: OPTConfig) -> None:
+def check_text(ids_BT: NDArray[Any], config: OPTConfig) -> None:
+    """Checks that rows of a text are some that a model can take.
+
+    Raises:
+        ConfigError: They are not.
+    """
     rows, longest = np.asarray(ids_BT), config.max_position_embeddings
     if rows.ndim != 2 or not rows.size or not np.issubdtype(rows.dtype, np.integer):
         raise ConfigError(f"text: expected rows of ids, received {rows.dtype} {list(rows.shape)}")

@@ -31,6 +31,12 @@ def convert(
             metavar="NAME",
         ),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="int8 or int4: small weights, in the files of compressed-tensors.", metavar="NAME"
+        ),
+    ] = None,
     max_shard_size: Annotated[
         str, typer.Option(help="Most bytes of tensors per file.", metavar="SIZE")
     ] = "5GB",
@@ -68,6 +74,7 @@ def convert(
             progress=progress,
             prefix=prefix,
             adapter=adapter,
+            quantize=quantize,
             revision=revision,
         )
     if json:

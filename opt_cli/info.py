@@ -67,6 +67,8 @@ def _summary(description: "Description") -> list[tuple[str, str]]:
         )
         dtypes = (f"{name} ({count} tensors)" for name, count in description.dtypes.items())
         rows.append(("stored as", ", ".join(dtypes)))
+        if description.quantization is not None:
+            rows.append(("quantised", description.quantization))
         if description.head is not None:
             rows.append(("head", _head(description)))
         rows.append(("parameters", f"{description.parameters:,}"))

@@ -19,6 +19,7 @@ from opt_cli import (
     plot,
     prepare,
     push,
+    quantize,
     smooth,
     train,
     verify,
@@ -34,6 +35,7 @@ app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("verify")(verify.verify)
+app.command("quantize")(quantize.quantize)
 app.command("smooth")(smooth.smooth)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)

@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from opt_core.checkpoints.quantized.settings import SIDE_FILE
 from opt_core.errors import CheckpointError, MissingFileError
 
 MINI = "mini"
@@ -243,7 +244,8 @@ def _weight_files(
                 raise CheckpointError(
                     f"{source}: {index}: expected {expected} or more shards, found {len(shards)}"
                 )
-            return [index, *(name for name, _ in shards)]
+            beside = [SIDE_FILE] if SIDE_FILE in found and suffix == "safetensors" else []
+            return [index, *(name for name, _ in shards), *beside]
         if single in found:
             return [single]
     if formats is _CONVERTIBLE and found & set(_KERAS_WEIGHTS):

@@ -18,13 +18,13 @@ from opt_core.compatibility.calls import (
 from opt_core.compatibility.config_keys import check_fixed
 from opt_core.compatibility.live_config import check_shapes, shapes_of
 from opt_core.compatibility.methods import MethodsMixin
-from opt_core.compatibility.saving import read_saving
+from opt_core.compatibility.saving import read_saving, refuse_of_quantized
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError, UnsupportedError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.mixin import GenerationMixin
 from opt_core.params import Head
-from opt_core.quantization import check_not_quantized
+from opt_core.quantization import is_quantized
 from opt_core.training.labels import question_answering
 
 Decoder = TypeVar("Decoder")
@@ -169,10 +169,11 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
             **arguments: Those of `transformers`, as `opt_core.compatibility.saving` takes them:
                 `state_dict`, `safe_serialization`, `push_to_hub` and so on.
         """
-        check_not_quantized(self, "save_pretrained")
         self.check_config()
         self.config.validate()
         options = read_saving(folder, max_shard_size, arguments)
+        if is_quantized(self):
+            refuse_of_quantized(options)
         if options.writes:
             options.write(lambda where: self.backend.checkpoint.save_pretrained(self, where))
         if options.repository:

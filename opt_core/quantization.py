@@ -18,7 +18,7 @@ stay as they are. "int4" is for the layers' weights, where GPTQ puts it; the emb
 projections around the layers and an untied head are "int8" then.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,27 @@ class QuantizedTensor:
         values = np.empty((rows, groups * GROUP // 2), np.uint8)
         scales, zeros = np.empty((rows, groups), np.float32), np.empty((rows, groups), np.uint8)
         return cls(scheme, values, scales, zeros, width)
+
+    @classmethod
+    def of(
+        cls,
+        values: NDArray[Any],
+        scales: NDArray[np.float32],
+        zeros: NDArray[np.uint8] | None,
+        width: int,
+    ) -> "QuantizedTensor":
+        """These numbers, in the scheme that they are of: only "int4" has zero points."""
+        return cls("int8" if zeros is None else "int4", values, scales, zeros, width)
+
+    def rounded(self, steps: NDArray[Any]) -> "QuantizedTensor":
+        """Other numbers on the same grids.
+
+        Args:
+            steps: Whole numbers (O, I), in the scheme's range.
+        """
+        if self.zeros is None:
+            return replace(self, values=steps.astype(np.int8))
+        return replace(self, values=pack(steps.astype(np.uint8), self.zeros))
 
     @property
     def nbytes(self) -> int:
@@ -155,6 +176,14 @@ def unpack(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Two numbers of four bits for each byte, the one in the low bits first."""
     pairs: NDArray[np.uint8] = np.stack((packed & 15, packed >> 4), -1).astype(np.uint8)
     return pairs.reshape(*packed.shape[:-1], -1)
+
+
+def pack(steps: NDArray[np.uint8], zeros: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Numbers of four bits (O, I), two a byte; what is free of the last group is its zero point."""
+    free = zeros.shape[1] * GROUP - steps.shape[1]
+    steps = np.concatenate((steps, np.repeat(zeros[:, -1:], free, 1)), 1)
+    packed: NDArray[np.uint8] = (steps[:, ::2] | steps[:, 1::2] << 4).astype(np.uint8, copy=False)
+    return packed
 
 
 def _int8(block: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -20,7 +20,7 @@ from opt_core.dialects import NNX, follow
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
-from opt_core.quantization import quantize_array, scheme_of
+from opt_core.quantization import QuantizedTensor, is_quantized
 from opt_core.training.lora import check_merged
 from opt_flax import attention, quantization, sharding
 
@@ -59,12 +59,12 @@ def from_pretrained(
     **arguments: Any,
 ) -> Any:
     """Loads a checkpoint tensor by tensor; see `FlaxOPTPreTrainedModel.from_pretrained`."""
-    if quantize is not None and (mesh is not None or scan_layers):
-        other = "scan_layers" if mesh is None else "mesh"
-        raise ConfigError(f"quantize: expected None with {other}, received {quantize!r}")
     source = pretrained.open_pretrained(
         cls.head, path_or_hub_id, dtype, config, quantize, **arguments
     )
+    if source.quantize is not None and (mesh is not None or scan_layers):
+        other = "scan_layers" if mesh is None else "mesh"
+        raise ConfigError(f"quantize: expected None with {other}, received {source.quantize!r}")
     source.check_place("mesh= or jax.default_device")
     wanted = _as_dtype(source.dtype)
     if attn_implementation == "flash_attention_2":
@@ -72,17 +72,15 @@ def from_pretrained(
     model = cls(source.config, None, attn_implementation, scan_layers, mesh)
     groups = {spec.name: group for group in _groups(model) for spec in group}
     waiting: dict[str, NDArray[Any]] = {}
-    for spec, array in source.stream(progress):
-        scheme = scheme_of(spec, source.quantize)
-        if scheme is not None:
-            values = quantize_array(spec.name, array, scheme)
+    for spec, values in source.stream(progress):
+        if isinstance(values, QuantizedTensor):
             quantization.set_quantized(model, spec, values, wanted)
-            continue
-        waiting[spec.name] = array  # a view of the file: nothing was read yet
-        group = groups[spec.name]
-        if all(s.name in waiting for s in group):
-            _fill(model, group, [waiting.pop(s.name) for s in group], wanted)
-        del array  # or the next tensor would be read while this one is still held
+        else:
+            waiting[spec.name] = values  # a view of the file: nothing was read yet
+            group = groups[spec.name]
+            if all(s.name in waiting for s in group):
+                _fill(model, group, [waiting.pop(s.name) for s in group], wanted)
+        del values  # or the next tensor would be read while this one is still held
     return source.finish(model)
 
 
@@ -93,6 +91,10 @@ def save_pretrained(model: "FlaxOPTPreTrainedModel", options: SaveOptions) -> No
     """
     refuse_unsafe(options, "flax-msgpack")
     check_merged((module for _, module in nnx.iter_graph(model)), str(options.folder))
+    dtype = model.dtype.name
+    if is_quantized(model):  # and on one device
+        pretrained.save_quantized(model, options, lambda spec: get_numbers(model, spec), dtype)
+        return
     get = options.values(lambda spec: as_array(get_parameter(model, spec)), as_array)
     left = param_specs(model.config, model.head)
 
@@ -104,7 +106,7 @@ def save_pretrained(model: "FlaxOPTPreTrainedModel", options: SaveOptions) -> No
     failure: Exception | None = None
     try:
         if jax.process_index() == 0:
-            pretrained.save_pretrained(model, options, fetch, model.dtype.name)
+            pretrained.save_pretrained(model, options, fetch, dtype)
     except Exception as error:
         failure = error
     if jax.process_count() > 1:
@@ -134,6 +136,12 @@ def get_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> Array:
         return weight.dequantize()
     values, layer = locate(model, spec)[...], parameter_path(model, spec)[1]
     return (values if layer is None else values[layer])[: spec.shape[0]]
+
+
+def get_numbers(model: "FlaxOPTPreTrainedModel", spec: ParamSpec) -> NDArray[Any] | QuantizedTensor:
+    """A parameter's values on the host; of a quantised one, the numbers that it is kept as."""
+    weight = quantization.get_quantized(model, spec)
+    return as_array(get_parameter(model, spec)) if weight is None else weight.numbers()
 
 
 def set_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec, values: NDArray[Any]) -> None:

@@ -2,12 +2,13 @@
 
 A layer keeps the numbers of `opt_core.quantization`; the compiled program makes the weight they
 stand for where it multiplies. That saves memory between the calls, not time. Such a model can only
-be run: it has no parameters to train and none to save, and it stays on one device.
+be run: it has no parameters to train, and it stays on one device.
 """
 
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -47,6 +48,12 @@ class QuantizedWeight(nnx.Module):
         steps = steps.reshape(*scales.shape, GROUP) - some(self.zeros)[..., None].astype(jnp.int8)
         weight = steps.astype(jnp.float32) * scales[..., None]
         return weight.reshape(*scales.shape[:-1], -1)[..., : self.width]
+
+    def numbers(self) -> QuantizedTensor:
+        """The numbers themselves, on the host."""
+        zeros = None if self.zeros is None else np.asarray(self.zeros[...])
+        values, scales = np.asarray(self.values[...]), np.asarray(self.scales[...])
+        return QuantizedTensor.of(values, scales, zeros, self.width)
 
 
 class QuantizedLinear(nnx.Module):

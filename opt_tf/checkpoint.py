@@ -15,7 +15,7 @@ from opt_core.config_checks import DTYPES
 from opt_core.dialects import KERAS
 from opt_core.initialization import initial_value
 from opt_core.params import ParamSpec, param_specs
-from opt_core.quantization import quantize_array, scheme_of
+from opt_core.quantization import QuantizedTensor, is_quantized, quantize_array, scheme_of
 from opt_core.training.lora import check_merged
 from opt_tf import _private, quantization
 
@@ -50,9 +50,12 @@ def from_pretrained(
     source.check_place("tf.device")
     policy = keras.dtype_policies.get(source.dtype)
     model = cls(source.config, None, attn_implementation, source.quantize, dtype=policy)
-    for spec, array in source.stream(progress):
-        set_parameter(model, spec, array)
-        del array  # or the next tensor would be read while this one is still held
+    for spec, values in source.stream(progress):
+        if isinstance(values, QuantizedTensor):
+            quantization.set_quantized(model, spec, values)
+        else:
+            set_parameter(model, spec, values)
+        del values  # or the next tensor would be read while this one is still held
     return source.finish(model)
 
 
@@ -60,8 +63,12 @@ def save_pretrained(model: "TFOPTPreTrainedModel", options: SaveOptions) -> None
     """Writes a canonical folder; see `TFOPTPreTrainedModel.save_pretrained`."""
     refuse_unsafe(options, "tf-h5")
     check_merged(_private.sublayers(model), str(options.folder))
+    dtype = model.variable_dtype
+    if is_quantized(model):
+        pretrained.save_quantized(model, options, lambda spec: get_numbers(model, spec), dtype)
+        return
     fetch = options.values(lambda spec: get_parameter(model, spec))
-    pretrained.save_pretrained(model, options, fetch, model.variable_dtype)
+    pretrained.save_pretrained(model, options, fetch, dtype)
     if options.saved_model:
         model.write_saved_model(options.folder / "saved_model" / "1", options.signatures)
 
@@ -77,6 +84,12 @@ def get_parameter(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> NDArray[Any
     if weight is not None:
         return weight.dequantize().numpy()
     return locate(model, spec).numpy()
+
+
+def get_numbers(model: "TFOPTPreTrainedModel", spec: ParamSpec) -> NDArray[Any] | QuantizedTensor:
+    """A parameter's values on the host; of a quantised one, the numbers that it is kept as."""
+    weight = quantization.get_quantized(model, spec)
+    return locate(model, spec).numpy() if weight is None else weight.numbers()
 
 
 def set_parameter(model: "TFOPTPreTrainedModel", spec: ParamSpec, values: NDArray[Any]) -> None:

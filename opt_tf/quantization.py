@@ -2,7 +2,7 @@
 
 A layer keeps the numbers of `opt_core.quantization`; the compiled program makes the weight they
 stand for where it multiplies. That saves memory between the calls, not time. Such a model can only
-be run: it has no parameters to train, and none to save but in Keras' own files.
+be run: it has no parameters to train.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,12 @@ class QuantizedWeight(keras.layers.Layer):
         weight = (steps - tf.cast(some(self.zeros), tf.float32)[..., None]) * scales[..., None]
         wide: Any = tf.reshape(weight, tf.concat((shape[:-1], [scales.shape[-1] * GROUP]), 0))
         return wide[..., : self.width]
+
+    def numbers(self) -> QuantizedTensor:
+        """The numbers themselves, on the host."""
+        zeros = None if self.zeros is None else self.zeros.numpy()
+        values, scales = self.values.numpy(), self.scales.numpy()
+        return QuantizedTensor.of(values, scales, zeros, self.width)
 
 
 class QuantizedLinear(keras.layers.Layer):

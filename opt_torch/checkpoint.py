@@ -20,7 +20,7 @@ from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
 from opt_core.json_files import read_json, write_json
 from opt_core.params import ParamSpec, param_specs
-from opt_core.quantization import quantize_array, scheme_of
+from opt_core.quantization import QuantizedTensor, is_quantized
 from opt_core.training.lora import check_merged
 from opt_torch import attention, quantization
 from opt_torch.quantization import QuantizedLinear, QuantizedWeight
@@ -58,15 +58,14 @@ def from_pretrained(
     if attn_implementation == "flash_attention_2":
         attention.check_flash(target, wanted)
     model = cls(source.config, seed=None, attn_implementation=attn_implementation)
-    for spec, array in source.stream(progress):
-        scheme = scheme_of(spec, source.quantize)
-        if scheme is None:
-            values = cast_tensor(spec.name, as_tensor(array), wanted)
-            set_parameter(model, spec, values.to(target))
-        else:
-            values = quantize_array(spec.name, array, scheme)
+    for spec, values in source.stream(progress):
+        if isinstance(values, QuantizedTensor):
             quantization.set_quantized(model, spec, values, wanted, target)
-        del array, values  # or the next tensor would be read while this one is still held
+        else:
+            cast = cast_tensor(spec.name, as_tensor(values), wanted)
+            set_parameter(model, spec, cast.to(target))
+            del cast
+        del values  # or the next tensor would be read while this one is still held
     tie(model)
     model.requires_grad_(source.quantize is None)
     if source.device is not None:
@@ -88,11 +87,14 @@ def check_device(device: str | torch.device) -> torch.device:
 def save_pretrained(model: "OPTPreTrainedModel", options: SaveOptions) -> None:
     """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`."""
     check_merged(model.modules(), str(options.folder))
+    dtype = str(model.dtype).removeprefix("torch.")
+    if is_quantized(model):
+        pretrained.save_quantized(model, options, lambda spec: get_numbers(model, spec), dtype)
+        return
     config = model.config
     if model.head == "causal_lm" and config.tie_word_embeddings and not is_tied(model):
         config = config.replace(tie_word_embeddings=False)
     fetch = options.values(lambda spec: as_array(get_parameter(model, spec)), as_array)
-    dtype = str(model.dtype).removeprefix("torch.")
     pretrained.save_pretrained(model, options, fetch, dtype, config)
     if not options.is_safe:
         _pickle(options.folder)
@@ -133,6 +135,12 @@ def get_parameter(model: "OPTPreTrainedModel", spec: ParamSpec) -> Tensor:
     if weight is not None:
         return weight.dequantize()
     return locate(model, spec).detach()
+
+
+def get_numbers(model: "OPTPreTrainedModel", spec: ParamSpec) -> NDArray[Any] | QuantizedTensor:
+    """A parameter's values on the host; of a quantised one, the numbers that it is kept as."""
+    weight = quantization.get_quantized(model, spec)
+    return as_array(locate(model, spec)) if weight is None else weight.numbers()
 
 
 def set_parameter(model: "OPTPreTrainedModel", spec: ParamSpec, values: Tensor) -> None:

@@ -7,7 +7,7 @@ A layer keeps the numbers of `opt_core.quantization`. There are two ways to comp
 - On the CPU, where PyTorch is built with the kernels, in the order these read (`int8`, `int4`):
   faster than floating point, and rounded more. Layers with one input share one product.
 
-Such a model can only be run: it has no parameters to train and none to save.
+Such a model can only be run: it has no parameters to train.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +85,12 @@ class QuantizedWeight(nn.Module):
         steps = torch.stack((values & 15, values >> 4), -1).view(*scales.shape, GROUP).char()
         steps -= self.zeros[rows][..., None].char()
         return (steps * scales[..., None]).flatten(-2)[..., : self.width]
+
+    def numbers(self) -> QuantizedTensor:
+        """The numbers themselves, on the host."""
+        zeros = None if self.zeros is None else self.zeros.cpu().numpy()
+        values, scales = self._values().cpu().numpy(), self.scales.cpu().numpy()
+        return QuantizedTensor.of(values, scales, zeros, self.width)
 
     def blocks(self) -> Iterator[Tensor]:
         """The weight in float32, some rows at a time."""

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from opt_core.checkpoints.missing_weights import no_weights
+from opt_core.checkpoints.quantized.reading import dequantized
+from opt_core.checkpoints.quantized.tensor import numbers_of
 from opt_core.checkpoints.report import describe_mismatch, printable
 from opt_core.checkpoints.safetensors_format import read_safetensors
 from opt_core.checkpoints.save import save_checkpoint
@@ -25,6 +26,7 @@ from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, MismatchError, MissingFileError
 from opt_core.json_files import parse_json_object
 from opt_core.params import HEAD_PARAMETERS, Head, ParamSpec, param_specs
+from opt_core.quantization import scheme_of
 
 __all__ = ["Checkpoint", "LoadPlan", "open_checkpoint", "plan_load", "save_checkpoint"]
 
@@ -60,6 +62,7 @@ class Checkpoint:
         tensors: Canonical name -> where the tensor lies.
         format: What they are written in; the models themselves load the first two.
         notes: What was not taken as it is, one line each.
+        quantization: Whose way of quantising it is, such as "gptq"; None: it is not quantised.
     """
 
     folder: Path
@@ -67,6 +70,7 @@ class Checkpoint:
     tensors: Mapping[str, LazyTensor]
     format: Format
     notes: tuple[str, ...] = ()
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,25 +94,33 @@ class LoadPlan:
     aside: list[str] = field(default_factory=list[str])
 
     def stream(
-        self, dtype: str | None = None, progress: Callable[[int, int], None] | None = None
-    ) -> Iterator[tuple[ParamSpec, NDArray[Any]]]:
+        self,
+        dtype: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        quantize: str | None = None,
+    ) -> Iterator[tuple[ParamSpec, Any]]:
         """Reads the tensors one at a time, in the order they lie in the files.
 
         Args:
             dtype: Type to convert to ("float32", "bfloat16", ...), or None for the stored one. A
                 tensor that has it already is a view of the file (see `StoredTensor.read`).
             progress: Called after each tensor with the bytes read so far and in all.
+            quantize: The scheme to keep weights by (`opt_core.quantization.scheme_of`), or None.
 
         Yields:
-            Each parameter with its array, in the canonical (torch) layout.
+            Each parameter with its array, in the canonical (torch) layout, or its
+            `QuantizedTensor`.
 
         Raises:
-            CheckpointError: A value is out of the new type's range.
+            CheckpointError: A value is out of the new type's range, or cannot be quantised.
         """
         target = None if dtype is None else float_dtype(dtype)
         total, done = sum(stored.nbytes for _, stored in self.entries), 0
         for spec, stored in sorted(self.entries, key=lambda e: (str(e[1].file), e[1].offset)):
-            yield spec, cast_array(spec.name, stored.read(), target or stored.dtype)
+            if scheme := scheme_of(spec, quantize):
+                yield spec, numbers_of(spec.name, stored, scheme)
+            else:
+                yield spec, cast_array(spec.name, stored.read(), target or stored.dtype)
             done += stored.nbytes
             if progress is not None:
                 progress(done, total)
@@ -152,7 +164,19 @@ def open_checkpoint(path: Path, prefix: str = "") -> Checkpoint:
         )
     kind = "torch-bin" if is_torch_file(path.parent / next(iter(shards))) else "safetensors"
     checkpoint = read_files(path.parent, shards, kind, read_native)
-    return unwrapped(_part(checkpoint, prefix.rstrip(".") + ".") if prefix else checkpoint)
+    return _dequantized(
+        unwrapped(_part(checkpoint, prefix.rstrip(".") + ".") if prefix else checkpoint)
+    )
+
+
+def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """The same weights in floating point, where another library, or we, quantised them."""
+    opened = dequantized(checkpoint.folder, checkpoint.tensors)
+    files = (*checkpoint.files, *opened.files)
+    notes = (*checkpoint.notes, *opened.notes)
+    return replace(
+        checkpoint, files=files, tensors=opened.tensors, notes=notes, quantization=opened.method
+    )
 
 
 def _plain_index(name: str) -> str:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from opt_core.adapters.folders import split_adapter
 from opt_core.adapters.merging import merge_adapter
 from opt_core.checkpoints.load import LoadPlan, plan_load
-from opt_core.checkpoints.save import save_checkpoint
+from opt_core.checkpoints.quantized.tensor import stored_scheme
+from opt_core.checkpoints.save import save_checkpoint, save_quantized_checkpoint
 from opt_core.checkpoints.sources import held_checkpoint, open_any
 from opt_core.compatibility.loading import LoadOptions, choose_file, read_arguments
 from opt_core.compatibility.notices import notice
@@ -31,7 +32,7 @@ from opt_core.generation.config import GenerationConfig
 from opt_core.hub import resolve
 from opt_core.initialization import initial_value
 from opt_core.params import Head, ParamSpec, param_specs
-from opt_core.quantization import check_scheme
+from opt_core.quantization import check_scheme, scheme_of
 
 _FIELDS = [f.name for f in dataclasses.fields(OPTConfig)]
 _OWN = ("dtype", "device", "attn_implementation", "progress", "config", "quantize")
@@ -53,7 +54,7 @@ class Pretrained:
         path: The folder or file it lies in.
         plan: What is loaded from it.
         dtype: Type to load as; the stored one in place of "auto".
-        quantize: The scheme to quantise by, or None.
+        quantize: The scheme that weights are kept by, asked for or that of the files, or None.
         options: The caller's further arguments.
     """
 
@@ -86,16 +87,17 @@ class Pretrained:
 
     def stream(
         self, progress: Callable[[int, int], None] | None
-    ) -> Iterator[tuple[ParamSpec, NDArray[Any]]]:
+    ) -> Iterator[tuple[ParamSpec, Any]]:
         """Reads the tensors one at a time (`LoadPlan.stream`), then makes those of a fresh head.
 
         Args:
             progress: Called after each tensor with the bytes read so far and in all.
 
         Yields:
-            Each parameter with its array, in the canonical (torch) layout and the stored type.
+            Each parameter with its array, in the canonical (torch) layout and the stored type, or,
+            where the model keeps it quantised, with its `QuantizedTensor`.
         """
-        yield from self.plan.stream(progress=progress)
+        yield from self.plan.stream(progress=progress, quantize=self.quantize)
         for spec in self.plan.fresh:
             shape = self.plan.misshapen.get(spec.name)
             reason = "no {0} in this checkpoint" if shape is None else "{0} has shape {1}, not {2}"
@@ -194,8 +196,24 @@ def open_pretrained(
     stored = plan.entries[0][1].dtype.name
     name = stored if name == "auto" else name
     config.dtype = "float32" if name.startswith("mixed_") else name  # Keras' policies
+    quantize = _scheme(path, plan, quantize)
     plan = plan if read is None else merge_adapter(plan, head, read)
     return Pretrained(path, plan, name, quantize, options)
+
+
+def _scheme(path: Path, plan: LoadPlan, quantize: str | None) -> str | None:
+    """The scheme to keep weights by: that of the files, if they are quantised by us.
+
+    Raises:
+        ConfigError: Another one is asked for, which would round what is rounded.
+    """
+    stored = stored_scheme(plan.entries)
+    if stored is None or quantize in (None, stored):
+        return quantize or stored
+    raise ConfigError(
+        f"{path}: quantize: expected {stored!r}, which the weights are stored in, or None, "
+        f"received {quantize!r}; take the original checkpoint"
+    )
 
 
 def save_pretrained(
@@ -226,9 +244,43 @@ def save_pretrained(
         specs,
         dtype=dtype,
         max_shard_size=options.max_shard_size,
-        architecture=re.sub("^(TF|Flax)", "", type(model).__name__),
+        architecture=_architecture(model),
     )
     GenerationConfig.from_any(model.generation_config).save_pretrained(options.folder)
+
+
+def save_quantized(
+    model: Model, options: SaveOptions, fetch: Callable[[ParamSpec], Any], dtype: str
+) -> None:
+    """Writes a quantised model, as `opt_core.checkpoints.save.save_quantized_checkpoint` does.
+
+    Args:
+        model: The model.
+        options: Where to, and how.
+        fetch: Gives the values of a parameter, or its `QuantizedTensor`.
+        dtype: Type of what is stored in floating point, such as "float16".
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    specs = param_specs(model.config, model.head)
+    a_layer_s = next(spec for spec in specs if scheme_of(spec, "int4") == "int4")
+    save_quantized_checkpoint(
+        options.folder,
+        model.config,
+        fetch,
+        specs,
+        dtype,
+        fetch(a_layer_s).scheme,
+        options.max_shard_size,
+        _architecture(model),
+    )
+    GenerationConfig.from_any(model.generation_config).save_pretrained(options.folder)
+
+
+def _architecture(model: Model) -> str:
+    """The class' name in `transformers`."""
+    return re.sub("^(TF|Flax)", "", type(model).__name__)
 
 
 def _home(path: Path) -> Path:

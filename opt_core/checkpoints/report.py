@@ -19,7 +19,7 @@ _LM_HEAD = "lm_head.weight"
 _ADAPTER = re.compile(
     r"\.(lora_[AB]|lora_(left|right)_weight|modules_to_save|lora_embedding_[AB])\b"
 )
-_QUANTIZED = re.compile(r"\.(SCB|absmax|qweight|qzeros|weight_scale|weight_format)\b")
+_QUANTIZED = re.compile(r"\.(SCB|absmax|qweight|qzeros|weight_scale|weight_packed|quant_state)\b")
 
 
 def describe_mismatch(
@@ -132,8 +132,11 @@ def _trainer_hints(
     if any(map(_ADAPTER.search, unexpected)):
         yield "adapters are there that were not merged: save it after merge_and_unload()"
     if any(map(_QUANTIZED.search, unexpected)):
-        yield "another library quantised these weights: save it after dequantize()"
-    if any(tensor.dtype.kind in "iu" for name, tensor in tensors.items() if name not in unexpected):
+        yield (
+            "another library quantised these weights, and no quantization_config says how: put the "
+            "config.json that belongs to them beside them"
+        )
+    elif any(t.dtype.kind in "iu" for name, t in tensors.items() if name not in unexpected):
         yield "integers are no weights without their scales: save the model after dequantize()"
     if prefix := prefix_of_decoder(sorted(unexpected)):
         prefix = printable(prefix)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.checkpoints.quantized.settings import SIDE_FILE
+from opt_core.checkpoints.quantized.writing import Fetch, quantized_files
 from opt_core.checkpoints.safetensors_format import PendingTensor, write_safetensors
 from opt_core.checkpoints.tensors import cast_array, float_dtype
 from opt_core.config import OPTConfig
@@ -61,7 +63,62 @@ def save_checkpoint(
 
         return PendingTensor(spec.name, spec.shape, target, fetch)
 
-    shards = _split([pending(spec) for spec in specs], parse_size(max_shard_size))
+    values = config.replace(dtype=dtype).to_dict() | {"architectures": [architecture]}
+    write_folder(folder, [pending(spec) for spec in specs], values, max_shard_size)
+
+
+def save_quantized_checkpoint(
+    folder: Path,
+    config: OPTConfig,
+    fetch: Fetch,
+    specs: Sequence[ParamSpec],
+    dtype: str,
+    scheme: str,
+    max_shard_size: int | str = "5GB",
+    architecture: str = "OPTForCausalLM",
+) -> None:
+    """Writes config.json and the weights of a quantised model, as compressed-tensors has them.
+
+    Args:
+        folder: As in `save_checkpoint`.
+        config: The model's configuration.
+        fetch: Gives a parameter's values, or its `QuantizedTensor` where it has one.
+        specs: The parameters to write.
+        dtype: Type of what is stored in floating point.
+        scheme: "int8" or "int4".
+        max_shard_size: As in `save_checkpoint`.
+        architecture: Class name for `transformers`.
+
+    Raises:
+        CheckpointError: The size is malformed, or the disk refuses.
+    """
+    files = quantized_files(specs, fetch, scheme, float_dtype(dtype))
+    values = config.replace(dtype=dtype).to_dict() | {"architectures": [architecture]}
+    values |= {"quantization_config": files.config}
+    write_folder(folder, files.main, values, max_shard_size, files.side)
+
+
+def write_folder(
+    folder: Path,
+    tensors: Sequence[PendingTensor],
+    config: dict[str, Any],
+    max_shard_size: int | str,
+    side: Sequence[PendingTensor] = (),
+) -> None:
+    """Writes weight files, the index of several, and config.json, as `save_checkpoint` says.
+
+    Args:
+        folder: Where to.
+        tensors: The weights.
+        config: Contents of config.json.
+        max_shard_size: Most bytes of tensors per file.
+        side: Tensors of the file that no index names; if there are any, there is an index.
+
+    Raises:
+        CheckpointError: The size is malformed, or the disk refuses.
+    """
+    shards = _split(tensors, parse_size(max_shard_size), indexed=bool(side))
+    has_index = len(shards) > 1 or bool(side)
     is_new = not folder.exists()
     stage = (folder.parent if is_new else folder) / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
@@ -69,14 +126,16 @@ def save_checkpoint(
         stage.mkdir()
         for name, shard in shards.items():
             write_safetensors(stage / name, shard)
-        if len(shards) > 1:
+        if side:
+            write_safetensors(stage / SIDE_FILE, side)
+        if has_index:
             write_json(stage / INDEX_FILE, _index(shards))
-        values = config.replace(dtype=dtype).to_dict()
-        write_json(stage / "config.json", values | {"architectures": [architecture]})
+        write_json(stage / "config.json", config)
         if is_new:
             stage.rename(folder)
         else:
-            _move_into(folder, stage, list(shards))
+            files = [*shards, *([SIDE_FILE] if side else []), *([INDEX_FILE] if has_index else [])]
+            _move_into(folder, stage, files)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from None
     finally:
@@ -118,7 +177,9 @@ def _check_names(
             raise CheckpointError(f"{folder}: cannot save: {len(found)} tensors {what}: {names_}")
 
 
-def _split(tensors: Sequence[PendingTensor], limit: int) -> dict[str, list[PendingTensor]]:
+def _split(
+    tensors: Sequence[PendingTensor], limit: int, indexed: bool = False
+) -> dict[str, list[PendingTensor]]:
     shards: list[list[PendingTensor]] = [[]]
     room = limit
     for tensor in tensors:
@@ -128,7 +189,7 @@ def _split(tensors: Sequence[PendingTensor], limit: int) -> dict[str, list[Pendi
         shards[-1].append(tensor)
         room -= tensor.nbytes
     count = len(shards)
-    if count == 1:
+    if count == 1 and not indexed:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{i:05}-of-{count:05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
@@ -140,12 +201,11 @@ def _index(shards: Mapping[str, Sequence[PendingTensor]]) -> dict[str, Any]:
     }
 
 
-def _move_into(folder: Path, stage: Path, weights: list[str]) -> None:
-    index = [INDEX_FILE] if len(weights) > 1 else []
-    for name in [*weights, *index, "config.json"]:
+def _move_into(folder: Path, stage: Path, files: list[str]) -> None:
+    for name in [*files, "config.json"]:
         (stage / name).replace(folder / name)
     # A leftover index first: while it is there, it decides which files are the weights.
     shards = [p.name for p in folder.iterdir() if _SHARD.fullmatch(p.name)]
-    for name in [INDEX_FILE, SINGLE_FILE, *shards]:
-        if name not in [*weights, *index]:
+    for name in [INDEX_FILE, SINGLE_FILE, SIDE_FILE, *shards]:
+        if name not in files:
             (folder / name).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from opt_core.checkpoints.quantized.settings import read_settings
 from opt_core.errors import ConfigError
 
 ALIASES = {
@@ -142,8 +143,8 @@ def sort_keys(values: Mapping[str, Any], fields: Collection[str], source: str = 
         source: Name of the file, for messages; empty: arguments.
 
     Raises:
-        ConfigError: Another model, quantised weights, a key that changes what OPT computes, an
-            alias that contradicts its field, or a near miss of a field.
+        ConfigError: Another model, weights quantised in a way that is not read, a key that changes
+            what OPT computes, an alias that contradicts its field, or a near miss of a field.
     """
     where = f"{source}: " if source else ""
     _check_kind(values, where)
@@ -174,7 +175,10 @@ def sort_keys(values: Mapping[str, Any], fields: Collection[str], source: str = 
         else:
             extras[key] = value
             unknown.append(key)
-    extras = {k: v for k, v in extras.items() if v is not None and k not in ("model_type",)}
+    # What a configuration says of the weights in its folder is theirs alone: those that are loaded,
+    # and saved again, are others.
+    gone = ("model_type", "quantization_config")
+    extras = {k: v for k, v in extras.items() if v is not None and k not in gone}
     return SortedKeys(found, extras, synonyms, tuple(unknown))
 
 
@@ -229,14 +233,7 @@ def _check_kind(values: Mapping[str, Any], where: str) -> None:
         if _entries(values.get("text_config")).get("model_type") == "opt":
             hint = "opt-lm convert --prefix language_model. takes its language model, an OPT, out"
         raise ConfigError(f"{where}model_type={kind!r} is not supported; expected 'opt'; {hint}")
-    if values.get("quantization_config"):
-        given = _entries(values["quantization_config"])
-        method = given.get("quant_method", "an unnamed method")
-        ours = "int8" if given.get("bits") == 8 or given.get("load_in_8bit") else "int4"
-        raise ConfigError(
-            f"{where}quantization_config: weights quantised by {method} are not read; take the "
-            f'original checkpoint and pass quantize="{ours}"'
-        )
+    read_settings(values.get("quantization_config"), where)
 
 
 def _entries(value: Any) -> dict[str, Any]:

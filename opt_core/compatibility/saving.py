@@ -173,3 +173,22 @@ def refuse_unsafe(options: SaveOptions, to: str) -> None:
             "save_pretrained: safe_serialization=False is not supported here; save as it is, then "
             f"opt-lm convert {options.folder} NEW_FOLDER --to {to}"
         )
+
+
+def refuse_of_quantized(options: SaveOptions) -> None:
+    """Refuses what the files of quantised weights cannot be.
+
+    Args:
+        options: The call's.
+
+    Raises:
+        ArgumentError: Other values, other files, or other names are asked for.
+    """
+    for name, is_given in {
+        "state_dict": options.state_dict is not None,
+        "safe_serialization=False": not options.is_safe,
+        "saved_model": options.saved_model,
+        "variant": options.variant is not None,
+    }.items():
+        if is_given:
+            raise ArgumentError(f"save_pretrained: {name} is not supported with quantised weights")

@@ -14,6 +14,7 @@ import pytest
 import conversion
 from opt_cli.main import main
 from opt_core.params import count_parameters
+from tests.support.files import quantized_fixtures as files
 from tests.support.files.checkpoint_fixtures import EMBEDDING, TINY
 from tests.support.files.format_fixtures import make
 from tests.support.files.hub_here import lead
@@ -185,3 +186,20 @@ def test_sizes_and_names_that_lie_are_told(lie: str, hub: Hub, info: Info, sound
     assert len(err.splitlines()) == (code == 2)
     assert found.get("files", {}).keys() <= {"model.safetensors"}
     assert hub.sent < 1 << 20
+
+
+@pytest.mark.parametrize("make_files", [files.packed, files.four_bits, files.gptq, None])
+def test_quantised_weights_are_described_by_their_headers(
+    make_files: Callable[[], files.Made] | None, hub: Hub, info: Info, tmp_path: Path
+):
+    if make_files is None:
+        conversion.convert("mini", tmp_path / "here", quantize="int4")
+    else:
+        make_files().write(tmp_path / "here")
+    hub.folders["org/small"] = tmp_path / "here"
+    code, found, err = info("org/small")
+    assert (code, err) == (0, ""), found
+    local = conversion.describe(tmp_path / "here")
+    assert found["quantization"] == local.quantization is not None
+    assert [tuple(t["shape"]) for t in found["tensors"]] == [t.shape for t in local.tensors]
+    assert found["files"] == local.files

@@ -128,10 +128,13 @@ def test_older_and_foreign_keys(found, field, value):
         ({"scale_embedding": True}, "scale_embedding=True"),
         ({"learned_embeddings": False}, "learned_embeddings=False"),
         (
-            {"quantization_config": {"bits": 4, "quant_method": "gptq"}},
-            'quantised by gptq are not read; take the original checkpoint and pass quantize="int4"',
+            {"quantization_config": {"bits": 4, "quant_method": "hqq"}},
+            "quantised by 'hqq' are not read; expected gptq, awq, bitsandbytes or compressed-",
         ),
-        ({"quantization_config": {"load_in_8bit": True}}, 'quantize="int8"'),
+        (
+            {"quantization_config": {"bits": 8, "quant_method": "awq"}},
+            'take the original checkpoint and pass quantize="int8"',
+        ),
         (
             {"vocab_size": "x", "n_embd": 3, "model_type": "gpt_neox"},
             "model_type='gpt_neox' is not",

@@ -28,7 +28,9 @@ def pending(name: str, array: np.ndarray) -> PendingTensor:
 
 def every_dtype() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {code: rng.integers(0, 2, (3, 5)).astype(dtype) for code, dtype in DTYPES.items()}
+    arrays = {code: rng.integers(0, 2, (3, 5)).astype(dtype) for code, dtype in DTYPES.items()}
+    del arrays["F8_E4M3"]  # which the library's NumPy reader looks for in NumPy
+    return arrays
 
 
 def test_every_data_type_survives_and_the_library_reads_it(tmp_path):
@@ -190,7 +192,7 @@ HOSTILE = {
     "a negative shape": safetensors_bytes(entry(shape=[-2]), DATA),
     "a fractional shape": safetensors_bytes(entry(shape=[2.5]), DATA),
     "an unknown type": safetensors_bytes(entry(dtype="Q4"), DATA),
-    "an unsupported type": safetensors_bytes(entry(dtype="F8_E4M3", shape=[8]), DATA),
+    "an unsupported type": safetensors_bytes(entry(dtype="F8_E5M2", shape=[8]), DATA),
     "no type": safetensors_bytes({"a": {"shape": [2], "data_offsets": [0, 8]}}, DATA),
     "overlapping tensors": safetensors_bytes(
         {"a": ENTRY, "b": ENTRY | {"data_offsets": [4, 12]}}, DATA + b"\0" * 4
@@ -216,7 +218,7 @@ def test_a_misleading_file_is_one_clear_error(tmp_path, content):
 
 def test_an_unsupported_type_is_named(tmp_path):
     (tmp_path / "x").write_bytes(HOSTILE["an unsupported type"])
-    with pytest.raises(CheckpointError, match="a has data type F8_E4M3; expected one of F64, F32"):
+    with pytest.raises(CheckpointError, match="a has data type F8_E5M2; expected one of F64, F32"):
         read_safetensors(tmp_path / "x")
 
 

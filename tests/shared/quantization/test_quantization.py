@@ -150,7 +150,6 @@ def test_what_needs_float_weights_is_refused(backend, folder, tmp_path):
     given = {} if backend.name == "torch" else {"max_prompt": 8, "max_new_tokens": 2}
     acts = {
         "make_optimizer": lambda: training.make_optimizer(model, TrainConfig()),
-        "save_pretrained": lambda: model.save_pretrained(tmp_path / "saved"),
         "export": lambda: getattr(export, f"export_{kind}")(model, tmp_path / "saved", **given),
         "to_torch": lambda: conversion.to_torch(model),
     }

@@ -1,0 +1,1 @@
+"""Weights that other libraries, or we, quantised: read tensor by tensor, and written."""
