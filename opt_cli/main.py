@@ -19,6 +19,7 @@ from opt_cli import (
     plot,
     prepare,
     push,
+    serve,
     smooth,
     train,
     verify,
@@ -34,6 +35,7 @@ app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("verify")(verify.verify)
+app.command("serve")(serve.serve)
 app.command("smooth")(smooth.smooth)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)
@@ -61,7 +63,7 @@ def opt_lm(
         typer.echo(f"opt-lm {__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
-    elif context.invoked_subcommand in ("generate", "eval", "train"):
+    elif context.invoked_subcommand in ("generate", "eval", "serve", "train"):
         compilation_cache.keep_programs()
 
 

@@ -26,11 +26,19 @@ PATIENCE = 64
 
 
 class Event(NamedTuple):
-    """News of a row: its next token and, if wanted, that token's scores; or its end without one."""
+    """News of a row.
+
+    Attributes:
+        row: The row.
+        token: Its next token; None: it ended without one.
+        scores: That token's scores, if they are wanted.
+        ended: Why the row ended with that; None: it goes on.
+    """
 
     row: Row
     token: int | None
-    scores: TokenScores | None = None
+    scores: TokenScores | None
+    ended: str | None
 
 
 class Scheduler:
@@ -96,7 +104,7 @@ class Scheduler:
                 self.waiting.remove(row)
             else:
                 self._leave(self.rows.index(row))
-        return [Event(row, None) for row in rows]
+        return [Event(row, None, None, row.ended) for row in rows]
 
     def _admit(self) -> None:
         """Gives rows that wait the slots that are free: one that holds their beginning, if any."""
@@ -161,7 +169,7 @@ class Scheduler:
         except GenerationError as error:
             row.ended, row.error = "error", str(error).removeprefix("row 0: ")
             self._leave(slot)
-            return Event(row, None)
+            return Event(row, None, None, row.ended)
         token = int(chosen.tokens[place])
         row.push(token)
         table.ids[slot, table.counts[slot]] = token
@@ -169,7 +177,8 @@ class Scheduler:
         table.made[slot] += 1
         if row.ended is not None:
             self._leave(slot)
-        return Event(row, token, chosen.scores.at(place) if row.is_scored else None)
+        scores = chosen.scores.at(place) if row.is_scored else None
+        return Event(row, token, scores, row.ended)
 
     def _leave(self, slot: int) -> None:
         """Gives a slot away; what it holds serves rows that begin in the same way."""
