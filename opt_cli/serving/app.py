@@ -4,7 +4,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -104,7 +104,8 @@ class Server:
             Route("/v1/models/{name:path}", self._model, **get),
             Route("/health", self._health, **get),
             Route("/metrics", self._metrics, **get),
-            Mount("/", StaticFiles(directory=PAGE, html=True)),
+            Route("/", partial(_page, PAGE / "index.html"), **get),
+            Mount("/page", StaticFiles(directory=PAGE)),
         ]  # fmt: skip
         if "/v1/chat/completions" not in self.styles:
             routes.insert(0, Route("/v1/chat/completions", chat.refuse, **post))
@@ -266,6 +267,10 @@ class Answer:
         return [token for piece in pieces for token in piece.tokens]
 
 
+async def _page(file: Path, request: Request) -> Response:
+    return FileResponse(file)
+
+
 async def _unless_gone(request: Request, work: Any) -> Any:
     """The result of some work, which ends where its client is gone."""
     task = asyncio.ensure_future(work)
@@ -295,7 +300,3 @@ def _described(worker: Worker) -> dict[str, Any]:
         "id": worker.name, "object": "model", "created": worker.created, "owned_by": "opt-lm",
         "max_model_len": worker.window, "backend": worker.backend,
     }  # fmt: skip
-
-
-Endpoint = Callable[[Request], Any]
-"""What a route leads to."""

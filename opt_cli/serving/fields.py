@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -298,7 +298,3 @@ def _shown(value: Any) -> str:
     """A value in a message, cut where it is long."""
     text = json.dumps(value) if not isinstance(value, Mapping) else "an object"
     return text if len(text) <= 40 else text[:40] + "..."
-
-
-Maker = Callable[[Fields, Worker], Job]
-"""Makes the job of a body."""

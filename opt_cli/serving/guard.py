@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from opt_cli.serving import errors
 from opt_cli.serving.errors import Refusal
 
-OPEN = ("/health", "/", "/index.html", "/page.js", "/page.css", "/favicon.ico")
+OPEN = ("/", "/health", "/page/index.html", "/page/page.css", "/page/page.js", "/page/icon.svg")
 """Paths that need no key: they tell nothing."""
 
 HEADERS = {
