@@ -108,14 +108,17 @@ def serve(
 
 
 def _placement(device: str | None, mesh: str | None) -> dict[str, Any]:
-    if mesh is not None:
-        from opt_flax.sharding import make_mesh
+    if mesh is None:
+        return {} if device is None else {"device": device}
+    from opt_flax.sharding import AXES, make_mesh
 
-        parts = dict(part.partition("=")[::2] for part in mesh.split(","))
-        if not all(size.isdecimal() for size in parts.values()):
+    sizes: dict[str, int] = {}
+    for part in mesh.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or not size.isdecimal():
             raise ConfigError(f'--mesh: expected axes such as "data=2,model=4", received {mesh!r}')
-        return {"mesh": make_mesh(**{axis: int(size) for axis, size in parts.items()})}
-    return {} if device is None else {"device": device}
+        sizes[axis] = int(size)
+    return {"mesh": make_mesh(**sizes)}
 
 
 def _load(

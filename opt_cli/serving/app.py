@@ -4,7 +4,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -95,7 +95,8 @@ class Server:
 
     def app(self) -> Starlette:
         """The ASGI application."""
-        post, get = {"methods": ["POST"]}, {"methods": ["GET"]}
+        post: Any = {"methods": ["POST"]}
+        get: Any = {"methods": ["GET"]}
         routes = [
             *(Route(path, partial(self._complete, style), **post)
               for path, style in self.styles.items()),
@@ -109,9 +110,7 @@ class Server:
         ]  # fmt: skip
         if "/v1/chat/completions" not in self.styles:
             routes.insert(0, Route("/v1/chat/completions", chat.refuse, **post))
-        handlers: dict[Any, Any] = dict.fromkeys(
-            (Refusal, HTTPException, Exception), errors.answer
-        )
+        handlers: dict[Any, Any] = dict.fromkeys((Refusal, HTTPException, Exception), errors.answer)
         guard = Middleware(Guard, key=self.limits.key, count=self.metrics.requests)
         return Starlette(
             routes=routes, exception_handlers=handlers, middleware=[guard], lifespan=self._life
@@ -251,7 +250,7 @@ class Answer:
             return
         yield "data: [DONE]\n\n"
 
-    async def _pieces(self) -> AsyncIterator[Piece]:
+    async def _pieces(self) -> AsyncGenerator[Piece]:
         try:
             async with asyncio.timeout(self.seconds), aclosing(self.choices.pieces()) as pieces:
                 async for piece in pieces:

@@ -116,7 +116,10 @@ class Style:
         """A part of one, in a stream."""
         delta = {"role": "assistant", "content": text}
         return {
-            "index": index, "delta": delta, "logprobs": _logprobs(tokens), "finish_reason": reason
+            "index": index,
+            "delta": delta,
+            "logprobs": _logprobs(tokens),
+            "finish_reason": reason,
         }
 
 

@@ -1,6 +1,7 @@
 """The texts of a request as they grow: pieces of text, and the tokens' probabilities with them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from opt_cli.serving.errors import Refusal
@@ -99,27 +100,26 @@ class Choices:
         self.job, self.worker = job, worker
         self._choices = {row: _Choice(job, worker, row, i) for i, row in enumerate(job.rows)}
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """What is added to the texts, as it is made.
+    async def pieces(self) -> AsyncGenerator[Piece]:
+        """The pieces that are added to the texts, as they are made.
 
         Raises:
             Refusal: A row could not be finished: the model failed, or the server stops.
         """
-        async for event in self.worker.events(self.job.rows):
-            if event.ended == "cancelled":
-                raise Refusal(event.row.error or "the request was cancelled", None, 503)
-            if event.ended == "error":
-                raise Refusal(event.row.error or "the model failed", None, 500)
-            yield self._choices[event.row].take(event)
+        async with aclosing(self.worker.events(self.job.rows)) as events:
+            async for event in events:
+                if event.ended == "cancelled":
+                    raise Refusal(event.row.error or "the request was cancelled", None, 503)
+                if event.ended == "error":
+                    raise Refusal(event.row.error or "the model failed", None, 500)
+                yield self._choices[event.row].take(event)
 
     @property
     def usage(self) -> dict[str, int]:
         """Tokens that were read and written; a prompt counts once, however many texts it has."""
         prompt = sum(len(row.prompt) for row in self.job.rows[:: self.job.choices])
         made = sum(choice.count for choice in self._choices.values())
-        return {
-            "prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made
-        }
+        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
 
 def logprobs_of(tokens: list[Token]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every request goes through: the key, the count, and headers that keep a page to itself."""
+"""The gate of every request: the key, the count, and headers that keep a page to itself."""
 
 import secrets
 from typing import Any

@@ -15,18 +15,22 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        model, given = ["model"], {"registry": self.registry}
+        registry, model = self.registry, ["model"]
         self.requests = Counter(
-            "opt_requests", "Requests answered", ["path", "status"], **given
+            "opt_requests", "Requests answered", ["path", "status"], registry=registry
         )
-        self.queue = Gauge("opt_queue_rows", "Rows that wait for a slot", model, **given)
-        self.slots = Gauge("opt_slots", "Rows that can be written at a time", model, **given)
-        self.slots_used = Gauge("opt_slots_used", "Rows that have a slot", model, **given)
-        self.tokens = Counter("opt_generated_tokens", "Tokens written", model, **given)
-        self.rate = Gauge("opt_tokens_per_second", "Tokens of a step by its time", model, **given)
+        self.queue = Gauge("opt_queue_rows", "Rows that wait for a slot", model, registry=registry)
+        self.slots = Gauge(
+            "opt_slots", "Rows that can be written at a time", model, registry=registry
+        )
+        self.slots_used = Gauge("opt_slots_used", "Rows that have a slot", model, registry=registry)
+        self.tokens = Counter("opt_generated_tokens", "Tokens written", model, registry=registry)
+        self.rate = Gauge(
+            "opt_tokens_per_second", "Tokens of a step by its time", model, registry=registry
+        )
         self.first_token = Histogram(
             "opt_time_to_first_token_seconds", "From a request to its first token", model,
-            buckets=_SECONDS, **given,
+            buckets=_SECONDS, registry=registry,
         )  # fmt: skip
 
     def note_step(

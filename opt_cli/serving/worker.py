@@ -1,10 +1,10 @@
-"""A served model: its thread steps the scheduler, and news of rows go to those who wait for them."""
+"""A served model: its thread steps the scheduler, and hands news of rows to those who wait."""
 
 import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -32,7 +32,7 @@ class Worker:
         self, name: str, model: Any, tokenizer: OPTTokenizer, backend: str, slots: int,
         longest_queue: int, metrics: Metrics,
     ) -> None:  # fmt: skip
-        engine = import_module(f"opt_{backend}.engine").Engine(model, slots)
+        engine = import_module(f"opt_{backend}.serving.engine").Engine(model, slots)
         self.name, self.model, self.tokenizer, self.backend = name, model, tokenizer, backend
         self.scheduler, self.longest_queue, self.metrics = Scheduler(engine), longest_queue, metrics
         self.created, self.failure, self._rows = int(time.time()), "", 0
@@ -76,7 +76,7 @@ class Worker:
                 None, 429, "queue_full",
             )  # fmt: skip
 
-    async def events(self, rows: Iterable[Row]) -> AsyncIterator[Event]:
+    async def events(self, rows: Iterable[Row]) -> AsyncGenerator[Event]:
         """News of rows until all have ended; whoever stops listening cancels them."""
         began, feed, rows = time.perf_counter(), asyncio.Queue[Event](), list(rows)
         open_rows, has_begun = set(rows), False

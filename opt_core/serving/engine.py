@@ -23,11 +23,9 @@ ALTERNATIVES = 5
 FEWEST_WIDTH = 128
 """Cache slots of each row, at least; there are twice as many, and so on, once a row needs them."""
 
-Floats = NDArray[np.float32]
-
 
 class Table:
-    """What is known of all rows.
+    """All that is known of the rows.
 
     Args:
         rows: Rows R.
@@ -56,11 +54,14 @@ class Table:
 
 
 class Scores(NamedTuple):
-    """`TokenScores` of X tokens: (X,), (X, ALTERNATIVES) and (X, ALTERNATIVES)."""
+    """`TokenScores` of X tokens: (X,), (X, ALTERNATIVES) and (X, ALTERNATIVES) arrays.
 
-    logprob: Floats
-    ids: Ids
-    logprobs: Floats
+    They are NumPy's where an engine returns them, and its framework's inside of it.
+    """
+
+    logprob: Any
+    ids: Any
+    logprobs: Any
 
     def at(self, place: int) -> TokenScores:
         """Those of one token."""
@@ -70,7 +71,7 @@ class Scores(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The next token of each of X rows.
+    """The next token of each of X rows, in arrays as those of `Scores`.
 
     Attributes:
         tokens: (X,) ids.
@@ -78,8 +79,8 @@ class Chosen(NamedTuple):
         scores: Their scores; of rows that want none, any.
     """
 
-    tokens: Ids
-    best: Floats
+    tokens: Any
+    best: Any
     scores: Scores
 
 

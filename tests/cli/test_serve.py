@@ -9,13 +9,16 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
+
+import openai
 
 from opt_cli.serving.chat import Template
 from opt_core import GenerationConfig
@@ -125,9 +128,7 @@ def test_probabilities_are_the_models(served):
     found = complete(served, max_tokens=5, temperature=0.5, seed=1, logprobs=3, echo=True)
     choice, shown = found.choices[0], found.choices[0].logprobs
     prompt = served.worker.tokenizer.encode(PROMPT)
-    new, text = written(
-        served, max_new_tokens=5, temperature=0.5, seed=1, top_k=0, do_sample=True
-    )
+    new, text = written(served, max_new_tokens=5, temperature=0.5, seed=1, top_k=0, do_sample=True)
     ids = np.array([prompt + new])
     logits = served.worker.model(ids).logits[0].detach().numpy().astype(float)
     expected = logits - np.logaddexp.reduce(logits, 1, keepdims=True)
@@ -214,7 +215,8 @@ def test_what_cannot_be_honoured_is_refused(served, case):
     kind = openai.RateLimitError if case == "crowd" else openai.BadRequestError
     with pytest.raises(kind, match=message) as refusal:
         complete(served, **fields)
-    assert set(refusal.value.body) == {"message", "type", "param", "code"}
+    body: Any = refusal.value.body
+    assert set(body) == {"message", "type", "param", "code"}
     assert idle(served)
 
 
@@ -293,9 +295,7 @@ def test_a_request_has_its_time(monkeypatch):
     metrics = Metrics()
     worker = make_worker(metrics)
     step = worker.scheduler.step
-    monkeypatch.setattr(
-        worker.scheduler, "step", lambda: (threading.Event().wait(0.05), step())[1]
-    )
+    monkeypatch.setattr(worker.scheduler, "step", lambda: (threading.Event().wait(0.05), step())[1])
     with serving(Server([worker], Limits(seconds=0.3), metrics)) as url:
         fields = {"model": "mini", "prompt": PROMPT, "max_tokens": 200}
         answer = httpx.post(f"{url}/v1/completions", json=fields)

@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch")
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright")
+
+from playwright import sync_api
 
 from tests.support.serving import Limits, Metrics, Server, make_worker, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt install chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no Chromium: apt install chromium"
+)
 SHOTS = os.environ.get("OPT_SCREENSHOTS")
 """A folder to put pictures of the page in; None: none are taken."""
 

@@ -18,7 +18,7 @@ from tests.support.configs import CONFIGS
 pytestmark = pytest.mark.dealt
 
 CONFIG = CONFIGS["post_ln"].replace(max_position_embeddings=200, vocab_size=199)
-"""Two widths of the cache; the window is no width. More ids than a program of few candidates has."""
+"""Two widths of the cache; more ids than a program of few candidates has."""
 SLOTS, CHUNK = 3, 16
 RULES: dict[str, list[dict[str, Any]]] = {
     "greedy": [
@@ -36,7 +36,7 @@ RULES: dict[str, list[dict[str, Any]]] = {
 
 def make_scheduler(backend, folder):
     model = backend.load(folder(CONFIG))
-    engine = importlib.import_module(f"opt_{backend.name}.engine").Engine(model, SLOTS)
+    engine = importlib.import_module(f"opt_{backend.name}.serving.engine").Engine(model, SLOTS)
     return model, Scheduler(engine, CHUNK)
 
 
@@ -109,7 +109,11 @@ def test_nothing_is_compiled_after_the_warm_up(backend, folder):
     scheduler.warm_up()
     before = programs(backend, model)
     assert sum(before.values()) >= 8
-    run(scheduler, [row for row, _ in make_rows(model, 6, [*RULES["greedy"], *RULES["sampled"]])], pause=1)
+    run(
+        scheduler,
+        [row for row, _ in make_rows(model, 6, [*RULES["greedy"], *RULES["sampled"]])],
+        pause=1,
+    )
     scored = Row(make_request(model, [[5] * 150], max_new_tokens=2), scores_prompt=True)
     run(scheduler, [scored])
     assert scored.ended == "length"
@@ -119,7 +123,7 @@ def test_nothing_is_compiled_after_the_warm_up(backend, folder):
 def programs(backend, model) -> dict[str, int]:
     """How often each function was traced."""
     if backend.name == "flax":
-        engine = importlib.import_module("opt_flax.engine")
+        engine = importlib.import_module("opt_flax.serving.engine")
         names = ("_step", "_read", "_score", "_copy", "_resize", "_row", "_choose")
         return {name: getattr(engine, name)._cache_size() for name in names}
     return {

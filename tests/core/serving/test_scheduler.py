@@ -61,8 +61,12 @@ class Engine(engine.Engine):
         self.caches[slot, start : start + chunk] = -1
         self.caches[slot, start:end] = table.ids[slot, start:end]
         self.read_tokens.append(end - start)
-        scores = Scores(*(np.arange(start, end + 1).repeat(n).reshape(-1, *s)
-                          for n, s in ((1, ()), (5, (5,)), (5, (5,)))))
+        scores = Scores(
+            *(
+                np.arange(start, end + 1).repeat(n).reshape(-1, *s)
+                for n, s in ((1, ()), (5, (5,)), (5, (5,)))
+            )
+        )
         chosen = None
         if end == table.counts[slot]:
             chosen = self._chosen([self.caches[slot, :end]], [slot])
@@ -93,6 +97,10 @@ def make_row(prompt, new=5, eos=None, **marks) -> Row:
     return Row(request, **marks)
 
 
+def make_scheduler(slots, **options) -> Any:
+    return Scheduler(Engine(slots), **options)
+
+
 def alone(row) -> list[int]:
     """The tokens that a row must have."""
     text, ends = list(row.prompt), row.request.settings.eos_ids
@@ -111,8 +119,9 @@ def run(scheduler) -> list[Any]:
 
 
 PROMPTS = st.builds(
-    lambda beginning, length, seed: [9] * beginning
-    + np.random.default_rng(seed).integers(10, V, length).tolist(),
+    lambda beginning, length, seed: (
+        [9] * beginning + np.random.default_rng(seed).integers(10, V, length).tolist()
+    ),
     st.sampled_from([0, 0, 20, 150]),
     st.integers(1, 100),
     st.integers(0, 3),
@@ -124,7 +133,7 @@ VISITS = st.tuples(PROMPTS, st.integers(1, 50), st.booleans(), st.integers(0, 4)
 @given(visits=st.lists(VISITS, min_size=1, max_size=14), slots=st.integers(1, 4))
 def test_rows_that_come_and_go_get_what_they_get_alone(visits, slots):
     """Cancelled rows too, as far as they come; caches grow and shrink meanwhile."""
-    scheduler, rows, events = Scheduler(Engine(slots), chunk=32), [], []
+    scheduler, rows, events = make_scheduler(slots, chunk=32), [], []
     for prompt, new, ends, pause, is_cancelled in visits:
         rows.append(make_row(prompt, new, END if ends else None, scores_prompt=len(prompt) == 9))
         scheduler.submit(rows[-1])
@@ -138,15 +147,15 @@ def test_rows_that_come_and_go_get_what_they_get_alone(visits, slots):
             assert row.made == alone(row)[: len(row.made)]
         else:
             assert row.made == alone(row)
-            assert row.ended == ("stop" if row.made[-1] == END and END in row.request.settings.eos_ids
-                                 else "length")
+            has_ended = row.made[-1] == END and END in row.request.settings.eos_ids
+            assert row.ended == ("stop" if has_ended else "length")
     scored = [row for row in rows if row.scores_prompt and row.made]
     for row in scored:
         assert [score.logprob for score in row.prompt_scores] == list(range(len(row.prompt) - 1))
 
 
 def test_a_row_can_fill_the_window():
-    scheduler = Scheduler(Engine(2))
+    scheduler = make_scheduler(2)
     rows = [make_row([3] * WINDOW, 1), make_row([4] * (WINDOW - 30), 31), make_row([5], WINDOW)]
     for row in rows:
         scheduler.submit(row)
@@ -155,7 +164,7 @@ def test_a_row_can_fill_the_window():
 
 
 def test_a_long_prompt_keeps_nobody_waiting():
-    scheduler = Scheduler(Engine(3), chunk=16)
+    scheduler = make_scheduler(3, chunk=16)
     short, long = make_row([3], 40), make_row([4] * 160, 1)
     scheduler.submit(short)
     scheduler.step()
@@ -168,7 +177,7 @@ def test_a_long_prompt_keeps_nobody_waiting():
 
 
 def test_a_beginning_is_read_once():
-    scheduler = Scheduler(Engine(3))
+    scheduler = make_scheduler(3)
     beginning = list(range(10, 40)) * 5
     rows = [make_row([*beginning, i, i, i]) for i in range(3, 6)]
     for row in rows:
@@ -189,7 +198,7 @@ def test_a_beginning_is_read_once():
 
 
 def test_a_cancelled_row_frees_its_slot_at_the_next_step():
-    scheduler = Scheduler(Engine(1))
+    scheduler = make_scheduler(1)
     first, second, third = make_row([3], 50), make_row([4], 2), make_row([5], 2)
     for row in (first, second, third):
         scheduler.submit(row)
@@ -202,7 +211,7 @@ def test_a_cancelled_row_frees_its_slot_at_the_next_step():
 
 
 def test_a_row_that_goes_wrong_harms_no_other():
-    scheduler = Scheduler(Engine(2))
+    scheduler = make_scheduler(2)
     rows = [make_row([3], 9), make_row([4], 9)]
     for row in rows:
         scheduler.submit(row)
@@ -215,7 +224,7 @@ def test_a_row_that_goes_wrong_harms_no_other():
 
 
 def test_caches_are_as_wide_as_is_needed():
-    scheduler = Scheduler(Engine(2))
+    scheduler = make_scheduler(2)
     scheduler.submit(make_row([3] * 280, 2))
     run(scheduler)
     assert scheduler.engine.width == 512

@@ -3,7 +3,6 @@
 `opt_core.serving.scheduler` says what it does when.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -17,33 +16,10 @@ from opt_core.serving import engine
 from opt_core.serving.engine import ALTERNATIVES, Chosen, Scores, Table
 from opt_torch import generation, sampling
 from opt_torch.cache import KVCache
+from opt_torch.serving.cache import RowsCache
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
-
-
-@dataclass(frozen=True, repr=False)
-class RowsCache(KVCache):
-    """A cache whose rows are written at places of their own, one token each.
-
-    Attributes:
-        places: (B,) the slot of each row's new token.
-    """
-
-    places: Tensor | None = None
-
-    def write(self, layer: int, key_BHTK: Tensor, value_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one layer's new keys and values.
-
-        Returns:
-            Keys and values of the layer, (B, H, length + 1, K) each.
-        """
-        assert self.places is not None
-        rows = torch.arange(len(self.places), device=self.places.device)
-        for buffer, new in ((self.keys[layer], key_BHTK), (self.values[layer], value_BHTK)):
-            buffer[rows, :, self.places] = new[:, :, 0]
-        seen = slice(0, self.length + 1)
-        return self.keys[layer][:, :, seen], self.values[layer][:, :, seen]
 
 
 class Engine(engine.Engine):
@@ -106,8 +82,11 @@ class Engine(engine.Engine):
         out = decoder(embeds, positions, seen, cache)
         hidden = out.last_hidden_state[self._tensor(active) - rows.start, 0]
         chosen = self._choose(table, active.tolist(), self.model.compute_logits(hidden))
-        return Chosen(*(_spread(x, active, self.slots) for x in chosen[:2]),
-                      Scores(*(_spread(x, active, self.slots) for x in chosen.scores)))
+        tokens, best, *scores = (
+            _spread(values, active, self.slots)
+            for values in (chosen.tokens, chosen.best, *chosen.scores)
+        )
+        return Chosen(tokens, best, Scores(*scores))
 
     def _choose(self, table: Table, slots: list[int], logits_RV: Tensor) -> Chosen:
         """Chooses as each row alone would, (1, V) logits at a time."""

@@ -5,7 +5,6 @@ cache; rows that come and go only change its inputs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -22,27 +21,11 @@ from opt_core.serving import engine
 from opt_core.serving.engine import ALTERNATIVES, Chosen, RowRules, Scores, Table, structures
 from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
+from opt_flax.serving.cache import RowsCache
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, repr=False)
-class RowsCache(KVCache):
-    """A cache whose rows are written at places of their own, one token each.
-
-    Attributes:
-        places: (B,) the slot of each row's new token.
-    """
-
-    places: Array = field(default_factory=lambda: jnp.zeros(0, jnp.int32))
-
-    def _put(self, buffer: Array, new_BHTK: Array) -> Array:
-        return jax.vmap(partial(lax.dynamic_update_slice_in_dim, axis=1))(
-            buffer, new_BHTK, self.places
-        )
 
 
 class _Rows(NamedTuple):
@@ -125,11 +108,11 @@ class Engine(engine.Engine):
             keys = jnp.stack([sampling.make_key(int(seed)) for seed in self.rules.seeds])
             self.numbers = keys, {n: jnp.asarray(x) for n, x in self.rules.numbers.items()}
         keys, numbers = self.numbers
-        each = table.ids, table.counts, table.made, table.is_scored, self.rules.kinds
+        each: Any = (table.ids, table.counts, table.made, table.is_scored, self.rules.kinds)
         if slot is not None:
             each = tuple(x[slot : slot + 1] for x in each)
             keys, numbers = _row((keys, numbers), np.int32(slot))
-        rows = _Rows(*each, keys, numbers)
+        rows = _Rows(*each, keys=keys, numbers=numbers)
         return rows._replace(kinds=np.where(is_chosen, rows.kinds, -1).astype(np.int32))
 
 
@@ -157,10 +140,8 @@ def _read(
     """Logits (1, V) behind the token before `end`, all hidden states, and the buffers."""
     model = nnx.merge(graph, state)
     decoder = model.get_decoder()
-    one = KVCache(*_row((keys, values), slot), start)
-    out = decoder(
-        decoder.embed_tokens(ids_T[None]), places_T[None], None, one, deterministic=True
-    )
+    one = KVCache(*_row((keys, values), slot), length=start)
+    out = decoder(decoder.embed_tokens(ids_T[None]), places_T[None], None, one, deterministic=True)
     hidden, cache = out.last_hidden_state[0], out.past_key_values
     logits = model.compute_logits(lax.dynamic_slice_in_dim(hidden, end - start - 1, 1, 0))
     keys, values = jax.tree.map(

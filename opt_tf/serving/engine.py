@@ -4,7 +4,6 @@
 cache; rows that come and go only change its inputs.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -20,25 +19,10 @@ from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
 from opt_tf.compilation import compiled
 from opt_tf.linear import sizes
+from opt_tf.serving.cache import RowsCache
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
-
-
-@dataclass(frozen=True, repr=False)
-class RowsCache(KVCache):
-    """A cache whose rows are written at places of their own, one token each.
-
-    Attributes:
-        places: (B,) the slot of each row's new token.
-    """
-
-    places: tf.Tensor | None = None
-
-    def _put(self, buffer: tf.Tensor, new_BHTK: tf.Tensor) -> tf.Tensor:
-        B, _, S, _ = sizes(buffer)
-        is_here = tf.range(S) == tf.reshape(self.places, (B, 1))
-        return tf.where(is_here[:, None, :, None], new_BHTK, buffer)
 
 
 class _Rows(NamedTuple):
@@ -126,11 +110,11 @@ class Engine(engine.Engine):
             numbers = {name: tf.constant(x) for name, x in self.rules.numbers.items()}
             self.numbers = tf.constant(self.rules.seeds), numbers
         seeds, numbers = self.numbers
-        each = table.ids, table.counts, table.made, table.is_scored, self.rules.kinds
+        each: Any = (table.ids, table.counts, table.made, table.is_scored, self.rules.kinds)
         if slot is not None:
             each = tuple(x[slot : slot + 1] for x in each)
             seeds, numbers = tf.nest.map_structure(lambda x: x[slot : slot + 1], (seeds, numbers))
-        rows = _Rows(*each, seeds, numbers)
+        rows = _Rows(*each, seeds=seeds, numbers=numbers)
         rows = rows._replace(kinds=np.where(is_chosen, rows.kinds, -1).astype(np.int32))
         return tf.nest.map_structure(tf.convert_to_tensor, rows)
 
@@ -157,7 +141,8 @@ def _read(
 ) -> tuple[tf.Tensor, tf.Tensor, Any, Any]:  # fmt: skip
     """Logits (1, V) behind the token before `end`, all hidden states, and the buffers."""
     decoder = model.get_decoder()
-    one = KVCache(*tf.nest.map_structure(lambda x: tf.gather(x, slot[None]), (keys, values)), start)
+    row = tf.nest.map_structure(lambda x: tf.gather(x, slot[None]), (keys, values))
+    one = KVCache(*row, length=start)
     out = decoder(
         decoder.embed_tokens(ids_T[None]), position_ids=places_T[None], cache=one, training=False
     )
