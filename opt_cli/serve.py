@@ -112,7 +112,7 @@ def _placement(device: str | None, mesh: str | None) -> dict[str, Any]:
         return {} if device is None else {"device": device}
     from opt_flax.sharding import AXES, make_mesh
 
-    sizes: dict[str, int] = {}
+    sizes: Any = {}
     for part in mesh.split(","):
         axis, _, size = part.partition("=")
         if axis not in AXES or not size.isdecimal():

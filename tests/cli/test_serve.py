@@ -2,11 +2,15 @@
 
 import json
 import math
+import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +24,10 @@ pytest.importorskip("openai")
 
 import openai
 
+from opt_cli.backends import load_backend
 from opt_cli.serving.chat import Template
-from opt_core import GenerationConfig
+from opt_core import GenerationConfig, OPTTokenizer
+from opt_core.hub import resolve
 from tests.support.serving import (
     Limits,
     Metrics,
@@ -324,6 +330,55 @@ def test_a_model_that_fails_says_so(monkeypatch):
         assert answer.json()["error"]["message"] == "RuntimeError: out of memory"
         assert httpx.post(f"{url}/v1/completions", json=fields).status_code == 503
         assert httpx.get(f"{url}/health").status_code == 503
+
+
+@pytest.fixture(scope="module")
+def open_url():
+    """A server of "mini" as `opt-lm serve mini` is without options."""
+    metrics = Metrics()
+    with serving(Server([make_worker(metrics)], Limits(), metrics)) as url:
+        yield url
+
+
+def test_lines_of_the_docs_run(open_url, tmp_path):
+    if not shutil.which("curl"):
+        pytest.skip("there is no curl")
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+    lines = re.findall(r"^curl .*", page.replace("\\\n", " "), re.MULTILINE)
+    assert len(lines) >= 6
+    for line in lines:
+        words = shlex.split(line.replace("http://127.0.0.1:8000", open_url))
+        done = subprocess.run([*words, "-sSf"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (line, done.stderr, done.stdout)
+        assert done.stdout
+
+
+def test_lm_eval_finds_the_same_scores(open_url):
+    """Its own client of a server against what `opt-lm eval harness` computes with."""
+    pytest.importorskip("tenacity", reason="lm-eval[api]")
+    clients = pytest.importorskip("lm_eval.models.openai_completions")
+    from opt_core.evaluation.lm_eval import HarnessLM
+    from opt_torch import scoring
+
+    path = resolve("mini")
+    client = clients.LocalCompletionsAPI(
+        base_url=f"{open_url}/v1/completions", model="mini", tokenizer=str(path),
+        add_bos_token=True, max_length=256,
+    )  # fmt: skip
+    pairs = [("ROMEO: I am", " here"), ("What say you,", " my lord?"), ("the", "\n")]
+    requests = [SimpleNamespace(args=pair) for pair in pairs]
+    model = load_backend("torch").from_pretrained(path)
+    ours = HarnessLM(
+        partial(scoring.token_scores, model),
+        model.generate,
+        OPTTokenizer.from_pretrained(path),
+        256,
+    ).loglikelihood(requests)
+    for theirs, (score, is_greedy) in zip(
+        client.loglikelihood(requests, disable_tqdm=True), ours, strict=True
+    ):
+        assert abs(theirs[0] - score) < 4 * SAME
+        assert theirs[1] == is_greedy
 
 
 def test_figures_are_counted(served):
