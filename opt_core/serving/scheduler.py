@@ -18,6 +18,9 @@ from opt_core.serving.row import Row, TokenScores
 CHUNK = 64
 """Tokens of prompts that are read between two steps."""
 
+MOST_CHUNKS = 4
+"""So many times that, where many rows wait to be read and few are written."""
+
 WORTHWHILE = 8
 """Tokens from which on a common beginning is copied."""
 
@@ -80,7 +83,9 @@ class Scheduler:
             chosen = self.engine.step(table)
             table.held[table.is_active] += 1
             events += [self._take(s, chosen, s) for s in np.flatnonzero(table.is_active).tolist()]
-        budget = self.chunk
+        # A step takes nearly as long for few rows as for many: the others had better come soon.
+        chunks = len(self.reading) // max(1, int(table.is_active.sum()))
+        budget = self.chunk * min(max(1, chunks), MOST_CHUNKS)
         while self.reading and budget > 0:
             budget -= self._read(self.reading[0], events)
         return events
