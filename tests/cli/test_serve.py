@@ -26,6 +26,7 @@ import openai
 
 from opt_cli.backends import load_backend
 from opt_cli.serving.chat import Template
+from opt_cli.serving.text import TextPieces
 from opt_core import GenerationConfig, OPTTokenizer
 from opt_core.hub import resolve
 from tests.support.serving import (
@@ -128,6 +129,17 @@ def test_streams_say_the_same(served):
     assert tokens == [choice.logprobs.tokens for choice in whole.choices]
     assert reasons == [choice.finish_reason for choice in whole.choices]
     assert usage == whole.usage
+
+
+def test_what_a_stop_string_takes_back_is_never_shown(served):
+    tokenizer = served.worker.tokenizer
+    for stop, expected in (("is the", "What "), ("is thou", "What is the matter?")):
+        pieces, shown = TextPieces(tokenizer, (stop, "zz")), ""
+        for token in tokenizer.encode("What is the matter?", add_special_tokens=False):
+            shown += pieces.push(token)
+            assert expected.startswith(shown)
+        assert shown + pieces.flush() == expected
+        assert pieces.is_cut == (stop == "is the")
 
 
 def test_probabilities_are_the_models(served):

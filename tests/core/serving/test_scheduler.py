@@ -18,7 +18,7 @@ from opt_core.serving.engine import ALTERNATIVES, Chosen, Scores
 from opt_core.serving.row import Row
 from opt_core.serving.scheduler import CHUNK, PATIENCE, WORTHWHILE, Scheduler
 
-WINDOW, V, END = 300, 50, 7
+WINDOW, V, END = 256, 50, 7
 CONFIG = OPTConfig(
     vocab_size=V, hidden_size=8, num_attention_heads=2, ffn_dim=8, num_hidden_layers=1,
     max_position_embeddings=WINDOW,
@@ -122,7 +122,7 @@ PROMPTS = st.builds(
     lambda beginning, length, seed: (
         [9] * beginning + np.random.default_rng(seed).integers(10, V, length).tolist()
     ),
-    st.sampled_from([0, 0, 20, 150]),
+    st.sampled_from([0, 0, 20, 100]),
     st.integers(1, 100),
     st.integers(0, 3),
 )
@@ -155,12 +155,19 @@ def test_rows_that_come_and_go_get_what_they_get_alone(visits, slots):
 
 
 def test_a_row_can_fill_the_window():
-    scheduler = make_scheduler(2)
-    rows = [make_row([3] * WINDOW, 1), make_row([4] * (WINDOW - 30), 31), make_row([5], WINDOW)]
+    """There is no room for whole chunks at its end: some tokens are read twice."""
+    scheduler = make_scheduler(2, chunk=48)
+    rows = [
+        make_row([3] * WINDOW, 1, scores_prompt=True),
+        make_row([4] * (WINDOW - 30), 31),
+        make_row([4] * (WINDOW - 3), 2),  # begins as the last one, at no whole chunk
+        make_row([5], WINDOW),
+    ]
     for row in rows:
         scheduler.submit(row)
     run(scheduler)
     assert [row.made for row in rows] == [alone(row) for row in rows]
+    assert [score.logprob for score in rows[0].prompt_scores] == list(range(WINDOW - 1))
 
 
 def test_a_long_prompt_keeps_nobody_waiting():
@@ -225,10 +232,7 @@ def test_a_row_that_goes_wrong_harms_no_other():
 
 def test_caches_are_as_wide_as_is_needed():
     scheduler = make_scheduler(2)
-    scheduler.submit(make_row([3] * 280, 2))
-    run(scheduler)
-    assert scheduler.engine.width == 512
-    scheduler.submit(make_row([4], 2 * PATIENCE))
+    scheduler.submit(make_row([3] * 200, 2))
     run(scheduler)
     assert scheduler.engine.width == 256
     scheduler.submit(make_row([4], 2 * PATIENCE))

@@ -34,8 +34,8 @@ RULES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def make_scheduler(backend, folder):
-    model = backend.load(folder(CONFIG))
+def make_scheduler(backend, folder, config=CONFIG):
+    model = backend.load(folder(config))
     engine = importlib.import_module(f"opt_{backend.name}.serving.engine").Engine(model, SLOTS)
     return model, Scheduler(engine, CHUNK)
 
@@ -105,7 +105,7 @@ def test_scores_are_those_of_the_model(backend, folder):
 def test_nothing_is_compiled_after_the_warm_up(backend, folder):
     if backend.name == "torch":
         pytest.skip("PyTorch compiles nothing")
-    model, scheduler = make_scheduler(backend, folder)
+    model, scheduler = make_scheduler(backend, folder, CONFIG.replace(num_hidden_layers=1))
     scheduler.warm_up()
     before = programs(backend, model)
     assert sum(before.values()) >= 8
