@@ -135,6 +135,15 @@ def generate(
         bool,
         typer.Option("--json", help="Print one JSON object instead.", rich_help_panel=_OUTPUT),
     ] = False,
+    interactive: Annotated[
+        bool,
+        typer.Option(
+            "--interactive",
+            "-i",
+            help="Write one text by turns; /help there says how.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
 ) -> None:
     """Continue one or several texts.
 
@@ -142,7 +151,9 @@ def generate(
 
     Options that are not given come from the model's generation_config.json.
     """
-    prompts = _read_prompts(prompt or [])
+    if interactive and (prompt or json or stream is not None or assistant):
+        raise GenerationError("--interactive asks for texts; without TEXT, --json and such options")
+    prompts = [] if interactive else _read_prompts(prompt or [])
     given = {
         "max_new_tokens": max_new_tokens, "stop_strings": stop or None, "do_sample": do_sample,
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
@@ -158,6 +169,12 @@ def generate(
         model, adapter, revision, backend, dtype, quantize, device, given, seed, assistant
     )
     loaded = time.perf_counter()
+    if interactive:
+        from opt_cli.interactive import Conversation, converse
+
+        parts = session.model, session.tokenizer, backend, session.settings, session.seed
+        converse(Conversation(*parts))
+        return
     single = len(prompts) == 1 and session.settings.num_return_sequences == 1
     can_stream = single and not session.settings.is_beam_search and not json
     if stream and not can_stream:

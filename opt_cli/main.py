@@ -20,6 +20,7 @@ from opt_cli import (
     prepare,
     push,
     quantize,
+    serve,
     smooth,
     train,
     verify,
@@ -36,6 +37,7 @@ app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("verify")(verify.verify)
 app.command("quantize")(quantize.quantize)
+app.command("serve")(serve.serve)
 app.command("smooth")(smooth.smooth)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)
@@ -63,7 +65,7 @@ def opt_lm(
         typer.echo(f"opt-lm {__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
-    elif context.invoked_subcommand in ("generate", "eval", "train"):
+    elif context.invoked_subcommand in ("generate", "eval", "serve", "train"):
         compilation_cache.keep_programs()
 
 

@@ -1,6 +1,7 @@
 """The decoder: layers, norms, embeddings and projections, and what a model returns."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -217,7 +218,7 @@ class FlaxOPTDecoder(DecoderMixin, nnx.Module):
             state, buffers, key, heads = inputs
             one = cache
             if cache is not None and cache.keys:
-                one = KVCache((buffers[0],), (buffers[1],), cache.length)
+                one = replace(cache, keys=(buffers[0],), values=(buffers[1],))
             new, weights, written = self._layer(
                 nnx.merge(graph, state), hidden, bias, mask, one, 0, key, output_attentions, heads
             )

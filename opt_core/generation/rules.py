@@ -20,7 +20,9 @@ BANNED = float("-inf")
 TOP_H_TOKENS = 100
 """Likeliest tokens that `top_h` looks at."""
 
-_FEWEST_CANDIDATES = 64
+FEWEST_CANDIDATES = 64
+"""Candidates of a compiled program that draws, at least."""
+
 _FEWEST_WORDS = 8
 _SHORTEST = 4
 _ALWAYS = 2.0
@@ -160,7 +162,7 @@ def _candidates(request: Request, is_compiled: bool) -> int:
     k = request.settings.top_k or V
     if request.settings.top_h is not None:
         k = max(k, TOP_H_TOKENS)
-    return min(V, _round_up(k, _FEWEST_CANDIDATES) if is_compiled else k)
+    return min(V, _round_up(k, FEWEST_CANDIDATES) if is_compiled else k)
 
 
 def _words(settings: GenerationConfig) -> dict[tuple[int, ...], float]:

@@ -2,18 +2,12 @@
 
 import io
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from fcntl import ioctl
 from pathlib import Path
-from struct import pack
-from termios import TIOCSCTTY, TIOCSWINSZ
 
 import numpy as np
 import pytest
@@ -28,12 +22,10 @@ from opt_cli.main import app
 from opt_cli.progress import training_progress
 from opt_core.data import write_blocks
 from opt_core.training import read_metrics
+from tests.support.command_line import COMMAND, PATIENCE, ROOT, Terminal
 from tests.support.files.tiny_folder import save_model
 
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "opt_cli"]
 SETTINGS = ("--sequence-length", "16", "--batch-size", "2", "--dropout", "0")
-PATIENCE = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -45,42 +37,6 @@ def tiny(tmp_path_factory):
 def data(tmp_path):
     write_blocks(tmp_path / "data", [np.random.default_rng(0).integers(3, 60, 400)], 16, 60)
     return tmp_path / "data"
-
-
-class Terminal:
-    """A command whose input and output are a terminal of some width."""
-
-    def __init__(self, *arguments: object, columns: int = 80) -> None:
-        self.end, terminal = pty.openpty()
-        ioctl(terminal, TIOCSWINSZ, pack("HHHH", 30, columns, 0, 0))
-        known = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
-        self.process = subprocess.Popen(
-            [*COMMAND, *map(str, arguments)], cwd=ROOT, stdin=terminal, stdout=terminal,
-            stderr=terminal, start_new_session=True, env=known | {"TERM": "xterm"},
-            preexec_fn=lambda: ioctl(0, TIOCSCTTY, 0),  # the terminal is theirs, Ctrl-C included
-        )  # fmt: skip
-        os.close(terminal)
-        self.shown = ""
-
-    def until(self, text: str) -> str:
-        """The text that is shown, once it has this in it, or to its end."""
-        stop = time.monotonic() + PATIENCE
-        while text not in self.shown:
-            assert time.monotonic() < stop, self.shown
-            if select.select([self.end], [], [], 1.0)[0]:
-                try:
-                    self.shown += os.read(self.end, 4096).decode()
-                except OSError:  # its last process has ended
-                    break
-        return self.shown
-
-    def type(self, text: str) -> None:
-        os.write(self.end, text.encode())
-
-    def finish(self) -> tuple[int, str]:
-        """The exit code, and all that was shown."""
-        self.until("\0")
-        return self.process.wait(PATIENCE), self.shown
 
 
 def commands(group: object, path: str = "opt-lm") -> Iterator[tuple[str, object]]:

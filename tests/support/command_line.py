@@ -1,13 +1,26 @@
-"""The `opt-lm` command run in this process, which saves importing a framework each time."""
+"""The `opt-lm` command: in this process, which saves importing a framework, or at a terminal."""
 
 import io
+import os
+import pty
+import select
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from fcntl import ioctl
+from pathlib import Path
+from struct import pack
+from termios import TIOCSCTTY, TIOCSWINSZ
 from typing import Any, NamedTuple
 
 import pytest
 
 from opt_cli.main import main
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "opt_cli"]
+PATIENCE = 120.0
 
 
 class Outcome(NamedTuple):
@@ -32,3 +45,39 @@ def make_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return Outcome(int(end.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+class Terminal:
+    """A command whose input and output are a terminal of some width."""
+
+    def __init__(self, *arguments: object, columns: int = 80) -> None:
+        self.end, terminal = pty.openpty()
+        ioctl(terminal, TIOCSWINSZ, pack("HHHH", 30, columns, 0, 0))
+        known = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)], cwd=ROOT, stdin=terminal, stdout=terminal,
+            stderr=terminal, start_new_session=True, env=known | {"TERM": "xterm"},
+            preexec_fn=lambda: ioctl(0, TIOCSCTTY, 0),  # the terminal is theirs, Ctrl-C included
+        )  # fmt: skip
+        os.close(terminal)
+        self.shown = ""
+
+    def until(self, text: str) -> str:
+        """The text that is shown, once it has this in it, or to its end."""
+        stop = time.monotonic() + PATIENCE
+        while text not in self.shown:
+            assert time.monotonic() < stop, self.shown
+            if select.select([self.end], [], [], 1.0)[0]:
+                try:
+                    self.shown += os.read(self.end, 4096).decode()
+                except OSError:  # its last process has ended
+                    break
+        return self.shown
+
+    def type(self, text: str) -> None:
+        os.write(self.end, text.encode())
+
+    def finish(self) -> tuple[int, str]:
+        """The exit code, and all that was shown."""
+        self.until("\0")
+        return self.process.wait(PATIENCE), self.shown

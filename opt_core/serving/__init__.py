@@ -1,0 +1,1 @@
+"""Continuous batching, as far as it needs no framework: rows that come and go at any step."""

@@ -1,0 +1,1 @@
+"""The engine of serving: a cache whose rows come and go."""
