@@ -1,12 +1,9 @@
 """Devices and meshes: which part of every array each device holds.
 
-A mesh has three axes: "data" splits the batch, "fsdp" splits the batch and the weights, "model"
-splits heads, feed-forward and vocabulary. One table says which logical axis of a parameter goes to
-which axis of the mesh; the axes themselves come from `opt_core.params`. A dimension that a mesh
-axis does not divide stays whole, except the vocabulary, which is padded.
+`opt_core.mesh` says what is split over which axis. A dimension that a mesh axis does not divide
+stays whole, except the vocabulary, which is padded.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,24 +13,11 @@ import numpy as np
 from jax import Array, lax, make_array_from_callback
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from opt_core import mesh as rules
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
+from opt_core.mesh import AXES, RULES
 from opt_core.params import ParamSpec
-
-AXES = ("data", "fsdp", "model")
-"""The mesh's axes, outermost first: neighbouring devices share a "model" group."""
-
-RULES: dict[str, str | None] = {
-    "vocab": "model",
-    "heads": "model",
-    "ffn": "model",
-    "hidden": "fsdp",
-    "embed": "fsdp",
-    "position": None,
-    "labels": None,
-}
-"""Logical axis of a parameter -> the mesh axis that splits it."""
-
 
 def make_mesh(
     data: int = 1, fsdp: int = 1, model: int = 1, devices: Sequence[Any] | None = None
@@ -49,15 +33,12 @@ def make_mesh(
     Raises:
         ConfigError: There are fewer devices, or sizes below 1.
     """
-    sizes = (data, fsdp, model)
-    asked = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
-    if any(type(size) is not int or size < 1 for size in sizes):
-        raise ConfigError(f"mesh: expected integers of at least 1, received {asked}")
+    sizes = rules.check_sizes(data, fsdp, model)
     found = jax.devices() if devices is None else list(devices)
-    count = math.prod(sizes)
-    if count > len(found) or (devices is not None and count != len(found)):
-        raise ConfigError(f"mesh: {asked} needs {count} devices, received {len(found)}")
-    mesh = jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 3, devices=found[:count])
+    count = rules.check_count(sizes, len(found), is_exact=devices is not None)
+    mesh = jax.make_mesh(
+        tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=found[:count]
+    )
     check_mesh(mesh)
     return mesh
 
@@ -94,14 +75,7 @@ def padded_rows(spec: ParamSpec, mesh: Mesh | None) -> int:
 
 def partition(spec: ParamSpec, config: OPTConfig, mesh: Mesh) -> PartitionSpec:
     """How a parameter, in the NNX layout, lies on a mesh."""
-    parts: list[str | None] = []
-    for axis, size in zip(spec.axes, spec.shape, strict=True):
-        where = RULES[axis]
-        # Heads stay whole: half a head on a device would need its other half in every product.
-        units = {"heads": config.num_attention_heads, "vocab": 0}.get(axis, size)
-        # Once: opt-350m's projections have two dimensions that the same axis would split.
-        is_free = where is not None and where not in parts and _splits(units, where, mesh)
-        parts.append(where if is_free else None)
+    parts = [*rules.split_axes(spec, config, mesh.shape)]
     # As XLA spells it: a program's results then lie as its arguments do, and it is found again.
     while parts and parts[-1] is None:
         parts.pop()
@@ -119,17 +93,14 @@ def constrain_rows(values: Array, mesh: Mesh | None, heads: int | None = None) -
     if mesh is None:
         return values
     parts: list[Any] = [rows_axes(values.shape[0], mesh)]
-    if heads is not None and _splits(values.shape[heads], "model", mesh):
+    if heads is not None and rules.divides(values.shape[heads], "model", mesh.shape):
         parts += [None] * (heads - 1) + ["model"]
     return lax.with_sharding_constraint(values, NamedSharding(mesh, PartitionSpec(*parts)))
 
 
 def rows_axes(rows: int, mesh: Mesh) -> tuple[str, ...] | None:
     """The mesh axes that split a batch: as many of "data" and "fsdp" as divide it."""
-    for axes in (("data", "fsdp"), ("data",), ("fsdp",)):
-        if rows % math.prod(mesh.shape[a] for a in axes) == 0:
-            return tuple(a for a in axes if mesh.shape[a] > 1) or None
-    return None
+    return rules.row_axes(rows, mesh.shape) or None
 
 
 def constrain_table(table: Array, rows: int, axis: str, mesh: Mesh | None) -> Array:
@@ -180,8 +151,3 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
         return make_array_from_callback(value.shape, whole, lambda part: data[part])
 
     return jax.tree.map(put, tree)
-
-
-def _splits(count: int, axis: str, mesh: Mesh) -> bool:
-    """Whether a mesh axis divides something, and is more than one device."""
-    return mesh.shape[axis] > 1 and count % mesh.shape[axis] == 0

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.load import open_checkpoint
@@ -22,7 +23,7 @@ from opt_core.json_files import read_json, write_json
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import quantize_array, scheme_of
 from opt_core.training.lora import check_merged
-from opt_torch import attention, quantization
+from opt_torch import attention, distribution, quantization, sharding
 from opt_torch.quantization import QuantizedLinear, QuantizedWeight
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ M = TypeVar("M", bound="OPTPreTrainedModel")
 
 def initialize(model: "OPTPreTrainedModel", seed: int) -> None:
     """Gives every parameter its starting value, float32 on the CPU."""
+    if model.mesh is not None:
+        distribution.materialize(model, model.mesh, torch.get_default_dtype())
     for spec in param_specs(model.config, model.head):
         set_parameter(model, spec, torch.from_numpy(initial_value(spec, model.config, seed)))
     tie(model)
@@ -47,22 +50,34 @@ def from_pretrained(
     progress: Callable[[int, int], None] | None,
     config: Any,
     quantize: str | None,
+    mesh: DeviceMesh | None,
     **arguments: Any,
 ) -> Any:
     """Loads a checkpoint tensor by tensor; see `OPTPreTrainedModel.from_pretrained`."""
+    if quantize is not None and mesh is not None:
+        raise ConfigError(f"quantize: expected None with mesh, received {quantize!r}")
+    sharding.check_mesh(mesh)
     source = pretrained.open_pretrained(
         cls.head, path_or_hub_id, dtype, config, quantize, as_array=as_array, **arguments
     )
     wanted = getattr(torch, source.dtype)
-    target = check_device(source.device or device)
+    if mesh is None:
+        target = check_device(source.device or device)
+    else:
+        source.check_place("mesh=")
+        target = sharding.mesh_device(mesh)
     if attn_implementation == "flash_attention_2":
         attention.check_flash(target, wanted)
-    model = cls(source.config, seed=None, attn_implementation=attn_implementation)
+    model = cls(source.config, seed=None, attn_implementation=attn_implementation, mesh=mesh)
+    if mesh is not None:
+        distribution.materialize(model, mesh, wanted)
     for spec, array in source.stream(progress):
         scheme = scheme_of(spec, source.quantize)
         if scheme is None:
-            values = cast_tensor(spec.name, as_tensor(array), wanted)
-            set_parameter(model, spec, values.to(target))
+            own = array[distribution.own_part(spec, model)]
+            values = cast_tensor(spec.name, as_tensor(own), wanted).to(target)
+            distribution.put_part(model, spec, values)
+            del own
         else:
             values = quantize_array(spec.name, array, scheme)
             quantization.set_quantized(model, spec, values, wanted, target)
@@ -132,12 +147,13 @@ def get_parameter(model: "OPTPreTrainedModel", spec: ParamSpec) -> Tensor:
     weight = quantization.get_quantized(model, spec)
     if weight is not None:
         return weight.dequantize()
-    return locate(model, spec).detach()
+    part = distribution.local(distribution.sharded(model, spec)).detach()
+    return part if model.mesh is None else distribution.gather(model, spec, part)
 
 
 def set_parameter(model: "OPTPreTrainedModel", spec: ParamSpec, values: Tensor) -> None:
-    """Makes a tensor a parameter, without copying it."""
-    setattr(*TORCH.owner(model, spec), nn.Parameter(values))
+    """Makes a tensor a parameter, without copying it; on a mesh it is cut, and copied."""
+    distribution.put_part(model, spec, values[distribution.own_part(spec, model)])
 
 
 def tie(model: "OPTPreTrainedModel") -> None:

@@ -226,7 +226,7 @@ def save_pretrained(
         specs,
         dtype=dtype,
         max_shard_size=options.max_shard_size,
-        architecture=re.sub("^(TF|Flax)", "", type(model).__name__),
+        architecture=re.sub("^(TF|Flax|FSDP)", "", type(model).__name__),
     )
     GenerationConfig.from_any(model.generation_config).save_pretrained(options.folder)
 

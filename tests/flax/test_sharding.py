@@ -346,7 +346,7 @@ def test_meshes_that_cannot_be_used():
 def test_one_table_says_where_parameters_go():
     mesh = sharding.make_mesh(2, 2, 2)
     specs = {spec.name.rpartition("layers.0.")[2]: spec for spec in param_specs(CONFIG)}
-    assert {axis for spec in specs.values() for axis in spec.axes} <= sharding.RULES.keys()
+    assert {axis for spec in specs.values() for axis in spec.axes} <= RULES.keys()
     for name, expected in (
         ("fc1.weight", ("model", "fsdp")), ("fc1.bias", ("model",)),
         ("fc2.weight", ("fsdp", "model")), ("fc2.bias", ("fsdp",)),
