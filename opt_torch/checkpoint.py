@@ -101,16 +101,39 @@ def check_device(device: str | torch.device) -> torch.device:
 
 
 def save_pretrained(model: "OPTPreTrainedModel", options: SaveOptions) -> None:
-    """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`."""
+    """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`.
+
+    On a mesh the first process writes; the others take part in gathering, and wait until all is
+    there.
+    """
     check_merged(model.modules(), str(options.folder))
     config = model.config
     if model.head == "causal_lm" and config.tie_word_embeddings and not is_tied(model):
         config = config.replace(tie_word_embeddings=False)
-    fetch = options.values(lambda spec: as_array(get_parameter(model, spec)), as_array)
-    dtype = str(model.dtype).removeprefix("torch.")
-    pretrained.save_pretrained(model, options, fetch, dtype, config)
-    if not options.is_safe:
-        _pickle(options.folder)
+    get = options.values(lambda spec: as_array(get_parameter(model, spec)), as_array)
+    left, dtype = param_specs(config, model.head), str(model.dtype).removeprefix("torch.")
+
+    def fetch(spec: ParamSpec) -> NDArray[Any]:
+        """A parameter; all processes must come here in the same order."""
+        assert left.pop(0) == spec
+        return get(spec)
+
+    def take_part() -> None:
+        while left:
+            fetch(left[0])
+
+    team = sharding.team_of(model.mesh)
+
+    def write() -> None:
+        try:
+            pretrained.save_pretrained(model, options, fetch, dtype, config)
+            if not options.is_safe:
+                _pickle(options.folder)
+        finally:
+            if team.count > 1:  # or the others would wait for it in vain
+                take_part()
+
+    team.together(write if team.is_first else take_part)
 
 
 def _pickle(folder: Path) -> None:
@@ -138,8 +161,8 @@ def _pickled_name(file: str) -> str:
 
 
 def locate(model: "OPTPreTrainedModel", spec: ParamSpec) -> Any:
-    """The tensor that holds a parameter."""
-    return getattr(*TORCH.owner(model, spec))
+    """The tensor that holds a parameter, on a mesh the part of this process."""
+    return distribution.sharded(model, spec)
 
 
 def get_parameter(model: "OPTPreTrainedModel", spec: ParamSpec) -> Tensor:
@@ -147,7 +170,7 @@ def get_parameter(model: "OPTPreTrainedModel", spec: ParamSpec) -> Tensor:
     weight = quantization.get_quantized(model, spec)
     if weight is not None:
         return weight.dequantize()
-    part = distribution.local(distribution.sharded(model, spec)).detach()
+    part = distribution.local(locate(model, spec)).detach()
     return part if model.mesh is None else distribution.gather(model, spec, part)
 
 

@@ -6,6 +6,8 @@ is left over "fsdp", and adds up the gradients over "data" and "fsdp". All of it
 weights have no values: each process then reads its own part of every tensor.
 """
 
+import math
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +26,9 @@ from torch.distributed.tensor.parallel import (
 
 from opt_core import mesh as rules
 from opt_core.dialects import TORCH
+from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec, param_specs
-from opt_torch.sharding import mesh_device, place_of, sizes_of
+from opt_torch.sharding import mesh_device, place_of, sizes_of, sum_rows
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
@@ -44,6 +47,63 @@ def materialize(model: "OPTPreTrainedModel", mesh: DeviceMesh, dtype: torch.dtyp
     model.to_empty(device=mesh_device(mesh))
     if model.head == "causal_lm" and model.config.tie_word_embeddings:
         model.get_submodule("lm_head").weight = model.get_decoder().embed_tokens.weight
+
+
+def own_gradient(parameter: nn.Parameter) -> Tensor:
+    """The gradient of the part of a parameter that is here.
+
+    DTensors may have left it to be added up, or may hold the whole of a tied embedding's.
+    """
+    gradient: Any = parameter.grad
+    if isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
+        parameter.grad = gradient = gradient.redistribute(placements=parameter.placements)
+    return local(gradient)
+
+
+def check_trainable(model: "OPTPreTrainedModel") -> None:
+    """Refuses a model that its processes could not train alike.
+
+    Raises:
+        ConfigError: Layers are left out at random: every process would leave out others, and wait.
+    """
+    if model.config.layerdrop:
+        raise ConfigError(f"layerdrop: expected 0 on a mesh, received {model.config.layerdrop}")
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float, mesh: DeviceMesh) -> float:
+    """Scales gradients down to a norm, that of all processes' parts together.
+
+    Args:
+        parameters: The trained ones; those that FSDP does not split have their gradients averaged
+            over the processes first.
+        limit: The largest norm.
+        mesh: The mesh.
+
+    Returns:
+        The norm before.
+    """
+    gradients: list[Tensor] = []
+    total = torch.zeros((), dtype=torch.float64, device=mesh_device(mesh))
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        values, parts, is_averaged = own_gradient(parameter), 1, False
+        if isinstance(parameter, DTensor):
+            where = parameter.device_mesh
+            parts = math.prod(
+                where.size(dim) for dim, how in enumerate(parameter.placements) if not how.is_replicate()
+            )
+            is_averaged = "fsdp" in (where.mesh_dim_names or ())
+        if not is_averaged:
+            sum_rows(values, mesh).div_(rules.row_ways(sizes_of(mesh)))
+        gradients.append(values)
+        # What several processes hold counts once.
+        total += values.double().square().sum() * parts / mesh.size()
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    for values in gradients:
+        values.mul_((limit / (norm + 1e-6)).clamp(max=1.0).to(values.dtype))
+    return norm.item()
 
 
 def _spread(model: "OPTPreTrainedModel", mesh: DeviceMesh) -> None:
@@ -94,8 +154,56 @@ def put_part(model: "OPTPreTrainedModel", spec: ParamSpec, values: Tensor) -> No
     if model.mesh is None:
         setattr(*TORCH.owner(model, spec), nn.Parameter(values))
         return
+    parameter = sharded(model, spec)
+    if parameter.is_meta:
+        setattr(*TORCH.owner(model, spec), nn.Parameter(_adapter_part(model, spec, values)))
+        return
     with torch.no_grad():
-        local(sharded(model, spec)).copy_(values)
+        local(parameter).copy_(values)
+
+
+def add_product(
+    model: "OPTPreTrainedModel", layer: nn.Module, high: Tensor, low: Tensor, scale: float
+) -> Tensor:
+    """Adds the product of an adapter to a layer's weight, each process to its own part.
+
+    Args:
+        model: The model, on a mesh.
+        layer: The layer.
+        high: (out, rank) matrix, which the processes may share.
+        low: (rank, in) matrix.
+        scale: Factor of the product.
+
+    Returns:
+        The part as it was before.
+    """
+    settle(model)
+    spec = next(
+        spec for spec in param_specs(model.config, model.head)
+        if spec.name.endswith(".weight") and TORCH.owner(model, spec)[0] is layer
+    )  # fmt: skip
+    rows, columns = own_part(spec, model)
+    high, low = (x.full_tensor() if isinstance(x, DTensor) else x for x in (high, low))
+    with torch.no_grad():
+        weight: Any = layer.weight
+        part = local(weight)
+        before = part.clone()
+        product = high[rows] @ low[:, columns] * scale
+        part.copy_(part.to(product.dtype) + product)
+    return before
+
+
+def _adapter_part(model: "OPTPreTrainedModel", spec: ParamSpec, values: Tensor) -> Tensor:
+    """A process' part of an adapter: over "model" it lies as its layer does, FSDP knows it not."""
+    mesh: Any = model.mesh
+    sizes, values = sizes_of(mesh), values.clone()
+    name = spec.name.rpartition(".lora_")[0] + ".weight"
+    layer = next(s for s in param_specs(model.config, model.head) if s.name == name)
+    if "model" not in rules.split_axes(layer, model.config, sizes):
+        return values
+    dim = _dims(spec, model, sizes).get("model")
+    where = Replicate() if dim is None else Shard(dim)
+    return DTensor.from_local(values, mesh["model"], [where])
 
 
 def gather(model: "OPTPreTrainedModel", spec: ParamSpec, part: Tensor) -> Tensor:
@@ -161,6 +269,8 @@ def _style(
 
 def _shard_fully(model: "OPTPreTrainedModel", mesh: DeviceMesh) -> None:
     """Applies FSDP2 to each layer and to the model."""
+    # The logits of a linear layer are a view; who writes into them, writes into nothing of ours.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPOPT\w+\) returned a view")
     sizes = sizes_of(mesh)
     where = mesh["data", "fsdp"] if sizes["data"] > 1 else mesh["fsdp"]
     dims = {
@@ -205,7 +315,9 @@ def _dims(
     """
     parts = rules.split_axes(spec, model.config, sizes)
     dims = {axis: dim for dim, axis in enumerate(parts) if axis is not None}
-    if sizes["fsdp"] > 1:
+    if "rank" in spec.axes:  # an adapter's, too small to be worth splitting
+        dims.pop("fsdp", None)
+    elif sizes["fsdp"] > 1:
         dims.setdefault("fsdp", 0)
     return dims
 

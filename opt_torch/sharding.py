@@ -4,17 +4,22 @@ PyTorch has one process per device, which `torchrun` starts; all of them run the
 `opt_core.mesh` says what is split over which axis, `opt_torch.distribution` splits a model.
 """
 
+import math
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from opt_core import mesh as rules
 from opt_core.errors import ConfigError
 from opt_core.mesh import AXES
-from opt_core.training.microbatches import Batch
+from opt_core.team import Team
+from opt_core.training.microbatches import Batch, count_labels
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> DeviceMesh:
@@ -79,35 +84,90 @@ def mesh_device(mesh: DeviceMesh) -> torch.device:
     return torch.device(mesh.device_type, torch.accelerator.current_device_index())
 
 
-def own_rows(batch: Batch, mesh: DeviceMesh | None) -> Batch:
+@dataclass(frozen=True)
+class OwnRows:
+    """The rows of a batch that one process computes.
+
+    Attributes:
+        batch: These rows, by name.
+        ways: Number of parts the batch is cut into.
+        index: Which of them this is.
+        total: Predictions of the whole batch.
+    """
+
+    batch: Batch
+    ways: int
+    index: int
+    total: int
+
+
+def own_rows(batch: Batch, mesh: DeviceMesh, is_language_model: bool) -> OwnRows:
     """The rows of a batch that this process computes: all of them where they do not divide.
 
     Args:
-        batch: Arrays (B, ...) by name, the same ones on every process.
+        batch: Arrays (B, ...) by name, the same ones on every process, or of `spread_rows`.
+        mesh: The mesh.
+        is_language_model: As in `count_labels`.
+    """
+    sizes, place, ids = sizes_of(mesh), place_of(mesh), batch["input_ids"]
+    if isinstance(ids, DTensor):
+        own = {name: values.to_local() for name, values in batch.items()}
+        count = torch.tensor(count_labels(own, is_language_model), device=ids.device)
+        axes, total = ("data", "fsdp"), int(sum_rows(count, mesh))
+    else:
+        own, axes = batch, rules.row_axes(len(ids), sizes)
+        total = count_labels(batch, is_language_model)
+    index, ways = 0, math.prod(sizes[axis] for axis in axes)
+    for axis in axes:
+        index = index * sizes[axis] + place[axis]
+    if own is batch:
+        part = rules.chunk(len(ids), ways, index)
+        own = {name: values[part] for name, values in batch.items()}
+    return OwnRows(own, ways, index, total)
+
+
+def spread_rows(batch: Batch, mesh: DeviceMesh | None) -> Batch:
+    """A batch of which every process has its own rows alone.
+
+    Args:
+        batch: These rows of arrays (B, ...), by name.
         mesh: The mesh; None changes nothing.
     """
     if mesh is None:
         return batch
-    rows, place, sizes = len(batch["input_ids"]), place_of(mesh), sizes_of(mesh)
-    part = slice(0, rows)
-    for axis in rules.row_axes(rows, sizes):
-        own = rules.chunk(part.stop - part.start, sizes[axis], place[axis])
-        part = slice(part.start + own.start, part.start + own.stop)
-    return {name: values[part] for name, values in batch.items()}
+    device, where = mesh_device(mesh), mesh["data", "fsdp"]
+    return {
+        name: DTensor.from_local(torch.as_tensor(values, device=device), where, [Shard(0)] * 2)
+        for name, values in batch.items()
+    }
 
 
-def sum_rows(value: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """The sum of a number over the processes that split a batch."""
+def sum_rows(values: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over the processes that split a batch, in place."""
     for axis in ("data", "fsdp"):
         if sizes_of(mesh)[axis] > 1:
-            dist.all_reduce(value, group=mesh.get_group(axis))
-    return value
+            dist.all_reduce(values, group=mesh.get_group(axis))
+    return values
+
+
+class Processes(Team):
+    """The processes of PyTorch's default group, which a mesh is made of."""
+
+    def __init__(self) -> None:
+        self.index, self.count = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, in their order."""
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
+
+def team_of(mesh: DeviceMesh | None) -> Team:
+    """The processes that share a model."""
+    return Team() if mesh is None else Processes()
 
 
 def agree(value: Any, mesh: DeviceMesh | None) -> Any:
     """The value that the first process has."""
-    if mesh is None or mesh.size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return team_of(mesh).gather(value)[0]
