@@ -19,6 +19,7 @@ from opt_core.errors import ConfigError
 from opt_core.mesh import AXES, RULES
 from opt_core.params import ParamSpec
 
+
 def make_mesh(
     data: int = 1, fsdp: int = 1, model: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:

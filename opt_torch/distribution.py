@@ -91,7 +91,9 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float, mesh: DeviceMes
         if isinstance(parameter, DTensor):
             where = parameter.device_mesh
             parts = math.prod(
-                where.size(dim) for dim, how in enumerate(parameter.placements) if not how.is_replicate()
+                where.size(dim)
+                for dim, how in enumerate(parameter.placements)
+                if not how.is_replicate()
             )
             is_averaged = "fsdp" in (where.mesh_dim_names or ())
         if not is_averaged:
@@ -306,9 +308,7 @@ def _wake(model: Any) -> None:
         model._gather_rest()
 
 
-def _dims(
-    spec: ParamSpec, model: "OPTPreTrainedModel", sizes: dict[str, int]
-) -> dict[str, int]:
+def _dims(spec: ParamSpec, model: "OPTPreTrainedModel", sizes: dict[str, int]) -> dict[str, int]:
     """The dimension of a parameter that each mesh axis splits.
 
     FSDP2 leaves nothing whole: what the table gives to no "fsdp" is split in its first dimension.

@@ -85,7 +85,9 @@ def check_cache(
     place = cache.keys[0].device.type if cache.keys else ""
     if cache.grows and place and torch.is_autocast_enabled(place):
         dtype = torch.get_autocast_dtype(place)  # it was made of what the layers computed
-    rules.check_cache(config, _name(dtype), cache, lambda keys: _name(keys.dtype), rows, count, heads)
+    rules.check_cache(
+        config, _name(dtype), cache, lambda keys: _name(keys.dtype), rows, count, heads
+    )
     cache.check_intact(count or 0)
 
 

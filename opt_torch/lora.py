@@ -12,7 +12,7 @@ from opt_core.dialects import TORCH
 from opt_core.params import ParamSpec
 from opt_core.training import lora as files
 from opt_core.training.lora import Adapter
-from opt_torch import distribution
+from opt_torch import distribution, sharding
 from opt_torch.checkpoint import as_array, as_tensor, get_parameter, locate, set_parameter, tie
 from opt_torch.linear import Linear
 
@@ -128,7 +128,15 @@ def save_adapter(model: "OPTPreTrainedModel", folder: str | PathLike[str], base:
     Raises:
         ConfigError: The model has no adapters.
     """
-    files.save_model_adapter(model, folder, base, _HANDS)
+    team = sharding.team_of(model.mesh)
+    if team.count == 1:
+        files.save_model_adapter(model, folder, base, _HANDS)
+        return
+    held = {spec.name: _fetch(model, spec) for spec in files.saved_specs(model, _HANDS)}
+    hands = _HANDS._replace(fetch=lambda model, spec: held[spec.name])
+    team.together(
+        lambda: files.save_model_adapter(model, folder, base, hands) if team.is_first else None
+    )
 
 
 def load_adapter(model: "OPTPreTrainedModel", folder: str | PathLike[str]) -> None:

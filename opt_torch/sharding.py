@@ -6,7 +6,11 @@ PyTorch has one process per device, which `torchrun` starts; all of them run the
 
 import math
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,10 +20,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from opt_core import mesh as rules
-from opt_core.errors import ConfigError
+from opt_core.errors import ConfigError, OPTError, TrainingError
 from opt_core.mesh import AXES
 from opt_core.team import Team
 from opt_core.training.microbatches import Batch, count_labels
+
+ROLL_CALL = 5.0
+"""Seconds that processes have to say that they are there, once another is gone."""
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> DeviceMesh:
@@ -142,6 +149,14 @@ def spread_rows(batch: Batch, mesh: DeviceMesh | None) -> Batch:
     }
 
 
+def row_parts(mesh: DeviceMesh | None) -> tuple[int, int]:
+    """Which part of a batch's rows this process computes, from 0, and how many there are."""
+    if mesh is None:
+        return 0, 1
+    sizes, place = sizes_of(mesh), place_of(mesh)
+    return place["data"] * sizes["fsdp"] + place["fsdp"], rules.row_ways(sizes)
+
+
 def sum_rows(values: Tensor, mesh: DeviceMesh) -> Tensor:
     """The sum over the processes that split a batch, in place."""
     for axis in ("data", "fsdp"):
@@ -163,9 +178,65 @@ class Processes(Team):
         return found
 
 
+@contextmanager
+def told_of_losses(team: Team) -> Iterator[None]:
+    """Makes one line of what PyTorch says where another process is gone.
+
+    Args:
+        team: All processes.
+
+    Raises:
+        TrainingError: One is gone, or does not answer; it names those that are.
+    """
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if team.count == 1 or isinstance(error, OPTError) or not _is_loss(error):
+            raise
+        gone = ", ".join(map(str, _missing(team))) or "one of them"
+        raise TrainingError(
+            f"process {team.index} of {team.count}: lost connection, gone: process {gone}; start "
+            "all of them again with --resume"
+        ) from error
+
+
+def _is_loss(error: Exception) -> bool:
+    text = str(error).lower()
+    signs = ("connection", "timed out", "timeout", "gloo", "nccl", "socket", "peer")
+    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
+
+
+def _missing(team: Team) -> list[int]:
+    """Processes that do not answer a call within a few seconds; all that are left must come here.
+
+    The place to answer at is the store that torchrun keeps, or the first process.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    wait = timedelta(seconds=ROLL_CALL)
+    try:
+        store = dist.TCPStore(address, port, is_master=False, timeout=wait)
+        names = [f"opt-lm/here/{number}" for number in range(team.count)]
+        store.set(names[team.index], "1")
+        deadline = time.monotonic() + ROLL_CALL
+        while (gone := [n for n, name in enumerate(names) if not store.check([name])]) and (
+            time.monotonic() < deadline
+        ):
+            time.sleep(0.1)
+        if team.index == 0:  # where it keeps the store itself, the others ask until then
+            time.sleep(0.5)
+        return gone
+    except (dist.DistError, RuntimeError):
+        return [0]
+
+
 def team_of(mesh: DeviceMesh | None) -> Team:
     """The processes that share a model."""
     return Team() if mesh is None else Processes()
+
+
+def disconnect() -> None:
+    """Ends the work of the processes with one another."""
+    dist.destroy_process_group()
 
 
 def agree(value: Any, mesh: DeviceMesh | None) -> Any:

@@ -154,7 +154,10 @@ def _heads(config: OPTConfig, home: Path, mesh: Any) -> Found:
         found["logits/classes"], found["logits/class loss"] = _array(out.logits), _array(out.loss)
         model = _load("OPTForQuestionAnswering", home, mesh)
         out = model(ids, mask)
-        found["logits/start"], found["logits/end"] = _array(out.start_logits), _array(out.end_logits)
+        found["logits/start"], found["logits/end"] = (
+            _array(out.start_logits),
+            _array(out.end_logits),
+        )
     return found
 
 
