@@ -68,13 +68,16 @@ def spread(
             )
         yield None, Team()
         return
+    from conversion import backends
     from opt_core.mesh import parse_mesh
 
     sizes = parse_mesh(mesh)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost process is told of in one line
+    if coordinator is not None:
+        backends.load_backend(backend)  # of which nothing must look for devices yet
+        import_module(f"opt_{backend}.sharding").connect(*_address(coordinator, process))
     load_backend(backend)
     sharding = import_module(f"opt_{backend}.sharding")
-    if coordinator is not None:
-        sharding.connect(*_address(coordinator, process))
     made = sharding.make_mesh(**sizes)
     team = sharding.team_of(made)
     if not team.is_first:

@@ -149,8 +149,8 @@ def train(
 def _open_in_turn(team: "Team", act: Callable[[], "TrainingData"]) -> "TrainingData":
     """Opens the data, first in the first process, which may have to prepare them for all."""
     found: list[TrainingData] = []
-    for turn in (True, False):
-        team.together(lambda: found.append(act()) if team.is_first is turn else None)
+    team.together(lambda: found.append(act()) if team.is_first else None)
+    team.together(lambda: None if team.is_first else found.append(act()))
     train = found[0].train
     ends = [repr(train[i]) for i in (0, len(train) // 2, len(train) - 1)]
     team.check_same("data", f"{len(train)} examples, {sha256(''.join(ends).encode()).hexdigest()}")

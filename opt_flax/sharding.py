@@ -4,20 +4,28 @@
 stays whole, except the vocabulary, which is padded.
 """
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, make_array_from_callback
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opt_core import mesh as rules
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError
+from opt_core.errors import ConfigError, TrainingError
 from opt_core.mesh import AXES, RULES
 from opt_core.params import ParamSpec
+from opt_core.team import Team
+from opt_core.training.microbatches import Batch
+
+HEARTBEAT = 30
+"""Seconds without a word from a process after which JAX ends the others."""
 
 
 def make_mesh(
@@ -134,6 +142,114 @@ def shard_batch(values: Any, mesh: Mesh | None) -> Any:
         return values
     sharding = NamedSharding(mesh, PartitionSpec(rows_axes(len(values), mesh)))
     return make_array_from_callback(values.shape, sharding, lambda part: values[part])
+
+
+def spread_rows(batch: Batch, mesh: Mesh | None) -> Batch:
+    """A batch over a mesh, of which each process has its own rows alone (`row_parts`).
+
+    Args:
+        batch: These rows of arrays (B, ...), by name.
+        mesh: The mesh; None changes nothing.
+    """
+    _, hosts = row_parts(mesh)
+    if hosts == 1:
+        return batch
+    assert mesh is not None
+    where = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return {
+        name: jax.make_array_from_process_local_data(where, np.asarray(values))
+        for name, values in batch.items()
+    }
+
+
+def row_parts(mesh: Mesh | None) -> tuple[int, int]:
+    """Which part of a batch's rows this process has, from 0, and how many there are.
+
+    Processes that share a "model" group have the same rows. Where a process' devices have no rows
+    that follow one another, each process has them all.
+    """
+    if mesh is None:
+        return 0, 1
+    ways = rules.row_ways(mesh.shape)
+    where = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    places = where.addressable_devices_indices_map((ways,)).values()
+    own = sorted({(part or (slice(None),))[0].indices(ways)[0] for part in places})
+    if own != list(range(own[0], own[0] + len(own))) or own[0] % len(own) or ways % len(own):
+        return 0, 1
+    return own[0] // len(own), ways // len(own)
+
+
+class Processes(Team):
+    """The processes of `jax.distributed`."""
+
+    def __init__(self) -> None:
+        self.index, self.count = jax.process_index(), jax.process_count()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, in their order."""
+        if self.count == 1:
+            return [value]
+        own = np.frombuffer(pickle.dumps(value), np.uint8)
+        sizes = multihost_utils.process_allgather(np.array(own.size)).ravel()
+        room = np.zeros(int(sizes.max()), np.uint8)
+        room[: own.size] = own
+        found = multihost_utils.process_allgather(room)
+        return [pickle.loads(row[:size].tobytes()) for row, size in zip(found, sizes, strict=True)]
+
+
+def team_of(mesh: Mesh | None) -> Team:
+    """The processes that share a model."""
+    return Team() if mesh is None else Processes()
+
+
+def connect(coordinator: str | None, index: int, count: int) -> None:
+    """Makes this process one of several, before JAX is used.
+
+    Args:
+        coordinator: HOST:PORT of the first process; None: what JAX finds on a pod or under Slurm.
+        index: Number of this process.
+        count: Number of processes.
+
+    Raises:
+        ConfigError: The others do not come.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    given = {} if coordinator is None else {
+        "coordinator_address": coordinator, "num_processes": count, "process_id": index
+    }  # fmt: skip
+    try:
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"coordinator: the processes did not meet: {reason}") from None
+
+
+def disconnect() -> None:
+    """Ends the work of the processes with one another."""
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+
+
+@contextmanager
+def told_of_losses(team: Team) -> Iterator[None]:
+    """Makes one line of what JAX says where another process is gone.
+
+    Args:
+        team: All processes.
+
+    Raises:
+        TrainingError: One is gone.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if team.count == 1:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise TrainingError(
+            f"process {team.index} of {team.count}: lost connection to another one ({reason}); "
+            "start all of them again with --resume"
+        ) from error
 
 
 def place(tree: Any, mesh: Mesh | None) -> Any:

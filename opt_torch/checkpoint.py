@@ -9,14 +9,13 @@ import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.load import open_checkpoint
 from opt_core.checkpoints.save import INDEX_FILE
 from opt_core.compatibility.saving import SaveOptions
-from opt_core.dialects import TORCH
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
 from opt_core.json_files import read_json, write_json

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from opt_core.generation.request import Request
 from opt_core.generation.rules import BANNED, TOP_H_TOKENS, Rules, make_rules
-
 from opt_torch import sharding
 
 if TYPE_CHECKING:
