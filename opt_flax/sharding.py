@@ -4,6 +4,8 @@
 stays whole, except the vocabulary, which is padded.
 """
 
+import atexit
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +28,8 @@ from opt_core.training.microbatches import Batch
 
 HEARTBEAT = 30
 """Seconds without a word from a process after which JAX ends the others."""
+LOST = 2
+"""Exit code of a process that lost another one: that of any error it tells of."""
 
 
 def make_mesh(
@@ -245,6 +249,8 @@ def told_of_losses(team: Team) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if team.count == 1:
             raise
+        # JAX would wait at its end for the one that is gone, and then end this process its own way.
+        atexit.register(os._exit, LOST)
         reason = str(error).strip().partition("\n")[0]
         raise TrainingError(
             f"process {team.index} of {team.count}: lost connection to another one ({reason}); "

@@ -215,7 +215,8 @@ def _missing(team: Team) -> list[int]:
     wait = timedelta(seconds=ROLL_CALL)
     try:
         store = dist.TCPStore(address, port, is_master=False, timeout=wait)
-        names = [f"opt-lm/here/{number}" for number in range(team.count)]
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        names = [f"opt-lm/here/{attempt}/{number}" for number in range(team.count)]
         store.set(names[team.index], "1")
         deadline = time.monotonic() + ROLL_CALL
         while (gone := [n for n, name in enumerate(names) if not store.check([name])]) and (
