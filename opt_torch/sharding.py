@@ -49,7 +49,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> DeviceMesh:
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         if "RANK" in os.environ:
-            dist.init_process_group()
+            # torchrun keeps the store when it restarts: nobody may find those who are gone.
+            store, rank, count = next(iter(dist.rendezvous("env://")))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"opt-lm/{attempt}", store)
+            dist.init_process_group(store=store, rank=rank, world_size=count)
         else:
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     return init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=AXES)
