@@ -103,6 +103,8 @@ def write(text: str, style: str | None = None) -> None:
         text: What a model or a user wrote: never markup.
         style: How a terminal shows it, in rich's words, such as "bold".
     """
+    if _muted:
+        return
     if stdout.is_terminal:
         text = text.translate(_CONTROLS)
     if style is not None and stdout.is_terminal:
@@ -140,7 +142,7 @@ def note(text: str) -> None:
 
 
 def mute() -> None:
-    """Silences notes and progress, in a process whose words another one says; errors are told."""
+    """Silences all but errors, in a process whose words another one says."""
     _muted.append(True)
 
 
@@ -151,7 +153,8 @@ def is_muted() -> bool:
 
 def print_json(values: dict[str, Any]) -> None:
     """Writes one JSON object to stdout, on one line."""
-    sys.stdout.write(json.dumps(values) + "\n")
+    if not _muted:
+        sys.stdout.write(json.dumps(values) + "\n")
 
 
 def option(name: str) -> str:
