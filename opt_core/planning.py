@@ -26,7 +26,7 @@ GROUP = 8
 
 @dataclass(frozen=True)
 class Work:
-    """What a model is to do.
+    """A model's task, and its size.
 
     Attributes:
         task: "train", with AdamW and gradient checkpointing, or "generate".

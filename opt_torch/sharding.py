@@ -182,6 +182,16 @@ class Processes(Team):
         return found
 
 
+def team_of(mesh: DeviceMesh | None) -> Team:
+    """The processes that share a model."""
+    return Team() if mesh is None else Processes()
+
+
+def disconnect() -> None:
+    """Ends the work of the processes with one another."""
+    dist.destroy_process_group()
+
+
 @contextmanager
 def told_of_losses(team: Team) -> Iterator[None]:
     """Makes one line of what PyTorch says where another process is gone.
@@ -232,16 +242,6 @@ def _missing(team: Team) -> list[int]:
         return gone
     except (dist.DistError, RuntimeError):
         return [0]
-
-
-def team_of(mesh: DeviceMesh | None) -> Team:
-    """The processes that share a model."""
-    return Team() if mesh is None else Processes()
-
-
-def disconnect() -> None:
-    """Ends the work of the processes with one another."""
-    dist.destroy_process_group()
 
 
 def agree(value: Any, mesh: DeviceMesh | None) -> Any:

@@ -1,4 +1,4 @@
-"""What a PyTorch model computes, on a mesh or without one; `tests/torch/test_sharding.py` compares.
+"""All that a PyTorch model computes, on a mesh or without; `tests/torch/test_sharding.py` compares.
 
 As a program it is one process of several, which share models on one mesh after the other and write
 down what each of them found.
