@@ -1,5 +1,6 @@
 """A model in training, as `opt_core.training.loop` wants it."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +108,9 @@ class Trainer(BaseTrainer):
             found: Any = reader.read_metadata().state_dict_metadata
             shapes = {name: tuple(about.size) for name, about in found.items()}
             check_parts(folder, shapes, {name: tuple(x.shape) for name, x in tensors.items()})
-            load(tensors, storage_reader=reader, no_dist=self.model.mesh is None)
+            with warnings.catch_warnings():  # that there is one process only, where there is
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                load(tensors, storage_reader=reader, no_dist=self.model.mesh is None)
 
     def _tensors(self) -> dict[str, Any]:
         """All that training changes, by the names of a checkpoint."""

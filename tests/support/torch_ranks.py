@@ -193,7 +193,7 @@ def _trainings(config: OPTConfig, home: Path, mesh: Any, names: Any) -> Found:
 def tier_of(sizes: list[int], is_first: bool, quick: bool) -> Tier | None:
     """How much of a configuration is computed on a mesh; None: nothing."""
     if not quick:
-        return "all"
+        return "all" if is_first or sum(sizes) == 4 else "some"
     # Other structures than the first are shown where heads are split.
     return "some" if is_first else "few" if sizes[2] > 1 else None
 

@@ -1,11 +1,6 @@
 """A model spread over processes computes what one process computes, each holding its own part."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +9,17 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from opt_core.errors import ConfigError  # noqa: E402
-from opt_torch import sharding  # noqa: E402
+from opt_torch import OPTForCausalLM, sharding  # noqa: E402
 from tests.support import torch_ranks  # noqa: E402
 from tests.support.backends import GRADIENT_TOLERANCE, ORACLE_TOLERANCE  # noqa: E402
+from tests.support.ranks import run_ranks  # noqa: E402
 from tests.support.torch_ranks import KINDS, compute, save_models, tier_of  # noqa: E402
 
 STEPS_TOLERANCE = 1e-5
 """Of weights and losses after three steps of AdamW."""
+
+LIMIT = 1800
+"""Seconds: eight processes that share two cores take their time."""
 
 PAIRS = [[1, 1, 2], [1, 2, 1], [2, 1, 1]]
 LARGER = [[[1, 2, 2], [2, 1, 2], [2, 2, 1], [1, 1, 4]], [[2, 2, 2], [1, 1, 8]]]
@@ -63,7 +62,11 @@ def check_meshes(home, expected, out, meshes, quick):
     names = [*KINDS]
     given = {"home": str(home), "out": str(out), "meshes": meshes, "names": names, "quick": quick}
     count = int(np.prod(meshes[0]))
-    run_ranks("tests.support.torch_ranks", count, [json.dumps(given)], out)
+    ranks = run_ranks("tests.support.torch_ranks", count, [json.dumps(given)], out, limit=LIMIT)
+    tails = "\n".join(
+        f"--- rank {number}\n{rank.told[-3000:]}" for number, rank in enumerate(ranks)
+    )
+    assert [rank.code for rank in ranks] == [0] * count, tails
     for sizes in meshes:
         label = "-".join(map(str, sizes))
         for name in names:
@@ -76,6 +79,18 @@ def check_meshes(home, expected, out, meshes, quick):
                 assert ours.keys() == theirs.keys()
                 for key, value in ours.items():
                     compare(f"{label}, {name}, rank {rank}: {key}", key, value, theirs[key])
+        check_saved(out / f"saved-{label}", home / names[0] / "OPTForCausalLM", out)
+
+
+def check_saved(folder, source, out):
+    """A folder that several processes wrote is that of one, file by file."""
+    alone = out / "alone"
+    OPTForCausalLM.from_pretrained(source).save_pretrained(alone, max_shard_size="100KB")
+    names = sorted(path.name for path in alone.iterdir())
+    assert names == sorted(path.name for path in folder.iterdir())
+    assert len(names) > 4
+    for name in names:
+        assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
 
 
 def compare(what, key, ours, theirs):
@@ -91,39 +106,6 @@ def compare(what, key, ours, theirs):
         "weights": STEPS_TOLERANCE,
     }[kind]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=limit, err_msg=what)
-
-
-def run_ranks(module: str, count: int, arguments: list[str], out: Path, limit: int = 500) -> None:
-    """Starts a program once for each rank, as torchrun does, and waits until all have succeeded."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = Path(torch_ranks.__file__).parents[2]
-    common = {
-        **os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    logs, processes = [out / f"log{rank}" for rank in range(count)], []
-    try:
-        for rank, log in enumerate(logs):
-            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with log.open("w") as file:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", module, *arguments],
-                        cwd=root, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                    )
-                )  # fmt: skip
-        for process in processes:
-            process.wait(limit)
-    except subprocess.TimeoutExpired:
-        pass  # said below, with what the processes said
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.wait() for process in processes]
-    tails = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)
-    assert codes == [0] * count, f"exit codes {codes} within {limit} s:\n{tails}"
 
 
 def test_meshes_that_cannot_be_used(monkeypatch):
