@@ -13,7 +13,7 @@ from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec
 
-AXES = ("data", "fsdp", "model")
+AXES: tuple[str, str, str] = ("data", "fsdp", "model")
 """The mesh's axes, outermost first: neighbouring devices share a "model" group."""
 
 RULES: dict[str, str | None] = {

@@ -115,7 +115,7 @@ def _spread(model: "OPTPreTrainedModel", mesh: DeviceMesh) -> None:
         if spec.name.endswith(".weight") and (style := _style(spec, model, sizes)) is not None:
             layer, _ = TORCH.owner(model, spec)
             parallelize_module(layer, mesh["model"], style)
-    decoder = model.get_decoder()
+    decoder: Any = model.get_decoder()
     if local_heads(model, mesh) < config.num_attention_heads:
         for layer in decoder.layers:
             layer.self_attn.split_heads(mesh["model"])
@@ -125,7 +125,8 @@ def _spread(model: "OPTPreTrainedModel", mesh: DeviceMesh) -> None:
             parallelize_module(head, mesh["model"], ColwiseParallel(output_layouts=Replicate()))
         head.weight = decoder.embed_tokens.weight
     if model.head != "none":
-        model.get_submodule("model").mesh = mesh
+        inner: Any = model.get_submodule("model")
+        inner.mesh = mesh
     if rules.row_ways(sizes) > 1:
         _shard_fully(model, mesh)
 

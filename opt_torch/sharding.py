@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
 from opt_core import mesh as rules
@@ -24,6 +25,9 @@ from opt_core.errors import ConfigError, OPTError, TrainingError
 from opt_core.mesh import AXES
 from opt_core.team import Team
 from opt_core.training.microbatches import Batch, count_labels
+
+_stores: Any = dist
+"""Its stores, which are documented but written in C++: type checkers do not find them."""
 
 ROLL_CALL = 5.0
 """Seconds that processes have to say that they are there, once another is gone."""
@@ -50,12 +54,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> DeviceMesh:
     if not dist.is_initialized():
         if "RANK" in os.environ:
             # torchrun keeps the store when it restarts: nobody may find those who are gone.
-            store, rank, count = next(iter(dist.rendezvous("env://")))
+            store, rank, count = next(iter(rendezvous("env://")))
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(f"opt-lm/{attempt}", store)
+            store = _stores.PrefixStore(f"opt-lm/{attempt}", store)
             dist.init_process_group(store=store, rank=rank, world_size=count)
         else:
-            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(store=_stores.HashStore(), rank=0, world_size=1)
     return init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=AXES)
 
 
@@ -228,7 +232,7 @@ def _missing(team: Team) -> list[int]:
     address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
     wait = timedelta(seconds=ROLL_CALL)
     try:
-        store = dist.TCPStore(address, port, is_master=False, timeout=wait)
+        store = _stores.TCPStore(address, port, is_master=False, timeout=wait)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         names = [f"opt-lm/here/{attempt}/{number}" for number in range(team.count)]
         store.set(names[team.index], "1")

@@ -30,9 +30,9 @@ def make_optimizer(model: "OPTPreTrainedModel", config: TrainConfig) -> AdamW:
     trained = steps.prepare_model(model, config, lora)
     distribution.settle(model)
     model.requires_grad_(False)
-    groups: dict[Any, list[torch.nn.Parameter]] = {(True, None): [], (False, None): []}
+    groups: dict[Any, list[Any]] = {(True, None): [], (False, None): []}
     for spec in trained:
-        parameter = locate(model, spec).requires_grad_(True)
+        parameter: Any = locate(model, spec).requires_grad_(True)
         # One group for each mesh that DTensors lie on: AdamW computes a group at once.
         where = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault((spec.decays, where), []).append(parameter)

@@ -80,7 +80,8 @@ def save_models(config: OPTConfig, home: Path) -> None:
 def prompts_of(config: OPTConfig, rows: int) -> NDArray[Any]:
     """Ids that have padding in the text, and its place in the second half of the vocabulary."""
     ids = make_prompts(config, rows, LENGTH)
-    ids[0, 3:5] = config.pad_token_id, -(-config.vocab_size // 2) + config.pad_token_id
+    pad = config.pad_token_id or 0
+    ids[0, 3:5] = [pad, -(-config.vocab_size // 2) + pad]
     return ids
 
 
