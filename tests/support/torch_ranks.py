@@ -75,6 +75,8 @@ def save_models(config: OPTConfig, home: Path) -> None:
         params = random_params(config, head, seed)
         fetch = {key: lambda value=value: value for key, value in params.items()}
         save_checkpoint(home / name, config, fetch, param_specs(config, head), "float32")
+    model = opt_torch.OPTForCausalLM.from_pretrained(home / "OPTForCausalLM")
+    model.save_pretrained(home / "bin", safe_serialization=False)
 
 
 def prompts_of(config: OPTConfig, rows: int) -> NDArray[Any]:
@@ -191,6 +193,45 @@ def _trainings(config: OPTConfig, home: Path, mesh: Any, names: Any) -> Found:
     return found
 
 
+def _check_reading(model: Any, folder: Path, mesh: Any) -> None:
+    """A process reads its own part of each tensor, and of a .bin as of a safetensors file."""
+    read: dict[str, tuple[int, ...]] = {}
+    cast = checkpoint.cast_tensor
+
+    def watched(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        read[name] = tuple(values.shape)
+        return cast(name, values, dtype)
+
+    checkpoint.cast_tensor = watched
+    try:
+        pickled = opt_torch.OPTForCausalLM.from_pretrained(folder, mesh=mesh)
+    finally:
+        checkpoint.cast_tensor = cast
+    sizes = sharding.sizes_of(mesh)
+    for spec in param_specs(model.config):
+        ours, theirs = (distribution.local(checkpoint.locate(m, spec)) for m in (model, pickled))
+        assert torch.equal(ours, theirs), spec.name
+        assert read[spec.name] == tuple(ours.shape), spec.name
+        if spec.name.endswith("fc1.weight"):
+            assert ours.numel() * sizes["fsdp"] * sizes["model"] == spec.size
+
+
+def _check_dropout(home: Path, mesh: Any) -> None:
+    """Processes that compute the same rows drop the same; layers are not left out at random."""
+    train = TrainConfig(max_steps=1, learning_rate=1e-2, precision="bfloat16")
+    model = _load("OPTForCausalLM", home, mesh)
+    assert model.config.dropout > 0
+    optimizer = training.make_optimizer(model, train)
+    model.train()
+    loss, norm = training.train_step(model, optimizer, batch_of(model.config), train, 0)
+    assert 0 < loss < 100
+    assert 0 < norm < 1000
+    for spec in param_specs(model.config):
+        whole = checkpoint.get_parameter(model, spec)
+        found = sharding.team_of(mesh).gather(float(whole.double().sum()))
+        assert found == [found[0]] * len(found), spec.name
+
+
 def tier_of(sizes: list[int], is_first: bool, quick: bool) -> Tier | None:
     """How much of a configuration is computed on a mesh; None: nothing."""
     if not quick:
@@ -222,6 +263,8 @@ def main(home: Path, out: Path, meshes: list[list[int]], names: list[str], quick
             np.savez(out / f"{label}-{name}-{rank}.npz", **found)
         model = _load("OPTForCausalLM", home / names[0], mesh)
         model.save_pretrained(out / f"saved-{label}", max_shard_size="100KB")
+        _check_reading(model, home / names[0] / "bin", mesh)
+        _check_dropout(home / names[0], mesh)
     torch.distributed.destroy_process_group()
 
 

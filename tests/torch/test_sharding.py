@@ -9,7 +9,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from opt_core.errors import ConfigError  # noqa: E402
+from opt_core.training.config import TrainConfig  # noqa: E402
 from opt_torch import OPTForCausalLM, sharding  # noqa: E402
+from opt_torch.training import make_optimizer  # noqa: E402
 from tests.support import torch_ranks  # noqa: E402
 from tests.support.backends import GRADIENT_TOLERANCE, ORACLE_TOLERANCE  # noqa: E402
 from tests.support.ranks import run_ranks  # noqa: E402
@@ -106,6 +108,31 @@ def compare(what, key, ours, theirs):
         "weights": STEPS_TOLERANCE,
     }[kind]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=limit, err_msg=what)
+
+
+def test_a_mesh_of_one_process_needs_no_torchrun(home):
+    mesh = sharding.make_mesh()
+    try:
+        model = OPTForCausalLM(KINDS["post_ln"], seed=3, mesh=mesh)
+        plain = OPTForCausalLM(KINDS["post_ln"], seed=3)
+        for name, value in plain.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+        ours, theirs = (
+            one.generate([[2, 5, 6]], seed=1, do_sample=True, max_new_tokens=3)
+            for one in (model, plain)
+        )
+        assert torch.equal(ours, theirs)
+        with pytest.raises(ConfigError, match="quantize: expected None with mesh, received 'int8'"):
+            OPTForCausalLM.from_pretrained(
+                home / "pre_ln" / "OPTForCausalLM", mesh=mesh, quantize="int8"
+            )
+        config = KINDS["pre_ln"].replace(layerdrop=0.1)
+        with pytest.raises(ConfigError, match=r"layerdrop: expected 0 on a mesh, received 0\.1"):
+            make_optimizer(OPTForCausalLM(config, mesh=mesh), TrainConfig())
+        with pytest.raises(ConfigError, match="expected the axes data, fsdp, model"):
+            OPTForCausalLM(KINDS["pre_ln"], mesh=mesh["fsdp", "model"])
+    finally:
+        sharding.disconnect()
 
 
 def test_meshes_that_cannot_be_used(monkeypatch):
