@@ -187,10 +187,17 @@ BREAKAGES = (
     ),
     Breakage(
         "heads are not split over devices",
-        "opt_flax/sharding.py",
+        "opt_core/mesh.py",
         '"heads": "model"',
         '"heads": None',
-        ("tests/flax/test_sharding.py",),
+        ("tests/core/test_mesh.py",),
+    ),
+    Breakage(
+        "a gradient's parts count as wholes",
+        "opt_torch/distribution.py",
+        "* parts / mesh.size()",
+        "/ mesh.size()",
+        ("tests/torch/test_sharding.py",),
     ),
 )
 
