@@ -1,4 +1,4 @@
-"""What a mesh splits: one table for all backends."""
+"""One table for all backends: the parts that a mesh splits parameters and rows into."""
 
 from typing import Any
 

@@ -132,8 +132,8 @@ BREAKAGES = (
     Breakage(
         "biases and norms decay too",
         "opt_torch/training.py",
-        '{"params": groups[False], "weight_decay": 0.0}',
-        '{"params": groups[False], "weight_decay": config.weight_decay}',
+        "config.weight_decay if decays else 0.0",
+        "config.weight_decay",
         ("tests/shared/test_training.py",),
     ),
     Breakage(
