@@ -30,6 +30,9 @@ _CONTROLS = {c: 0x2400 + c for c in range(0x20) if chr(c) not in "\t\n"} | dict.
 )
 
 
+_muted: list[bool] = []
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         raise  # rich would end the process itself, with exit code 1
@@ -100,6 +103,8 @@ def write(text: str, style: str | None = None) -> None:
         text: What a model or a user wrote: never markup.
         style: How a terminal shows it, in rich's words, such as "bold".
     """
+    if _muted:
+        return
     if stdout.is_terminal:
         text = text.translate(_CONTROLS)
     if style is not None and stdout.is_terminal:
@@ -132,12 +137,24 @@ def ask(question: str, refusal: str) -> str:
 
 def note(text: str) -> None:
     """Writes one line about the run itself to stderr."""
-    stderr.out(text, style="dim")
+    if not _muted:
+        stderr.out(text, style="dim")
+
+
+def mute() -> None:
+    """Silences all but errors, in a process whose words another one says."""
+    _muted.append(True)
+
+
+def is_muted() -> bool:
+    """Whether this process is silent."""
+    return bool(_muted)
 
 
 def print_json(values: dict[str, Any]) -> None:
     """Writes one JSON object to stdout, on one line."""
-    sys.stdout.write(json.dumps(values) + "\n")
+    if not _muted:
+        sys.stdout.write(json.dumps(values) + "\n")
 
 
 def option(name: str) -> str:
@@ -198,7 +215,7 @@ def progress(what: str, unit: str | None = None) -> Iterator[Callable[..., None]
         A function to call with (bytes done, bytes in all) and, where they change, what is under way
         and its unit. Until it is called, the bar only pulses.
     """
-    if not stderr.is_terminal:
+    if is_muted() or not stderr.is_terminal:
         yield lambda *_: None
         return
     from rich.filesize import decimal

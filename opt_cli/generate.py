@@ -10,6 +10,7 @@ import typer
 
 from opt_cli import console
 from opt_cli.backends import AUTO, Backend, load_backend
+from opt_cli.devices import Coordinator, Mesh, Process, spread
 from opt_core.errors import ConfigError, GenerationError
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ def generate(
     device: Annotated[
         str | None, _option('Device of the torch backend, such as "cuda".', "NAME")
     ] = None,
+    mesh: Mesh = None,
+    coordinator: Coordinator = None,
+    process: Process = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -164,48 +168,63 @@ def generate(
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     seed = secrets.randbelow(2**31) if seed is None else seed
-    started = time.perf_counter()
-    session = _load(
-        model, adapter, revision, backend, dtype, quantize, device, given, seed, assistant
-    )
-    loaded = time.perf_counter()
-    if interactive:
-        from opt_cli.interactive import Conversation, converse
-
-        parts = session.model, session.tokenizer, backend, session.settings, session.seed
-        converse(Conversation(*parts))
-        return
-    single = len(prompts) == 1 and session.settings.num_return_sequences == 1
-    can_stream = single and not session.settings.is_beam_search and not json
-    if stream and not can_stream:
-        raise GenerationError("--stream needs one prompt, one text, no --num-beams and no --json")
-    streams = can_stream if stream is None else stream
-    completions = [_stream(session, prompts[0])] if streams else _complete(session, prompts)
-    elapsed = time.perf_counter() - loaded
-    new = sum(len(completion.ids) for completion in completions)
-    if json:
-        console.print_json(
-            {
-                "model": model,
-                "backend": backend,
-                "dtype": dtype,
-                "quantize": quantize,
-                "seed": seed,
-                "settings": asdict(session.settings),
-                "load_s": round(loaded - started, 3),
-                "generate_s": round(elapsed, 3),
-                "tokens": new,
-                "tokens_per_s": round(new / elapsed, 2),
-                "completions": [asdict(completion) for completion in completions],
-            }
+    if mesh is not None and backend == "tf":
+        raise ConfigError("--mesh: TensorFlow generates on one device; use --backend torch or flax")
+    with spread(mesh, backend, coordinator, process) as (devices, _):
+        started = time.perf_counter()
+        session = _load(
+            model,
+            adapter,
+            revision,
+            backend,
+            dtype,
+            quantize,
+            device,
+            given,
+            seed,
+            assistant,
+            devices,
         )
-    elif not streams:
-        _print(completions)
-    drawn = f", seed {seed}" if session.settings.do_sample else ""
-    console.note(
-        f"{model} on {backend}, {quantize or dtype}: loaded in {loaded - started:.2f} s, "
-        f"{new} tokens in {elapsed:.2f} s, {new / elapsed:.1f} tokens/s{drawn}"
-    )
+        loaded = time.perf_counter()
+        if interactive:
+            from opt_cli.interactive import Conversation, converse
+
+            parts = session.model, session.tokenizer, backend, session.settings, session.seed
+            converse(Conversation(*parts))
+            return
+        single = len(prompts) == 1 and session.settings.num_return_sequences == 1
+        can_stream = single and not session.settings.is_beam_search and not json
+        if stream and not can_stream:
+            raise GenerationError(
+                "--stream needs one prompt, one text, no --num-beams and no --json"
+            )
+        streams = can_stream if stream is None else stream
+        completions = [_stream(session, prompts[0])] if streams else _complete(session, prompts)
+        elapsed = time.perf_counter() - loaded
+        new = sum(len(completion.ids) for completion in completions)
+        if json:
+            console.print_json(
+                {
+                    "model": model,
+                    "backend": backend,
+                    "dtype": dtype,
+                    "quantize": quantize,
+                    "seed": seed,
+                    "settings": asdict(session.settings),
+                    "load_s": round(loaded - started, 3),
+                    "generate_s": round(elapsed, 3),
+                    "tokens": new,
+                    "tokens_per_s": round(new / elapsed, 2),
+                    "completions": [asdict(completion) for completion in completions],
+                }
+            )
+        elif not streams:
+            _print(completions)
+        drawn = f", seed {seed}" if session.settings.do_sample else ""
+        console.note(
+            f"{model} on {backend}, {quantize or dtype}: loaded in {loaded - started:.2f} s, "
+            f"{new} tokens in {elapsed:.2f} s, {new / elapsed:.1f} tokens/s{drawn}"
+        )
 
 
 def _read_prompts(arguments: list[str]) -> list[str]:
@@ -235,6 +254,7 @@ def _load(
     given: dict[str, Any],
     seed: int,
     assistant: str | None,
+    mesh: Any,
 ) -> _Session:
     from opt_core import OPTTokenizer
     from opt_core.adapters.folders import tokenizer_folder
@@ -246,6 +266,7 @@ def _load(
     tokenizer = OPTTokenizer.from_pretrained(tokenizer_folder(path, adapter))
     options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
     options |= {"device": device} if device else {}
+    options |= {} if mesh is None else {"mesh": mesh}
     helper = None
     with console.progress(f"loading {model}") as progress:
         made = load_backend(backend).from_pretrained(

@@ -16,6 +16,7 @@ from opt_cli import (
     export,
     generate,
     info,
+    plan,
     plot,
     prepare,
     push,
@@ -43,6 +44,7 @@ app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.command("plot")(plot.plot)
 app.command("download")(download.download)
 app.command("push")(push.push)

@@ -47,6 +47,9 @@ def peak_memory() -> int:
 
 @contextmanager
 def _progress_bar(total: int, start: int) -> Iterator[OnRecord]:
+    if console.is_muted():
+        yield lambda record: None
+        return
     if not console.stderr.is_terminal:
         yield _progress_lines(total)
         return

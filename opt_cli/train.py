@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,12 +16,14 @@ import typer
 
 from opt_cli import console
 from opt_cli.backends import AUTO, Backend, load_backend
+from opt_cli.devices import Coordinator, Mesh, Process, spread
 from opt_cli.train_options import with_settings
 from opt_core.errors import ConfigError, DataError, TrainingError
 
 if TYPE_CHECKING:
     from opt_core import OPTConfig, TrainConfig
     from opt_core.data import TrainingData
+    from opt_core.team import Team
     from opt_core.training import RunResult
 
 CLASSES = {
@@ -53,6 +56,9 @@ def train(
         str | None,
         typer.Option(help='Device of the torch backend, such as "cuda".', metavar="NAME"),
     ] = None,
+    mesh: Mesh = None,
+    coordinator: Coordinator = None,
+    process: Process = None,
     preset: Annotated[
         str | None,
         typer.Option(help="Start from OPT's own recipe of a size: opt-125m ...", metavar="NAME"),
@@ -90,57 +96,90 @@ def train(
     from opt_core.training import run
     from opt_core.training.run_folder import RunFolder
 
-    is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if task not in CLASSES:
         raise ConfigError(f"--task: expected {', '.join(CLASSES)}, received {task!r}")
     if device is not None and backend != "torch":
         raise ConfigError(f"--device is for the torch backend; {backend} places its arrays itself")
-    if not is_new and not resume:
-        raise TrainingError(f"{out}: already exists; --resume goes on with it")
     config = _settings(preset, given)
-    done = max(RunFolder(out).steps(), default=0)
-    source, model_config = _model(model, from_scratch)
-    with _ends_cleanly(out, is_new):
-        opened = _open(data, task, model_config, config, validation, source, out)
-        if epochs is not None:
-            if "max_steps" in given:
-                raise ConfigError("--epochs and --max-steps: give one of them")
-            if not 0 < epochs < math.inf:
-                raise ConfigError(f"--epochs: expected a number > 0, received {epochs}")
-            config = config.replace(
-                max_steps=math.ceil(epochs * len(opened.train) / config.batch_size)
+    with spread(mesh, backend, coordinator, process) as (devices, team):
+        is_new = team.first(lambda: not out.exists() or (out.is_dir() and not any(out.iterdir())))
+        if not is_new and not resume:
+            raise TrainingError(f"{out}: already exists; --resume goes on with it")
+        done = max(RunFolder(out).steps(), default=0)
+        source, model_config = team.together(lambda: _model(model, from_scratch))
+        with _ends_cleanly(out, is_new, team.is_first):
+            opened = _open_in_turn(
+                team, lambda: _open(data, task, model_config, config, validation, source, out)
             )
-        if config.eval_every and opened.validation is None:
-            raise ConfigError("--eval-every needs data to validate on: --validation")
-        batches = Batches(opened.train, config.batch_size, config.seed)
-        validate: Callable[[], Iterable[Any]] | None = None
-        if (held_out := opened.validation) is not None:
-            validate = lambda: Batches(held_out, config.batch_size, 0, shuffle=False, epochs=1)  # noqa: E731
-        about = {
-            "model": model, "data": str(data), "validation": validation and str(validation),
-            "task": task, "backend": backend, "from_scratch": from_scratch,
-        }  # fmt: skip
-        trainer = _trainer(
-            backend, task, source or model, config, opened.model_config, from_scratch, device
+            if epochs is not None:
+                if "max_steps" in given:
+                    raise ConfigError("--epochs and --max-steps: give one of them")
+                if not 0 < epochs < math.inf:
+                    raise ConfigError(f"--epochs: expected a number > 0, received {epochs}")
+                config = config.replace(
+                    max_steps=math.ceil(epochs * len(opened.train) / config.batch_size)
+                )
+            if config.eval_every and opened.validation is None:
+                raise ConfigError("--eval-every needs data to validate on: --validation")
+            validate: Callable[[], Iterable[Any]] | None = None
+            if (held_out := opened.validation) is not None:
+                validate = lambda: Batches(held_out, config.batch_size, 0, shuffle=False, epochs=1)  # noqa: E731
+            about = {
+                "model": model, "data": str(data), "validation": validation and str(validation),
+                "task": task, "backend": backend, "from_scratch": from_scratch,
+            }  # fmt: skip
+            trainer = team.together(
+                lambda: _trainer(
+                    *(backend, task, source or model, config, opened.model_config),
+                    *(from_scratch, device, devices),
+                )
+            )
+            batches = _batches(opened.train, config, trainer)
+            following: list[Any] = []
+            if tensorboard and team.is_first:
+                following.append(trackers.tensorboard(out / "tensorboard"))
+            if wandb and team.is_first:
+                following.append(trackers.wandb(out, {**about, **asdict(config)}))
+            with training_progress(config.max_steps, done, following) as on_record:
+                result = run(trainer, batches, config, out, validate, resume, about, on_record)
+        if team.is_first:
+            _finish(result, source, json)
+
+
+def _open_in_turn(team: "Team", act: Callable[[], "TrainingData"]) -> "TrainingData":
+    """Opens the data, first in the first process, which may have to prepare them for all."""
+    found: list[TrainingData] = []
+    team.together(lambda: found.append(act()) if team.is_first else None)
+    team.together(lambda: None if team.is_first else found.append(act()))
+    train = found[0].train
+    ends = [repr(train[i]) for i in (0, len(train) // 2, len(train) - 1)]
+    team.check_same("data", f"{len(train)} examples, {sha256(''.join(ends).encode()).hexdigest()}")
+    return found[0]
+
+
+def _batches(train: Any, config: "TrainConfig", trainer: Any) -> Any:
+    """The batches of this process: its rows of each."""
+    from opt_core.data import Batches
+
+    host, hosts = trainer.row_parts
+    if config.batch_size % (hosts * config.gradient_accumulation_steps):
+        raise ConfigError(
+            f"--batch-size: {config.batch_size} rows cannot be shared by data x fsdp = {hosts}"
+            f" devices in {config.gradient_accumulation_steps} equal parts each"
         )
-        following: list[Any] = []
-        if tensorboard:
-            following.append(trackers.tensorboard(out / "tensorboard"))
-        if wandb:
-            following.append(trackers.wandb(out, {**about, **asdict(config)}))
-        with training_progress(config.max_steps, done, following) as on_record:
-            result = run(trainer, batches, config, out, validate, resume, about, on_record)
-    _finish(result, source, json)
+    return Batches(train, config.batch_size, config.seed, host=host, hosts=hosts)
 
 
 @contextmanager
-def _ends_cleanly(out: Path, is_new: bool) -> Iterator[None]:
+def _ends_cleanly(out: Path, is_new: bool, is_first: bool) -> Iterator[None]:
     """Leaves nothing of a new run that fails before its first step; says how to go on later."""
     from opt_core.training import run_folder
 
     try:
         yield
     except BaseException as error:
+        if not is_first:
+            raise
         if not run_folder.has_begun(out):
             if is_new:
                 shutil.rmtree(out, ignore_errors=True)
@@ -199,7 +238,7 @@ def _open(
 
 def _trainer(
     backend: str, task: str, source: Any, config: "TrainConfig", model_config: "OPTConfig",
-    from_scratch: bool, device: str | None,
+    from_scratch: bool, device: str | None, devices: Any,
 ) -> Any:  # fmt: skip
     import warnings
 
@@ -210,7 +249,7 @@ def _trainer(
     with warnings.catch_warnings():
         # A head that is new is what this command is for.
         warnings.filterwarnings("ignore", ".*freshly initialised and needs training")
-        return trainer.make(cls, source, config, model_config, from_scratch, device)
+        return trainer.make(cls, source, config, model_config, from_scratch, device, devices)
 
 
 def _finish(result: "RunResult", source: Path | None, json: bool) -> None:

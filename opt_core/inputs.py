@@ -141,6 +141,7 @@ def check_cache(
     name_type: Callable[[Any], str],
     rows: int | None,
     count: int | None,
+    heads: int | None = None,
 ) -> None:
     """Refuses a cache that another model made, or that is too small.
 
@@ -151,12 +152,14 @@ def check_cache(
         name_type: Gives the name of a tensor's type.
         rows: Rows B of the input.
         count: New tokens T.
+        heads: Heads that it has here; None: all of the model.
     """
     if not cache.keys:
         return
-    held, heads, slots, size = cache.keys[0].shape
-    made = (len(cache.keys), heads, size, name_type(cache.keys[0]))
-    expected = (config.num_hidden_layers, config.num_attention_heads, config.head_dim, dtype)
+    held, kept, slots, size = cache.keys[0].shape
+    made = (len(cache.keys), kept, size, name_type(cache.keys[0]))
+    heads = config.num_attention_heads if heads is None else heads
+    expected = (config.num_hidden_layers, heads, config.head_dim, dtype)
     if made != expected:
         raise InputError(
             "past_key_values is of another model: expected (layers, heads, head size, dtype) "

@@ -153,6 +153,25 @@ def set_parameter(model: "FlaxOPTPreTrainedModel", spec: ParamSpec, values: NDAr
         variable.set_value(variable[...].at[layer].set(jnp.asarray(values, variable.dtype)))
 
 
+def spread_values(
+    model: "FlaxOPTPreTrainedModel", spec: ParamSpec, values: NDArray[Any], dtype: Any
+) -> Array:
+    """Values of a parameter, or of anything of its shape, where the model's own would lie.
+
+    Args:
+        model: The model; its layers are not stacked.
+        spec: The parameter.
+        values: In the canonical layout; they may be views of a file.
+        dtype: Type to keep them in.
+    """
+    if model.mesh is None:
+        return jnp.array(values, dtype)
+    if "rank" in spec.axes:
+        return sharding.place(jnp.array(values, dtype), model.mesh)
+    shape, where = _layout(model, [spec])
+    return _place(shape, where, _parts_of([spec], [values], shape, np.dtype(dtype)))
+
+
 def set_arrays(model: "FlaxOPTPreTrainedModel", arrays: Mapping[str, Array]) -> None:
     """Replaces all parameters by arrays, which may be traced and of any type.
 
@@ -251,6 +270,27 @@ def _fill(
         dtype: Type to keep them in.
     """
     shape, sharding = _layout(model, group)
+    part = _parts_of(group, arrays, shape, dtype)
+    if model.mesh is None:  # not committed to the device: it goes where it is used
+        _assign(model, group, jnp.asarray(part(tuple(slice(size) for size in shape))))
+    else:
+        _assign(model, group, _place(shape, sharding, part))
+
+
+def _parts_of(
+    group: Sequence[ParamSpec],
+    arrays: Sequence[NDArray[Any]],
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+) -> Callable[[tuple[slice, ...]], NDArray[Any]]:
+    """A function that makes the part of a variable that lies at some indices.
+
+    Args:
+        group: The parameters that the variable holds.
+        arrays: Their values in the canonical layout; they may be views of a file.
+        shape: The variable's.
+        dtype: Type to keep them in.
+    """
     stacked = len(shape) > len(group[0].shape)
 
     def part(index: tuple[slice, ...]) -> NDArray[Any]:
@@ -265,10 +305,7 @@ def _fill(
             pieces.append(np.pad(piece, free) if any(after for _, after in free) else piece)
         return np.stack(pieces) if stacked else pieces[0]
 
-    if model.mesh is None:  # not committed to the device: it goes where it is used
-        _assign(model, group, jnp.asarray(part(tuple(slice(size) for size in shape))))
-    else:
-        _assign(model, group, _place(shape, sharding, part))
+    return part
 
 
 def _place(

@@ -115,7 +115,15 @@ def save_adapter(
     Raises:
         ConfigError: The model has no adapters.
     """
-    files.save_model_adapter(model, folder, base, _HANDS)
+    team = sharding.team_of(model.mesh)
+    if team.count == 1:
+        files.save_model_adapter(model, folder, base, _HANDS)
+        return
+    held = {spec.name: _fetch(model, spec) for spec in files.saved_specs(model, _HANDS)}
+    hands = _HANDS._replace(fetch=lambda model, spec: held[spec.name])
+    team.together(
+        lambda: files.save_model_adapter(model, folder, base, hands) if team.is_first else None
+    )
 
 
 def load_adapter(model: "FlaxOPTPreTrainedModel", folder: str | PathLike[str]) -> None:

@@ -1,38 +1,35 @@
 """Devices and meshes: which part of every array each device holds.
 
-A mesh has three axes: "data" splits the batch, "fsdp" splits the batch and the weights, "model"
-splits heads, feed-forward and vocabulary. One table says which logical axis of a parameter goes to
-which axis of the mesh; the axes themselves come from `opt_core.params`. A dimension that a mesh
-axis does not divide stays whole, except the vocabulary, which is padded.
+`opt_core.mesh` says what is split over which axis. A dimension that a mesh axis does not divide
+stays whole, except the vocabulary, which is padded.
 """
 
-import math
-from collections.abc import Sequence
+import atexit
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, make_array_from_callback
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from opt_core import mesh as rules
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError
+from opt_core.errors import ConfigError, TrainingError
+from opt_core.mesh import AXES, RULES
 from opt_core.params import ParamSpec
+from opt_core.team import Team
+from opt_core.training.microbatches import Batch
 
-AXES = ("data", "fsdp", "model")
-"""The mesh's axes, outermost first: neighbouring devices share a "model" group."""
-
-RULES: dict[str, str | None] = {
-    "vocab": "model",
-    "heads": "model",
-    "ffn": "model",
-    "hidden": "fsdp",
-    "embed": "fsdp",
-    "position": None,
-    "labels": None,
-}
-"""Logical axis of a parameter -> the mesh axis that splits it."""
+HEARTBEAT = 30
+"""Seconds without a word from a process after which JAX ends the others."""
+LOST = 2
+"""Exit code of a process that lost another one: that of any error it tells of."""
 
 
 def make_mesh(
@@ -49,15 +46,12 @@ def make_mesh(
     Raises:
         ConfigError: There are fewer devices, or sizes below 1.
     """
-    sizes = (data, fsdp, model)
-    asked = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
-    if any(type(size) is not int or size < 1 for size in sizes):
-        raise ConfigError(f"mesh: expected integers of at least 1, received {asked}")
+    sizes = rules.check_sizes(data, fsdp, model)
     found = jax.devices() if devices is None else list(devices)
-    count = math.prod(sizes)
-    if count > len(found) or (devices is not None and count != len(found)):
-        raise ConfigError(f"mesh: {asked} needs {count} devices, received {len(found)}")
-    mesh = jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 3, devices=found[:count])
+    count = rules.check_count(sizes, len(found), is_exact=devices is not None)
+    mesh = jax.make_mesh(
+        tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=found[:count]
+    )
     check_mesh(mesh)
     return mesh
 
@@ -94,14 +88,7 @@ def padded_rows(spec: ParamSpec, mesh: Mesh | None) -> int:
 
 def partition(spec: ParamSpec, config: OPTConfig, mesh: Mesh) -> PartitionSpec:
     """How a parameter, in the NNX layout, lies on a mesh."""
-    parts: list[str | None] = []
-    for axis, size in zip(spec.axes, spec.shape, strict=True):
-        where = RULES[axis]
-        # Heads stay whole: half a head on a device would need its other half in every product.
-        units = {"heads": config.num_attention_heads, "vocab": 0}.get(axis, size)
-        # Once: opt-350m's projections have two dimensions that the same axis would split.
-        is_free = where is not None and where not in parts and _splits(units, where, mesh)
-        parts.append(where if is_free else None)
+    parts = [*rules.split_axes(spec, config, mesh.shape)]
     # As XLA spells it: a program's results then lie as its arguments do, and it is found again.
     while parts and parts[-1] is None:
         parts.pop()
@@ -119,17 +106,14 @@ def constrain_rows(values: Array, mesh: Mesh | None, heads: int | None = None) -
     if mesh is None:
         return values
     parts: list[Any] = [rows_axes(values.shape[0], mesh)]
-    if heads is not None and _splits(values.shape[heads], "model", mesh):
+    if heads is not None and rules.divides(values.shape[heads], "model", mesh.shape):
         parts += [None] * (heads - 1) + ["model"]
     return lax.with_sharding_constraint(values, NamedSharding(mesh, PartitionSpec(*parts)))
 
 
 def rows_axes(rows: int, mesh: Mesh) -> tuple[str, ...] | None:
     """The mesh axes that split a batch: as many of "data" and "fsdp" as divide it."""
-    for axes in (("data", "fsdp"), ("data",), ("fsdp",)):
-        if rows % math.prod(mesh.shape[a] for a in axes) == 0:
-            return tuple(a for a in axes if mesh.shape[a] > 1) or None
-    return None
+    return rules.row_axes(rows, mesh.shape) or None
 
 
 def constrain_table(table: Array, rows: int, axis: str, mesh: Mesh | None) -> Array:
@@ -164,6 +148,116 @@ def shard_batch(values: Any, mesh: Mesh | None) -> Any:
     return make_array_from_callback(values.shape, sharding, lambda part: values[part])
 
 
+def spread_rows(batch: Batch, mesh: Mesh | None) -> Batch:
+    """A batch over a mesh, of which each process has its own rows alone (`row_parts`).
+
+    Args:
+        batch: These rows of arrays (B, ...), by name.
+        mesh: The mesh; None changes nothing.
+    """
+    _, hosts = row_parts(mesh)
+    if hosts == 1:
+        return batch
+    assert mesh is not None
+    where = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return {
+        name: jax.make_array_from_process_local_data(where, np.asarray(values))
+        for name, values in batch.items()
+    }
+
+
+def row_parts(mesh: Mesh | None) -> tuple[int, int]:
+    """Which part of a batch's rows this process has, from 0, and how many there are.
+
+    Processes that share a "model" group have the same rows. Where a process' devices have no rows
+    that follow one another, each process has them all.
+    """
+    if mesh is None:
+        return 0, 1
+    ways = rules.row_ways(mesh.shape)
+    where = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    places = where.addressable_devices_indices_map((ways,)).values()
+    own = sorted({(part or (slice(None),))[0].indices(ways)[0] for part in places})
+    if own != list(range(own[0], own[0] + len(own))) or own[0] % len(own) or ways % len(own):
+        return 0, 1
+    return own[0] // len(own), ways // len(own)
+
+
+class Processes(Team):
+    """The processes of `jax.distributed`."""
+
+    def __init__(self) -> None:
+        self.index, self.count = jax.process_index(), jax.process_count()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, in their order."""
+        if self.count == 1:
+            return [value]
+        own = np.frombuffer(pickle.dumps(value), np.uint8)
+        sizes = multihost_utils.process_allgather(np.array(own.size)).ravel()
+        room = np.zeros(int(sizes.max()), np.uint8)
+        room[: own.size] = own
+        found = multihost_utils.process_allgather(room)
+        return [pickle.loads(row[:size].tobytes()) for row, size in zip(found, sizes, strict=True)]
+
+
+def team_of(mesh: Mesh | None) -> Team:
+    """The processes that share a model."""
+    return Team() if mesh is None else Processes()
+
+
+def connect(coordinator: str | None, index: int, count: int) -> None:
+    """Makes this process one of several, before JAX is used.
+
+    Args:
+        coordinator: HOST:PORT of the first process; None: what JAX finds on a pod or under Slurm.
+        index: Number of this process.
+        count: Number of processes.
+
+    Raises:
+        ConfigError: The others do not come.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    given = {} if coordinator is None else {
+        "coordinator_address": coordinator, "num_processes": count, "process_id": index
+    }  # fmt: skip
+    try:
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"coordinator: the processes did not meet: {reason}") from None
+
+
+def disconnect() -> None:
+    """Ends the work of the processes with one another."""
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+
+
+@contextmanager
+def told_of_losses(team: Team) -> Iterator[None]:
+    """Makes one line of what JAX says where another process is gone.
+
+    Args:
+        team: All processes.
+
+    Raises:
+        TrainingError: One is gone.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if team.count == 1:
+            raise
+        # JAX would wait at its end for the one that is gone, and then end this process its own way.
+        atexit.register(os._exit, LOST)
+        reason = str(error).strip().partition("\n")[0]
+        raise TrainingError(
+            f"process {team.index} of {team.count}: lost connection to another one ({reason}); "
+            "start all of them again with --resume"
+        ) from error
+
+
 def place(tree: Any, mesh: Mesh | None) -> Any:
     """Puts what is not on the mesh yet (counters, random keys) on every device of it."""
     if mesh is None:
@@ -180,8 +274,3 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
         return make_array_from_callback(value.shape, whole, lambda part: data[part])
 
     return jax.tree.map(put, tree)
-
-
-def _splits(count: int, axis: str, mesh: Mesh) -> bool:
-    """Whether a mesh axis divides something, and is more than one device."""
-    return mesh.shape[axis] > 1 and count % mesh.shape[axis] == 0

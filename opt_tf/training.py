@@ -1,17 +1,19 @@
 """Training: the optimizer, one step, and the loop around it."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from opt_core.errors import InputError
 from opt_core.params import param_specs
 from opt_core.training import microbatches, steps
 from opt_core.training.config import TrainConfig
 from opt_core.training.labels import class_count
-from opt_tf import _private, lora, losses
+from opt_tf import _private, lora, losses, sharding
 from opt_tf.checkpoint import locate
 from opt_tf.compilation import compiled
 from opt_tf.inputs import check_inputs
@@ -93,7 +95,8 @@ def train_step(
     Args:
         model: The model to train, in place; its policy decides what it is computed in.
         optimizer: From `make_optimizer`.
-        batch: (B, T) ids, which are the labels too, or a dict of the model's inputs and labels.
+        batch: (B, T) ids, which are the labels too, or a dict of the model's inputs and labels. In
+            the scope of `opt_tf.sharding.make_mesh` each device computes a part of its rows.
         config: Learning rate, accumulation and the rest.
         step: Step number, from 0.
 
@@ -101,6 +104,8 @@ def train_step(
         The loss (in nats per token), and the gradient's norm before clipping.
     """
     optimizer.learning_rate = config.learning_rate_at(step)
+    if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        return _spread_step(model, optimizer, batch, config, step)
     seeds, count = model.get_decoder().dropout_seeds.state, config.gradient_accumulation_steps
     smoothing = config.label_smoothing
     loss: Any = None
@@ -197,6 +202,73 @@ def _update(
 ) -> tuple[Any, Any]:
     loss, gradients = _gradients(model, smoothing, inputs)
     return loss, _apply(model, optimizer, loss, gradients)
+
+
+def _spread_step(
+    model: "TFOPTPreTrainedModel",
+    optimizer: keras.optimizers.Optimizer,
+    batch: Any,
+    config: TrainConfig,
+    step: int,
+) -> tuple[float, float]:
+    """`train_step` on several devices, each of which has its rows and a copy of the model."""
+    named, is_text = _arrays(batch), model.head == "causal_lm"
+    ways, count = (
+        tf.distribute.get_strategy().num_replicas_in_sync,
+        (config.gradient_accumulation_steps),
+    )
+    rows = len(named["input_ids"])
+    if rows % (ways * count):
+        raise InputError(f"batch: {rows} rows cannot be shared by {ways} devices in {count} parts")
+    seeds, totals = model.get_decoder().dropout_seeds.state, None
+    for number, (part, share) in enumerate(microbatches.split_batch(named, count, is_text)):
+        pieces = list(microbatches.split_batch(part, ways, is_text))
+        if len(pieces) < ways:
+            raise InputError("batch: expected labels on every device, received none on one")
+        inputs = [_inputs(model, piece) for piece, _ in pieces]
+        spread = {k: sharding.spread_values([each[k] for each in inputs]) for k in inputs[0]}
+        shares = [tf.constant(share * own, tf.float32) for _, own in pieces]
+        seeds.assign(tf.constant([config.dropout_seed(step, number), 0], seeds.dtype))
+        run = _spread(model, _replica_gradients, config.label_smoothing)
+        new = run(spread, sharding.spread_values(shares))
+        totals = new if totals is None else [a + b for a, b in zip(totals, new, strict=True)]
+    assert totals is not None
+    loss, norm = float(totals[0]), float(tf.linalg.global_norm(totals[1:]))
+    if np.isfinite(loss) and np.isfinite(norm):
+        _spread(model, _replica_apply, optimizer)(totals[1:])
+    return loss, norm
+
+
+def _spread(model: "TFOPTPreTrainedModel", program: Callable[..., Any], *fixed: Any) -> Any:
+    """A program that runs on every device of the present strategy, its results added up."""
+    strategy = tf.distribute.get_strategy()
+    key = (program, model.config.snapshot(), strategy, *fixed)
+    if key not in model.programs:
+
+        def run(*inputs: Any) -> Any:
+            return sharding.sum_replicas(
+                strategy.run(partial(program, model, *fixed), args=inputs) or []
+            )
+
+        model.programs[key] = tf.function(run, autograph=False)
+    return model.programs[key]
+
+
+def _replica_gradients(
+    model: "TFOPTPreTrainedModel", smoothing: float, inputs: dict[str, tf.Tensor], share: Any
+) -> list[tf.Tensor]:
+    """One device's part of the loss, and of each gradient."""
+    loss, gradients = _gradients(model, smoothing, inputs)
+    return [tf.convert_to_tensor(value) * share for value in (loss, *gradients)]
+
+
+def _replica_apply(
+    model: "TFOPTPreTrainedModel", optimizer: keras.optimizers.Optimizer, gradients: Any
+) -> None:
+    """Moves one device's copy of the weights; the optimizer adds up what devices give it."""
+    context: Any = tf.distribute.get_replica_context()
+    shares = [gradient / context.num_replicas_in_sync for gradient in gradients]
+    optimizer.apply(shares, model.trainable_variables)
 
 
 def _loss(model: "TFOPTPreTrainedModel", inputs: dict[str, tf.Tensor]) -> tf.Tensor:

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opt_core.compatibility.calls import scale_heads
@@ -23,11 +25,20 @@ class OPTAttention(nn.Module):
         self.implementation = implementation
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.dropout = config.attention_dropout
+        self.mesh: DeviceMesh | None = None
         D, bias = config.hidden_size, config.enable_bias
         self.k_proj = Linear(D, D, bias=bias)
         self.v_proj = Linear(D, D, bias=bias)
         self.q_proj = Linear(D, D, bias=bias)
         self.out_proj = Linear(D, D, bias=bias)
+
+    def split_heads(self, mesh: DeviceMesh) -> None:
+        """Computes a part of the heads only, the others being other processes'.
+
+        Args:
+            mesh: These processes; there are no more heads for one than for another.
+        """
+        self.mesh, self.num_heads = mesh, self.num_heads // mesh.size()
 
     def forward(
         self,
@@ -53,7 +64,7 @@ class OPTAttention(nn.Module):
         Returns:
             The mixed states (B, T, D), and the weights (B, H, T, S) or None.
         """
-        B, T, D = hidden_BTD.shape
+        B, T, _ = hidden_BTD.shape
         query, key, value = (
             states.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
             for states in fused_linear((self.q_proj, self.k_proj, self.v_proj), hidden_BTD)
@@ -68,9 +79,15 @@ class OPTAttention(nn.Module):
             mixed = flash(query, key, value, mask_BS, dropout)
         else:
             mixed = sdpa(query, key, value, bias_B1TS, dropout)
+        if self.mesh is not None and head_mask is not None:
+            head_mask = head_mask.tensor_split(self.mesh.size())[self.mesh.get_local_rank()]
         mixed, weights = scale_heads(mixed, weights, head_mask)
-        mixed = self.out_proj(mixed.transpose(1, 2).reshape(B, T, D))
-        return mixed, weights if output_attentions else None
+        mixed = self.out_proj(mixed.transpose(1, 2).reshape(B, T, -1))
+        if not output_attentions or weights is None:
+            return mixed, None
+        if self.mesh is not None:
+            weights = DTensor.from_local(weights, self.mesh, [Shard(1)]).full_tensor()
+        return mixed, weights
 
 
 def make_bias(

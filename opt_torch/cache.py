@@ -194,7 +194,12 @@ class KVCache(CacheMixin):
 
 
 def init_cache(
-    config: OPTConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
+    config: OPTConfig,
+    batch_size: int,
+    max_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    heads: int,
 ) -> KVCache:
     """An empty cache.
 
@@ -204,9 +209,10 @@ def init_cache(
         max_length: Slots S, for the prompt and everything after it.
         dtype: Type of the keys and values: the model's.
         device: Where the model is.
+        heads: Heads H that are computed here: on a mesh not all of them.
     """
     rules.check_cache_size(batch_size, max_length)
-    shape = (batch_size, config.num_attention_heads, max_length, config.head_dim)
+    shape = (batch_size, heads, max_length, config.head_dim)
     # Zeros, not empty: a masked slot is multiplied by a zero weight, and 0 * NaN is NaN.
     buffers = [
         torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * config.num_hidden_layers)

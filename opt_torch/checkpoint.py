@@ -9,20 +9,20 @@ import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.load import open_checkpoint
 from opt_core.checkpoints.save import INDEX_FILE
 from opt_core.compatibility.saving import SaveOptions
-from opt_core.dialects import TORCH
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
 from opt_core.json_files import read_json, write_json
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import QuantizedTensor, is_quantized
 from opt_core.training.lora import check_merged
-from opt_torch import attention, quantization
+from opt_torch import attention, distribution, quantization, sharding
 from opt_torch.quantization import QuantizedLinear, QuantizedWeight
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ M = TypeVar("M", bound="OPTPreTrainedModel")
 
 def initialize(model: "OPTPreTrainedModel", seed: int) -> None:
     """Gives every parameter its starting value, float32 on the CPU."""
+    if model.mesh is not None:
+        distribution.materialize(model, model.mesh, torch.get_default_dtype())
     for spec in param_specs(model.config, model.head):
         set_parameter(model, spec, torch.from_numpy(initial_value(spec, model.config, seed)))
     tie(model)
@@ -47,24 +49,35 @@ def from_pretrained(
     progress: Callable[[int, int], None] | None,
     config: Any,
     quantize: str | None,
+    mesh: DeviceMesh | None,
     **arguments: Any,
 ) -> Any:
     """Loads a checkpoint tensor by tensor; see `OPTPreTrainedModel.from_pretrained`."""
+    if quantize is not None and mesh is not None:
+        raise ConfigError(f"quantize: expected None with mesh, received {quantize!r}")
+    sharding.check_mesh(mesh)
     source = pretrained.open_pretrained(
         cls.head, path_or_hub_id, dtype, config, quantize, as_array=as_array, **arguments
     )
     wanted = getattr(torch, source.dtype)
-    target = check_device(source.device or device)
+    if mesh is None:
+        target = check_device(source.device or device)
+    else:
+        source.check_place("mesh=")
+        target = sharding.mesh_device(mesh)
     if attn_implementation == "flash_attention_2":
         attention.check_flash(target, wanted)
-    model = cls(source.config, seed=None, attn_implementation=attn_implementation)
+    model = cls(source.config, seed=None, attn_implementation=attn_implementation, mesh=mesh)
+    if mesh is not None:
+        distribution.materialize(model, mesh, wanted)
     for spec, values in source.stream(progress):
         if isinstance(values, QuantizedTensor):
             quantization.set_quantized(model, spec, values, wanted, target)
         else:
-            cast = cast_tensor(spec.name, as_tensor(values), wanted)
-            set_parameter(model, spec, cast.to(target))
-            del cast
+            own = values[distribution.own_part(spec, model)]
+            cast = cast_tensor(spec.name, as_tensor(own), wanted).to(target)
+            distribution.put_part(model, spec, cast)
+            del own, cast
         del values  # or the next tensor would be read while this one is still held
     tie(model)
     model.requires_grad_(source.quantize is None)
@@ -85,7 +98,11 @@ def check_device(device: str | torch.device) -> torch.device:
 
 
 def save_pretrained(model: "OPTPreTrainedModel", options: SaveOptions) -> None:
-    """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`."""
+    """Writes a canonical folder; see `OPTPreTrainedModel.save_pretrained`.
+
+    On a mesh the first process writes; the others take part in gathering, and wait until all is
+    there.
+    """
     check_merged(model.modules(), str(options.folder))
     dtype = str(model.dtype).removeprefix("torch.")
     if is_quantized(model):
@@ -94,10 +111,30 @@ def save_pretrained(model: "OPTPreTrainedModel", options: SaveOptions) -> None:
     config = model.config
     if model.head == "causal_lm" and config.tie_word_embeddings and not is_tied(model):
         config = config.replace(tie_word_embeddings=False)
-    fetch = options.values(lambda spec: as_array(get_parameter(model, spec)), as_array)
-    pretrained.save_pretrained(model, options, fetch, dtype, config)
-    if not options.is_safe:
-        _pickle(options.folder)
+    get = options.values(lambda spec: as_array(get_parameter(model, spec)), as_array)
+    left = param_specs(config, model.head)
+
+    def fetch(spec: ParamSpec) -> NDArray[Any]:
+        """A parameter; all processes must come here in the same order."""
+        assert left.pop(0) == spec
+        return get(spec)
+
+    def take_part() -> None:
+        while left:
+            fetch(left[0])
+
+    team = sharding.team_of(model.mesh)
+
+    def write() -> None:
+        try:
+            pretrained.save_pretrained(model, options, fetch, dtype, config)
+            if not options.is_safe:
+                _pickle(options.folder)
+        finally:
+            if team.count > 1:  # or the others would wait for it in vain
+                take_part()
+
+    team.together(write if team.is_first else take_part)
 
 
 def _pickle(folder: Path) -> None:
@@ -125,8 +162,8 @@ def _pickled_name(file: str) -> str:
 
 
 def locate(model: "OPTPreTrainedModel", spec: ParamSpec) -> Any:
-    """The tensor that holds a parameter."""
-    return getattr(*TORCH.owner(model, spec))
+    """The tensor that holds a parameter, on a mesh the part of this process."""
+    return distribution.sharded(model, spec)
 
 
 def get_parameter(model: "OPTPreTrainedModel", spec: ParamSpec) -> Tensor:
@@ -134,7 +171,8 @@ def get_parameter(model: "OPTPreTrainedModel", spec: ParamSpec) -> Tensor:
     weight = quantization.get_quantized(model, spec)
     if weight is not None:
         return weight.dequantize()
-    return locate(model, spec).detach()
+    part = distribution.local(locate(model, spec)).detach()
+    return part if model.mesh is None else distribution.gather(model, spec, part)
 
 
 def get_numbers(model: "OPTPreTrainedModel", spec: ParamSpec) -> NDArray[Any] | QuantizedTensor:
@@ -144,8 +182,8 @@ def get_numbers(model: "OPTPreTrainedModel", spec: ParamSpec) -> NDArray[Any] | 
 
 
 def set_parameter(model: "OPTPreTrainedModel", spec: ParamSpec, values: Tensor) -> None:
-    """Makes a tensor a parameter, without copying it."""
-    setattr(*TORCH.owner(model, spec), nn.Parameter(values))
+    """Makes a tensor a parameter, without copying it; on a mesh it is cut, and copied."""
+    distribution.put_part(model, spec, values[distribution.own_part(spec, model)])
 
 
 def tie(model: "OPTPreTrainedModel") -> None:

@@ -45,7 +45,7 @@ def stream(model: "OPTForCausalLM", request: Request) -> Iterator[Tensor]:
     """
     settings, copies, device = request.settings, request.settings.num_return_sequences, model.device
     prompt, new = request.ids.shape[1], request.new_tokens
-    generator = torch.Generator(device).manual_seed(request.seed)
+    generator = sampling.random_source(model, request.seed)(0)
     history, mask = (
         torch.as_tensor(x, device=device) for x in allocate_tokens(request, prompt + new, copies)
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from opt_core import inputs as rules
 from opt_core.config import OPTConfig
 from opt_core.generation.request import Ids, Mask
-from opt_torch import _private
+from opt_torch import _private, distribution
 from opt_torch.cache import KVCache
 
 
@@ -17,6 +17,7 @@ def check_inputs(
     config: OPTConfig,
     device: torch.device,
     dtype: torch.dtype,
+    heads: int,
     input_ids: Any,
     attention_mask: Any,
     position_ids: Any,
@@ -29,6 +30,7 @@ def check_inputs(
         config: The model's configuration.
         device: Where the model is.
         dtype: Type of its weights.
+        heads: Heads that this process computes.
         input_ids: (B, T) ids, or None.
         attention_mask: (B, T) or (B, past + T), or None.
         position_ids: (B, T), or None.
@@ -50,28 +52,32 @@ def check_inputs(
     given = ids, mask, positions, embeds
     B, T = rules.check_inputs(config, *given, cache, check_range)
     if cache is not None:
-        check_cache(config, dtype, cache, B, T)
+        check_cache(config, dtype, heads, cache, B, T)
         cache = cache.with_room(T)
     return ids, None if mask is None else mask.bool(), positions, embeds, cache
 
 
 def check_prompts(model: Any, input_ids: Any, attention_mask: Any) -> tuple[Ids, Mask | None]:
     """Checks prompts, (B, T); the ids and their mask, or None, in NumPy."""
-    ids, mask, *_ = check_inputs(
-        model.config, model.device, model.dtype, input_ids, attention_mask, None, None, None
-    )
+    ids, mask, *_ = model._check_inputs(input_ids, attention_mask, None, None, None)
     assert ids is not None
     return ids.int().cpu().numpy(), None if mask is None else mask.cpu().numpy()
 
 
 def check_cache(
-    config: OPTConfig, dtype: torch.dtype, cache: KVCache, rows: int | None, count: int | None
+    config: OPTConfig,
+    dtype: torch.dtype,
+    heads: int,
+    cache: KVCache,
+    rows: int | None,
+    count: int | None,
 ) -> None:
     """Refuses a cache that another model made, that was continued already, or that is too small.
 
     Args:
         config: The model's configuration.
         dtype: Type of its weights.
+        heads: Heads that this process computes.
         cache: The cache.
         rows: Rows B of the input.
         count: New tokens T.
@@ -79,7 +85,9 @@ def check_cache(
     place = cache.keys[0].device.type if cache.keys else ""
     if cache.grows and place and torch.is_autocast_enabled(place):
         dtype = torch.get_autocast_dtype(place)  # it was made of what the layers computed
-    rules.check_cache(config, _name(dtype), cache, lambda keys: _name(keys.dtype), rows, count)
+    rules.check_cache(
+        config, _name(dtype), cache, lambda keys: _name(keys.dtype), rows, count, heads
+    )
     cache.check_intact(count or 0)
 
 
@@ -93,7 +101,8 @@ def check_prefix(model: Any, cache: Any, ids_BT: Ids, mask_BT: Mask | None) -> N
         mask_BT: bool, False at padding; None if nothing is padded.
     """
     rules.check_is_cache(cache, KVCache)
-    check_cache(model.config, model.dtype, cache, cache.keys[0].shape[0], 0)
+    heads = distribution.local_heads(model, model.mesh)
+    check_cache(model.config, model.dtype, heads, cache, cache.keys[0].shape[0], 0)
     seen = cache.mask
     rules.check_prefix(cache, None if seen is None else seen.cpu().numpy(), ids_BT, mask_BT)
 

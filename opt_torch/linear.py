@@ -249,12 +249,13 @@ def _is_plain(input: Tensor, weight: Tensor) -> bool:
         and is_eager(input)
         and input.dtype == weight.dtype
         and input.device == weight.device
-        and type(weight) in (Tensor, nn.Parameter)
         and _is_cpu_type(weight)
     )
 
 
 def _is_cpu_type(weight: Tensor) -> bool:
+    if type(weight) not in (Tensor, nn.Parameter):  # such as a part of one, on a mesh
+        return False
     if weight.device.type != "cpu" or weight.layout != torch.strided:
         return False
     return weight.dtype in (torch.float32, torch.bfloat16)

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from opt_core.dialects import TORCH
 from opt_core.params import ParamSpec
 from opt_core.training import lora as files
 from opt_core.training.lora import Adapter
+from opt_torch import distribution, sharding
 from opt_torch.checkpoint import as_array, as_tensor, get_parameter, locate, set_parameter, tie
 from opt_torch.linear import Linear
 
@@ -29,13 +31,17 @@ class LoraLinear(Linear):
     def __init__(self, base: Linear, adapter: Adapter):
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
-            low, wide = adapter.rank, torch.float32
-            self.lora_A = Linear(base.in_features, low, bias=False, dtype=wide)
-            self.lora_B = Linear(low, base.out_features, bias=False, dtype=wide)
         self.weight, self.bias = base.weight, base.bias
+        self._take(adapter, base.training)
+
+    def _take(self, adapter: Adapter, trains: bool) -> None:
+        with torch.device("meta"):
+            low, wide = adapter.rank, torch.float32
+            self.lora_A = Linear(self.in_features, low, bias=False, dtype=wide)
+            self.lora_B = Linear(low, self.out_features, bias=False, dtype=wide)
         self.adapter = adapter
         self.unmerged: Tensor | None = None
-        self.train(base.training)
+        self.train(trains)
 
     @property
     def adapts(self) -> bool:
@@ -70,13 +76,18 @@ def apply(
     Raises:
         ConfigError: A value that cannot be, or the model has adapters already.
     """
+    distribution.settle(model)
     return files.apply(model, Adapter(rank, alpha, tuple(targets)), seed, _HANDS)
 
 
 def merge(model: "OPTPreTrainedModel") -> None:
     """Adds the adapters to the weights: the model is as fast as before, and can be saved."""
     for layer in adapters(model):
-        if layer.adapts:
+        if layer.adapts and model.mesh is not None:
+            layer.unmerged = distribution.add_product(
+                model, layer, layer.lora_B.weight, layer.lora_A.weight, layer.adapter.scale
+            )
+        elif layer.adapts:
             plain = layer.weight.detach()
             with torch.no_grad():
                 product = layer.lora_B.weight @ layer.lora_A.weight * layer.adapter.scale
@@ -88,7 +99,11 @@ def unmerge(model: "OPTPreTrainedModel") -> None:
     """Gives the weights back as they were before `merge`, bit for bit."""
     for layer in adapters(model):
         if layer.unmerged is not None:
-            layer.weight.data = layer.unmerged
+            if model.mesh is None:
+                layer.weight.data = layer.unmerged
+            else:
+                distribution.settle(model)
+                distribution.local(layer.weight.data).copy_(layer.unmerged)
             layer.unmerged = None
 
 
@@ -98,6 +113,7 @@ def unload(model: "OPTPreTrainedModel") -> None:
     Args:
         model: With adapters or without.
     """
+    distribution.settle(model)
     files.unload(model, _HANDS)
 
 
@@ -112,7 +128,15 @@ def save_adapter(model: "OPTPreTrainedModel", folder: str | PathLike[str], base:
     Raises:
         ConfigError: The model has no adapters.
     """
-    files.save_model_adapter(model, folder, base, _HANDS)
+    team = sharding.team_of(model.mesh)
+    if team.count == 1:
+        files.save_model_adapter(model, folder, base, _HANDS)
+        return
+    held = {spec.name: _fetch(model, spec) for spec in files.saved_specs(model, _HANDS)}
+    hands = _HANDS._replace(fetch=lambda model, spec: held[spec.name])
+    team.together(
+        lambda: files.save_model_adapter(model, folder, base, hands) if team.is_first else None
+    )
 
 
 def load_adapter(model: "OPTPreTrainedModel", folder: str | PathLike[str]) -> None:
@@ -130,6 +154,7 @@ def load_adapter(model: "OPTPreTrainedModel", folder: str | PathLike[str]) -> No
         CheckpointError: The files are damaged or do not fit the model.
         ConfigError: The model has adapters already.
     """
+    distribution.settle(model)
     files.load_adapter(model, folder, _HANDS)
 
 
@@ -157,10 +182,25 @@ def _fit(model: "OPTPreTrainedModel") -> None:
         head.out_features = model.config.vocab_size
 
 
+def _adapted(base: Linear, adapter: Adapter) -> LoraLinear:
+    """A layer with an adapter; on a mesh the very same one, which PyTorch's hooks are on."""
+    if not isinstance(base.weight, DTensor):
+        return LoraLinear(base, adapter)
+    layer: Any = base
+    layer.__class__ = LoraLinear
+    layer._take(adapter, base.training)
+    return layer
+
+
 def _bare(layer: LoraLinear) -> Linear:
+    if isinstance(layer.weight, DTensor):
+        plain: Any = layer
+        del plain.lora_A, plain.lora_B, plain.adapter, plain.unmerged
+        plain.__class__ = Linear
+        return plain
     with torch.device("meta"):
         plain = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     return plain.train(layer.training)
 
 
-_HANDS = files.Hands(TORCH, Linear, LoraLinear, _fetch, _put, _fit, _bare, setattr)
+_HANDS = files.Hands(TORCH, Linear, _adapted, _fetch, _put, _fit, _bare, setattr)

@@ -6,6 +6,7 @@ from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from opt_core.compatibility.calls import CallOptions
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
@@ -15,11 +16,13 @@ from opt_torch import (
     attention,
     beam,
     checkpoint,
+    distribution,
     generation,
     inputs,
     losses,
     prefill,
     sampling,
+    sharding,
     speculative,
 )
 from opt_torch.cache import KVCache, init_cache
@@ -40,25 +43,36 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
     )  # fmt: skip
 
-    def __init__(self, config: Any, seed: int | None = 0, attn_implementation: str | None = None):
+    def __init__(
+        self,
+        config: Any,
+        seed: int | None = 0,
+        attn_implementation: str | None = None,
+        mesh: DeviceMesh | None = None,
+    ):
         """Makes a freshly initialised model, in evaluation mode (`model.train()` turns dropout on).
 
         Args:
             config: The model's `OPTConfig`, or one of `transformers`.
             seed: Seed of the weights; None leaves them on the meta device, for a loader to fill.
             attn_implementation: "sdpa", "eager" or "flash_attention_2".
+            mesh: Processes to spread the weights over (`opt_torch.sharding`); None: this one has
+                them all.
 
         Raises:
-            ConfigError: No such attention implementation.
+            ConfigError: No such attention implementation, or a mesh that cannot be used.
         """
         super().__init__()
         self._configure(config, attn_implementation)
+        sharding.check_mesh(mesh)
+        self.mesh = mesh
         is_meant_empty = torch.get_default_device().type == "meta"
         with torch.device("meta"):
             self._make_layers()
         if seed is not None and not is_meant_empty:
             checkpoint.initialize(self, seed)
-            self.to(torch.get_default_dtype())
+            if mesh is None:
+                self.to(torch.get_default_dtype())
         self.register_state_dict_post_hook(serve_trainer)
         self.eval()
 
@@ -90,7 +104,8 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` rows of at most `max_length` tokens."""
-        return init_cache(self.config, batch_size, max_length, self.dtype, self.device)
+        heads = distribution.local_heads(self, self.mesh)
+        return init_cache(self.config, batch_size, max_length, self.dtype, self.device, heads)
 
     @classmethod
     def from_pretrained(
@@ -102,6 +117,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         progress: Callable[[int, int], None] | None = None,
         config: Any = None,
         quantize: str | None = None,
+        mesh: DeviceMesh | None = None,
         **arguments: Any,
     ) -> Self:
         """Loads a checkpoint.
@@ -115,7 +131,10 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
             attn_implementation: "sdpa", "eager" or "flash_attention_2".
             progress: Called with (bytes loaded, bytes in all) after each tensor.
             config: Replaces the checkpoint's config.json: a configuration, or where one is.
-            quantize: "int8" or "int4": keep the weights so (`opt_core.quantization`), only to run.
+            quantize: "int8" or "int4": keep the weights so (`opt_core.quantization`), only to run,
+                in one process.
+            mesh: Processes to spread the weights over, as `opt_torch.sharding` says: each reads its
+                part of the file onto its own device, none holds the whole. None: no others.
             **arguments: `revision`, `token`, `local_files_only` and so on, as in
                 `opt_core.hub.resolve`; `adapter`, a PEFT adapter to merge; fields of the
                 configuration, such as `num_labels`; and what else `transformers` takes
@@ -127,7 +146,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         """
         return checkpoint.from_pretrained(
             cls, path_or_hub_id, dtype, device, attn_implementation, progress, config, quantize,
-            **arguments,
+            mesh, **arguments,
         )  # fmt: skip
 
     def _adopt(self, past: Any, starts: bool) -> Any:
@@ -143,7 +162,11 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         return inputs.as_tensor(name, values, self.device).to(self.dtype)
 
     def _check_inputs(self, *values: Any) -> Any:
-        return inputs.check_inputs(self.config, self.device, self.dtype, *values)
+        heads = distribution.local_heads(self, self.mesh)
+        return inputs.check_inputs(self.config, self.device, self.dtype, heads, *values)
+
+    def _gather_rest(self) -> None:
+        """Nothing by itself; FSDP gathers the weights of no layer before it does that."""
 
 
 class OPTModel(OPTPreTrainedModel):

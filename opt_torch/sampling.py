@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opt_core.generation.request import Request
 from opt_core.generation.rules import BANNED, TOP_H_TOKENS, Rules, make_rules
+from opt_torch import sharding
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -30,8 +31,8 @@ def request_rules(model: "OPTForCausalLM", request: Request) -> Rules:
 
 
 def random_source(model: "OPTForCausalLM", seed: int) -> Callable[[int], torch.Generator]:
-    """The source that the token of each number is drawn from."""
-    generator = torch.Generator(model.device).manual_seed(seed)
+    """The source that the token of each number is drawn from, alike on all processes of a mesh."""
+    generator = torch.Generator(model.device).manual_seed(sharding.agree(seed, model.mesh))
     return lambda made: generator
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def token_scores(
     model: "OPTForCausalLM", input_ids: Any, attention_mask: Any = None
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -52,7 +52,7 @@ def token_log_likelihoods(
     return token_scores(model, input_ids, attention_mask)[0]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def class_logits(
     model: "OPTForSequenceClassification", input_ids: Any, attention_mask: Any = None
 ) -> NDArray[np.float32]:
@@ -61,7 +61,7 @@ def class_logits(
     return logits.float().cpu().numpy()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def span_logits(
     model: "OPTForQuestionAnswering", input_ids: Any, attention_mask: Any = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -40,7 +40,7 @@ def stream(model: "OPTForCausalLM", request: Request) -> Iterator[Tensor]:
         where drafts were right.
     """
     new, device = request.new_tokens, model.device
-    reader = partial(_Reader, generator=torch.Generator(device).manual_seed(request.seed))
+    reader = partial(_Reader, generator=sampling.random_source(model, request.seed)(0))
     with packed(model, new), packed(request.assistant or model, new):
         for column in speculate(model, request, reader):
             yield torch.as_tensor(column, device=device).long()

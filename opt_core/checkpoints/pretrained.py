@@ -280,7 +280,7 @@ def save_quantized(
 
 def _architecture(model: Model) -> str:
     """The class' name in `transformers`."""
-    return re.sub("^(TF|Flax)", "", type(model).__name__)
+    return re.sub("^(TF|Flax|FSDP)", "", type(model).__name__)
 
 
 def _home(path: Path) -> Path:

@@ -22,6 +22,7 @@ from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, InputError, TrainingError
 from opt_core.model_card import FILE as CARD
 from opt_core.params import Head, ParamSpec
+from opt_core.team import Team
 from opt_core.training.config import TrainConfig
 from opt_core.training.microbatches import as_batch
 from opt_core.training.run_card import write_run_card
@@ -52,18 +53,33 @@ class Trainer(Protocol):
         """The values in which a checkpoint must agree with the model."""
         ...
 
+    @property
+    def team(self) -> Team:
+        """The processes that train the model together."""
+        ...
+
+    @property
+    def row_parts(self) -> tuple[int, int]:
+        """Which part of a batch's rows this process computes, from 0, and how many there are."""
+        ...
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether tensors are spread over devices: checkpoints are written in parts then."""
+        ...
+
     updates: int
     """Optimizer steps taken."""
 
     def step(self, batch: Any, step: int) -> tuple[float, float]:
-        """Takes one step and returns the loss and the gradient's norm.
+        """Takes one step on this process' rows; returns the loss and the gradient's norm.
 
         If one of them is not finite, nothing has changed.
         """
         ...
 
     def evaluate(self, batches: Iterable[Any]) -> float:
-        """The mean loss over batches, without dropout."""
+        """The mean loss over whole batches, without dropout."""
         ...
 
     def get(self, slot: Slot, spec: ParamSpec) -> NDArray[Any]:
@@ -72,6 +88,14 @@ class Trainer(Protocol):
 
     def put(self, slot: Slot, spec: ParamSpec, values: NDArray[Any]) -> None:
         """Replaces them."""
+        ...
+
+    def save_parts(self, folder: Path) -> None:
+        """Writes the tensors of a checkpoint, every process the parts that it has."""
+        ...
+
+    def load_parts(self, folder: Path) -> None:
+        """Reads them back, on any mesh or none."""
         ...
 
     def export(self, folder: Path) -> None:
@@ -152,8 +176,9 @@ def run(
     """
     if config.eval_every and validation is None:
         raise InputError("eval_every: expected batches to validate on, received none")
-    settings = {**(about or {}), "config": asdict(config)}
-    with open_run(folder, settings, resume) as home:
+    settings, team = {**(about or {}), "config": asdict(config)}, trainer.team
+    team.check_same("settings", settings)
+    with open_run(folder, settings, resume, team) as home:
         state = _Run(trainer, batches, config, home, validation, watch or (lambda record: None))
         loss = state.train()
         return _finish(trainer, config, home, state.state, loss, about or {})
@@ -174,7 +199,7 @@ class _Run:
         self.trainer, self.batches, self.config, self.home = trainer, batches, config, home
         self.validation, self.watch = validation, watch
         self.state = RunState(0, 0, batches.state(), trainer.identity)
-        steps = home.steps()
+        steps = home.team.first(home.steps)
         if steps:
             self.state = restore(trainer, home, steps[-1])
             batches.restore(self.state.batches)
@@ -183,7 +208,7 @@ class _Run:
     def train(self) -> float | None:
         """Takes the steps that are left and returns the last one's loss."""
         config, state, loss = self.config, self.state, None
-        saved = state.step if self.home.steps() else None
+        saved = state.step if self.home.team.first(self.home.steps) else None
         while state.step < config.max_steps and state.stopped is None:
             loss = self._step()
             is_last = state.step == config.max_steps
@@ -210,13 +235,13 @@ class _Run:
         state.step += 1
         state.skipped_in_row = 0 if finite else state.skipped_in_row + 1
         state.skipped += not finite
-        ids: Any = as_batch(batch)["input_ids"]
+        tokens = int(np.size(as_batch(batch)["input_ids"])) * self.trainer.row_parts[1]
         record: dict[str, Any] = {
             "step": state.step,
             "loss": loss if finite else None,
             "learning_rate": self.config.learning_rate_at(step),
             "grad_norm": norm if finite else None,
-            "tokens_per_s": round(int(np.size(ids)) / max(time.monotonic() - start, 1e-9), 1),
+            "tokens_per_s": round(tokens / max(time.monotonic() - start, 1e-9), 1),
         }
         self._log(record if finite else record | {"skipped": True})
         if state.skipped_in_row > self.config.max_skipped_steps:
@@ -244,11 +269,14 @@ class _Run:
     def _save(self) -> None:
         self.state.updates = self.trainer.updates
         self.state.batches = self.batches.state()
-        self.home.save(self.state, pending(self.trainer), self.config.keep_checkpoints)
+        trainer = self.trainer
+        tensors = trainer.save_parts if trainer.is_spread else pending(trainer)
+        self.home.save(self.state, tensors, self.config.keep_checkpoints)
 
     def _log(self, record: dict[str, Any]) -> None:
         self.home.log(record)
-        self.watch(record)
+        if self.home.team.is_first:
+            self.watch(record)
 
 
 def identity(config: OPTConfig, head: Head) -> dict[str, Any]:
@@ -279,7 +307,7 @@ def restore(trainer: Trainer, home: RunFolder, step: int) -> RunState:
     Raises:
         CheckpointError: It is damaged, or of another model.
     """
-    state, stored = home.load(step)
+    state, stored = home.team.together(lambda: home.load(step))
     where = f"{home.path}: the checkpoint of step {step}"
     ours = trainer.identity
     if differences := [
@@ -288,6 +316,10 @@ def restore(trainer: Trainer, home: RunFolder, step: int) -> RunState:
         if ours.get(k) != state.model.get(k)
     ]:
         raise CheckpointError(f"{where} is of another model: {'; '.join(differences)}")
+    if isinstance(stored, Path):
+        home.team.together(lambda: trainer.load_parts(stored))
+        trainer.updates = state.updates
+        return state
     shapes = {f"{slot}/{spec.name}": spec.shape for spec in trainer.specs for slot in SLOTS}
     if shapes != {name: tensor.shape for name, tensor in stored.items()}:
         odd = sorted(shapes.keys() ^ stored.keys())
@@ -299,6 +331,24 @@ def restore(trainer: Trainer, home: RunFolder, step: int) -> RunState:
     return state
 
 
+def check_parts(
+    folder: Path, found: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuses the parts of a checkpoint that are not of the tensors to be restored.
+
+    Args:
+        folder: Where they lie.
+        found: Name -> shape there.
+        own: Name -> shape of what is to be restored.
+
+    Raises:
+        CheckpointError: Names or shapes differ.
+    """
+    if odd := sorted(k for k in found.keys() | own.keys() if found.get(k) != own.get(k)):
+        listed = "; ".join(f"{k}: expected {own.get(k)}, found {found.get(k)}" for k in odd[:4])
+        raise CheckpointError(f"{folder} has other parameters: {listed}")
+
+
 def _finish(
     trainer: Trainer, config: TrainConfig, home: RunFolder, state: RunState, loss: float | None,
     about: Mapping[str, Any],
@@ -308,11 +358,12 @@ def _finish(
         restore(trainer, home, state.best_step)
     model = home.path / MODEL_FOLDER
     trainer.export(model)
-    if loss is not None or not (model / CARD).exists():  # or what was put into it since stays
-        write_run_card(home.path, config, about, trainer.identity, state)
+    is_first = home.team.is_first
+    if is_first and (loss is not None or not (model / CARD).exists()):  # or what was put into it
+        write_run_card(home.path, config, about, trainer.identity, state)  # since stays
     if config.lora_rank:
         adapter = home.path / ADAPTER_FOLDER
-        if adapter.exists():  # of fewer steps
+        if is_first and adapter.exists():  # of fewer steps
             shutil.rmtree(adapter)
         trainer.export_adapter(adapter, str(about.get("model", "")))
     return RunResult(

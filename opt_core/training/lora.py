@@ -219,6 +219,20 @@ def save_model_adapter(model: Any, folder: str | PathLike[str], base: str, hands
     save_adapter(folder, model.config, model.head, adapter, partial(hands.fetch, model), base)
 
 
+def saved_specs(model: Any, hands: Hands) -> list[ParamSpec]:
+    """The parameters that `save_model_adapter` asks for, in their order.
+
+    Args:
+        model: A backend's model.
+        hands: The backend's.
+
+    Raises:
+        ConfigError: As there.
+    """
+    adapter = _adapter_of([layer for _, _, layer in _adapted(model, hands)])
+    return _trained(model.config, model.head, adapter)
+
+
 def save_adapter(
     folder: str | PathLike[str],
     config: OPTConfig,

@@ -40,30 +40,36 @@ def count_labels(batch: Batch, is_language_model: bool) -> int:
     return int((kept != IGNORE_INDEX).sum())
 
 
-def split_batch(batch: Batch, count: int, is_language_model: bool) -> Iterator[tuple[Batch, float]]:
+def split_batch(
+    batch: Batch, count: int, is_language_model: bool, total: int | None = None
+) -> Iterator[tuple[Batch, float]]:
     """Cuts a batch by rows, each part with its share of the whole batch's mean loss.
 
     Args:
         batch: From `as_batch`.
         count: Number of parts.
         is_language_model: As in `count_labels`.
+        total: Predictions of the whole batch, where other processes have other rows of it: they
+            wait for one another, so a part that predicts nothing is not left out.
 
     Raises:
         InputError: The rows do not divide, or no label has a say.
     """
-    if count == 1:
+    if count == 1 and total is None:
         yield batch, 1.0
         return
     rows = len(batch["input_ids"])
     if rows % count:
         raise InputError(f"batch: {rows} rows cannot be computed in {count} equal parts")
-    total = count_labels(batch, is_language_model)
+    is_alone = total is None
+    total = count_labels(batch, is_language_model) if is_alone else total
     if not total:
         raise InputError(f"batch: expected labels that are not {IGNORE_INDEX}, received none")
     size = rows // count
     for start in range(0, rows, size):
         part = {name: values[start : start + size] for name, values in batch.items()}
-        if labels := count_labels(part, is_language_model):
+        labels = count_labels(part, is_language_model)
+        if labels or not is_alone:
             yield part, labels / total
 
 

@@ -2,11 +2,13 @@
 
     run.json                settings, and what is trained on what
     metrics.jsonl           one JSON object per step and per validation
-    checkpoints/step-N/     state.safetensors (weights and optimizer), state.json (all the rest)
+    checkpoints/step-N/     state.safetensors (weights and optimizer), or parts/, a file or more of
+                            each process; state.json (all the rest)
     model/, adapter/        what the run is for, in Hugging Face's and PEFT's layout
 
 A checkpoint appears whole or not at all, and an older one goes only after a newer one has come.
-Names and shapes in it are those of `ParamSpec`, whatever framework wrote it.
+Names and shapes in it are those of `ParamSpec`, whatever framework wrote it. Several processes
+share one folder: the first one writes, but for the parts of a checkpoint, which are everyone's.
 """
 
 import contextlib
@@ -14,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,11 +30,12 @@ from opt_core.checkpoints.safetensors_format import (
 from opt_core.checkpoints.tensors import StoredTensor
 from opt_core.errors import CheckpointError, OPTError, TrainingError
 from opt_core.json_files import read_json, write_json
+from opt_core.team import Team
 
 RUN_FILE, METRICS_FILE, MODEL_FOLDER, ADAPTER_FOLDER = (
     "run.json", "metrics.jsonl", "model", "adapter",
 )  # fmt: skip
-_STATE, _TENSORS = "state.json", "state.safetensors"
+_STATE, _TENSORS, _PARTS = "state.json", "state.safetensors", "parts"
 _STEP = re.compile(r"step-(\d{8})")
 _STEPS = "config.max_steps"
 
@@ -71,10 +74,11 @@ class RunFolder:
 
     Attributes:
         path: The folder.
+        team: The processes that share it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, team: Team | None = None) -> None:
+        self.path, self.team = path, team or Team()
         self._metrics: TextIO | None = None
 
     def steps(self) -> list[int]:
@@ -83,34 +87,44 @@ class RunFolder:
         names = [path.name for path in home.iterdir()] if home.is_dir() else []
         return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
 
-    def save(self, state: RunState, tensors: Sequence[PendingTensor], keep: int) -> None:
+    def save(
+        self,
+        state: RunState,
+        tensors: Sequence[PendingTensor] | Callable[[Path], None],
+        keep: int,
+    ) -> None:
         """Writes a checkpoint, then removes those not to be kept.
 
         Args:
             state: Where the run is.
-            tensors: Weights and optimizer.
+            tensors: Weights and optimizer; or a function that writes this process' parts of them
+                into a folder.
             keep: Newest checkpoints to keep, besides the best one.
 
         Raises:
             CheckpointError: The disk refuses; earlier checkpoints are still there.
         """
-        folder = self._checkpoint(state.step)
+        folder, team = self._checkpoint(state.step), self.team
         try:
             self._flush_metrics()
-            with new_folder(folder) as stage:
-                write_safetensors(stage / _TENSORS, tensors)
-                write_json(stage / _STATE, asdict(state))
+            with contextlib.ExitStack() as stack:
+                stage = team.first(lambda: stack.enter_context(new_folder(folder)))
+                team.together(lambda: _write(stage, state, tensors, team.is_first))
+                team.together(stack.close)  # the folder takes its place
         except (OPTError, OSError) as error:
             steps = self.steps()
             left = f"the last good one is of step {steps[-1]}" if steps else "there is none yet"
             raise CheckpointError(f"checkpoint not written: {error}; {left}") from None
         kept = {*self.steps()[-keep:], state.best_step}
-        for step in self.steps():
+        for step in self.steps() if team.is_first else ():
             if step not in kept:
                 shutil.rmtree(self._checkpoint(step), ignore_errors=True)
 
-    def load(self, step: int) -> tuple[RunState, dict[str, StoredTensor]]:
+    def load(self, step: int) -> tuple[RunState, dict[str, StoredTensor] | Path]:
         """Reads a checkpoint.
+
+        Returns:
+            Where the run was, and the tensors; or the folder of their parts.
 
         Raises:
             CheckpointError: It is damaged.
@@ -118,7 +132,10 @@ class RunFolder:
         folder = self._checkpoint(step)
         try:
             values = read_json(folder / _STATE, CheckpointError)
-            return RunState(**values), read_safetensors(folder / _TENSORS)
+            is_whole = not (folder / _PARTS).is_dir()
+            return RunState(**values), (
+                read_safetensors(folder / _TENSORS) if is_whole else folder / _PARTS
+            )
         except (CheckpointError, OSError, TypeError) as error:
             raise CheckpointError(
                 f"{folder}: damaged checkpoint ({error}); remove it to go on from an earlier one"
@@ -130,6 +147,8 @@ class RunFolder:
         Raises:
             TrainingError: The disk refuses.
         """
+        if not self.team.is_first:
+            return
         try:
             if self._metrics is None:
                 self._metrics = (self.path / METRICS_FILE).open("a", encoding="utf-8")
@@ -140,6 +159,8 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Removes metrics of steps after `step`: they are going to be done again."""
+        if not self.team.is_first:
+            return
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
         part = self.path / f".{METRICS_FILE}.tmp"
         try:
@@ -167,19 +188,35 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def open_run(path: Path, settings: Mapping[str, Any], resume: bool) -> Generator[RunFolder]:
-    """Makes the folder of a run, or finds it again; only one process at a time has it.
+def open_run(
+    path: Path, settings: Mapping[str, Any], resume: bool, team: Team | None = None
+) -> Generator[RunFolder]:
+    """Makes the folder of a run, or finds it again; only one run at a time has it.
 
     Args:
         path: The folder.
         settings: What the run is: what it was started with must be equal, `config.max_steps`
             aside.
         resume: Whether the run may be there already.
+        team: The processes of the run; None: this one.
 
     Raises:
         TrainingError: It is there and `resume` is not asked for, it was started with other
             settings, another process has it, or the disk refuses.
     """
+    team = team or Team()
+    with contextlib.ExitStack() as stack:
+        folder = RunFolder(path, team)
+        team.together(
+            lambda: stack.enter_context(_held(folder, settings, resume)) if team.is_first else None
+        )
+        yield folder
+
+
+@contextlib.contextmanager
+def _held(folder: RunFolder, settings: Mapping[str, Any], resume: bool) -> Generator[None]:
+    """The first process' part in `open_run`."""
+    path = folder.path
     wanted: dict[str, Any] = json.loads(json.dumps(settings))
     about = path / RUN_FILE
     try:
@@ -190,9 +227,8 @@ def open_run(path: Path, settings: Mapping[str, Any], resume: bool) -> Generator
             if about.exists():
                 _check_settings(path, read_json(about, TrainingError), wanted)
             write_json(about, wanted)  # the number of steps may have changed
-            folder = RunFolder(path)
             try:
-                yield folder
+                yield
             except BaseException:
                 if not has_begun(path):  # or the settings at fault would have to stay
                     about.unlink(missing_ok=True)
@@ -229,6 +265,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise TrainingError(f"{path / METRICS_FILE}: line {number} is damaged") from None
         records.append(record)
     return records
+
+
+def _write(
+    stage: Path,
+    state: RunState,
+    tensors: Sequence[PendingTensor] | Callable[[Path], None],
+    is_first: bool,
+) -> None:
+    """Writes what is this process' to write of a checkpoint."""
+    if callable(tensors):
+        tensors(stage / _PARTS)
+    elif is_first:
+        write_safetensors(stage / _TENSORS, tensors)
+    if is_first:
+        write_json(stage / _STATE, asdict(state))
 
 
 def _is_new(path: Path) -> bool:

@@ -36,6 +36,7 @@ def batch_loss(
     losses: Any,
     get_head: Callable[[Any], Any],
     label_smoothing: float = 0.0,
+    items: float | None = None,
     **options: Any,
 ) -> Any:
     """The mean loss of one batch.
@@ -47,13 +48,15 @@ def batch_loss(
         get_head: Gives the weight (V, P) of a language model's head; None where the logits must be
             the model's own.
         label_smoothing: Share of the likelihood that is asked for everywhere.
+        items: Of a language model without `get_head`'s weight: what the sum over the tokens is
+            divided by; None: their number.
         **options: More inputs of the model.
     """
     inputs = batch | options | {"use_cache": False}
     if model.head == "causal_lm":
         labels, head = inputs.pop("labels"), None if is_quantized(model) else get_head(model)
         if head is None:
-            return losses.causal_lm(model(**inputs).logits, labels, label_smoothing)
+            return losses.causal_lm(model(**inputs).logits, labels, label_smoothing, items)
         hidden = model.model(**inputs).last_hidden_state
         return losses.chunked_causal_lm(hidden, head, labels, label_smoothing)
     if model.head == "sequence_classification":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from opt_core.config import OPTConfig
+from opt_core.team import Team
 from opt_core.training.config import TrainConfig
 from opt_core.training.loop import identity
 
@@ -29,6 +30,21 @@ class BaseTrainer:
         self.specs = config.trained_specs(model.config, model.head)
         self.identity = identity(model.config, model.head)
 
+    @property
+    def team(self) -> Team:
+        """The processes that train the model together."""
+        return Team()
+
+    @property
+    def row_parts(self) -> tuple[int, int]:
+        """Which part of a batch's rows this process computes, from 0, and how many there are."""
+        return 0, 1
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether tensors are spread over devices."""
+        return False
+
     @classmethod
     def make(
         cls,
@@ -38,6 +54,7 @@ class BaseTrainer:
         model_config: OPTConfig,
         from_scratch: bool = False,
         device: str | None = None,
+        mesh: Any = None,
     ) -> Self:
         """Loads a model, or makes one, and gets it ready for training.
 
@@ -48,9 +65,10 @@ class BaseTrainer:
             model_config: The model's configuration; `config` may change its dropout.
             from_scratch: Start from random weights, not from the model's.
             device: Such as "cuda", where the framework asks where to; None: its own choice.
+            mesh: Devices to spread the model over (`opt_*.sharding`); None: it stays whole.
         """
         model_config = config.model_config(model_config)
-        options = cls.model_options(config, from_scratch, device)
+        options = cls.model_options(config, from_scratch, device, mesh)
         if not from_scratch:
             model = model_class.from_pretrained(name, config=model_config, **options)
         else:
@@ -60,7 +78,7 @@ class BaseTrainer:
 
     @classmethod
     def model_options(
-        cls, config: TrainConfig, from_scratch: bool, device: str | None
+        cls, config: TrainConfig, from_scratch: bool, device: str | None, mesh: Any
     ) -> dict[str, Any]:
         """Further options that the framework loads or makes a model with: none here.
 
@@ -68,9 +86,10 @@ class BaseTrainer:
             config: How to train.
             from_scratch: Whether it is made.
             device: None, where the framework places its tensors itself.
+            mesh: As in `make`.
         """
         assert device is None
-        return {}
+        return {} if mesh is None else {"mesh": mesh}
 
     def step(self, batch: Any, step: int) -> tuple[float, float]:
         """Takes one step (`train_step`) with dropout."""

@@ -20,6 +20,7 @@ from flax import nnx  # noqa: E402
 from jax.sharding import AxisType, PartitionSpec  # noqa: E402
 
 import opt_flax  # noqa: E402
+from opt_core import mesh as rules  # noqa: E402
 from opt_core.errors import ConfigError  # noqa: E402
 from opt_core.generation.mixin import make_request  # noqa: E402
 from opt_core.params import param_specs  # noqa: E402
@@ -338,7 +339,7 @@ def test_meshes_that_cannot_be_used():
     with pytest.raises(
         ConfigError, match=r"of type Auto .* received data, fsdp, model of type A.*Explicit"
     ):
-        model(CONFIG, mesh=jax.make_mesh((1, 2, 4), sharding.AXES, (AxisType.Explicit,) * 3))
+        model(CONFIG, mesh=jax.make_mesh((1, 2, 4), rules.AXES, (AxisType.Explicit,) * 3))
     with pytest.raises(ConfigError, match=r"mesh: expected a jax\.sharding\.Mesh, received int"):
         model(CONFIG, mesh=8)
 
@@ -346,7 +347,7 @@ def test_meshes_that_cannot_be_used():
 def test_one_table_says_where_parameters_go():
     mesh = sharding.make_mesh(2, 2, 2)
     specs = {spec.name.rpartition("layers.0.")[2]: spec for spec in param_specs(CONFIG)}
-    assert {axis for spec in specs.values() for axis in spec.axes} <= sharding.RULES.keys()
+    assert {axis for spec in specs.values() for axis in spec.axes} <= rules.RULES.keys()
     for name, expected in (
         ("fc1.weight", ("model", "fsdp")), ("fc1.bias", ("model",)),
         ("fc2.weight", ("fsdp", "model")), ("fc2.bias", ("fsdp",)),

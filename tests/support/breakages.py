@@ -132,8 +132,8 @@ BREAKAGES = (
     Breakage(
         "biases and norms decay too",
         "opt_torch/training.py",
-        '{"params": groups[False], "weight_decay": 0.0}',
-        '{"params": groups[False], "weight_decay": config.weight_decay}',
+        "config.weight_decay if decays else 0.0",
+        "config.weight_decay",
         ("tests/shared/test_training.py",),
     ),
     Breakage(
@@ -187,10 +187,17 @@ BREAKAGES = (
     ),
     Breakage(
         "heads are not split over devices",
-        "opt_flax/sharding.py",
+        "opt_core/mesh.py",
         '"heads": "model"',
         '"heads": None',
-        ("tests/flax/test_sharding.py",),
+        ("tests/core/test_mesh.py",),
+    ),
+    Breakage(
+        "a gradient's parts count as wholes",
+        "opt_torch/distribution.py",
+        "* parts / mesh.size()",
+        "/ mesh.size()",
+        ("tests/torch/test_sharding.py",),
     ),
 )
 

@@ -14,6 +14,7 @@ import numpy as np
 from opt_core.config import OPTConfig
 from opt_core.data.batches import Batches
 from opt_core.params import ParamSpec
+from opt_core.team import Team
 from opt_core.training.config import TrainConfig
 from opt_core.training.loop import identity, run
 
@@ -25,6 +26,7 @@ CONFIG = TrainConfig(
 class FakeTrainer:
     """Follows the mean of its batches, with noise in place of dropout."""
 
+    team, row_parts, is_spread = Team(), (0, 1), False
     specs = (ParamSpec("x.weight", (3,), "linear", ("hidden",)),)
 
     def __init__(self, config: TrainConfig = CONFIG, losses: Any = None, pause: float = 0):

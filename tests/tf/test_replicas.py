@@ -102,3 +102,44 @@ def test_workers_see_the_losses_of_one_process(replicas):
     alone, *_ = replicas
     for (losses,) in fit_elsewhere("workers", processes=2):
         np.testing.assert_allclose(losses, alone, rtol=1e-5)
+
+
+STEPS = """
+    import contextlib, json
+    import tensorflow as tf
+    devices = [tf.config.LogicalDeviceConfiguration()] * 2
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, devices)
+    import opt_tf
+    from opt_core import TrainConfig
+    from opt_tf import sharding, training
+    from opt_tf.trainer import Trainer
+    from tests.support.configs import CONFIGS
+    from tests.support.reference import make_prompts
+
+    config = CONFIGS["pre_ln"].replace(dropout=0.0, num_hidden_layers=1)
+    ids = make_prompts(config, 8, 12)
+    labels = ids.copy()
+    labels[:3, 4:] = -100  # devices have unlike numbers of labels
+    settings = TrainConfig(max_steps=3, learning_rate=1e-3, max_grad_norm=0.1, batch_size=8,
+                           gradient_accumulation_steps=2)
+    runs = []
+    for mesh in (None, sharding.make_mesh(data=2)):
+        trainer = Trainer.make(opt_tf.TFOPTForCausalLM, "", settings, config, True, None, mesh)
+        batch = {"input_ids": ids, "labels": labels}
+        runs.append([value for step in range(3) for value in trainer.step(batch, step)])
+        runs[-1].append(trainer.evaluate([batch]))
+    print(json.dumps(runs))
+"""
+
+
+@pytest.mark.slow
+def test_steps_on_two_devices_are_those_of_one():
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(STEPS)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = json.loads(done.stdout.splitlines()[-1])
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)

@@ -1,0 +1,253 @@
+"""Processes and meshes: which rows of a batch each process computes.
+
+PyTorch has one process per device, which `torchrun` starts; all of them run the same program.
+`opt_core.mesh` says what is split over which axis, `opt_torch.distribution` splits a model.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, Shard
+
+from opt_core import mesh as rules
+from opt_core.errors import ConfigError, OPTError, TrainingError
+from opt_core.mesh import AXES
+from opt_core.team import Team
+from opt_core.training.microbatches import Batch, count_labels
+
+_stores: Any = dist
+"""Its stores, which are documented but written in C++: type checkers do not find them."""
+
+ROLL_CALL = 5.0
+"""Seconds that processes have to say that they are there, once another is gone."""
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> DeviceMesh:
+    """A mesh of `data` x `fsdp` x `model` processes, all there are.
+
+    Processes that `torchrun` started find one another here; a program of one process needs nothing.
+
+    Args:
+        data: Ways to split the batch.
+        fsdp: Ways to split the batch and the weights (fully sharded data parallelism).
+        model: Ways to split heads, feed-forward and vocabulary (tensor parallelism).
+
+    Raises:
+        ConfigError: There are fewer processes, or more, or sizes below 1.
+    """
+    sizes = rules.check_sizes(data, fsdp, model)
+    rules.check_count(sizes, int(os.environ.get("WORLD_SIZE", "1")), is_exact=True)
+    kind = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
+    if kind != "cpu":
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        if "RANK" in os.environ:
+            # torchrun keeps the store when it restarts: nobody may find those who are gone.
+            store, rank, count = next(iter(rendezvous("env://")))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = _stores.PrefixStore(f"opt-lm/{attempt}", store)
+            dist.init_process_group(store=store, rank=rank, world_size=count)
+        else:
+            dist.init_process_group(store=_stores.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=AXES)
+
+
+def check_mesh(mesh: DeviceMesh | None) -> None:
+    """Refuses a mesh whose axes are not those of `make_mesh`.
+
+    Raises:
+        ConfigError: It is no mesh, or an axis is missing or unknown.
+    """
+    if mesh is None:
+        return
+    if not isinstance(mesh, DeviceMesh):
+        name = type(mesh).__name__
+        raise ConfigError(f"mesh: expected a torch.distributed DeviceMesh, received {name}")
+    if mesh.mesh_dim_names != AXES:
+        names = ", ".join(mesh.mesh_dim_names or ("none",))
+        raise ConfigError(
+            f"mesh: expected the axes {', '.join(AXES)} (opt_torch.sharding.make_mesh), "
+            f"received {names}"
+        )
+
+
+def sizes_of(mesh: DeviceMesh) -> dict[str, int]:
+    """The sizes of a mesh by axis."""
+    return dict(zip(AXES, mesh.shape, strict=True))
+
+
+def place_of(mesh: DeviceMesh) -> dict[str, int]:
+    """The place of this process on a mesh, by axis."""
+    return {axis: mesh.get_local_rank(axis) for axis in AXES}
+
+
+def mesh_device(mesh: DeviceMesh) -> torch.device:
+    """The device that this process computes on."""
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.accelerator.current_device_index())
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """The rows of a batch that one process computes.
+
+    Attributes:
+        batch: These rows, by name.
+        ways: Number of parts the batch is cut into.
+        index: Which of them this is.
+        total: Predictions of the whole batch.
+    """
+
+    batch: Batch
+    ways: int
+    index: int
+    total: int
+
+
+def own_rows(batch: Batch, mesh: DeviceMesh, is_language_model: bool) -> OwnRows:
+    """The rows of a batch that this process computes: all of them where they do not divide.
+
+    Args:
+        batch: Arrays (B, ...) by name, the same ones on every process, or of `spread_rows`.
+        mesh: The mesh.
+        is_language_model: As in `count_labels`.
+    """
+    sizes, place, ids = sizes_of(mesh), place_of(mesh), batch["input_ids"]
+    if isinstance(ids, DTensor):
+        own = {name: values.to_local() for name, values in batch.items()}
+        count = torch.tensor(count_labels(own, is_language_model), device=ids.device)
+        axes, total = ("data", "fsdp"), int(sum_rows(count, mesh))
+    else:
+        own, axes = batch, rules.row_axes(len(ids), sizes)
+        total = count_labels(batch, is_language_model)
+    index, ways = 0, math.prod(sizes[axis] for axis in axes)
+    for axis in axes:
+        index = index * sizes[axis] + place[axis]
+    if own is batch:
+        part = rules.chunk(len(ids), ways, index)
+        own = {name: values[part] for name, values in batch.items()}
+    return OwnRows(own, ways, index, total)
+
+
+def spread_rows(batch: Batch, mesh: DeviceMesh | None) -> Batch:
+    """A batch of which every process has its own rows alone.
+
+    Args:
+        batch: These rows of arrays (B, ...), by name.
+        mesh: The mesh; None changes nothing.
+    """
+    if mesh is None:
+        return batch
+    device, where = mesh_device(mesh), mesh["data", "fsdp"]
+    return {
+        name: DTensor.from_local(torch.as_tensor(values, device=device), where, [Shard(0)] * 2)
+        for name, values in batch.items()
+    }
+
+
+def row_parts(mesh: DeviceMesh | None) -> tuple[int, int]:
+    """Which part of a batch's rows this process computes, from 0, and how many there are."""
+    if mesh is None:
+        return 0, 1
+    sizes, place = sizes_of(mesh), place_of(mesh)
+    return place["data"] * sizes["fsdp"] + place["fsdp"], rules.row_ways(sizes)
+
+
+def sum_rows(values: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over the processes that split a batch, in place."""
+    for axis in ("data", "fsdp"):
+        if sizes_of(mesh)[axis] > 1:
+            dist.all_reduce(values, group=mesh.get_group(axis))
+    return values
+
+
+class Processes(Team):
+    """The processes of PyTorch's default group, which a mesh is made of."""
+
+    def __init__(self) -> None:
+        self.index, self.count = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, in their order."""
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
+
+def team_of(mesh: DeviceMesh | None) -> Team:
+    """The processes that share a model."""
+    return Team() if mesh is None else Processes()
+
+
+def disconnect() -> None:
+    """Ends the work of the processes with one another."""
+    dist.destroy_process_group()
+
+
+@contextmanager
+def told_of_losses(team: Team) -> Iterator[None]:
+    """Makes one line of what PyTorch says where another process is gone.
+
+    Args:
+        team: All processes.
+
+    Raises:
+        TrainingError: One is gone, or does not answer; it names those that are.
+    """
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if team.count == 1 or isinstance(error, OPTError) or not _is_loss(error):
+            raise
+        gone = ", ".join(map(str, _missing(team))) or "one of them"
+        raise TrainingError(
+            f"process {team.index} of {team.count}: lost connection, gone: process {gone}; start "
+            "all of them again with --resume"
+        ) from error
+
+
+def _is_loss(error: Exception) -> bool:
+    text = str(error).lower()
+    signs = ("connection", "timed out", "timeout", "gloo", "nccl", "socket", "peer")
+    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
+
+
+def _missing(team: Team) -> list[int]:
+    """Processes that do not answer a call within a few seconds; all that are left must come here.
+
+    The place to answer at is the store that torchrun keeps, or the first process.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    wait = timedelta(seconds=ROLL_CALL)
+    try:
+        store = _stores.TCPStore(address, port, is_master=False, timeout=wait)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        names = [f"opt-lm/here/{attempt}/{number}" for number in range(team.count)]
+        store.set(names[team.index], "1")
+        deadline = time.monotonic() + ROLL_CALL
+        while (gone := [n for n, name in enumerate(names) if not store.check([name])]) and (
+            time.monotonic() < deadline
+        ):
+            time.sleep(0.1)
+        if team.index == 0:  # where it keeps the store itself, the others ask until then
+            time.sleep(0.5)
+        return gone
+    except (dist.DistError, RuntimeError):
+        return [0]
+
+
+def agree(value: Any, mesh: DeviceMesh | None) -> Any:
+    """The value that the first process has."""
+    return team_of(mesh).gather(value)[0]
