@@ -259,19 +259,7 @@ class ModelMethods(MethodsMixin):
         attention.check_flash(attention.platform_of(self.mesh), self.dtype)
 
 
-_NO_LOADER = "use from_pretrained, which reads flax_model.msgpack too"
-refuse_attributes(
-    ModelMethods,
-    {
-        "module_class": "no linen modules; the model is an nnx.Module, called with params=",
-        "key": "a model keeps no key; seed= makes its weights, prng_key= and dropout_rng= the rest",
-        "load_flax_weights": _NO_LOADER,
-        "load_flax_sharded_weights": _NO_LOADER,
-        "_cast_floating_to": "use to_bf16, to_fp16 or to_fp32",
-        "to": "put the parameters where they shall be by jax.device_put, in another type by to_bf16;"
-        " transformers' pipelines take the models of opt_torch",
-    },
-)
+refuse_attributes(ModelMethods, linen.REFUSED)
 
 
 class GenerationMethods:

@@ -186,7 +186,9 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
         return any(isinstance(x, Tracer) for x in (weight, *tensors))
 
     def _starts_cache(self, use_cache: bool | None, *tensors: Any, **mode: Any) -> bool:
-        is_program = bool(jax.config.jax_disable_jit)  # which returns the same when run in steps
+        is_program = bool(
+            getattr(jax.config, "jax_disable_jit", False)
+        )  # which returns the same when run in steps
         return super()._starts_cache(bool(use_cache) if is_program else use_cache, *tensors, **mode)
 
     def _as_floats(self, name: str, values: Any) -> Array:

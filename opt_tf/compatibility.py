@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from opt_core.compatibility import keras_hub
+from opt_core.compatibility import keras_hub, keras_two
 from opt_core.compatibility.calls import OPTIONS
 from opt_core.compatibility.methods import MethodsMixin, refuse_to_generate
 from opt_core.compatibility.refusals import refuse_attributes, refuse_methods
@@ -118,12 +118,15 @@ class ModelMethods(KerasHubMethods, MethodsMixin):
         self.build()
 
     def save_spec(self, dynamic_batch: bool = True) -> Any:
-        """Positional and named inputs of an export, as `tf.lite.TFLiteConverter` asks for them.
+        """Refused: `tf.lite.TFLiteConverter.from_keras_model` asks for it.
 
         Args:
-            dynamic_batch: Without effect: all sizes are free.
+            dynamic_batch: Without effect.
         """
-        return ([dict(self.input_signature)],), {}
+        raise UnsupportedError(
+            "TFLiteConverter.from_keras_model is not supported: use model.export(path, "
+            'format="litert"), which takes the converter\'s settings by name'
+        )
 
     @property
     def input_signature(self) -> dict[str, tf.TensorSpec]:
@@ -237,7 +240,7 @@ class ModelMethods(KerasHubMethods, MethodsMixin):
         Raises:
             ConfigError: The name of another format of Keras 2.
         """
-        _check_weights_name("save_weights", filepath)
+        keras_two.check_weights_name("save_weights", filepath)
         base: Any = super()
         base.save_weights(filepath, *args, **options)
 
@@ -248,7 +251,7 @@ class ModelMethods(KerasHubMethods, MethodsMixin):
             ConfigError: A file of another format.
         """
         if Path(filepath).suffix != ".keras":
-            _check_weights_name("load_weights", filepath)
+            keras_two.check_weights_name("load_weights", filepath)
         base: Any = super()
         base.load_weights(filepath, *args, **options)
 
@@ -379,32 +382,5 @@ class ModelMethods(KerasHubMethods, MethodsMixin):
         return type(self)(self.config, 0, self.attn_implementation, dtype=dtype)
 
 
-def _check_weights_name(method: str, path: str | PathLike[str]) -> None:
-    if not str(path).endswith((".weights.h5", ".weights.json")):
-        raise ConfigError(
-            f"{method}: Keras 3 has weights in files named .weights.h5, received {str(path)!r}; "
-            "name it so, or use save_pretrained and from_pretrained, which reads tf_model.h5 too"
-        )
-
-
-refuse_attributes(
-    ModelMethods,
-    {
-        "to": "make the model within tf.device(...), and of the type dtype=; transformers' "
-        "pipelines take the models of opt_torch",
-        "cuda": "make the model within tf.device(...)",
-        "half": 'load it with dtype="float16"',
-        "eval": "a call computes without dropout unless it has training=True",
-    },
-)
-refuse_methods(
-    ModelMethods,
-    {
-        "greedy_search": "use generate(do_sample=False)",
-        "sample": "use generate(do_sample=True)",
-        "beam_search": "use generate(num_beams=...)",
-        "contrastive_search": "use generate(penalty_alpha=..., top_k=...)",
-        "set_bias": "OPT's head has no bias",
-    },
-    UnsupportedError,
-)
+refuse_attributes(ModelMethods, keras_two.REFUSED)
+refuse_methods(ModelMethods, {"set_bias": "OPT's head has no bias"}, UnsupportedError)

@@ -98,7 +98,7 @@ class KerasHubMethods:
 
     @property
     def output(self: Any) -> Any:
-        """What the model makes of `input`."""
+        """The model's result for `input`."""
         return self(self.input)
 
     def get_layer(self: Any, name: str | None = None, index: int | None = None) -> Any:

@@ -53,11 +53,11 @@ class OPTDecoderLayer(DecoderLayerMixin, nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        bias: Tensor | None,
-        mask_BS: Tensor | None,
-        cache: KVCache | None,
-        layer: int,
-        output_attentions: bool,
+        bias: Tensor | None = None,
+        mask_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        output_attentions: bool = False,
         head_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the new hidden states (B, T, D) and, if asked for, the attention weights."""

@@ -44,7 +44,7 @@ SAMPLERS: Mapping[str, Mapping[str, Any]] = {
 
 
 REFUSED: Mapping[str, str] = {
-    "call_with_cache": "call the model with past_key_values=, of init_cache or of an earlier output",
+    "call_with_cache": "call the model with past_key_values=",
     "generate_step": "use generate",
     "generate_function": "generate keeps its programs itself",
     "make_generate_function": "generate keeps its programs itself",
