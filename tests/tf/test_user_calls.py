@@ -215,9 +215,11 @@ def test_what_keras_two_and_pytorch_have_is_refused(model, tmp_path):
         assert not hasattr(model, name)
         with pytest.raises(AbsentError, match=rf"TFOPTForCausalLM\.{name} is not supported: \w+"):
             getattr(model, name)
-    with pytest.raises(AbsentError, match="Linear.kernel is not supported: use weight, which is"):
+    with pytest.raises(AbsentError, match=r"Linear\.kernel is not supported: use weight, which is"):
         model.model.decoder.layers[0].fc1.kernel  # noqa: B018
-    with pytest.raises(UnsupportedError, match="from_keras_model is not supported: use model.exp"):
+    with pytest.raises(
+        UnsupportedError, match=r"from_keras_model is not supported: use model\.exp"
+    ):
         tf.lite.TFLiteConverter.from_keras_model(model).convert()
 
 

@@ -1,5 +1,7 @@
 """KerasHub's preprocessor: rows of one length, labels, and texts again."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -55,6 +57,7 @@ def test_assets_are_read_again_and_configurations_refused(tokenizer, tmp_path):
     again = OPTTokenizer(vocabulary=tmp_path / "vocabulary.json", merges=tmp_path / "merges.txt")
     assert again.get_vocab() == tokenizer.get_vocab()
     assert again(TEXTS[0]).input_ids == tokenizer(TEXTS[0]).input_ids
-    for owner in (OPTTokenizer, tokenizer, OPTCausalLMPreprocessor):
+    owners: list[Any] = [OPTTokenizer, tokenizer, OPTCausalLMPreprocessor]
+    for owner in owners:
         with pytest.raises(AbsentError, match=r"\w+\.from_config is not supported: \w+"):
             owner.from_config({})
