@@ -192,3 +192,14 @@ def test_states_of_a_generation_without_cache_are_refused(model):
     for name in ("output_hidden_states", "output_attentions"):
         with pytest.raises(GenerationError, match="use_cache=False: each step's hidden states and"):
             model.generate(IDS, **{name: True}, **options)
+
+
+def test_parts_have_transformers_names_too(model):
+    decoder = model.get_decoder()
+    assert (decoder.vocab_size, decoder.padding_idx) == (CONFIG.vocab_size, CONFIG.pad_token_id)
+    assert decoder.max_target_positions == CONFIG.max_position_embeddings
+    assert (decoder.dropout, decoder.layerdrop) == (CONFIG.dropout, CONFIG.layerdrop)
+    layer = decoder.layers[0]
+    assert layer.do_layer_norm_before is CONFIG.do_layer_norm_before
+    assert layer.activation_fn is layer.activation
+    assert layer.embed_dim == CONFIG.hidden_size
