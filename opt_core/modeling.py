@@ -18,6 +18,7 @@ from opt_core.compatibility.calls import (
 from opt_core.compatibility.config_keys import check_fixed
 from opt_core.compatibility.live_config import check_shapes, shapes_of
 from opt_core.compatibility.methods import MethodsMixin
+from opt_core.compatibility.parts import DecoderNames, LayerNames
 from opt_core.compatibility.saving import read_saving, refuse_of_quantized
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError, UnsupportedError
@@ -272,7 +273,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         return count, count + (cache.length if cache else 0)
 
 
-class DecoderMixin:
+class DecoderMixin(DecoderNames):
     """The parts of a decoder before and behind its layers."""
 
     project_in: Any
@@ -292,7 +293,7 @@ class DecoderMixin:
         return hidden if self.project_out is None else self.project_out(hidden)
 
 
-class DecoderLayerMixin:
+class DecoderLayerMixin(LayerNames):
     """Where a layer's norms stand: before its two parts, or, in opt-350m, behind them."""
 
     norm_first: bool

@@ -22,6 +22,7 @@ from opt_core.compatibility import linen
 from opt_core.compatibility.calls import CallOptions
 from opt_core.compatibility.linen import Tree
 from opt_core.compatibility.methods import MethodsMixin, refuse_to_generate
+from opt_core.compatibility.refusals import refuse_attributes
 from opt_core.compatibility.sequences import Sequences
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, UnsupportedError
@@ -256,6 +257,9 @@ class ModelMethods(MethodsMixin):
 
     def _check_flash(self: Any) -> None:
         attention.check_flash(attention.platform_of(self.mesh), self.dtype)
+
+
+refuse_attributes(ModelMethods, linen.REFUSED)
 
 
 class GenerationMethods:

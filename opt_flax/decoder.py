@@ -34,6 +34,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class FlaxOPTOutput(ModelOutput[Array, KVCache]):
     """The output of a model: see `ModelOutput` for its fields."""
 
+    def replace(self, **changes: Any) -> "FlaxOPTOutput":
+        """A copy with other fields, as Flax' dataclasses make one."""
+        return FlaxOPTOutput(self, **changes)
+
 
 jax.tree_util.register_pytree_with_keys(
     FlaxOPTOutput,

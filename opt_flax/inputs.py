@@ -111,7 +111,7 @@ def full_mask(mask_BT: Array | None, count: int, cache: KVCache | None) -> Array
         padded.
     """
     if mask_BT is None:
-        return None if cache is None else cache.mask
+        return None if cache is None or cache.is_empty else cache.mask
     if cache is not None and not cache.is_empty:
         before = cache.mask
         if before is None:

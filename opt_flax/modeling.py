@@ -1,9 +1,11 @@
 """The models: what all share, the decoder alone, and the language model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from os import PathLike
 from typing import Any, Self, Unpack
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -36,6 +38,7 @@ from opt_flax.compatibility import (
 )
 from opt_flax.decoder import FlaxOPTDecoder, FlaxOPTOutput
 from opt_flax.linear import Linear
+from opt_flax.sharding import constrain_rows
 
 _private.register_config()
 
@@ -112,8 +115,14 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
         return Linear(self.config.embed_dim, size, bias=bias)
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache for `batch_size` rows of at most `max_length` tokens."""
-        return init_cache(self.config, batch_size, max_length, self.dtype, self.mesh)
+        """An empty cache for `batch_size` rows of at most `max_length` tokens.
+
+        It has a mask from the beginning, so that a `lax.scan` may carry it whether or not the calls
+        have one.
+        """
+        cache = init_cache(self.config, batch_size, max_length, self.dtype, self.mesh)
+        mask = constrain_rows(jnp.ones((batch_size, max_length), bool), self.mesh)
+        return replace(cache, mask=mask)
 
     @classmethod
     def from_pretrained(
@@ -175,6 +184,12 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
     def _is_traced(self, *tensors: Any) -> bool:
         weight = self.get_decoder().embed_positions.embedding[...]
         return any(isinstance(x, Tracer) for x in (weight, *tensors))
+
+    def _starts_cache(self, use_cache: bool | None, *tensors: Any, **mode: Any) -> bool:
+        is_program = bool(
+            getattr(jax.config, "jax_disable_jit", False)
+        )  # which returns the same when run in steps
+        return super()._starts_cache(bool(use_cache) if is_program else use_cache, *tensors, **mode)
 
     def _as_floats(self, name: str, values: Any) -> Array:
         return inputs.as_tensor(name, values).astype(self.dtype)

@@ -1,5 +1,6 @@
 """The layer for code written for `transformers` and KerasHub: what TensorFlow has to do for it."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
@@ -12,9 +13,10 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from opt_core.compatibility import keras_hub
+from opt_core.compatibility import keras_hub, keras_two
+from opt_core.compatibility.calls import OPTIONS
 from opt_core.compatibility.methods import MethodsMixin, refuse_to_generate
-from opt_core.compatibility.refusals import refuse_methods
+from opt_core.compatibility.refusals import refuse_attributes, refuse_methods
 from opt_core.dialects import KERAS
 from opt_core.errors import ArgumentError, ConfigError, UnsupportedError
 from opt_core.params import ParamSpec, param_specs
@@ -26,7 +28,7 @@ from opt_tf.linear import Embedding, Linear
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
 
-_ALIASES = ("base_model", "backbone", "_decoder")
+_ALIASES = ("base_model", "backbone", "_decoder", "token_embedding", "input", "output")
 """Properties that are parts of a model under other names."""
 
 
@@ -68,7 +70,25 @@ def name_inputs(
     elif explicit.get("past_key_values", False) is None and values.get("use_cache") is None:
         # Whoever passes what is None so far goes on with what is returned, traced or not.
         values["use_cache"] = model.config.use_cache and not values.get("training")
-    return values
+    return {k: _Covered(v) if k in OPTIONS and tf.is_tensor(v) else v for k, v in values.items()}
+
+
+class _Covered:
+    """A tensor among a call's options, which Keras refuses to see beside what is none."""
+
+    def __init__(self, tensor: Any):
+        self.tensor = tensor
+
+
+def _uncovering(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A `call` that finds the tensors again."""
+
+    @functools.wraps(call)
+    def run(self: Any, *args: Any, **options: Any) -> Any:
+        found = {k: v.tensor if isinstance(v, _Covered) else v for k, v in options.items()}
+        return call(self, *args, **found)
+
+    return run
 
 
 def _is_cache(value: Any) -> bool:
@@ -83,10 +103,30 @@ class ModelMethods(KerasHubMethods, MethodsMixin):
     framework: ClassVar[str] = "tf"
     supports_xla_generation: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "call" in vars(cls):
+            cls.call = _uncovering(vars(cls)["call"])
+
     def __repr__(self: Any) -> str:
         return self._described()
 
     __str__ = __repr__
+
+    def build_in_name_scope(self: Any) -> None:
+        """`build`, as `transformers` called it."""
+        self.build()
+
+    def save_spec(self, dynamic_batch: bool = True) -> Any:
+        """Refused: `tf.lite.TFLiteConverter.from_keras_model` asks for it.
+
+        Args:
+            dynamic_batch: Without effect.
+        """
+        raise UnsupportedError(
+            "TFLiteConverter.from_keras_model is not supported: use model.export(path, "
+            'format="litert"), which takes the converter\'s settings by name'
+        )
 
     @property
     def input_signature(self) -> dict[str, tf.TensorSpec]:
@@ -193,6 +233,27 @@ class ModelMethods(KerasHubMethods, MethodsMixin):
             )
         base: Any = super()
         base.save(filepath, *args, **options)
+
+    def save_weights(self, filepath: str | PathLike[str], *args: Any, **options: Any) -> None:
+        """Keras' `save_weights`.
+
+        Raises:
+            ConfigError: The name of another format of Keras 2.
+        """
+        keras_two.check_weights_name("save_weights", filepath)
+        base: Any = super()
+        base.save_weights(filepath, *args, **options)
+
+    def load_weights(self, filepath: str | PathLike[str], *args: Any, **options: Any) -> None:
+        """Keras' `load_weights`.
+
+        Raises:
+            ConfigError: A file of another format.
+        """
+        if Path(filepath).suffix != ".keras":
+            keras_two.check_weights_name("load_weights", filepath)
+        base: Any = super()
+        base.load_weights(filepath, *args, **options)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: the language model's, `TFOPTForCausalLM`."""
@@ -321,14 +382,5 @@ class ModelMethods(KerasHubMethods, MethodsMixin):
         return type(self)(self.config, 0, self.attn_implementation, dtype=dtype)
 
 
-refuse_methods(
-    ModelMethods,
-    {
-        "greedy_search": "use generate(do_sample=False)",
-        "sample": "use generate(do_sample=True)",
-        "beam_search": "use generate(num_beams=...)",
-        "contrastive_search": "use generate(penalty_alpha=..., top_k=...)",
-        "set_bias": "OPT's head has no bias",
-    },
-    UnsupportedError,
-)
+refuse_attributes(ModelMethods, keras_two.REFUSED)
+refuse_methods(ModelMethods, {"set_bias": "OPT's head has no bias"}, UnsupportedError)

@@ -29,6 +29,8 @@ class Fitted(keras.Model):
     """A Keras model whose output is a `TFOPTOutput` and that may have a loss of its own."""
 
     config: OPTConfig
+    compiles_itself: bool = False
+    """Whether fit and evaluate compile a model that has a preprocessor, as KerasHub's are."""
 
     def prepare_tf_dataset(
         self: Any,
@@ -124,7 +126,9 @@ class Fitted(keras.Model):
     def compute_output_spec(self: Any, input_ids: Any = None, *args: Any, **options: Any) -> Any:
         """Keras' `compute_output_spec`; several inputs may come as one dict."""
         if isinstance(input_ids, Mapping):
-            return super().compute_output_spec(**input_ids, **options)
+            found: Any = super().compute_output_spec(**keras_hub.renamed(input_ids), **options)
+            is_hubs = keras_hub.are_keras_hubs(input_ids)
+            return self._predictions(found) if is_hubs else found
         return super().compute_output_spec(input_ids, *args, **options)
 
     def fit(self, x: Any = None, *args: Any, **options: Any) -> Any:
@@ -132,11 +136,13 @@ class Fitted(keras.Model):
 
         Texts, as a list, an array or a `tf.data.Dataset`, are turned into ids by `preprocessor`.
         """
+        self._compile_as_kerashub()
         options = self._with_targets(x, args, options)
         return super().fit(self._checked(x), *args, **options)
 
     def evaluate(self, x: Any = None, *args: Any, **options: Any) -> Any:
         """Keras' evaluate, of ids checked as in `fit`."""
+        self._compile_as_kerashub()
         options = self._with_targets(x, args, options)
         return super().evaluate(self._checked(x), *args, **options)
 
@@ -148,11 +154,22 @@ class Fitted(keras.Model):
         """Keras' predict_on_batch, as `predict`."""
         return self._named(super().predict_on_batch(self._checked(x)))
 
+    def _compile_as_kerashub(self: Any) -> None:
+        if not self.compiled and self.compiles_itself and self.preprocessor is not None:
+            self.compile("auto", "auto", weighted_metrics="auto")
+
     def _named(self: Any, found: Any) -> Any:
         if self.head == "question_answering":
             return PredictedSpans(*found)
-        field = "last_hidden_state" if self.head == "none" else "logits"
-        return Predictions.of(found, field)
+        return Predictions.of(found, self._field)
+
+    @property
+    def _field(self: Any) -> str:
+        return "last_hidden_state" if self.head == "none" else "logits"
+
+    def _as_output(self, found: Any) -> TFOPTOutput:
+        """An output, also where a call returned its field alone."""
+        return TFOPTOutput(**{self._field: found}) if tf.is_tensor(found) else found
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None,
@@ -165,6 +182,7 @@ class Fitted(keras.Model):
         that has them), or, for the language model, of the input ids. Then `sample_weight`, (B,) or
         of the labels' shape, is a factor of what each label adds to the mean.
         """
+        y_pred = self._as_output(y_pred)
         targets, are_next = _targets(x, y), keras_hub.are_keras_hubs(x)
         x = keras_hub.renamed(x)
         if are_next and targets is not None and not _private.has_compiled_loss(self):
@@ -185,7 +203,7 @@ class Fitted(keras.Model):
     ) -> dict[str, Any]:
         """Updates the metrics given to `compile`, which see the logits and y."""
         targets = self._labels(keras_hub.renamed(x), _targets(x, y))
-        predictions = self._predictions(y_pred)
+        predictions = self._predictions(self._as_output(y_pred))
         results: Any = super().compute_metrics(x, targets, predictions, sample_weight)
         if isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
             # Keras 3.15 takes the mean over workers along an axis, which scalars do not have.
@@ -194,7 +212,7 @@ class Fitted(keras.Model):
 
     def predict_step(self, data: Any) -> Any:
         """The logits: they are what Keras' predict returns."""
-        return self._predictions(super().predict_step(data))
+        return self._predictions(self._as_output(super().predict_step(data)))
 
     def _checked(self: Any, x: Any) -> Any:
         """The inputs, texts among them turned into ids, and ids checked."""
@@ -274,7 +292,8 @@ def _targets(x: Any, y: Any) -> Any:
     source = x if y is None else y
     if not isinstance(source, Mapping):
         return y
-    found = tuple(source[name] for name in LABELS if name in source)
+    names = LABELS if y is None else (*LABELS, "logits")  # a loss may be named as its output is
+    found = tuple(source[name] for name in names if name in source)
     if y is not None and not found:
         names = ", ".join(map(str, source))
         raise InputError(f"y: expected a dict with {' or '.join(LABELS)}, received {names}")

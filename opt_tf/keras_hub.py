@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from opt_core.compatibility import keras_hub
+from opt_core.compatibility.refusals import refuse_attributes
 from opt_core.config import OPTConfig
 from opt_core.errors import UnsupportedError
 from opt_core.params import param_specs
@@ -80,6 +82,38 @@ class KerasHubMethods:
         """KerasHub's name for `base_model`."""
         return self.base_model
 
+    @property
+    def token_embedding(self: Any) -> "TokenEmbedding":
+        """The token embedding, whose call may be the product with it."""
+        return TokenEmbedding(self.get_input_embeddings())
+
+    @property
+    def input(self: Any) -> dict[str, Any]:
+        """Symbolic inputs of a functional model, by KerasHub's names."""
+        if "input" not in self.programs:
+            self.programs["input"] = {
+                name: keras.Input((None,), dtype="int32", name=name) for name in keras_hub.INPUTS
+            }
+        return self.programs["input"]
+
+    @property
+    def output(self: Any) -> Any:
+        """The model's result for `input`."""
+        return self(self.input)
+
+    def get_layer(self: Any, name: str | None = None, index: int | None = None) -> Any:
+        """Keras' `get_layer`, which knows KerasHub's `transformer_layer_0` and so on as well.
+
+        Args:
+            name: The layer's.
+            index: Its number in `layers`, in place of the name.
+        """
+        number = (name or "").removeprefix("transformer_layer_")
+        if number != name and number.isdigit() and int(number) < self.config.num_hidden_layers:
+            return self.base_model.decoder.layers[int(number)]
+        base: Any = super()
+        return base.get_layer(name, index)
+
     def quantize(self: Any, mode: str, **options: Any) -> None:
         """Keeps the weights so from now on, as `from_pretrained(quantize=...)` does; only to run.
 
@@ -112,6 +146,26 @@ class KerasHubMethods:
         lora.apply(self, rank, float(rank), targets)
         for spec in param_specs(self.config, self.head):
             checkpoint.locate(self, spec).trainable = False
+
+
+class TokenEmbedding:
+    """The token embedding as KerasHub has it: one layer for both ends of the model.
+
+    Args:
+        layer: Our layer, whose attributes it has.
+    """
+
+    def __init__(self, layer: Any):
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, inputs: Any, reverse: bool = False) -> Any:
+        """Rows (B, T, P) of ids (B, T); with `reverse` scores (B, T, V) of states (B, T, P)."""
+        if reverse:
+            return self._layer.attend(tf.convert_to_tensor(inputs))
+        return self._layer(tf.convert_to_tensor(inputs))
 
 
 class GenerationMethods:
@@ -186,5 +240,5 @@ def _field(name: str) -> property:
 
 
 for _name, _own in keras_hub.FIELDS.items():
-    if _name != _own:
-        setattr(KerasHubMethods, _name, _field(_own))
+    setattr(KerasHubMethods, _name, _field(_own))
+refuse_attributes(KerasHubMethods, keras_hub.REFUSED)

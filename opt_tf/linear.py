@@ -11,6 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from opt_core.compatibility.refusals import refuse_attributes
+
 FEW_ROWS = 64
 """Up to so many rows a product is computed in parts."""
 _PARTS = (8, 4, 2)
@@ -38,6 +40,9 @@ class Linear(keras.layers.Layer):
         """Computes the product."""
         out = linear(input, tf.convert_to_tensor(self.weight))
         return out if self.bias is None else out + tf.convert_to_tensor(self.bias)
+
+
+refuse_attributes(Linear, {"kernel": "use weight, which is [out, in], as in PyTorch"})
 
 
 class Embedding(keras.layers.Embedding):

@@ -70,6 +70,7 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
             ConfigError: No such attention implementation or quantisation.
         """
         backbone, preprocessor = options.pop("backbone", None), options.pop("preprocessor", None)
+        self.compiles_itself = options.pop("compile", True)
         config = keras_hub.find_config(config, backbone, options)
         super().__init__(**options)
         self.preprocessor = preprocessor
@@ -100,9 +101,14 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
             if not part.built:
                 part.build()
 
-    def __call__(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> TFOPTOutput:
-        """Computes the output (`call`); several inputs may come as one dict, tuple or list."""
-        return super().__call__(**name_inputs(self, input_ids, args, kwargs))
+    def __call__(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Computes the output (`call`); several inputs may come as one dict, tuple or list.
+
+        Of a dict by KerasHub's names it is what its models return: the logits or states alone.
+        """
+        out = super().__call__(**name_inputs(self, input_ids, args, kwargs))
+        is_alone = keras_hub.are_keras_hubs(input_ids) and self.head in ("none", "causal_lm")
+        return self._predictions(out) if is_alone else out
 
     @property
     def device(self) -> str:

@@ -14,6 +14,7 @@ from opt_core.compatibility.methods import MethodsMixin
 from opt_core.compatibility.notices import notice
 from opt_core.dialects import TORCH
 from opt_core.errors import InputError
+from opt_core.generation.compatibility import FILE
 from opt_core.generation.config import GenerationConfig
 from opt_core.json_files import write_json
 from opt_core.params import ParamSpec, param_specs
@@ -102,7 +103,7 @@ def serve_trainer(module: Any, state: dict[str, Any], prefix: str, metadata: Any
         write_json(Path(folder, "config.json"), values | {"architectures": [name]})
         if module.can_generate():
             settings = GenerationConfig.from_any(module.generation_config)
-            settings.save_pretrained(folder)
+            settings.to_json_file(Path(folder, FILE))
 
 
 class ModelMethods(MethodsMixin):

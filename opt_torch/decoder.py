@@ -53,18 +53,22 @@ class OPTDecoderLayer(DecoderLayerMixin, nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        bias: Tensor | None,
-        mask_BS: Tensor | None,
-        cache: KVCache | None,
-        layer: int,
-        output_attentions: bool,
+        attention_mask: Tensor | None = None,
+        mask_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        output_attentions: bool = False,
         head_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the new hidden states (B, T, D) and, if asked for, the attention weights."""
+        """Returns the new hidden states (B, T, D) and, if asked for, the attention weights.
+
+        `attention_mask` is added to the scores (`make_bias`): programs that quantise or prune a
+        layer at a time give it by this name.
+        """
 
         def attend(hidden: Tensor) -> tuple[Any, ...]:
             hidden, weights = self.self_attn(
-                hidden, bias, mask_BS, cache, layer, output_attentions, head_mask
+                hidden, attention_mask, mask_BS, cache, layer, output_attentions, head_mask
             )
             return F.dropout(hidden, self.dropout, self.training), weights
 
@@ -131,13 +135,14 @@ class OPTDecoder(DecoderMixin, nn.Module):
             heads = None if head_mask is None else head_mask[i]
             if self.training and self.config.layerdrop and torch.rand(()) < self.config.layerdrop:
                 continue
+            given = {
+                "attention_mask": bias, "mask_BS": mask_BS, "cache": cache, "layer": i,
+                "output_attentions": output_attentions, "head_mask": heads,
+            }  # fmt: skip
             if self.gradient_checkpointing and self.training:
-                hidden, weights = recompute(
-                    layer, hidden, bias, mask_BS, cache, i, output_attentions, heads,
-                    use_reentrant=False,
-                )  # fmt: skip
+                hidden, weights = recompute(layer, hidden, use_reentrant=False, **given)
             else:
-                hidden, weights = layer(hidden, bias, mask_BS, cache, i, output_attentions, heads)
+                hidden, weights = layer(hidden, **given)
             attentions.append(weights)
         hidden = self._leave(hidden)
         return OPTOutput(

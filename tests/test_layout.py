@@ -110,7 +110,8 @@ OWN_PARAMETERS = {
     "KVCache.advance": "TensorFlow's and Flax' caches are values and take the written buffers; "
     "PyTorch's is written in place",
     "OPTAttention.call": "TensorFlow has no kernel that takes the mask of padding",
-    "OPTDecoderLayer.call": "TensorFlow has no kernel that takes the mask of padding",
+    "OPTDecoderLayer.call": "TensorFlow has no kernel that takes the mask of padding; users' "
+    "programs call PyTorch's layers themselves",
     "OPTPreTrainedModel.__init__": "Keras makes variables when a model is constructed, and "
     "`get_config` constructs it again: TensorFlow must know `quantize` there",
     "make_mesh": "JAX may leave devices aside, and be told which",

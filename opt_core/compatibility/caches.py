@@ -96,7 +96,16 @@ class CacheMixin:
         return True
 
     def __getitem__(self, layer: int) -> tuple[Any, Any]:
-        """A layer's keys and values, (B, H, length, K) each."""
+        """A layer's keys and values, (B, H, length, K) each.
+
+        Raises:
+            InputError: The layer is a name.
+        """
+        if isinstance(layer, str):
+            raise InputError(
+                f"a cache is indexed by the layer's number, received {layer!r}; keys and values "
+                "are cache[layer]"
+            )
         used = slice(0, self.length)
         return self.keys[layer][:, :, used], self.values[layer][:, :, used]
 

@@ -43,6 +43,18 @@ SAMPLERS: Mapping[str, Mapping[str, Any]] = {
 """KerasHub's samplers, with its defaults -> settings of generation."""
 
 
+REFUSED: Mapping[str, str] = {
+    "call_with_cache": "call the model with past_key_values=",
+    "generate_step": "use generate",
+    "generate_function": "generate keeps its programs itself",
+    "make_generate_function": "generate keeps its programs itself",
+    "save_task_weights": "use save_weights, or save_pretrained",
+    "load_task_weights": "use load_weights, or from_pretrained",
+    "has_task_weights": "the head is the token embedding, or lm_head",
+    "preprocess_samples": "call model.preprocessor",
+}
+"""KerasHub's methods of a task that there are not, and what to use."""
+
 _SAMPLER_CLASSES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "GreedySampler": ("greedy", {}),
     "BeamSampler": ("beam", {"num_beams": "num_beams"}),

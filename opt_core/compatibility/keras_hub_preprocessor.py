@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.compatibility.keras_hub import texts_of
+from opt_core.compatibility.refusals import refuse_attributes
 from opt_core.errors import InputError
 from opt_core.text import tensors
 from opt_core.text.tokenizer import OPTTokenizer
@@ -47,6 +48,8 @@ class OPTCausalLMPreprocessor:
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Writes the tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
+
+    save_to_preset = save_pretrained
 
     def batch_decode(self, ids: Any, **options: Any) -> list[str]:
         """The tokenizer's."""
@@ -123,3 +126,9 @@ class OPTCausalLMPreprocessor:
             row = [*first, *own[:room], *last]
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
         return {"input_ids": ids, "attention_mask": mask}
+
+
+refuse_attributes(
+    OPTCausalLMPreprocessor,
+    {"from_config": "make it anew of its tokenizer: OPTCausalLMPreprocessor(tokenizer, ...)"},
+)

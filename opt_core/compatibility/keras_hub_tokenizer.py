@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from opt_core.compatibility.refusals import refuse_attributes
+from opt_core.json_files import write_json
 from opt_core.text.decoding import Decoding
 
 
@@ -47,8 +49,10 @@ class KerasHubTokenizer(Decoding):
         return list(cast(Any, self).all_special_ids)
 
     def save_assets(self, dir_path: str | PathLike[str]) -> None:
-        """KerasHub's name of `save_pretrained`."""
-        cast(Any, self).save_pretrained(dir_path)
+        """KerasHub's name of `save_pretrained`; the vocabulary is there under both names."""
+        own: Any = self
+        own.save_pretrained(dir_path)
+        write_json(Path(dir_path, "vocabulary.json"), own.get_vocab())
 
     def detokenize(self, inputs: Any) -> Any:
         """KerasHub's name of `decode`, and of `batch_decode` for several rows."""
@@ -72,3 +76,12 @@ class KerasHubTokenizer(Decoding):
     def token_to_id(self, token: str) -> int | None:
         """The id of a token; None where it is none."""
         return self.loaded.backend.token_to_id(token)
+
+
+refuse_attributes(
+    KerasHubTokenizer,
+    {
+        "from_config": "a configuration has no vocabulary; use from_pretrained or from_preset",
+        "get_config": "a configuration has no vocabulary; use save_pretrained or save_assets",
+    },
+)

@@ -15,6 +15,18 @@ from opt_core.errors import ArgumentError, InputError, UnsupportedError
 from opt_core.params import Head, ParamSpec, param_specs
 
 Tree = Mapping[str, Any]
+_NO_LOADER = "use from_pretrained, which reads flax_model.msgpack too"
+
+REFUSED: Mapping[str, str] = {
+    "module_class": "no linen modules; the model is an nnx.Module, called with params=",
+    "key": "a model keeps no key; seed= makes its weights, prng_key= and dropout_rng= the rest",
+    "load_flax_weights": _NO_LOADER,
+    "load_flax_sharded_weights": _NO_LOADER,
+    "_cast_floating_to": "use to_bf16, to_fp16 or to_fp32",
+    "to": "put the parameters where they shall be by jax.device_put, in another type by to_bf16; "
+    "transformers' pipelines take the models of opt_torch",
+}
+"""Attributes of those models that there are not, and advice."""
 
 
 def make_tree(

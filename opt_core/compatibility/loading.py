@@ -192,7 +192,7 @@ def _quantization(arguments: Mapping[str, Any]) -> str | None:
     values = cast("dict[str, Any]", given if hasattr(given, "keys") else vars(given))
     eight = values.get("load_in_8bit") or values.get("_load_in_8bit") or values.get("bits") == 8
     raise ConfigError(
-        f"quantization_config: expected 'int8' or 'int4', received {given!r}; pass "
+        f"quantization_config: expected 'int8' or 'int4', received a {type(given).__name__}; pass "
         f'quantize="{"int8" if eight else "int4"}" in its place'
     )
 

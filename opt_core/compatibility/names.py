@@ -14,6 +14,7 @@ _NO_PLAN = "spread a model by the framework's own means (Flax: mesh=)"
 _NO_EXPERTS = "OPT has no experts"
 _NO_KERNELS = "the framework's kernels are used"
 _INNER = "it is an inner step of transformers' loading or saving"
+_STEPS = "it is an inner step of generate; write your own loop of calls, or custom_generate="
 _SIZE = "the position table is the checkpoint's; it has max_position_embeddings rows"
 
 REFUSED: Mapping[str, str] = {
@@ -64,6 +65,25 @@ REFUSED: Mapping[str, str] = {
     "should_save_on_this_rank": _INNER,
     "barrier_after_gathered_checkpoint_save": _INNER,
     "adjust_generation_fn": _INNER,
+    "greedy_search": "use generate(do_sample=False)",
+    "sample": "use generate(do_sample=True)",
+    "beam_search": "use generate(num_beams=...)",
+    "beam_sample": "use generate(num_beams=..., do_sample=True)",
+    "group_beam_search": "use generate(num_beam_groups=...)",
+    "contrastive_search": "use generate(penalty_alpha=..., top_k=...)",
+    "assisted_decoding": "use generate(assistant_model=...)",
+    "_sample": _STEPS,
+    "_beam_search": _STEPS,
+    "_assisted_decoding": _STEPS,
+    "_prepare_model_inputs": _STEPS,
+    "_prepare_generation_config": _STEPS,
+    "_prepare_attention_mask_for_generation": _STEPS,
+    "_get_logits_processor": _STEPS,
+    "_get_stopping_criteria": _STEPS,
+    "_get_initial_cache_position": _STEPS,
+    "_expand_inputs_for_generation": _STEPS,
+    "_extract_past_from_model_output": _STEPS,
+    "_validate_model_kwargs": _STEPS,
 }
 """Methods of `transformers` that there are not, and what to do instead."""
 

@@ -1,7 +1,32 @@
-"""Methods of other libraries that there are not: each says what to do in its place."""
+"""Methods and attributes of other libraries that there are not: each says what to do instead."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from opt_core.errors import AbsentError
+
+
+def refuse_attributes(owner: type, refused: Mapping[str, str]) -> None:
+    """Gives a class attributes that raise an `AbsentError`, of the class as of its objects.
+
+    `hasattr` finds them missing, as it should.
+
+    Args:
+        owner: The class, which has no `__getattr__`.
+        refused: Advice by the attribute's name.
+    """
+    for name, advice in refused.items():
+        setattr(owner, name, _Absent(name, advice))
+
+
+class _Absent:
+    """A descriptor that refuses."""
+
+    def __init__(self, name: str, advice: str):
+        self.name, self.advice = name, advice
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        raise AbsentError(f"{owner.__name__}.{self.name} is not supported: {self.advice}")
 
 
 def refuse_methods(

@@ -43,6 +43,10 @@ class Sequences:
         """The name of the ids."""
         return ("sequences",)
 
+    def replace(self, sequences: Any) -> "Sequences":
+        """Other ids in their place."""
+        return type(self)(sequences)
+
     def to_tuple(self) -> tuple[Any, ...]:
         """The ids alone, as an output without scores gives them."""
         return (self.sequences,)

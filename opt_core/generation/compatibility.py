@@ -11,7 +11,7 @@ from opt_core.compatibility.config_keys import COMMON
 from opt_core.compatibility.loading import HUB
 from opt_core.compatibility.upload import UploadMixin
 from opt_core.errors import ConfigError, GenerationError
-from opt_core.generation.limits import REFUSED, check_settings
+from opt_core.generation.limits import REFUSED, check_heeded, check_settings
 from opt_core.json_files import read_json, write_json
 
 FILE = "generation_config.json"
@@ -225,7 +225,7 @@ class SettingsMethods(UploadMixin):
             GenerationError: Settings out of range, or that contradict one another.
         """
         path = Path(cast(Any, save_directory if folder is None else folder))
-        self.validate()
+        self.validate(strict=True)
         write_json(path / (config_file_name or FILE), self.to_diff_dict())
         if push_to_hub:
             self.push_to_hub(repo_id or path.name, **hub)
@@ -270,12 +270,14 @@ class SettingsMethods(UploadMixin):
         """Checks the values.
 
         Args:
-            strict: Without effect: it is always so.
+            strict: Refuse what has no effect, too.
 
         Raises:
             GenerationError: One is out of range, or two contradict one another.
         """
         check_settings(cast(Any, self))
+        if strict:
+            check_heeded(cast(Any, self))
 
     def get_generation_mode(self, assistant_model: Any = None) -> str:
         """The name of the search, as `transformers`' `GenerationMode` has it.

@@ -41,6 +41,13 @@ _SWITCHES = (
 _IDS = ("suppress_tokens", "begin_suppress_tokens", "eos_token_id", "forced_eos_token_id")
 
 
+_OF_SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff"),
+)
+"""Settings that only drawn tokens heed."""
+
+
 def check_settings(config: "GenerationConfig") -> None:
     """Refuses values out of range, and settings that contradict one another.
 
@@ -67,6 +74,26 @@ def check_settings(config: "GenerationConfig") -> None:
     if any(not isinstance(s, str) or not s for s in stops):
         raise GenerationError(f"stop_strings: expected non-empty texts, received {config.stops!r}")
     _check_beams(config)
+
+
+def check_heeded(config: "GenerationConfig") -> None:
+    """Refuses settings that another one keeps from having any effect.
+
+    Raises:
+        GenerationError: The first of them.
+    """
+    default = type(config)()
+    groups = [("do_sample", config.do_sample, _OF_SAMPLING)]
+    groups += [("num_beams", config.is_beam_search, ("early_stopping", "length_penalty"))]
+    for switch, is_on, names in groups:
+        for name in () if is_on else names:
+            value = getattr(config, name)
+            is_heeded = name == "top_k" and config.penalty_alpha
+            if value is not None and value != getattr(default, name) and not is_heeded:
+                raise GenerationError(
+                    f"{name}={value!r} has no effect with {switch}={getattr(config, switch)!r}; "
+                    f"change {switch}, or leave {name} out"
+                )
 
 
 def _check_number(config: "GenerationConfig", name: str) -> None:

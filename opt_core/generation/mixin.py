@@ -114,6 +114,10 @@ class GenerationMixin:
             found = self._module_for(request).generate(self, request)
         if settings.return_dict_in_generate and not isinstance(found, GenerateOutput):
             return GenerateOutput(sequences=found)
+        is_legacy = overrides.get("return_legacy_cache") or settings.return_legacy_cache
+        cache: Any = getattr(found, "past_key_values", None)
+        if is_legacy and cache is not None:
+            found.past_key_values = cache.to_legacy_cache()
         return found
 
     def stream(
@@ -276,6 +280,7 @@ def make_request(
         config, model.generation_config, ids, mask, generation_config, 0, tokenizer, **overrides
     )
     settings = request.settings
+    _check_kept(settings)
     request = replace(
         request, seed=_seed(model, seed, settings.do_sample), hooks=hooks, embeds=embeds,
         is_bare=is_bare,
@@ -293,6 +298,16 @@ def make_request(
             raise GenerationError(f"assistant_model: expected an {name}, received {kind}")
         check_assistant(settings, config, assistant.config)
     return replace(request, past=past_key_values, assistant=assistant)
+
+
+def _check_kept(settings: GenerationConfig) -> None:
+    """Refuses results of `transformers` that only a generation without a cache has."""
+    is_wanted = settings.output_hidden_states or settings.output_attentions
+    if is_wanted and not settings.use_cache and settings.return_dict_in_generate:
+        raise GenerationError(
+            "use_cache=False: each step's hidden states and attentions are those of its new token "
+            "alone; leave use_cache out, or call the model on the result for those of all tokens"
+        )
 
 
 def _only(input_ids: Any, inputs: Any) -> Any:

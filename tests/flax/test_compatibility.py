@@ -13,7 +13,7 @@ from flax.core import freeze
 from flax.traverse_util import flatten_dict
 
 import opt_flax
-from opt_core.errors import ConfigError, InputError, UnsupportedError
+from opt_core.errors import AbsentError, ConfigError, InputError, UnsupportedError
 from opt_core.params import param_specs
 from opt_flax import sharding
 from opt_flax.checkpoint import get_parameter
@@ -193,3 +193,40 @@ def test_linen_modules_are_refused_by_name():
         from opt_flax import FlaxOPTForCausalLMModule  # noqa: F401
     with pytest.raises(UnsupportedError, match=r"\.module is not supported: no linen module"):
         _ = opt_flax.FlaxOPTModel(CONFIG).module
+
+
+@pytest.mark.parametrize("padded", [0, 2])
+def test_a_scan_carries_a_fresh_cache(folder, padded):
+    """With a mask of all slots in each call, as `transformers` has it, and without one."""
+    model = model_of(folder, CONFIG)
+    ids = make_prompts(CONFIG, 2, 5)
+    mask = np.ones((2, 9), np.int32)
+    mask[0, :padded] = 0
+    given = {"attention_mask": jnp.asarray(mask)} if padded else {}
+
+    def step(cache: Any, token_B: Any) -> Any:
+        out = model(token_B[:, None], past_key_values=cache, **given)
+        return out.past_key_values, out.logits[:, 0]
+
+    _, found = jax.lax.scan(step, model.init_cache(2, 9), jnp.asarray(ids).T)
+    expected = model(ids, attention_mask=mask[:, :5]).logits
+    assert differences(jnp.swapaxes(found, 0, 1)[:, padded:], expected[:, padded:]) < 1e-5
+
+
+def test_linens_attributes_are_refused(folder):
+    model = model_of(folder, CONFIG)
+    for name in ("module_class", "key", "load_flax_weights", "_cast_floating_to", "to"):
+        for owner in (model, type(model)):
+            assert not hasattr(owner, name)
+            with pytest.raises(AbsentError, match=rf"{type(model).__name__}\.{name} is not supp"):
+                getattr(owner, name)
+
+
+def test_results_are_replaced_and_alike_without_jit(folder):
+    model, ids = model_of(folder, CONFIG), make_prompts(CONFIG, 1, 3)
+    out = model(ids)
+    assert out.replace(logits=out.logits * 2).logits[0, 0, 0] == 2 * out.logits[0, 0, 0]
+    with jax.disable_jit():
+        assert list(model(ids)) == list(jax.jit(model)(ids)) == ["logits"]
+    made = opt_flax.compatibility.Sequences(jnp.asarray(ids))
+    np.testing.assert_array_equal(made.replace(sequences=ids + 1).sequences, ids + 1)

@@ -133,10 +133,8 @@ def test_a_task_of_kerashub(preprocessor, tmp_path, monkeypatch):
     task: Any = opt_tf.TFOPTForCausalLM(backbone=backbone, preprocessor=preprocessor)
     assert task.backbone is backbone
     inputs, labels, weights = preprocessor(TEXTS)
-    logits = backbone(inputs).last_hidden_state @ tf.transpose(
-        backbone.get_input_embeddings().embeddings
-    )
-    np.testing.assert_allclose(task(inputs).logits, logits, atol=1e-6)
+    logits = backbone(inputs) @ tf.transpose(backbone.get_input_embeddings().embeddings)
+    np.testing.assert_allclose(task(inputs), logits, atol=1e-6)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     weighted: Any = loss(labels, logits, sample_weight=weights)
     expected = float(weighted)
@@ -150,7 +148,7 @@ def test_a_task_of_kerashub(preprocessor, tmp_path, monkeypatch):
     task.save_to_preset(tmp_path)
     again: Any = opt_tf.TFOPTForCausalLM.from_preset(tmp_path, preprocessor=None)
     assert again.preprocessor is None
-    np.testing.assert_allclose(again(inputs).logits, logits, atol=1e-6)
+    np.testing.assert_allclose(again(inputs), logits, atol=1e-6)
     fresh: Any = opt_tf.TFOPTForCausalLM.from_preset(tmp_path, load_weights=False)
     assert isinstance(fresh.preprocessor, OPTTokenizer)
     with pytest.raises(ArgumentError, match="config: expected an OPTConfig, received none"):
@@ -193,3 +191,73 @@ def test_samplers_that_are_objects(folder):
     assert (settings.do_sample, settings.top_k, settings.temperature) == (True, 3, 0.5)
     model.compile(sampler=GreedySampler())
     assert not model.generation_config.do_sample
+
+
+def test_tensors_beside_other_options(model):
+    heads = tf.ones((QUIET.num_hidden_layers, QUIET.num_attention_heads))
+    whole = model(IDS, attention_mask=MASK).logits
+    found = model(
+        IDS, attention_mask=MASK, head_mask=heads, output_attentions=True, use_cache=True,
+        token_type_ids=tf.zeros_like(IDS),
+    )  # fmt: skip
+    np.testing.assert_allclose(found.logits, whole, atol=1e-6)
+    assert np.abs(model(IDS, head_mask=heads * 0.5, use_cache=True).logits - whole).max() > 1e-4
+    assert len(found.attentions) == QUIET.num_hidden_layers
+
+
+def test_what_keras_two_and_pytorch_have_is_refused(model, tmp_path):
+    for path in ("model.h5", "ckpt"):
+        with pytest.raises(ConfigError, match=rf"save_weights: .* received '.*{path}'; name it so"):
+            model.save_weights(tmp_path / path)
+        with pytest.raises(ConfigError, match="load_weights: Keras 3 has weights in files named"):
+            model.load_weights(tmp_path / path)
+    for name in ("to", "cuda", "half", "eval", "call_with_cache", "generate_function"):
+        assert not hasattr(model, name)
+        with pytest.raises(AbsentError, match=rf"TFOPTForCausalLM\.{name} is not supported: \w+"):
+            getattr(model, name)
+    with pytest.raises(AbsentError, match=r"Linear\.kernel is not supported: use weight, which is"):
+        model.model.decoder.layers[0].fc1.kernel  # noqa: B018
+    with pytest.raises(
+        UnsupportedError, match=r"from_keras_model is not supported: use model\.exp"
+    ):
+        tf.lite.TFLiteConverter.from_keras_model(model).convert()
+
+
+def test_a_backbone_of_kerashub_in_a_functional_model():
+    backbone: Any = opt_tf.TFOPTModel(**FIELDS, dropout=0.0)
+    inputs = {"token_ids": IDS[:, :4], "padding_mask": np.ones((2, 4), np.int32)}
+    hidden = backbone(inputs)
+    assert tuple(backbone.output.shape) == (None, None, 8)
+    assert tuple(backbone.compute_output_spec(inputs).shape) == (2, 4, 8)
+    scores = keras.Model(backbone.input, keras.layers.Dense(2)(backbone.output[:, 0]))
+    assert scores(inputs).shape == (2, 2)
+    embedding = backbone.token_embedding
+    np.testing.assert_allclose(
+        embedding(hidden, reverse=True), hidden @ tf.transpose(embedding.embeddings), atol=1e-6
+    )
+    np.testing.assert_array_equal(embedding(IDS), backbone.get_input_embeddings()(tf.constant(IDS)))
+    assert backbone.get_layer("transformer_layer_0") is backbone.decoder.layers[0]
+    assert backbone.dropout == 0
+
+
+def test_a_task_of_kerashub_compiles_itself(preprocessor):
+    def task(**options: Any) -> Any:
+        return opt_tf.TFOPTForCausalLM(**FIELDS, preprocessor=preprocessor, **options)
+
+    made = task()
+    tf.config.run_functions_eagerly(True)
+    try:
+        made.fit(TEXTS, verbose=0)
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert float(made.optimizer.learning_rate) == pytest.approx(2e-5)
+    for other in (task(compile=False), opt_tf.TFOPTForCausalLM(**FIELDS)):
+        with pytest.raises(ValueError, match="You must call `compile"):
+            other.evaluate(IDS)
+
+
+def test_a_loss_by_the_outputs_name(model):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(loss={"logits": loss}, run_eagerly=True)
+    found = model.evaluate(IDS, {"logits": IDS}, verbose=0)
+    assert found == pytest.approx(float(loss(IDS, model(IDS).logits)), abs=1e-5)  # pyright: ignore[reportArgumentType]

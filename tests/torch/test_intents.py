@@ -237,3 +237,35 @@ def test_pipelines_take_the_models(kind, tmp_path):
         assert pipe("Hello", max_new_tokens=3)[0]["generated_text"].startswith("Hello")
     else:
         assert {found["label"] for found in pipe("Hello", top_k=None)} == {"LABEL_0", "LABEL_1"}
+
+
+def test_programs_that_go_through_the_layers_one_by_one(model):
+    """As GPTQ, SparseGPT and Wanda do: catch the first layer's input, then call each layer."""
+
+    class Caught(Exception):
+        pass
+
+    class Catcher(nn.Module):
+        def __init__(self, inner: Any):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, inputs: Any, **options: Any) -> None:
+            caught.update(inputs=inputs, mask=options["attention_mask"])
+            raise Caught
+
+    mine: Any = copy.deepcopy(model)
+    mask = MASK.clone()
+    mask[0, :2] = 0
+    for given in (None, mask):
+        caught: dict[str, Any] = {}
+        layers = mine.model.decoder.layers
+        layers[0] = Catcher(layers[0])
+        with pytest.raises(Caught):
+            mine(IDS, attention_mask=given)
+        layers[0] = layers[0].inner
+        states = caught["inputs"]
+        for layer in layers:
+            states = layer(states, attention_mask=caught["mask"])[0]
+        found = mine.lm_head(mine.model.decoder.final_layer_norm(states))
+        close(found, model(IDS, attention_mask=given).logits)

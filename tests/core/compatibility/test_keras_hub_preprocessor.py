@@ -1,10 +1,12 @@
 """KerasHub's preprocessor: rows of one length, labels, and texts again."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from opt_core.compatibility.keras_hub_preprocessor import OPTCausalLMPreprocessor
-from opt_core.errors import InputError
+from opt_core.errors import AbsentError, InputError
 from opt_core.text.tokenizer import OPTTokenizer
 
 TEXTS = ["What say you?", "No."]
@@ -48,3 +50,14 @@ def test_prompts_and_texts_again(tokenizer):
         "sequence_length": 12, "add_start_token": True, "add_end_token": True
     }  # fmt: skip
     assert tokenizer.detokenize(tokenizer(TEXTS, add_special_tokens=False)) == TEXTS
+
+
+def test_assets_are_read_again_and_configurations_refused(tokenizer, tmp_path):
+    tokenizer.save_assets(tmp_path)
+    again = OPTTokenizer(vocabulary=tmp_path / "vocabulary.json", merges=tmp_path / "merges.txt")
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again(TEXTS[0]).input_ids == tokenizer(TEXTS[0]).input_ids
+    owners: list[Any] = [OPTTokenizer, tokenizer, OPTCausalLMPreprocessor]
+    for owner in owners:
+        with pytest.raises(AbsentError, match=r"\w+\.from_config is not supported: \w+"):
+            owner.from_config({})

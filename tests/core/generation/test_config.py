@@ -30,7 +30,7 @@ def test_round_trip(tmp_path):
     lists: dict[str, Any] = {"eos_token_id": [2, 5], "bad_words_ids": [[3], [4, 5]]}
     config = GenerationConfig(
         do_sample=True, temperature=0.7, stop_strings="\n", max_new_tokens=9,
-        early_stopping="never", **lists,
+        early_stopping="never", num_beams=2, **lists,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     assert GenerationConfig.from_pretrained(tmp_path) == config

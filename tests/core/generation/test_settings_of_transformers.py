@@ -112,3 +112,23 @@ def test_others_objects_are_taken():
 )
 def test_modes_have_transformers_names(values, mode):
     assert GenerationConfig(**values).get_generation_mode() == mode
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.5}, "temperature=0.5 has no effect with do_sample=False"),
+        ({"top_k": 7}, "top_k=7 has no effect with do_sample=False; change do_sample, or leave"),
+        ({"early_stopping": True}, "early_stopping=True has no effect with num_beams=1"),
+    ],
+)
+def test_settings_without_effect_are_not_saved(settings, message, tmp_path):
+    given = GenerationConfig(**settings)
+    given.validate()
+    for refuse in (lambda: given.validate(strict=True), lambda: given.save_pretrained(tmp_path)):
+        with pytest.raises(GenerationError, match=message):
+            refuse()
+    assert not list(tmp_path.iterdir())
+    heeded = {"do_sample": True, "num_beams": 2, **settings}
+    GenerationConfig(**heeded).save_pretrained(tmp_path)
+    GenerationConfig(penalty_alpha=0.6, top_k=4).validate(strict=True)

@@ -174,3 +174,32 @@ def test_a_configuration_may_say_how_to_generate(backend, folder, tmp_path):
     settings = backend.load(tmp_path).generation_config
     assert (settings.max_length, settings.num_beams) == (9, 2)
     assert settings.eos_token_id == CONFIG.eos_token_id
+
+
+def test_the_cache_of_a_generation_as_tuples(backend, model):
+    options = {"return_dict_in_generate": True, "output_scores": True, **SETTINGS}
+    found = model.generate(IDS, return_legacy_cache=True, **options).past_key_values
+    assert isinstance(found, tuple)
+    shape = (2, CONFIG.num_attention_heads, 6 + NEW - 1, CONFIG.head_dim)
+    assert [tuple(x.shape) for x in found[0]] == [shape, shape]
+    cache = model.generate(IDS, **options).past_key_values
+    with pytest.raises(InputError, match="a cache is indexed by the layer's number, received 'mo"):
+        cache["model"]
+
+
+def test_states_of_a_generation_without_cache_are_refused(model):
+    options = {"return_dict_in_generate": True, "use_cache": False, **SETTINGS}
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(GenerationError, match="use_cache=False: each step's hidden states and"):
+            model.generate(IDS, **{name: True}, **options)
+
+
+def test_parts_have_transformers_names_too(model):
+    decoder = model.get_decoder()
+    assert (decoder.vocab_size, decoder.padding_idx) == (CONFIG.vocab_size, CONFIG.pad_token_id)
+    assert decoder.max_target_positions == CONFIG.max_position_embeddings
+    assert (decoder.dropout, decoder.layerdrop) == (CONFIG.dropout, CONFIG.layerdrop)
+    layer = decoder.layers[0]
+    assert layer.do_layer_norm_before is CONFIG.do_layer_norm_before
+    assert layer.activation_fn is layer.activation
+    assert layer.embed_dim == CONFIG.hidden_size

@@ -1,0 +1,59 @@
+"""Names that `transformers`' decoder and layers have for what is under other names here."""
+
+from typing import Any
+
+from opt_core.config import OPTConfig
+
+
+class DecoderNames:
+    """Attributes of a decoder, which follow from its configuration."""
+
+    config: OPTConfig
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the token embedding."""
+        return self.config.vocab_size
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The configuration's `pad_token_id`."""
+        return self.config.pad_token_id
+
+    @property
+    def max_target_positions(self) -> int:
+        """The configuration's `max_position_embeddings`."""
+        return self.config.max_position_embeddings
+
+    @property
+    def dropout(self) -> float:
+        """The configuration's."""
+        return self.config.dropout
+
+    @property
+    def layerdrop(self) -> float:
+        """The configuration's."""
+        return self.config.layerdrop
+
+
+class LayerNames:
+    """Attributes of a decoder layer."""
+
+    norm_first: bool
+    activation: Any
+    fc1: Any
+
+    @property
+    def do_layer_norm_before(self) -> bool:
+        """Whether the norms stand before the layer's two parts."""
+        return self.norm_first
+
+    @property
+    def activation_fn(self) -> Any:
+        """The feed-forward part's function."""
+        return self.activation
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the states."""
+        return self.fc1.in_features
