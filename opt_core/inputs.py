@@ -5,7 +5,7 @@ program is None here, and fits.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,24 @@ from opt_core.text.encoding import Rows
 NO_TEXT = "a tokenizer makes ids of it: model.generate(**tokenizer(text))"
 
 Shape = Sequence[int | None]
+
+
+class Range(NamedTuple):
+    """The values that an input may have.
+
+    Attributes:
+        name: What it is called, for messages.
+        values: Its tensor.
+        low: The lowest it may have.
+        high: The highest.
+        why: What says so.
+    """
+
+    name: str
+    values: Any
+    low: int
+    high: int
+    why: str
 
 
 def as_row(name: str, values: Any) -> Any:
@@ -60,7 +78,7 @@ def check_inputs(
     position_ids: Any,
     inputs_embeds: Any,
     cache: Any,
-    check_range: Callable[[str, Any, int, int, str], None],
+    check_ranges: Callable[[Sequence[Range]], None],
 ) -> tuple[int | None, int | None]:
     """Refuses inputs that do not fit the model or one another.
 
@@ -72,8 +90,7 @@ def check_inputs(
         position_ids: Tensor (B, T) or (1, T), or None.
         inputs_embeds: Tensor (B, T, P) in place of `input_ids`, or None.
         cache: What came before, or None.
-        check_range: Called with a name, its tensor or None, and the lowest and highest value it
-            may have and why: refuses others where values can be looked at.
+        check_ranges: Refuses values outside of ranges, where they can be looked at.
 
     Returns:
         Rows B and new tokens T.
@@ -107,11 +124,12 @@ def check_inputs(
                 + f", received {mask}"
             )
     window, V = config.max_position_embeddings, config.vocab_size
-    check_range("input_ids", input_ids, 0, V - 1, f"vocab_size={V}")
-    why = f"max_position_embeddings={window}"
-    check_range("position_ids", position_ids, -1, window - 1, why)
-    why = "1 for tokens and 0 for padding"
-    check_range("attention_mask", attention_mask, 0, 1, why)
+    ranges = (
+        Range("input_ids", input_ids, 0, V - 1, f"vocab_size={V}"),
+        Range("position_ids", position_ids, -1, window - 1, f"max_position_embeddings={window}"),
+        Range("attention_mask", attention_mask, 0, 1, "1 for tokens and 0 for padding"),
+    )
+    check_ranges([r for r in ranges if r.values is not None])
     return B, T
 
 
@@ -119,8 +137,9 @@ def _fits(shape: Shape, expected: Shape) -> bool:
     return all(a is None or b is None or a == b for a, b in zip(shape, expected, strict=True))
 
 
-def check_range(name: str, least: int, most: int, low: int, high: int, why: str) -> None:
-    """Refuses values outside low..high, by the least and the most of them."""
+def check_range(expected: Range, least: int, most: int) -> None:
+    """Refuses values outside of a range, by the least and the most of them."""
+    name, _, low, high, why = expected
     if least < low or most > high:
         raise InputError(
             f"{name}: expected values in {low}..{high} ({why}), received {least}..{most}"

@@ -1,5 +1,6 @@
 """Model inputs: made into tensors and checked before anything is computed."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from opt_core import inputs as rules
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.generation.request import Ids, Mask
+from opt_core.inputs import Range
 from opt_flax.cache import KVCache
 
 
@@ -49,7 +51,7 @@ def check_inputs(
     if inputs_embeds is not None:
         embeds = as_tensor("inputs_embeds", inputs_embeds).astype(dtype)
     given = ids, mask, positions, embeds
-    B, T = rules.check_inputs(config, *given, cache, check_range)
+    B, T = rules.check_inputs(config, *given, cache, check_ranges)
     if cache is not None:
         if is_known(cache.length):
             cache = replace(cache, length=int(cache.length))
@@ -158,7 +160,7 @@ def as_tensor(name: str, values: Any) -> Array:
     try:
         array = np.asarray(values)
         if array.dtype.kind in "iu" and array.size:
-            check_range(name, array, -(2**31), 2**31 - 1, "int32")
+            check_ranges([Range(name, array, -(2**31), 2**31 - 1, "int32")])
         return jnp.asarray(array)
     except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
@@ -166,11 +168,12 @@ def as_tensor(name: str, values: Any) -> Array:
         raise rules.not_regular(name, error) from None
 
 
-def check_range(name: str, values: Any, low: int, high: int, why: str) -> None:
-    """Refuses values outside low..high, where they can be looked at."""
-    if values is not None and is_known(values) and values.size:
-        array = np.asarray(values)
-        rules.check_range(name, int(array.min()), int(array.max()), low, high, why)
+def check_ranges(ranges: Sequence[Range]) -> None:
+    """Refuses values outside of ranges, where they can be looked at."""
+    for expected in ranges:
+        if is_known(expected.values) and expected.values.size:
+            array = np.asarray(expected.values)
+            rules.check_range(expected, int(array.min()), int(array.max()))
 
 
 def is_known(value: Any) -> bool:

@@ -10,9 +10,10 @@ import optax
 from jax import Array
 
 from opt_core.config import OPTConfig
+from opt_core.inputs import Range
 from opt_core.training import labels as rules
 from opt_core.training.microbatches import IGNORE_INDEX
-from opt_flax.inputs import as_tensor, check_range, is_known
+from opt_flax.inputs import as_tensor, check_ranges, is_known
 
 CHUNK = 2**24
 """Logits that `chunked_causal_lm` keeps at a time."""
@@ -35,7 +36,8 @@ def check_labels(name: str, labels: Array, shape: tuple[int, ...], count: int) -
     rules.check_integers(name, labels.dtype, labels.shape, shape)
     if is_known(labels):
         kept = np.asarray(labels)
-        check_range(name, kept[kept != IGNORE_INDEX], 0, count - 1, rules.OR_IGNORED)
+        kept = kept[kept != IGNORE_INDEX]
+        check_ranges([Range(name, kept, 0, count - 1, rules.OR_IGNORED)])
     return labels.astype(jnp.int32)
 
 

@@ -1,5 +1,6 @@
 """Model inputs: made into tensors and checked before anything is computed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -10,6 +11,7 @@ from opt_core import inputs as rules
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.generation.request import Ids, Mask
+from opt_core.inputs import Range
 from opt_tf.cache import KVCache
 from opt_tf.linear import sizes
 
@@ -48,7 +50,7 @@ def check_inputs(
     if inputs_embeds is not None:
         embeds = tf.cast(as_tensor("inputs_embeds", inputs_embeds), dtype)
     given = ids, mask, positions, embeds
-    B, T = rules.check_inputs(config, *given, cache, check_range)
+    B, T = rules.check_inputs(config, *given, cache, check_ranges)
     if cache is not None:
         check_cache(config, dtype, cache, B, T)
         cache = cache.with_room(T)
@@ -165,11 +167,12 @@ def as_tensor(name: str, values: Any) -> tf.Tensor:
     return tensor
 
 
-def check_range(name: str, values: tf.Tensor | None, low: int, high: int, why: str) -> None:
-    """Refuses values outside low..high, where they can be looked at."""
-    if values is not None and is_known(values) and 0 not in values.shape:
-        array = values.numpy()
-        rules.check_range(name, int(array.min()), int(array.max()), low, high, why)
+def check_ranges(ranges: Sequence[Range]) -> None:
+    """Refuses values outside of ranges, where they can be looked at."""
+    for expected in ranges:
+        if is_known(expected.values) and 0 not in expected.values.shape:
+            array = expected.values.numpy()
+            rules.check_range(expected, int(array.min()), int(array.max()))
 
 
 def is_known(value: Any) -> bool:

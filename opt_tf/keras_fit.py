@@ -13,10 +13,11 @@ from opt_core.compatibility.datasets import LABELS
 from opt_core.compatibility.sequences import PredictedSpans, Predictions
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
+from opt_core.inputs import Range
 from opt_core.training.microbatches import IGNORE_INDEX
 from opt_tf import _private
 from opt_tf.decoder import TFOPTOutput
-from opt_tf.inputs import as_integers, check_range
+from opt_tf.inputs import as_integers, check_ranges
 
 _INTERNAL_LOSSES = ("auto", "auto_with_warning", "passthrough")
 """Names of `transformers` for the loss that a model has itself."""
@@ -226,7 +227,7 @@ class Fitted(keras.Model):
         if isinstance(ids, np.ndarray) or tf.is_tensor(ids):
             count = self.config.vocab_size
             tensor: Any = as_integers("input_ids", ids)
-            check_range("input_ids", tensor, 0, count - 1, f"vocab_size={count}")
+            check_ranges([Range("input_ids", tensor, 0, count - 1, f"vocab_size={count}")])
         return x
 
     def _with_targets(self, x: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -5,9 +5,10 @@ from typing import Any
 import tensorflow as tf
 
 from opt_core.config import OPTConfig
+from opt_core.inputs import Range
 from opt_core.training import labels as rules
 from opt_core.training.microbatches import IGNORE_INDEX
-from opt_tf.inputs import as_tensor, check_range, is_known
+from opt_tf.inputs import as_tensor, check_ranges, is_known
 from opt_tf.linear import sizes
 
 CHUNK = 2**24
@@ -32,7 +33,8 @@ def check_labels(
     """
     rules.check_integers(name, labels.dtype.name, tuple(labels.shape), shape)
     if is_known(labels):
-        check_range(name, labels[labels != IGNORE_INDEX], 0, count - 1, rules.OR_IGNORED)
+        kept = labels[labels != IGNORE_INDEX]
+        check_ranges([Range(name, kept, 0, count - 1, rules.OR_IGNORED)])
     return tf.cast(labels, tf.int32)
 
 

@@ -95,8 +95,10 @@ def search(model: "OPTForCausalLM", request: Request) -> Tensor:
             finished = finish_beams(finished, grown, ends, made, is_open, rules)
             running, index = grown._replace(scores=grown.scores + ends * NEG_INF).best(W)
             is_open = is_open & can_improve(running, finished, made + 1, new, rules)
-            full = rules.is_full_enough and bool((finished.lengths > 0).all())
-            if full or bool(ends.all()) or not bool(is_open.any()):
+            is_over = ends.all() | ~is_open.any()
+            if rules.is_full_enough:
+                is_over |= (finished.lengths > 0).all()
+            if is_over:
                 break
             parents = parents.gather(1, index) + W * torch.arange(B, device=device)[:, None]
             last = running.ids[:, :, end].flatten()

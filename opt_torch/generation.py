@@ -31,7 +31,10 @@ def decode_step(model: "OPTForCausalLM", ids_B: Tensor, cache: KVCache) -> tuple
     return prefill(model, ids_B[:, None], cache.mask, cache)
 
 
-@torch.no_grad()
+PATIENCE = 16
+"""Tokens after which a device is waited for, to see whether all rows have ended."""
+
+
 def stream(model: "OPTForCausalLM", request: Request) -> Iterator[Tensor]:
     """Chooses, yields and decodes until every row has ended.
 
@@ -43,6 +46,12 @@ def stream(model: "OPTForCausalLM", request: Request) -> Iterator[Tensor]:
     Yields:
         (B * num_return_sequences,) ids, `pad_token_id` in rows that have ended.
     """
+    yield from _tokens(model, request, 1)
+
+
+@torch.no_grad()
+def _tokens(model: "OPTForCausalLM", request: Request, patience: int) -> Iterator[Tensor]:
+    """The tokens of `stream`, and up to `patience - 1` columns of padding."""
     settings, copies, device = request.settings, request.settings.num_return_sequences, model.device
     prompt, new = request.ids.shape[1], request.new_tokens
     generator = sampling.random_source(model, request.seed)(0)
@@ -74,7 +83,8 @@ def stream(model: "OPTForCausalLM", request: Request) -> Iterator[Tensor]:
                 hits = [t.push(i) for t, i in zip(trackers, token.tolist(), strict=True)]
                 ended = ended | torch.tensor(hits, device=device)
             yield token
-            if made + 1 == new or ((settings.eos_ids or trackers) and bool(ended.all())):
+            is_time = (settings.eos_ids or trackers) and (made + 1) % patience == 0
+            if made + 1 == new or (is_time and bool(ended.all())):
                 return
             logits, cache = step(token, cache)
 
@@ -83,7 +93,19 @@ def generate(model: "OPTForCausalLM", request: Request) -> Tensor:
     """The prompts and all that `stream` yields after them."""
     prompts = torch.as_tensor(request.ids, device=model.device).long()
     prompts = prompts.repeat_interleave(request.settings.num_return_sequences, 0)
-    return torch.cat([prompts, torch.stack(list(stream(model, request)), 1)], 1)
+    # Strings are looked for on the host: it waits for each token anyway.
+    may_wait = model.device.type == "cpu" or bool(request.settings.stops)
+    tokens = torch.stack(list(_tokens(model, request, 1 if may_wait else PATIENCE)), 1)
+    if not may_wait and request.settings.eos_ids:
+        tokens = tokens[:, : _longest(tokens, sampling.request_rules(model, request).ends)]
+    return torch.cat([prompts, tokens], 1)
+
+
+def _longest(tokens_RT: Tensor, ends_V: Tensor) -> int:
+    """Tokens of the row that ends last, its end included."""
+    ended = ends_V[tokens_RT]
+    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens_RT.shape[1])
+    return int(lengths.max())
 
 
 def mask_vocabulary(logits_BV: Tensor, vocabulary: int) -> Tensor:

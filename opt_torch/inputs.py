@@ -1,5 +1,6 @@
 """Model inputs: made into tensors and checked before anything is computed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from opt_core import inputs as rules
 from opt_core.config import OPTConfig
 from opt_core.generation.request import Ids, Mask
+from opt_core.inputs import Range
 from opt_torch import _private, distribution
 from opt_torch.cache import KVCache
 
@@ -50,7 +52,7 @@ def check_inputs(
     if inputs_embeds is not None:
         embeds = as_tensor("inputs_embeds", inputs_embeds, device).to(dtype)
     given = ids, mask, positions, embeds
-    B, T = rules.check_inputs(config, *given, cache, check_range)
+    B, T = rules.check_inputs(config, *given, cache, check_ranges)
     if cache is not None:
         check_cache(config, dtype, heads, cache, B, T)
         cache = cache.with_room(T)
@@ -166,11 +168,13 @@ def as_tensor(name: str, values: Any, device: torch.device) -> Tensor:
         raise rules.not_regular(name, error) from None
 
 
-def check_range(name: str, values: Tensor | None, low: int, high: int, why: str) -> None:
-    """Refuses values outside low..high, where they can be looked at."""
-    if values is not None and is_known(values) and values.numel():
-        least, most = (int(x) for x in values.aminmax())
-        rules.check_range(name, least, most, low, high, why)
+def check_ranges(ranges: Sequence[Range]) -> None:
+    """Refuses values outside of ranges, where they can be looked at; it waits once for a device."""
+    known = [r for r in ranges if is_known(r.values) and r.values.numel()]
+    if known:
+        extremes = torch.stack([torch.stack(r.values.long().aminmax()) for r in known])
+        for expected, (least, most) in zip(known, extremes.tolist(), strict=True):
+            rules.check_range(expected, least, most)
 
 
 def _name(dtype: torch.dtype) -> str:

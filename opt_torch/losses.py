@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opt_core.config import OPTConfig
+from opt_core.inputs import Range
 from opt_core.training import labels as rules
 from opt_core.training.microbatches import IGNORE_INDEX
-from opt_torch.inputs import as_tensor, check_range, is_known
+from opt_torch.inputs import as_tensor, check_ranges, is_known
 
 CHUNK = 2**24
 """Logits that `chunked_causal_lm` keeps at a time."""
@@ -31,8 +32,10 @@ def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], count: int) 
     """
     rules.check_integers(name, labels.dtype, labels.shape, shape)
     labels = labels.long()
-    if is_known(labels):
-        check_range(name, labels[labels != IGNORE_INDEX], 0, count - 1, rules.OR_IGNORED)
+    if is_known(labels) and labels.numel():
+        # In the place of what is ignored, a value that leaves the least and the most as they are.
+        kept = torch.where(labels == IGNORE_INDEX, labels.amax().clamp_min(0), labels)
+        check_ranges([Range(name, kept, 0, count - 1, rules.OR_IGNORED)])
     return labels
 
 

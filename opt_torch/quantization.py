@@ -150,11 +150,11 @@ class QuantizedLinear(nn.Module):
     def has_kernel(self, input: Tensor) -> bool:
         """Whether the product with an input is computed by a kernel for such weights."""
         is_here = input.device == self.weight.scales.device == _CPU
+        if not (is_here and input.ndim > 1 and is_eager(input)):
+            return False
         if self.weight.zeros is None:
-            is_built = _private.has_int8_linear()
-        else:
-            is_built = _private.has_int4_linear() and block_rows() is not None
-        return is_here and is_built and input.ndim > 1 and is_eager(input)
+            return _private.has_int8_linear()
+        return _private.has_int4_linear() and block_rows() is not None
 
     def make_linear(self) -> Callable[[Tensor], Tensor]:
         """A function that computes what `forward` does from now on; see `Linear.make_linear`."""
