@@ -31,7 +31,7 @@ def decode_step(model: "OPTForCausalLM", ids_B: Tensor, cache: KVCache) -> tuple
     return prefill(model, ids_B[:, None], cache.mask, cache)
 
 
-PATIENCE = 16
+_PATIENCE = 16
 """Tokens after which a device is waited for, to see whether all rows have ended."""
 
 
@@ -95,7 +95,7 @@ def generate(model: "OPTForCausalLM", request: Request) -> Tensor:
     prompts = prompts.repeat_interleave(request.settings.num_return_sequences, 0)
     # Strings are looked for on the host: it waits for each token anyway.
     may_wait = model.device.type == "cpu" or bool(request.settings.stops)
-    tokens = torch.stack(list(_tokens(model, request, 1 if may_wait else PATIENCE)), 1)
+    tokens = torch.stack(list(_tokens(model, request, 1 if may_wait else _PATIENCE)), 1)
     if not may_wait and request.settings.eos_ids:
         tokens = tokens[:, : _longest(tokens, sampling.request_rules(model, request).ends)]
     return torch.cat([prompts, tokens], 1)

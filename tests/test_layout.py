@@ -325,7 +325,7 @@ def test_public_names_have_docstrings(package: str):
 @pytest.mark.parametrize("package", [*PACKAGES, "tests"])
 def test_folders_are_not_crowded(package: str):
     folders = {path.parent for path in python_files(package)}
-    crowded = {str(f.relative_to(ROOT)): n for f in folders if (n := len([*f.glob("*.py")])) > 27}
+    crowded = {str(f.relative_to(ROOT)): n for f in folders if (n := len([*f.glob("*.py")])) > 29}
     assert not crowded
 
 
