@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_an_unknown_order_of_the_kernel_is_not_used(monkeypatch):
 
 def test_queries_keys_and_values_are_one_product(folder):
     model = opt_torch.OPTForCausalLM.from_pretrained(folder("pre_ln"), quantize="int4")
-    attention = model.get_decoder().layers[0].self_attn
+    attention: Any = model.get_decoder().layers[0].self_attn
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     plain = [part.weight.dequantize() for part in parts]
     model(torch.tensor([[2, 5, 9, 4]]))
