@@ -54,12 +54,13 @@ def kernels_weight(tensor):
 @pytest.mark.parametrize(("out", "width"), [(1, 1), (37, 70), (96, 256)])
 def test_few_rows_are_rounded_and_many_are_not(out, width, has_bias):
     layer, tensor = make_linear(out, width, has_bias)
+    shift = 0 if layer.bias is None else layer.bias.double()
     exact = torch.from_numpy(tensor.dequantize()).double()
     for rows in (1, 3, int4.FEW_ROWS, int4.FEW_ROWS + 1):
         input = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
         is_few = rows <= int4.FEW_ROWS
         weight, wide = (kernels_weight(tensor), rounded(input)) if is_few else (exact, input)
-        expected = wide.double() @ weight.T + (layer.bias.double() if has_bias else 0)
+        expected = wide.double() @ weight.T + shift
         error = (layer(input) - expected).abs().max() / expected.abs().max()
         assert error < (KERNEL_TOLERANCE if is_few else TOLERANCE)
     assert layer(torch.ones(0, width)).shape == (0, out)
