@@ -3,7 +3,7 @@
 `generate` drains what `stream` yields.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -97,13 +97,13 @@ def generate(model: "OPTForCausalLM", request: Request) -> Tensor:
     may_wait = model.device.type == "cpu" or bool(request.settings.stops)
     tokens = torch.stack(list(_tokens(model, request, 1 if may_wait else _PATIENCE)), 1)
     if not may_wait and request.settings.eos_ids:
-        tokens = tokens[:, : _longest(tokens, sampling.request_rules(model, request).ends)]
+        tokens = tokens[:, : _longest(tokens, request.settings.eos_ids)]
     return torch.cat([prompts, tokens], 1)
 
 
-def _longest(tokens_RT: Tensor, ends_V: Tensor) -> int:
+def _longest(tokens_RT: Tensor, eos_ids: Collection[int]) -> int:
     """Tokens of the row that ends last, its end included."""
-    ended = ends_V[tokens_RT]
+    ended = torch.isin(tokens_RT, torch.tensor([*eos_ids], device=tokens_RT.device))
     lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens_RT.shape[1])
     return int(lengths.max())
 

@@ -51,7 +51,7 @@ class Int8Order:
         step, zero = _UNSIGNED if is_unsigned else _SIGNED
 
         def multiply(input: Tensor) -> Tensor:
-            rows, size = scaled(input)
+            rows, size = _scaled(input)
             out: Tensor = call(rows, step, zero, order)
             out = out.mul_(size) if bias is None else torch.addcmul(bias, out, size)
             return out.to(input.dtype)
@@ -59,7 +59,7 @@ class Int8Order:
         return multiply
 
 
-def scaled(input: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled(input: Tensor) -> tuple[Tensor, Tensor]:
     """Rows divided by their largest absolute values, so that one step serves them all; and these.
 
     Both are float32.

@@ -1,6 +1,7 @@
 """A weight that a file keeps in a few bits, as a tensor that is dequantised when it is read."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ _FLOATS = tuple(FLOAT_DTYPES.values())
 
 
 @dataclass(frozen=True, eq=False)
-class PackedTensor:
+class PackedTensor(ABC):
     """A quantised weight: a `LazyTensor` of float32 numbers.
 
     Attributes:
@@ -93,9 +94,9 @@ class PackedTensor:
         """Rows to work on at a time."""
         return max(1, _BLOCK // max(1, self.shape[1]))
 
+    @abstractmethod
     def dequantize(self, start: int, stop: int) -> NDArray[np.float32]:
         """Some rows of the weight."""
-        raise NotImplementedError
 
     def numbers(self, scheme: str) -> QuantizedTensor | None:
         """The very numbers of the file as those of a scheme of ours, if it has a place for them.
@@ -131,9 +132,9 @@ class Grid(NamedTuple):
 class GridTensor(PackedTensor):
     """A weight whose numbers are integers, each group of inputs with a scale and a zero point."""
 
+    @abstractmethod
     def grid(self, start: int, stop: int) -> Grid:
         """Some rows."""
-        raise NotImplementedError
 
     def dequantize(self, start: int, stop: int) -> NDArray[np.float32]:
         """Some rows of the weight: one rounding, where the scale has more than 16 bits."""

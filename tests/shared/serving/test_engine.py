@@ -12,7 +12,7 @@ from opt_core.serving.engine import ALTERNATIVES
 from opt_core.serving.row import Row
 from opt_core.serving.scheduler import Scheduler
 from tests.support import oracle
-from tests.support.backends import ORACLE_TOLERANCE
+from tests.support.backends import BACKENDS, ORACLE_TOLERANCE
 from tests.support.configs import CONFIGS
 
 pytestmark = pytest.mark.dealt
@@ -102,9 +102,10 @@ def test_scores_are_those_of_the_model(backend, folder):
         assert score.ids[0] == best[0]
 
 
+@pytest.mark.parametrize(
+    "backend", [name for name in BACKENDS if name != "torch"], indirect=True
+)  # PyTorch compiles nothing
 def test_nothing_is_compiled_after_the_warm_up(backend, folder):
-    if backend.name == "torch":
-        pytest.skip("PyTorch compiles nothing")
     model, scheduler = make_scheduler(backend, folder, CONFIG.replace(num_hidden_layers=1))
     scheduler.warm_up()
     before = programs(backend, model)
