@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +48,12 @@ def make_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return run
 
 
+def _own_terminal() -> None:
+    """Makes the terminal that of this process, Ctrl-C included."""
+    ioctl(0, TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores it
+
+
 class Terminal:
     """A command whose input and output are a terminal of some width."""
 
@@ -57,7 +64,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [*COMMAND, *map(str, arguments)], cwd=ROOT, stdin=terminal, stdout=terminal,
             stderr=terminal, start_new_session=True, env=known | {"TERM": "xterm"},
-            preexec_fn=lambda: ioctl(0, TIOCSCTTY, 0),  # the terminal is theirs, Ctrl-C included
+            preexec_fn=_own_terminal,
         )  # fmt: skip
         os.close(terminal)
         self.shown = ""
@@ -66,7 +73,9 @@ class Terminal:
         """The text that is shown, once it has this in it, or to its end."""
         stop = time.monotonic() + PATIENCE
         while text not in self.shown:
-            assert time.monotonic() < stop, self.shown
+            if time.monotonic() > stop:
+                self.process.kill()
+                raise AssertionError(f"no {text!r} in {PATIENCE} s: ...{self.shown[-500:]}")
             if select.select([self.end], [], [], 1.0)[0]:
                 try:
                     self.shown += os.read(self.end, 4096).decode()

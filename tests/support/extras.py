@@ -9,6 +9,8 @@ library has to be there. `tests/support/matrix.py` calls this in fresh environme
 
 import importlib
 import json
+import os
+import pty
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import repeat
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 
@@ -150,12 +153,39 @@ def lm_eval() -> None:
     assert "acc" in opt_lm("eval", "harness", "mine", "--include-path", "tasks")
 
 
+def serve() -> None:
+    """A completion over HTTP."""
+    command = [sys.executable, "-P", "-m", "opt_cli", "serve", "mini", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        url = process.stderr.readline().split()[-1]
+        body = json.dumps({"model": "mini", "prompt": PROMPT, "max_tokens": NEW}).encode()
+        request = Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urlopen(request, timeout=120) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == NEW
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def interactive() -> None:
+    """A turn at a terminal."""
+    end, terminal = pty.openpty()
+    command = [sys.executable, "-P", "-m", "opt_cli", "generate", "--interactive"]
+    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        os.write(end, f"{PROMPT}\r/quit\r".encode())
+        assert process.wait(120) == 0
+    os.close(end)
+
+
 FURTHER = {
     "formats": formats,
     "plots": plots,
     "data": data,
     "tensorboard": tensorboard,
     "lm-eval": lm_eval,
+    "serve": serve,
+    "interactive": interactive,
 }
 """Extras on top of a backend, each with a check."""
 
