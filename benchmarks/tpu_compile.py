@@ -44,9 +44,10 @@ from rich.table import Table
 
 from opt_core import GenerationConfig, OPTConfig, TrainConfig
 from opt_core.generation.request import Request
-from opt_flax import FlaxOPTForCausalLM, attention, checkpoint, generation, sharding, training
+from opt_flax import FlaxOPTForCausalLM, attention, checkpoint, sharding, training
 from opt_flax.compilation import Prompts, _read_prompts
-from opt_flax.sampling import request_rules
+from opt_flax.generation import loop
+from opt_flax.generation.sampling import request_rules
 
 RESULTS = Path(__file__).parent / "results" / "tpu.json"
 PROGRAMS = ("prefill", "decode step", "decode loop", "training step")
@@ -188,10 +189,10 @@ def lower_generation(config: OPTConfig, mesh: Mesh) -> Iterator[tuple[str, Any]]
     compiled = read.compile()
     yield "prefill", compiled
     found = abstract_arguments(read.out_info, mesh, compiled.output_shardings)
-    begin = generation._open.lower(*found, ids, mask, prompts.length, rules, mesh)
+    begin = loop._open.lower(*found, ids, mask, prompts.length, rules, mesh)
     rows = abstract_arguments(begin.out_info[0], mesh, begin.compile().output_shardings[0])
-    yield "decode step", generation._step.lower(graph, state, rows, rules).compile()
-    yield "decode loop", generation._loop.lower(graph, state, rows, rules).compile()
+    yield "decode step", loop._step.lower(graph, state, rows, rules).compile()
+    yield "decode loop", loop._loop.lower(graph, state, rows, rules).compile()
 
 
 def lower_training(config: OPTConfig, mesh: Mesh, rows: int) -> Iterator[tuple[str, Any]]:

@@ -17,17 +17,17 @@ from opt_cli import (
     generate,
     info,
     plan,
-    plot,
     prepare,
     push,
     quantize,
-    serve,
     smooth,
-    train,
     verify,
 )
 from opt_cli.commands import App
-from opt_cli.paper import command
+from opt_cli.paper.command import paper
+from opt_cli.serving.command import serve
+from opt_cli.training.command import train
+from opt_cli.training.plot import plot
 
 app = App(
     pretty_exceptions_enable=False,
@@ -38,17 +38,17 @@ app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("verify")(verify.verify)
 app.command("quantize")(quantize.quantize)
-app.command("serve")(serve.serve)
+app.command("serve")(serve)
 app.command("smooth")(smooth.smooth)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.command("prepare")(prepare.prepare)
-app.command("train")(train.train)
+app.command("train")(train)
 app.command("plan")(plan.plan)
-app.command("plot")(plot.plot)
+app.command("plot")(plot)
 app.command("download")(download.download)
 app.command("push")(push.push)
-evaluate.app.command("paper")(command.paper)
+evaluate.app.command("paper")(paper)
 app.add_typer(evaluate.app, name="eval")
 
 

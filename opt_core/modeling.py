@@ -45,7 +45,7 @@ class Backend(NamedTuple):
             bool mask, or None, in NumPy;
             `check_prefix(model, cache, ids, mask)`.
         losses: Its `causal_lm`, `last_token`, `classification` and `span_position`.
-        generation: Its `generate(model, request)` and `stream(model, request)`, token by token.
+        loop: Its `generate(model, request)` and `stream(model, request)`, token by token.
         beam: Its `search(model, request)`.
         speculative: Its `generate(model, request)` and `stream(model, request)`, by drafts.
         sampling: The filters that `opt_core.generation.filters` applies; its `request_rules`,
@@ -57,7 +57,7 @@ class Backend(NamedTuple):
     checkpoint: Any
     inputs: Any
     losses: Any
-    generation: Any
+    loop: Any
     beam: Any
     speculative: Any
     sampling: Any

@@ -16,7 +16,7 @@ from jax import Array
 from opt_core.generation.request import Request, bucket, pad_right
 from opt_core.generation.rules import Rules
 from opt_flax.cache import KVCache
-from opt_flax.prefill import copy_rows, prefill_prompts
+from opt_flax.generation.prefill import copy_rows, prefill_prompts
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM

@@ -19,7 +19,7 @@ from opt_core.generation.config import GenerationConfig
 from opt_core.generation.request import Request, check_export
 from opt_core.quantization import check_not_quantized
 from opt_core.text.tokenizer import OPTTokenizer
-from opt_flax import beam, generation
+from opt_flax.generation import beam, loop
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
@@ -147,13 +147,13 @@ def _generate(
     settings, new_tokens = request.settings, request.new_tokens
     count = settings.num_return_sequences
     rows = settings.num_beams if settings.is_beam_search else count
-    run = beam.run if settings.is_beam_search else generation.run
+    run = beam.run if settings.is_beam_search else loop.run
 
     def generate(
         weights: Weights, input_ids: Array, attention_mask: Array, seed: Array | int = 0
     ) -> dict[str, Array]:
         mask = attention_mask.astype(bool)
-        found, best = generation.trace(rebuild(weights), request, run, input_ids, mask, seed)
+        found, best = loop.trace(rebuild(weights), request, run, input_ids, mask, seed)
         fits = (input_ids >= 0) & (input_ids < model.config.vocab_size)
         fits = fits.all(1) & mask[:, -1] & jnp.isfinite(best).reshape(-1, rows).all(1)
         found = found[:, : input_ids.shape[1] + new_tokens]

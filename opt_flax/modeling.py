@@ -16,19 +16,7 @@ from opt_core.compatibility.linen import check_seed
 from opt_core.compatibility.linen import refuse_linen as __getattr__  # noqa: F401
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
-from opt_flax import (
-    _private,
-    attention,
-    beam,
-    checkpoint,
-    generation,
-    inputs,
-    losses,
-    prefill,
-    sampling,
-    sharding,
-    speculative,
-)  # fmt: skip
+from opt_flax import _private, attention, checkpoint, inputs, losses, sharding  # fmt: skip
 from opt_flax.cache import KVCache, init_cache
 from opt_flax.compatibility import (
     FlaxCallOptions,
@@ -37,6 +25,7 @@ from opt_flax.compatibility import (
     split_mode,
 )
 from opt_flax.decoder import FlaxOPTDecoder, FlaxOPTOutput
+from opt_flax.generation import beam, loop, prefill, sampling, speculative  # fmt: skip
 from opt_flax.linear import Linear
 from opt_flax.sharding import constrain_rows
 
@@ -47,7 +36,7 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
+        attention, checkpoint, inputs, losses, loop, beam, speculative, sampling, prefill
     )  # fmt: skip
 
     def __init__(

@@ -13,7 +13,7 @@ from opt_core.generation.config import GenerationConfig
 from opt_core.generation.request import Request, check_export, merge_settings
 from opt_core.quantization import check_not_quantized
 from opt_core.text.tokenizer import OPTTokenizer
-from opt_tf import beam, generation
+from opt_tf.generation import beam, loop
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -108,7 +108,7 @@ def _forward(model: "TFOPTForCausalLM") -> Any:
 
 def _generate(model: "TFOPTForCausalLM", request: Request) -> Any:
     max_prompt = request.ids.shape[1]
-    run = beam.run if request.settings.is_beam_search else generation.run
+    run = beam.run if request.settings.is_beam_search else loop.run
 
     def generate(
         input_ids: tf.Tensor, attention_mask: tf.Tensor, seed: tf.Tensor | int = 0
@@ -118,7 +118,7 @@ def _generate(model: "TFOPTForCausalLM", request: Request) -> Any:
         tf.debugging.assert_equal(attention_mask[:, -1], 1, "pad prompts on the left")
         _check_ids(model, input_ids)
         mask = tf.cast(attention_mask, tf.bool)
-        found, made, best = generation.trace(model, request, run, input_ids, mask, seed)
+        found, made, best = loop.trace(model, request, run, input_ids, mask, seed)
         tf.debugging.assert_all_finite(best, "no token can be generated")
         return {"sequences": found[:, : prompt + made]}
 

@@ -14,22 +14,11 @@ from opt_core.config import OPTConfig
 from opt_core.generation.config import GenerationConfig
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized, check_scheme
-from opt_tf import (
-    _private,
-    attention,
-    beam,
-    checkpoint,
-    generation,
-    inputs,
-    losses,
-    prefill,
-    quantization,
-    sampling,
-    speculative,
-)
+from opt_tf import _private, attention, checkpoint, inputs, losses, quantization
 from opt_tf.cache import KVCache, init_cache
 from opt_tf.compatibility import ModelMethods, name_inputs
 from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
+from opt_tf.generation import beam, loop, prefill, sampling, speculative
 from opt_tf.keras_fit import Fitted
 from opt_tf.keras_hub import GenerationMethods
 from opt_tf.linear import Linear, sizes
@@ -43,7 +32,7 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
+        attention, checkpoint, inputs, losses, loop, beam, speculative, sampling, prefill
     )  # fmt: skip
 
     def __init__(

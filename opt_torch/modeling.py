@@ -11,20 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from opt_core.compatibility.calls import CallOptions
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
-from opt_torch import (
-    _private,
-    attention,
-    beam,
-    checkpoint,
-    distribution,
-    generation,
-    inputs,
-    losses,
-    prefill,
-    sampling,
-    sharding,
-    speculative,
-)
+from opt_torch import _private, attention, checkpoint, distribution, inputs, losses, sharding
 from opt_torch.cache import KVCache, init_cache
 from opt_torch.compatibility import (
     GenerationMethods,
@@ -33,6 +20,7 @@ from opt_torch.compatibility import (
     serve_trainer,
 )
 from opt_torch.decoder import OPTDecoder, OPTOutput
+from opt_torch.generation import beam, loop, prefill, sampling, speculative
 from opt_torch.linear import Linear
 
 
@@ -40,7 +28,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
     """The base of the model and of its heads: making, loading and caches."""
 
     backend = Backend(
-        attention, checkpoint, inputs, losses, generation, beam, speculative, sampling, prefill
+        attention, checkpoint, inputs, losses, loop, beam, speculative, sampling, prefill
     )  # fmt: skip
 
     def __init__(

@@ -12,7 +12,7 @@ from opt_cli.backends import AUTO, Backend
 from opt_cli.evaluate import Adapter, BatchSize, Dtype, Json, Limit, Loaded, Model, Quantize, load
 from opt_cli.paper.classifiers import load_classifier
 from opt_cli.paper.picture import draw
-from opt_cli.plot import write_picture
+from opt_cli.training.plot import write_picture
 from opt_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -162,7 +162,7 @@ class GenerationMixin:
     def _is_inside_program(self, *given: Any) -> bool:
         """Whether a program is being traced, of which this generation is to be a part."""
         owner: Any = self
-        return hasattr(self.backend.generation, "trace") and (
+        return hasattr(self.backend.loop, "trace") and (
             owner._is_traced(*given) or not self.backend.inputs.is_known(given[0])
         )
 
@@ -197,8 +197,8 @@ class GenerationMixin:
         backend, padding = self.backend, padding_id(self.config, settings)
         if mask_BT is None and padding is not None:
             mask_BT = ids_BT != padding
-        run = (backend.beam if settings.is_beam_search else backend.generation).run
-        found = backend.generation.trace(self, request, run, ids_BT, mask_BT, seed)[0]
+        run = (backend.beam if settings.is_beam_search else backend.loop).run
+        found = backend.loop.trace(self, request, run, ids_BT, mask_BT, seed)[0]
         found = found if T is None else found[:, : T + request.new_tokens]
         return GenerateOutput(sequences=found) if settings.return_dict_in_generate else found
 
@@ -207,7 +207,7 @@ class GenerationMixin:
         if request.is_observed:
             return observed
         has_draft = request.assistant is not None or request.settings.prompt_lookup_num_tokens
-        return self.backend.speculative if has_draft else self.backend.generation
+        return self.backend.speculative if has_draft else self.backend.loop
 
     def _stream_to(self, streamer: Any, request: Request) -> Any:
         """Generates token by token: a streamer is given them, and time may run out."""

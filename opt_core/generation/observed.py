@@ -89,7 +89,7 @@ class Steps:
             ids = self.history[:, self.end - 1 : self.end]
             found = observe(self.model, ids, None, 1, None, self._cache, 0, *flags)
         logits, self._cache, attentions, states = found
-        logits = self.backend.generation.mask_vocabulary(logits, self.rules.vocabulary)
+        logits = self.backend.loop.mask_vocabulary(logits, self.rules.vocabulary)
         self.states = states[-1] if keeps_states else None
         if settings.output_attentions:
             self.kept["attentions"].append(attentions)
@@ -109,7 +109,7 @@ class Steps:
         rows = self.tensor(np.arange(R, dtype=np.int32).repeat(K))
         cache, ids = self._cache.select(rows), ids_RK.reshape(-1, 1)
         found = backend.prefill.observe(self.model, ids, None, 1, None, cache, 0, False, True)
-        logits = backend.generation.mask_vocabulary(found[0], self.rules.vocabulary)
+        logits = backend.loop.mask_vocabulary(found[0], self.rules.vocabulary)
         states = self.array(found[3][-1])[:, -1]
         return found[1], self.array(logits).reshape(R, K, -1), states.reshape(R, K, -1)
 

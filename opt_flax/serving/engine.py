@@ -19,8 +19,8 @@ from opt_core.generation.request import Request
 from opt_core.generation.rules import Rules, Structure
 from opt_core.serving import engine
 from opt_core.serving.engine import ALTERNATIVES, Chosen, RowRules, Scores, Table, structures
-from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
+from opt_flax.generation import loop, sampling
 from opt_flax.serving.cache import RowsCache
 from opt_flax.sharding import replicate
 
@@ -195,7 +195,7 @@ def _choose(rows: _Rows, logits_XV: Array) -> Chosen:
         numbers = row.numbers | {"bias": jnp.where(row.made == 0, begin, bias)}
         is_there = (jnp.arange(len(row.ids)) < row.counts)[None]
         rules = Rules(Structure(), numbers)
-        logits = generation.mask_vocabulary(raw, rules.vocabulary)
+        logits = loop.mask_vocabulary(raw, rules.vocabulary)
         logits = filters.process_logits(
             sampling, logits, row.ids[None], is_there, row.counts, row.made, rules
         )

@@ -15,9 +15,9 @@ from opt_core.generation.request import Request
 from opt_core.generation.rules import Rules, Structure
 from opt_core.serving import engine
 from opt_core.serving.engine import ALTERNATIVES, Chosen, RowRules, Scores, Table, structures
-from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
 from opt_tf.compilation import compiled
+from opt_tf.generation import loop, sampling
 from opt_tf.linear import sizes
 from opt_tf.serving.cache import RowsCache
 
@@ -194,7 +194,7 @@ def _choose(model: "TFOPTForCausalLM", rows: _Rows, logits_XV: tf.Tensor) -> Cho
         numbers = row.numbers | {"bias": tf.where(row.made == 0, begin, bias)}
         is_there = (tf.range(sizes(row.ids)[0]) < row.counts)[None]
         rules = Rules(Structure(), numbers)
-        logits = generation.mask_vocabulary(raw, rules.vocabulary)
+        logits = loop.mask_vocabulary(raw, rules.vocabulary)
         logits = filters.process_logits(
             sampling, logits, row.ids[None], is_there, row.counts, row.made, rules
         )

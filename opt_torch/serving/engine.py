@@ -14,8 +14,8 @@ from opt_core.generation.request import Request
 from opt_core.generation.rules import Rules
 from opt_core.serving import engine
 from opt_core.serving.engine import ALTERNATIVES, Chosen, Scores, Table
-from opt_torch import generation, sampling
 from opt_torch.cache import KVCache
+from opt_torch.generation import loop, sampling
 from opt_torch.serving.cache import RowsCache
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Engine(engine.Engine):
             rules, generator = self.rules[slot]
             end, made = int(table.counts[slot]), int(table.made[slot])
             ids = self._tensor(table.ids[slot : slot + 1, :end])
-            logits = generation.mask_vocabulary(logits_RV[i : i + 1], rules.vocabulary)
+            logits = loop.mask_vocabulary(logits_RV[i : i + 1], rules.vocabulary)
             logits = filters.process_logits(
                 *(sampling, logits, ids, torch.ones_like(ids, dtype=torch.bool), end, made, rules)
             )

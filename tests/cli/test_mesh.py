@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 from opt_core.data import write_blocks
 from opt_core.training.run_folder import read_metrics
 from tests.support.files.tiny_folder import save_model
-from tests.support.ranks import free_port, run_ranks
+from tests.support.processes.ranks import free_port, run_ranks
 
 CLOSE = 1e-5
 """Losses of a run on a mesh and of one process, or of another mesh."""

@@ -19,7 +19,7 @@ pytest.importorskip("torch")
 from opt_cli import console
 from opt_cli.commands import PLACEHOLDERS, Command
 from opt_cli.main import app
-from opt_cli.progress import training_progress
+from opt_cli.training.progress import training_progress
 from opt_core.data import write_blocks
 from opt_core.training import read_metrics
 from tests.support.command_line import COMMAND, PATIENCE, ROOT, Terminal

@@ -64,7 +64,7 @@ class Model(PreTrainedMixin[Decoder]):
         SimpleNamespace(save_pretrained=lambda *values: values),
         Inputs,
         SimpleNamespace(causal_lm=lambda *values, **options: (*values, options)),
-        generation=None,
+        loop=None,
         beam=None,
         speculative=None,
         sampling=None,

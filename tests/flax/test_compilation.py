@@ -9,7 +9,8 @@ pytest.importorskip("jax")
 
 
 from opt_core.training.config import TrainConfig
-from opt_flax import beam, compilation, generation, speculative, training
+from opt_flax import compilation, training
+from opt_flax.generation import beam, loop, speculative
 from tests.support.configs import CONFIGS
 from tests.support.flax_models import model_of
 from tests.support.reference import make_mask, make_prompts
@@ -25,7 +26,7 @@ def compiled():
         f"{module.__name__}.{name}": getattr(module, name)._cache_size()
         for module, names in (
             (compilation, ("_read_prompts",)),
-            (generation, ("_open", "_step", "_loop")),
+            (loop, ("_open", "_step", "_loop")),
             (beam, ("_open", "_loop")),
         )
         for name in names

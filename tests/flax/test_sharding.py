@@ -25,17 +25,11 @@ from opt_core.errors import ConfigError  # noqa: E402
 from opt_core.generation.mixin import make_request  # noqa: E402
 from opt_core.params import param_specs  # noqa: E402
 from opt_core.training.config import TrainConfig  # noqa: E402
-from opt_flax import (  # noqa: E402
-    beam,
-    checkpoint,
-    generation,
-    sharding,
-    training,
-    training_checkpoints,
-)
-from tests.support import multi_host  # noqa: E402
+from opt_flax import checkpoint, sharding, training, training_checkpoints  # noqa: E402
+from opt_flax.generation import beam, loop  # noqa: E402
 from tests.support.backends import GRADIENT_TOLERANCE, ORACLE_TOLERANCE  # noqa: E402
 from tests.support.configs import CONFIGS  # noqa: E402
+from tests.support.processes import multi_host  # noqa: E402
 from tests.support.reference import make_mask, make_prompts  # noqa: E402
 from tests.support.tiers import tiered  # noqa: E402
 
@@ -221,8 +215,8 @@ def collectives(compiled):
 
 def decode_program(model):
     request = make_request(model, IDS, MASK, **SETTINGS["greedy"])
-    graph, state, rows, settings = generation._start(model, request)
-    return generation._step.lower(graph, state, rows, settings).compile(), rows.cache
+    graph, state, rows, settings = loop._start(model, request)
+    return loop._step.lower(graph, state, rows, settings).compile(), rows.cache
 
 
 def test_tensor_parallel_decoding_sends_activations_only(load):
@@ -398,12 +392,12 @@ def test_two_processes_share_a_model(load, folder, expected, tmp_path):
 
 
 def run_processes(model: Path, out: Path, count: int = 2, limit: int = 240) -> list[dict]:
-    """Starts `tests.support.multi_host` so many times; returns the facts that each wrote down."""
+    """Starts `processes.multi_host` so many times; returns the facts that each wrote down."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    root = Path(multi_host.__file__).parents[2]
-    command = [sys.executable, "-m", "tests.support.multi_host"]
+    root = Path(multi_host.__file__).parents[3]
+    command = [sys.executable, "-m", "tests.support.processes.multi_host"]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     logs = [out / f"log{index}" for index in range(count)]
     processes = []

@@ -14,19 +14,19 @@ SETTINGS = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
 def loop_of_flax(model, ids) -> Any:
-    from opt_flax import generation
+    from opt_flax.generation import loop
 
     request = make_request(model, ids, **SETTINGS)
-    return generation._loop.lower(*generation._start(model, request)).compile().as_text()
+    return loop._loop.lower(*loop._start(model, request)).compile().as_text()
 
 
 def loop_of_tf(model, ids) -> Any:
-    from opt_tf import generation
     from opt_tf.compilation import generation_program
+    from opt_tf.generation import loop
 
     request = make_request(model, ids, **SETTINGS)
-    inputs, state = generation._start(model, request)
-    program = generation_program(model, request, generation._loop)
+    inputs, state = loop._start(model, request)
+    program = generation_program(model, request, loop._loop)
     return program.experimental_get_compiler_ir(inputs, state)(stage="optimized_hlo")
 
 

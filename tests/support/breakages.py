@@ -138,14 +138,14 @@ BREAKAGES = (
     ),
     Breakage(
         "beams that may still win are given up",
-        "opt_torch/beam.py",
+        "opt_torch/generation/beam.py",
         "length = limit if rules.is_hopeful else made",
         "length = made",
         ("tests/shared/test_beam.py",),
     ),
     Breakage(
         "drafted tokens are accepted too rarely",
-        "opt_torch/speculative.py",
+        "opt_torch/generation/speculative.py",
         "(is_drafted & (chance * q < p))",
         "(is_drafted & (chance < p))",
         ("tests/shared/test_speculative.py",),

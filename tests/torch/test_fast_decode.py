@@ -5,9 +5,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import opt_torch  # noqa: E402
-from opt_torch import fast_decode, lora  # noqa: E402
-from opt_torch.generation import decode_step  # noqa: E402
-from opt_torch.prefill import prefill  # noqa: E402
+from opt_torch import lora  # noqa: E402
+from opt_torch.generation import fast_decode  # noqa: E402
+from opt_torch.generation.loop import decode_step  # noqa: E402
+from opt_torch.generation.prefill import prefill  # noqa: E402
 from tests.support.configs import CONFIGS  # noqa: E402
 from tests.support.reference import make_mask, make_prompts  # noqa: E402
 

@@ -6,7 +6,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import opt_torch  # noqa: E402
-from opt_torch import _private, fast_decode, linear  # noqa: E402
+from opt_torch import _private, linear  # noqa: E402
+from opt_torch.generation import fast_decode  # noqa: E402
 from tests.support.configs import CONFIGS  # noqa: E402
 from tests.support.reference import make_prompts  # noqa: E402
 

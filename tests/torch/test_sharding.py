@@ -12,10 +12,10 @@ from opt_core.errors import ConfigError  # noqa: E402
 from opt_core.training.config import TrainConfig  # noqa: E402
 from opt_torch import OPTForCausalLM, sharding  # noqa: E402
 from opt_torch.training import make_optimizer  # noqa: E402
-from tests.support import torch_ranks  # noqa: E402
 from tests.support.backends import GRADIENT_TOLERANCE, ORACLE_TOLERANCE  # noqa: E402
-from tests.support.ranks import run_ranks  # noqa: E402
-from tests.support.torch_ranks import KINDS, compute, save_models, tier_of  # noqa: E402
+from tests.support.processes import torch_ranks  # noqa: E402
+from tests.support.processes.ranks import run_ranks  # noqa: E402
+from tests.support.processes.torch_ranks import KINDS, compute, save_models, tier_of  # noqa: E402
 
 STEPS_TOLERANCE = 1e-5
 """Of weights and losses after three steps of AdamW."""
@@ -64,7 +64,9 @@ def check_meshes(home, expected, out, meshes, quick):
     names = [*KINDS]
     given = {"home": str(home), "out": str(out), "meshes": meshes, "names": names, "quick": quick}
     count = int(np.prod(meshes[0]))
-    ranks = run_ranks("tests.support.torch_ranks", count, [json.dumps(given)], out, limit=LIMIT)
+    ranks = run_ranks(
+        "tests.support.processes.torch_ranks", count, [json.dumps(given)], out, limit=LIMIT
+    )
     tails = "\n".join(
         f"--- rank {number}\n{rank.told[-3000:]}" for number, rank in enumerate(ranks)
     )

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from opt_core.generation import filters
 from opt_core.generation.request import Request, allocate_tokens, check_logits
 from opt_core.generation.rules import Rules
-from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
 from opt_flax.compilation import Prompts, read_prompts
-from opt_flax.prefill import copy_rows, prefill_prompts
+from opt_flax.generation import loop, sampling
+from opt_flax.generation.prefill import copy_rows, prefill_prompts
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _choose(search: _Search, logits: Array, rules: Rules) -> tuple[_Search, Arra
     made, (B, W, S) = search.made, search.running.ids.shape
     end, limit = search.prompt + made, rules.new_tokens
     mask = search.mask & (jnp.arange(S) < end)
-    scores = jax.nn.log_softmax(generation.mask_vocabulary(logits, rules.vocabulary), -1)
+    scores = jax.nn.log_softmax(loop.mask_vocabulary(logits, rules.vocabulary), -1)
     history = search.running.ids.reshape(B * W, S)
     is_last = made + 1 == limit
     scores = filters.process_logits(sampling, scores, history, mask, end, made, rules, is_last)
@@ -232,7 +232,7 @@ def _loop(graph: Any, state: Any, search: _Search, rules: Rules) -> _Search:
         slot = search.prompt + search.made - 1
         last = lax.dynamic_index_in_dim(search.running.ids, slot, 2, keepdims=False)
         cache = search.cache.regroup(search.parents, model.mesh)
-        logits, cache = generation.decode_step(model, last.reshape(-1), cache)
+        logits, cache = loop.decode_step(model, last.reshape(-1), cache)
         return _choose(search._replace(cache=cache), logits, rules)[0]
 
     search = lax.while_loop(lambda search: search.keep_going, advance, search)

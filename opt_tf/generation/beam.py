@@ -10,11 +10,11 @@ import tensorflow as tf
 from opt_core.generation import filters
 from opt_core.generation.request import Request, check_logits
 from opt_core.generation.rules import Rules
-from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
 from opt_tf.compilation import generation_program, program_inputs
+from opt_tf.generation import loop, sampling
+from opt_tf.generation.prefill import copy_rows, prefill_prompts, read_prompts
 from opt_tf.linear import sizes
-from opt_tf.prefill import copy_rows, prefill_prompts, read_prompts
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -216,7 +216,7 @@ def _loop(model: "TFOPTForCausalLM", rules: Rules, inputs: dict[str, Any], state
         end = inputs["prompt"] + state.made - 1
         last = tf.reshape(tf.gather(state.running.ids, end, axis=2), (-1,))
         cache = KVCache(state.keys, state.values, end, mask)
-        logits, cache = generation.decode_step(model, last, cache)
+        logits, cache = loop.decode_step(model, last, cache)
         state = state._replace(keys=cache.keys, values=cache.values)
         return _choose(logits, rules, inputs, state, state.made)[0]
 
@@ -232,7 +232,7 @@ def _choose(
     B, W, S = sizes(state.running.ids)
     limit, end = rules.new_tokens, inputs["prompt"] + made
     mask = tf.repeat(inputs["mask"], W, 0) & (tf.range(S) < end)
-    scores = tf.nn.log_softmax(generation.mask_vocabulary(logits, rules.vocabulary), -1)
+    scores = tf.nn.log_softmax(loop.mask_vocabulary(logits, rules.vocabulary), -1)
     history = tf.reshape(state.running.ids, (-1, S))
     is_last = made + 1 == limit
     scores = filters.process_logits(sampling, scores, history, mask, end, made, rules, is_last)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from opt_cli import console
-from opt_cli.trackers import OnRecord
+from opt_cli.training.trackers import OnRecord
 
 EVERY_SECONDS = 10.0
 """Between two lines where stderr is no terminal."""
@@ -23,7 +23,7 @@ def training_progress(
     Args:
         total: Steps in all.
         start: Steps done already.
-        trackers: Such as `opt_cli.trackers` has.
+        trackers: Such as `opt_cli.training.trackers` has.
 
     Yields:
         A function to call with each record.

@@ -17,7 +17,7 @@ import typer
 from opt_cli import console
 from opt_cli.backends import AUTO, Backend, load_backend
 from opt_cli.devices import Coordinator, Mesh, Process, spread
-from opt_cli.train_options import with_settings
+from opt_cli.training.options import with_settings
 from opt_core.errors import ConfigError, DataError, TrainingError
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def train(
     card. The same command with --resume goes on where a killed one stopped, to the same result;
     with more --max-steps it goes on to them, at the learning rates of a run of that length.
     """
-    from opt_cli import trackers
-    from opt_cli.progress import training_progress
+    from opt_cli.training import trackers
+    from opt_cli.training.progress import training_progress
     from opt_core.data import Batches
     from opt_core.training import run
     from opt_core.training.run_folder import RunFolder

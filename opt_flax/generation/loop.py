@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 from opt_core.generation import filters
 from opt_core.generation.request import Request, allocate_tokens, check_logits
 from opt_core.generation.rules import BANNED, Rules
-from opt_flax import sampling
 from opt_flax.cache import KVCache
 from opt_flax.compilation import Prompts, read_prompts
-from opt_flax.prefill import copy_rows, prefill_prompts
+from opt_flax.generation import sampling
+from opt_flax.generation.prefill import copy_rows, prefill_prompts
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:

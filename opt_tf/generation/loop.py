@@ -14,12 +14,12 @@ import tensorflow as tf
 from opt_core.generation import filters
 from opt_core.generation.request import Request, check_logits, pair_seed
 from opt_core.generation.rules import BANNED, Rules
-from opt_tf import sampling
 from opt_tf.cache import KVCache
 from opt_tf.compilation import generation_program, program_inputs
+from opt_tf.generation import sampling
+from opt_tf.generation.prefill import copy_rows, prefill, prefill_prompts, read_prompts
 from opt_tf.inputs import full_mask
 from opt_tf.linear import sizes
-from opt_tf.prefill import copy_rows, prefill, prefill_prompts, read_prompts
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM

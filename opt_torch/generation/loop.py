@@ -12,11 +12,11 @@ from torch import Tensor
 
 from opt_core.generation import filters
 from opt_core.generation.request import Request, allocate_tokens, check_logits
-from opt_torch import sampling
 from opt_torch.cache import KVCache
-from opt_torch.fast_decode import make_step
+from opt_torch.generation import sampling
+from opt_torch.generation.fast_decode import make_step
+from opt_torch.generation.prefill import prefill, read_prompts
 from opt_torch.linear import packed
-from opt_torch.prefill import prefill, read_prompts
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM

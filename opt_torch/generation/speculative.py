@@ -18,10 +18,10 @@ from opt_core.generation import filters
 from opt_core.generation.request import Ids, Request, check_logits
 from opt_core.generation.rules import Rules
 from opt_core.generation.speculation import Counts, Reader, Rows, speculate
-from opt_torch import generation, sampling
 from opt_torch.cache import KVCache
+from opt_torch.generation import loop, sampling
+from opt_torch.generation.prefill import read_prompts
 from opt_torch.linear import packed
-from opt_torch.prefill import read_prompts
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -190,7 +190,7 @@ class _Reader(Reader):
             for x in self.histories(draft_RG)
         )
         is_first = not self.rows.made.any()
-        scores = generation.mask_vocabulary(logits_RTV.flatten(0, 1), self.rules.vocabulary)
+        scores = loop.mask_vocabulary(logits_RTV.flatten(0, 1), self.rules.vocabulary)
         is_last = made + 1 == self.rules.new_tokens
         made = 0 if is_first else made
         scores = filters.process_logits(

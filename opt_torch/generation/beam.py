@@ -13,10 +13,10 @@ from torch import Tensor
 from opt_core.generation import filters
 from opt_core.generation.request import Request, allocate_tokens, check_logits
 from opt_core.generation.rules import Rules
-from opt_torch import generation, sampling
-from opt_torch.fast_decode import make_step
+from opt_torch.generation import loop, sampling
+from opt_torch.generation.fast_decode import make_step
+from opt_torch.generation.prefill import read_prompts
 from opt_torch.linear import packed
-from opt_torch.prefill import read_prompts
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -80,10 +80,10 @@ def search(model: "OPTForCausalLM", request: Request) -> Tensor:
     is_open = torch.ones((B, 1), dtype=torch.bool, device=device)
     with packed(model, new):
         logits, cache = read_prompts(model, request, prompt + new - 1, W)
-        step = make_step(model) or partial(generation.decode_step, model)
+        step = make_step(model) or partial(loop.decode_step, model)
         for made in range(new):
             end, history = prompt + made, running.ids.flatten(0, 1)
-            scores = sampling.normalize(generation.mask_vocabulary(logits, rules.vocabulary))
+            scores = sampling.normalize(loop.mask_vocabulary(logits, rules.vocabulary))
             scores = filters.process_logits(
                 *(sampling, scores, history[:, :end], mask[:, :end], end, made, rules),
                 is_last=made + 1 == new,

@@ -20,9 +20,9 @@ from opt_core.generation import filters
 from opt_core.generation.request import Ids, Request, check_logits
 from opt_core.generation.rules import Rules
 from opt_core.generation.speculation import Counts, Reader, Rows, speculate
-from opt_flax import generation, sampling
 from opt_flax.cache import KVCache
 from opt_flax.compilation import read_prompts
+from opt_flax.generation import loop, sampling
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def _constrained(logits_RTV: Array, history: _History, rules: Rules) -> Array:
     made = history.made if isinstance(history.made, int) else history.made.reshape(R * T)
     is_last = made + 1 == rules.new_tokens
     ids, mask = (x.reshape(R * T, W) for x in history[:2])
-    scores = generation.mask_vocabulary(logits_RTV.reshape(R * T, V), rules.vocabulary)
+    scores = loop.mask_vocabulary(logits_RTV.reshape(R * T, V), rules.vocabulary)
     scores = filters.process_logits(sampling, scores, ids, mask, W, made, rules, is_last)
     return scores.reshape(R, T, V)
 

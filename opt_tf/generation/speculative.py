@@ -15,11 +15,11 @@ from opt_core.generation import filters
 from opt_core.generation.request import Ids, Request, check_logits
 from opt_core.generation.rules import Rules
 from opt_core.generation.speculation import Counts, Reader, Rows, speculate
-from opt_tf import generation, sampling
 from opt_tf.cache import KVCache
 from opt_tf.compilation import generation_program, program_inputs
+from opt_tf.generation import loop, sampling
+from opt_tf.generation.prefill import read_prompts
 from opt_tf.linear import sizes
-from opt_tf.prefill import read_prompts
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -265,7 +265,7 @@ def _constrained(
     ids, mask = (tf.reshape(x, (R * T, W)) for x in history[:2])
     made = 0 if is_first else tf.reshape(history.made, (R * T,))
     is_last = made + 1 == rules.new_tokens
-    scores = generation.mask_vocabulary(tf.reshape(logits_RTV, (R * T, V)), rules.vocabulary)
+    scores = loop.mask_vocabulary(tf.reshape(logits_RTV, (R * T, V)), rules.vocabulary)
     scores = filters.process_logits(sampling, scores, ids, mask, W, made, rules, is_last)
     return tf.reshape(scores, (R, T, V))
 

@@ -1,0 +1,1 @@
+"""Generation: prompts, decode steps, the choice of tokens, and the searches."""
