@@ -281,16 +281,21 @@ class DecoderMixin(DecoderNames):
     embed_positions: Any
     final_layer_norm: Any
 
+    @staticmethod
+    def _project(layer: Any, states: Any) -> Any:
+        """A linear layer's output."""
+        return layer(states)
+
     def _enter(self, embeds: Any, rows: Any) -> Any:
         """The layers' input (B, T, D) of embeddings (B, T, P) and rows of the position table."""
-        hidden = embeds if self.project_in is None else self.project_in(embeds)
+        hidden = embeds if self.project_in is None else self._project(self.project_in, embeds)
         return hidden + self.embed_positions(rows)
 
     def _leave(self, hidden: Any) -> Any:
         """The output (B, T, P) of the last layer's states (B, T, D)."""
         if self.final_layer_norm is not None:
             hidden = self.final_layer_norm(hidden)
-        return hidden if self.project_out is None else self.project_out(hidden)
+        return hidden if self.project_out is None else self._project(self.project_out, hidden)
 
 
 class DecoderLayerMixin(LayerNames):

@@ -11,7 +11,7 @@ from opt_core.compatibility.calls import scale_heads
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_torch.cache import KVCache
-from opt_torch.linear import Linear
+from opt_torch.linear import apply_linear
 from opt_torch.quantization import fused_linear
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
@@ -27,10 +27,10 @@ class OPTAttention(nn.Module):
         self.dropout = config.attention_dropout
         self.mesh: DeviceMesh | None = None
         D, bias = config.hidden_size, config.enable_bias
-        self.k_proj = Linear(D, D, bias=bias)
-        self.v_proj = Linear(D, D, bias=bias)
-        self.q_proj = Linear(D, D, bias=bias)
-        self.out_proj = Linear(D, D, bias=bias)
+        self.k_proj = nn.Linear(D, D, bias=bias)
+        self.v_proj = nn.Linear(D, D, bias=bias)
+        self.q_proj = nn.Linear(D, D, bias=bias)
+        self.out_proj = nn.Linear(D, D, bias=bias)
 
     def split_heads(self, mesh: DeviceMesh) -> None:
         """Computes a part of the heads only, the others being other processes'.
@@ -82,7 +82,7 @@ class OPTAttention(nn.Module):
         if self.mesh is not None and head_mask is not None:
             head_mask = head_mask.tensor_split(self.mesh.size())[self.mesh.get_local_rank()]
         mixed, weights = scale_heads(mixed, weights, head_mask)
-        mixed = self.out_proj(mixed.transpose(1, 2).reshape(B, T, -1))
+        mixed = apply_linear(self.out_proj, mixed.transpose(1, 2).reshape(B, T, -1))
         if not output_attentions or weights is None:
             return mixed, None
         if self.mesh is not None:

@@ -16,7 +16,7 @@ from opt_core.params import POSITION_OFFSET
 from opt_torch import _private
 from opt_torch.attention import OPTAttention, make_bias
 from opt_torch.cache import KVCache, position_rows
-from opt_torch.linear import Linear
+from opt_torch.linear import apply_linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -46,8 +46,8 @@ class OPTDecoderLayer(DecoderLayerMixin, nn.Module):
         self.activation = ACTIVATIONS[config.activation_function]
         self.self_attn = OPTAttention(config, implementation)
         self.self_attn_layer_norm = make_norm(config)
-        self.fc1 = Linear(D, config.ffn_dim, bias=bias)
-        self.fc2 = Linear(config.ffn_dim, D, bias=bias)
+        self.fc1 = nn.Linear(D, config.ffn_dim, bias=bias)
+        self.fc2 = nn.Linear(config.ffn_dim, D, bias=bias)
         self.final_layer_norm = make_norm(config)
 
     def forward(
@@ -73,7 +73,7 @@ class OPTDecoderLayer(DecoderLayerMixin, nn.Module):
             return F.dropout(hidden, self.dropout, self.training), weights
 
         def feed_forward(hidden: Tensor) -> tuple[Tensor]:
-            hidden = self.fc2(self.activation(self.fc1(hidden)))
+            hidden = apply_linear(self.fc2, self.activation(apply_linear(self.fc1, hidden)))
             return (F.dropout(hidden, self.dropout, self.training),)
 
         hidden, weights = self._residual(hidden, self.self_attn_layer_norm, attend)
@@ -84,6 +84,8 @@ class OPTDecoderLayer(DecoderLayerMixin, nn.Module):
 class OPTDecoder(DecoderMixin, nn.Module):
     """Embeddings, the layers, the last norm and the projections around them."""
 
+    _project = staticmethod(apply_linear)
+
     def __init__(self, config: OPTConfig, implementation: str):
         super().__init__()
         D, P = config.hidden_size, config.embed_dim
@@ -92,8 +94,8 @@ class OPTDecoder(DecoderMixin, nn.Module):
         self.gradient_checkpointing = config.gradient_checkpointing
         self.embed_tokens = nn.Embedding(config.vocab_size, P, padding_idx=config.pad_token_id)
         self.embed_positions = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, D)
-        self.project_out = Linear(D, P, bias=False) if config.has_projections else None
-        self.project_in = Linear(P, D, bias=False) if config.has_projections else None
+        self.project_out = nn.Linear(D, P, bias=False) if config.has_projections else None
+        self.project_in = nn.Linear(P, D, bias=False) if config.has_projections else None
         self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None
         self.layers = nn.ModuleList(
             OPTDecoderLayer(config, implementation) for _ in range(config.num_hidden_layers)

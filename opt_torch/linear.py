@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -38,63 +38,52 @@ BLOCK = 2**19
 """Numbers of a bfloat16 weight that are upcast at once."""
 
 
-class Linear(nn.Linear):
-    """`torch.nn.Linear`, computed by oneDNN on the CPU where no gradient is wanted."""
+_PACKED: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+"""Weights in oneDNN's order, while models generate (`packed`)."""
+_KEPT: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+"""The last packed weight of a layer and the fingerprint of what was packed; training drops it."""
 
-    packed: Tensor | None = None
-    """The weight in oneDNN's order, while a model generates (`packed`)."""
-    kept: tuple[Tensor, Tensor] | None = None
-    """The last packed weight and the fingerprint of what was packed; training drops it."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Computes `input @ weight.T + bias`."""
-        weight, bias = self.weight, self.bias
-        if _private.mkldnn_linear is None or not _is_plain(input, weight):
-            return F.linear(input, weight, bias)
-        if weight.dtype == torch.float32:
-            return _make_float32_linear(weight, bias, input.shape[:-1].numel())(input)
-        if weight.dtype == torch.bfloat16 and not _has_bfloat16():
-            return upcast_linear(input, weight, bias)
-        packed = self.packed  # read once: a generation in another thread may end in between
-        weight = weight if packed is None else packed
-        return _private.mkldnn_linear(input, weight, bias, "none", [], "")
+def apply_linear(layer: nn.Module, input: Tensor) -> Tensor:
+    """A layer's output, computed by oneDNN on the CPU where no gradient is wanted.
 
-    def make_linear(self) -> Callable[[Tensor], Tensor]:
-        """A function that computes what `forward` does for rows (R, I), the way of it settled.
+    Models hold PyTorch's own `torch.nn.Linear`, which programs look for by its very type to prune,
+    quantise or replace it: hence what is fast is here, where layers are called. Layers of another
+    type, or with hooks or a `forward` of their own, are called.
 
-        It holds as long as nothing about the layer changes, under `torch.no_grad`.
-        """
-        weight, bias = self.weight if self.packed is None else self.packed, self.bias
-        if _private.mkldnn_linear is None or not _is_cpu_type(self.weight):
-            return self.forward
-        if self.weight.dtype == torch.bfloat16 and not _has_bfloat16():
-            return self.forward
-        if weight.dtype == torch.float32:
-            choose = cache(partial(_make_float32_linear, weight, bias))
-            return lambda input: choose(len(input))(input)
-        return _bind_mkldnn(weight, bias)
+    Args:
+        layer: The layer.
+        input: (..., I).
+    """
+    is_bare = type(layer) is nn.Linear and not has_custom_call(layer)
+    return multiply(layer, input) if is_bare else layer(input)
 
-    def pack(self) -> None:
-        """Packs the weight, or takes up the packed one from before if the weight is the same."""
-        weight = self.weight.detach()
-        mark = fingerprint(weight)
-        kept = self.kept
-        if kept is None or not torch.equal(kept[1], mark):
-            kept = self.kept = _private.mkldnn_reorder(weight), mark
-        self.packed = kept[0]
 
-    def train(self, mode: bool = True) -> Self:
-        """Switches training mode; weights about to change need no packed copy."""
-        self.kept = None if mode else self.kept
-        return super().train(mode)
+def multiply(layer: nn.Linear, input: Tensor) -> Tensor:
+    """`input @ weight.T + bias`, the way that is fast."""
+    weight, bias = layer.weight, layer.bias
+    if _private.mkldnn_linear is None or not _is_plain(input, weight):
+        return F.linear(input, weight, bias)
+    if weight.dtype == torch.float32:
+        return _make_float32_linear(weight, bias, input.shape[:-1].numel())(input)
+    if weight.dtype == torch.bfloat16 and not _has_bfloat16():
+        return upcast_linear(input, weight, bias)
+    return _private.mkldnn_linear(input, _PACKED.get(layer, weight), bias, "none", [], "")
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The state that is copied and pickled: no packed weight."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("packed", "kept")}
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        self.kept = None
-        return super()._apply(fn, recurse)
+def make_linear(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """A function that computes what `multiply` does for rows (R, I), the way of it settled.
+
+    It holds as long as nothing about the layer changes, under `torch.no_grad`.
+    """
+    weight, bias = _PACKED.get(layer, layer.weight), layer.bias
+    is_slow = layer.weight.dtype == torch.bfloat16 and not _has_bfloat16()
+    if _private.mkldnn_linear is None or not _is_cpu_type(layer.weight) or is_slow:
+        return partial(multiply, layer)
+    if weight.dtype == torch.float32:
+        choose = cache(partial(_make_float32_linear, weight, bias))
+        return lambda input: choose(len(input))(input)
+    return _bind_mkldnn(weight, bias)
 
 
 def upcast_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -126,8 +115,8 @@ def packed(model: nn.Module, new_tokens: int) -> Iterator[None]:
         model: The model; its weights must not change meanwhile.
         new_tokens: Tokens to generate.
     """
-    layers = [m for m in model.modules() if isinstance(m, Linear)]
-    size = sum(layer.weight.nbytes for layer in layers if layer.kept is None)
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    size = sum(layer.weight.nbytes for layer in layers if layer not in _KEPT)
     useful = (
         _private.mkldnn_reorder is not None
         and new_tokens >= WORTHWHILE
@@ -137,11 +126,26 @@ def packed(model: nn.Module, new_tokens: int) -> Iterator[None]:
     )
     try:
         for layer in layers if useful else ():
-            layer.pack()
+            _PACKED[layer] = _pack(layer)
         yield
     finally:
         for layer in layers:
-            layer.packed = None
+            _PACKED.pop(layer, None)
+
+
+def forget_packed(model: nn.Module) -> None:
+    """Drops a model's packed weights: they are about to change, or to move."""
+    for layer in model.modules():
+        _KEPT.pop(layer, None)
+
+
+def _pack(layer: nn.Linear) -> Tensor:
+    """A packed weight: the one from before, if the weight is the same."""
+    weight = layer.weight.detach()
+    mark, kept = fingerprint(weight), _KEPT.get(layer)
+    if kept is None or not torch.equal(kept[1], mark):
+        kept = _KEPT[layer] = _private.mkldnn_reorder(weight), mark
+    return kept[0]
 
 
 def fingerprint(weight: Tensor) -> Tensor:

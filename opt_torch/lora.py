@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from opt_core.dialects import TORCH
@@ -14,13 +14,13 @@ from opt_core.training import lora as files
 from opt_core.training.lora import Adapter
 from opt_torch import distribution, sharding
 from opt_torch.checkpoint import as_array, as_tensor, get_parameter, locate, set_parameter, tie
-from opt_torch.linear import Linear
+from opt_torch.linear import multiply
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
 
 
-class LoraLinear(Linear):
+class LoraLinear(nn.Linear):
     """A linear layer and its adapter, which work in float32 whatever the layer's type is.
 
     Args:
@@ -28,7 +28,7 @@ class LoraLinear(Linear):
         adapter: Rank and scale.
     """
 
-    def __init__(self, base: Linear, adapter: Adapter):
+    def __init__(self, base: nn.Linear, adapter: Adapter):
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
         self.weight, self.bias = base.weight, base.bias
@@ -37,8 +37,8 @@ class LoraLinear(Linear):
     def _take(self, adapter: Adapter, trains: bool) -> None:
         with torch.device("meta"):
             low, wide = adapter.rank, torch.float32
-            self.lora_A = Linear(self.in_features, low, bias=False, dtype=wide)
-            self.lora_B = Linear(low, self.out_features, bias=False, dtype=wide)
+            self.lora_A = nn.Linear(self.in_features, low, bias=False, dtype=wide)
+            self.lora_B = nn.Linear(low, self.out_features, bias=False, dtype=wide)
         self.adapter = adapter
         self.unmerged: Tensor | None = None
         self.train(trains)
@@ -50,7 +50,7 @@ class LoraLinear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Computes the layer's output and the adapter's."""
-        out = super().forward(input)
+        out = multiply(self, input)
         if not self.adapts:
             return out
         low = self.lora_A(input.to(self.lora_A.weight.dtype))
@@ -182,7 +182,7 @@ def _fit(model: "OPTPreTrainedModel") -> None:
         head.out_features = model.config.vocab_size
 
 
-def _adapted(base: Linear, adapter: Adapter) -> LoraLinear:
+def _adapted(base: nn.Linear, adapter: Adapter) -> LoraLinear:
     """A layer with an adapter; on a mesh the very same one, which PyTorch's hooks are on."""
     if not isinstance(base.weight, DTensor):
         return LoraLinear(base, adapter)
@@ -192,15 +192,15 @@ def _adapted(base: Linear, adapter: Adapter) -> LoraLinear:
     return layer
 
 
-def _bare(layer: LoraLinear) -> Linear:
+def _bare(layer: LoraLinear) -> nn.Linear:
     if isinstance(layer.weight, DTensor):
         plain: Any = layer
         del plain.lora_A, plain.lora_B, plain.adapter, plain.unmerged
-        plain.__class__ = Linear
+        plain.__class__ = nn.Linear
         return plain
     with torch.device("meta"):
-        plain = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     return plain.train(layer.training)
 
 
-_HANDS = files.Hands(TORCH, Linear, _adapted, _fetch, _put, _fit, _bare, setattr)
+_HANDS = files.Hands(TORCH, nn.Linear, _adapted, _fetch, _put, _fit, _bare, setattr)

@@ -21,7 +21,7 @@ from opt_torch.compatibility import (
 )
 from opt_torch.decoder import OPTDecoder, OPTOutput
 from opt_torch.generation import beam, loop, prefill, sampling, speculative
-from opt_torch.linear import Linear
+from opt_torch.linear import apply_linear, forget_packed
 
 
 class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
@@ -85,10 +85,15 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         """Switches training mode, dropout with it."""
         if mode:
             check_not_quantized(self, "train")
+            forget_packed(self)
         return super().train(mode)
 
-    def _make_head(self, name: str, size: int, bias: bool) -> Linear:
-        return Linear(self.config.embed_dim, size, bias=bias)
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        forget_packed(self)
+        return super()._apply(fn, recurse)
+
+    def _make_head(self, name: str, size: int, bias: bool) -> nn.Linear:
+        return nn.Linear(self.config.embed_dim, size, bias=bias)
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` rows of at most `max_length` tokens."""
@@ -201,7 +206,7 @@ class OPTForCausalLM(GenerationMethods, CausalLMMixin, OPTPreTrainedModel):
 
     def _make_layers(self) -> None:
         super()._make_layers()
-        self.lm_head = Linear(self.config.embed_dim, self.config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(self.config.embed_dim, self.config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -233,4 +238,4 @@ class OPTForCausalLM(GenerationMethods, CausalLMMixin, OPTPreTrainedModel):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """The language-model head: (..., P) states to (..., V) logits."""
-        return self.lm_head(hidden)
+        return apply_linear(self.lm_head, hidden)

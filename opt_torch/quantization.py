@@ -23,7 +23,13 @@ from opt_core.quantization import GROUP, QuantizedTensor, is_quantized
 from opt_torch import _private
 from opt_torch.int4 import Int4Order, block_rows
 from opt_torch.int8 import Int8Order
-from opt_torch.linear import has_custom_call, is_eager, product_dtype
+from opt_torch.linear import (
+    apply_linear,
+    has_custom_call,
+    is_eager,
+    make_linear,
+    product_dtype,
+)
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
@@ -157,7 +163,7 @@ class QuantizedLinear(nn.Module):
         return _private.has_int4_linear() and block_rows() is not None
 
     def make_linear(self) -> Callable[[Tensor], Tensor]:
-        """A function that computes what `forward` does from now on; see `Linear.make_linear`."""
+        """A function that computes what `forward` does from now on; see `linear.make_linear`."""
         return _make_linear([self]) if self.has_kernel(_ROW) else self.forward
 
 
@@ -170,13 +176,18 @@ def fused_linear(layers: Sequence[nn.Module], input: Tensor) -> list[Tensor]:
         for layer in layers
     ):
         return make_fused_linear(layers)(input)
-    return [layer(input) for layer in layers]
+    return [apply_linear(layer, input) for layer in layers]
+
+
+def bind(layer: Any) -> Callable[[Tensor], Tensor]:
+    """A function that computes a linear layer, quantised or not; see `linear.make_linear`."""
+    return layer.make_linear() if isinstance(layer, QuantizedLinear) else make_linear(layer)
 
 
 def make_fused_linear(layers: Sequence[Any]) -> Callable[[Tensor], list[Tensor]]:
-    """A function that computes linear layers with one input; see `Linear.make_linear`."""
+    """A function that computes linear layers with one input; see `linear.make_linear`."""
     if not all(isinstance(layer, QuantizedLinear) and layer.has_kernel(_ROW) for layer in layers):
-        each = [layer.make_linear() for layer in layers]
+        each = [bind(layer) for layer in layers]
         return lambda input: [linear(input) for linear in each]
     multiply, sizes = _make_linear(layers), [len(layer.weight.scales) for layer in layers]
     return lambda input: list(multiply(input).split(sizes, -1))

@@ -78,13 +78,23 @@ OWN_NAMES = {
         "the forward pass": {"run", "trace"},
     },
     "linear.py": {
-        "Keras and Flax have no embedding that is a head too": {"Embedding"},
+        "PyTorch has a linear layer and an embedding that suit a head": {"Linear", "Embedding"},
         "Keras and Flax have no functional dropout": {"apply_dropout"},
         "TensorFlow knows some sizes only when a graph is run": {"sizes"},
         "XLA multiplies a few rows slowly on CPUs": {"FEW_ROWS", "linear"},
         "PyTorch's CPU products: packed weights, parts, blocks": {
-            *("is_eager", "has_custom_call", "BLOCK", "upcast_linear", "MANY_ROWS", "WORTHWHILE"),
-            *("packed", "fingerprint", "available_memory", "product_dtype"),
+            *(
+                "is_eager",
+                "has_custom_call",
+                "apply_linear",
+                "multiply",
+                "make_linear",
+                "BLOCK",
+                "upcast_linear",
+                "MANY_ROWS",
+                "WORTHWHILE",
+            ),
+            *("packed", "forget_packed", "fingerprint", "available_memory", "product_dtype"),
         },
     },
     "sharding.py": {
@@ -103,7 +113,7 @@ OWN_NAMES = {
     "generation/sampling.py": {"JAX draws by keys": {"as_key", "drawn_key", "make_key"}},
     "quantization.py": {
         "Keras builds a layer before it has weights": {"prepare"},
-        "PyTorch's CPU kernels": {"fused_linear", "make_fused_linear"},
+        "PyTorch's CPU kernels": {"fused_linear", "bind", "make_fused_linear"},
     },
 }
 """Names that not every backend has, by file and by reason."""

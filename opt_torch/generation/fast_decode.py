@@ -17,11 +17,12 @@ from opt_core.params import POSITION_OFFSET
 from opt_torch.attention import OPTAttention, make_bias
 from opt_torch.cache import KVCache, position_rows
 from opt_torch.decoder import ACTIVATIONS, OPTDecoder, OPTDecoderLayer
-from opt_torch.linear import Linear, has_custom_call, is_eager
+from opt_torch.linear import apply_linear, has_custom_call, is_eager
 from opt_torch.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedWeight,
+    bind,
     make_fused_linear,
 )
 
@@ -32,7 +33,7 @@ Step = Callable[[Tensor, KVCache], tuple[Tensor, KVCache]]
 
 _KNOWN = {
     *(OPTDecoder, OPTDecoderLayer, OPTAttention, nn.ModuleList, nn.LayerNorm, nn.Embedding),
-    *(Linear, QuantizedLinear, QuantizedEmbedding, QuantizedWeight),
+    *(nn.Linear, QuantizedLinear, QuantizedEmbedding, QuantizedWeight),
 }
 
 
@@ -49,13 +50,13 @@ def make_step(model: "OPTForCausalLM") -> Step | None:
     project_in, project_out = decoder.project_in, decoder.project_out
     layers = [_DecodeLayer(layer) for layer in decoder.layers if isinstance(layer, OPTDecoderLayer)]
     norm = decoder.final_layer_norm and _norm(decoder.final_layer_norm)
-    head, positions = model.lm_head.make_linear(), decoder.embed_positions.weight
+    head, positions = bind(model.lm_head), decoder.embed_positions.weight
 
     def step(ids_B: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         past, mask = cache.length, cache.mask
         hidden = decoder.embed_tokens(ids_B)
         if project_in is not None:
-            hidden = project_in(hidden)
+            hidden = apply_linear(project_in, hidden)
         if mask is None:
             bias, rows = None, positions[past + POSITION_OFFSET]
         else:
@@ -68,7 +69,7 @@ def make_step(model: "OPTForCausalLM") -> Step | None:
         if norm is not None:
             hidden = norm(hidden)
         if project_out is not None:
-            hidden = project_out(hidden)
+            hidden = apply_linear(project_out, hidden)
         return head(hidden), cache.advance(1, None)
 
     return step
@@ -99,8 +100,8 @@ class _DecodeLayer:
         self.heads = attention.num_heads, attention.head_dim
         self.norms = _norm(layer.self_attn_layer_norm), _norm(layer.final_layer_norm)
         self.qkv = make_fused_linear((attention.q_proj, attention.k_proj, attention.v_proj))
-        self.out = attention.out_proj.make_linear()
-        self.fc1, self.fc2 = layer.fc1.make_linear(), layer.fc2.make_linear()
+        self.out = bind(attention.out_proj)
+        self.fc1, self.fc2 = bind(layer.fc1), bind(layer.fc2)
         is_relu = layer.activation is ACTIVATIONS["relu"]
         self.activation = torch.relu_ if is_relu else layer.activation
 

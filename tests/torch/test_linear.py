@@ -23,7 +23,7 @@ LONG = {"max_new_tokens": 40, "eos_token_id": None}
 
 
 def is_packed(model):
-    return model.get_decoder().layers[0].fc1.packed is not None
+    return model.get_decoder().layers[0].fc1 in linear._PACKED
 
 
 def test_weights_are_packed_for_the_length_of_a_generation(folder):
@@ -104,13 +104,17 @@ def model_like(model):
 def test_packed_weights_are_kept_until_training(folder):
     model, ids = model_of(folder, dtype="bfloat16"), make_prompts(CONFIGS["pre_ln"], 2, 5)
     first = model.generate(ids, **LONG)
-    kept = [m.kept for m in model.modules() if isinstance(m, linear.Linear)]
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    kept = [linear._KEPT.get(layer) for layer in layers]
     assert all((pair is not None) == packs() for pair in kept)
     assert torch.equal(model.generate(ids, **LONG), first)
-    again = [m.kept for m in model.modules() if isinstance(m, linear.Linear)]
+    again = [linear._KEPT.get(layer) for layer in layers]
     assert all(a is b for a, b in zip(again, kept, strict=True))
     model.train()
-    assert not any(m.kept for m in model.modules() if isinstance(m, linear.Linear))
+    assert not any(layer in linear._KEPT for layer in layers)
+    model.eval().generate(ids, **LONG)
+    model.to(torch.float32)
+    assert not any(layer in linear._KEPT for layer in layers)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -151,13 +155,13 @@ def test_bfloat16_without_instructions_is_rounded_once(monkeypatch, rows, bias):
     monkeypatch.setattr(linear, "_has_bfloat16", lambda: False)
     monkeypatch.setattr(linear, "BLOCK", 100)
     torch.manual_seed(0)
-    layer = linear.Linear(33, 50, bias=bias).to(torch.bfloat16)
+    layer = torch.nn.Linear(33, 50, bias=bias).to(torch.bfloat16)
     states = torch.randn(*rows, 33).to(torch.bfloat16)
     with torch.no_grad():
         exact = torch.nn.functional.linear(
             states.double(), layer.weight.double(), layer.bias.double() if bias else None
         )
-        out = layer(states)
+        out = linear.apply_linear(layer, states)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=2**-8)
 
@@ -171,7 +175,7 @@ def test_float32_rows_are_multiplied_part_by_part(monkeypatch, avx2_only, rows, 
     monkeypatch.setattr(linear, "_has_avx2_only", lambda: avx2_only)
     monkeypatch.setattr(linear, "_COLUMNS", 16)
     torch.manual_seed(0)
-    layer, states = linear.Linear(33, out, bias=bias), torch.randn(rows, 1, 33)
+    layer, states = torch.nn.Linear(33, out, bias=bias), torch.randn(rows, 1, 33)
     expected = torch.nn.functional.linear(states.double(), layer.weight.double())
     expected = (expected if layer.bias is None else expected + layer.bias).float().detach()
     close = {"rtol": 1e-5, "atol": 1e-5}
@@ -180,22 +184,27 @@ def test_float32_rows_are_multiplied_part_by_part(monkeypatch, avx2_only, rows, 
         recorder = _Recorder(_private.mkldnn_linear, calls)
         monkeypatch.setattr(_private, "mkldnn_linear", recorder)
         monkeypatch.setattr(linear.F, "linear", _Recorder(torch.nn.functional.linear, wholes))
-        for found in (layer(states), layer.make_linear()(states[:, 0])[:, None]):
+        for found in (
+            linear.apply_linear(layer, states),
+            linear.make_linear(layer)(states[:, 0])[:, None],
+        ):
             torch.testing.assert_close(found, expected, **close)
         is_whole = out % linear._PARTS > 0 or (rows > 1 and not avx2_only)
         assert [bool(calls), bool(wholes)] == [is_whole and rows < 256, is_whole and rows > 256]
         layer.weight.data = layer.weight.data.T.contiguous().T  # parts of this are no views
-        torch.testing.assert_close(layer(states), expected, **close)
+        torch.testing.assert_close(linear.apply_linear(layer, states), expected, **close)
 
 
 @pytest.mark.parametrize("rows", [255, 256])
 def test_many_rows_of_a_wide_input_are_multiplied_with_a_whole_weight(monkeypatch, rows):
     monkeypatch.setattr(linear, "_has_avx2_only", lambda: True)
-    layer, states, wholes = linear.Linear(48, 48), torch.randn(rows, 48), []
+    layer, states, wholes = torch.nn.Linear(48, 48), torch.randn(rows, 48), []
     expected = layer(states)
     monkeypatch.setattr(linear.F, "linear", _Recorder(torch.nn.functional.linear, wholes))
     with torch.no_grad():
-        torch.testing.assert_close(layer(states), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            linear.apply_linear(layer, states), expected, rtol=1e-5, atol=1e-5
+        )
     assert len(wholes) == (rows >= linear.MANY_ROWS)
 
 

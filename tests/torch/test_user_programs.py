@@ -134,3 +134,45 @@ def test_a_probe_reads_and_edits_the_model(home):
     with torch.no_grad():  # an ablation
         layer.self_attn.out_proj.weight.zero_()
         assert (model(**inputs)["logits"] - outputs["logits"]).abs().max() > 0.01
+
+
+def prune(model: Any, ids: Any) -> Any:
+    """As Wanda does: the norms of a layer's inputs, by hooks, say which weights matter least."""
+    norms: dict[Any, Any] = {}
+    found = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    hooks = [
+        module.register_forward_hook(
+            lambda module, inputs, _: norms.update({module: inputs[0].flatten(0, -2).norm(dim=0)})
+        )
+        for module in found
+    ]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    for module in found:
+        scores = module.weight.data.abs() * norms[module]
+        module.weight.data[scores < scores.median()] = 0
+    return model
+
+
+def quantize(model: Any, ids: Any) -> Any:
+    """As PyTorch's own quantisation does, which looks its layers up by their very type."""
+    quantize_dynamic: Any = torch.ao.quantization.quantize_dynamic
+    return quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated")
+@pytest.mark.parametrize("program", [prune, quantize])
+def test_linear_layers_are_found_by_their_type(home, program):
+    ids, found = torch.arange(4, 16)[None], []
+    before = OPTForCausalLM.from_pretrained(home)(ids).logits
+    for cls in (OPTForCausalLM, transformers.OPTForCausalLM):
+        model = program(cls.from_pretrained(home), ids)
+        with torch.no_grad():
+            tokens = model.generate(ids, max_new_tokens=5, do_sample=False)
+            found.append((model(ids).logits, tokens))
+    (ours, our_tokens), (theirs, their_tokens) = found
+    assert (ours - before).abs().max() > 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert torch.equal(our_tokens, their_tokens)
