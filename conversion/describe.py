@@ -90,7 +90,7 @@ class Description:
     Attributes:
         path: Where the checkpoint is on disk, or its hub id.
         format: "safetensors", "torch-bin", "tf-h5", "flax-msgpack", "metaseq", "keras-hub",
-            "deepspeed" or "torch-distributed"; None if no weights can be read.
+            "deepspeed", "torch-distributed" or "numpy"; None if no weights can be read.
         files: Name and bytes of each weight file.
         config: The configuration; None if it cannot be read.
         head: The head on the decoder, as in `opt_core.params.Head`.

@@ -12,6 +12,7 @@ from conversion.formats.flax_msgpack import read_flax
 from conversion.formats.keras_hub import has_offset_rows, keras_hub_config, read_keras_hub
 from conversion.formats.metaseq import derive_config, open_metaseq, torch_files
 from conversion.formats.names import from_keras2, from_path, is_kernel
+from conversion.formats.numpy_files import is_numpy_folder, open_numpy
 from conversion.formats.tf_h5 import read_tf_h5
 from conversion.formats.torch_distributed import METADATA, open_distributed
 from conversion.streaming.lazy_tensors import transposed
@@ -114,9 +115,9 @@ def open_any_checkpoint(
     Args:
         path: Folder, weight file, or index of a sharded checkpoint. In a folder safetensors come
             first, then torch's, TensorFlow's, Flax' and KerasHub's files, folders of FSDP and
-            DeepSpeed, and other torch files such as metaseq's; an index comes before the single
-            file of its format. Or an adapter's folder: the weights are those of the model that it
-            names.
+            DeepSpeed, other torch files such as metaseq's, and NumPy's; an index comes before the
+            single file of its format. Or an adapter's folder: the weights are those of the model
+            that it names.
         prefix: What the names of the model's tensors begin with, where it is part of a larger one.
         adapter: An adapter's folder or hub id, for a whole model.
         **hub: As in `opt_core.hub.resolve`, for what the adapter needs.
@@ -137,9 +138,11 @@ def _open(path: Path, prefix: str) -> SourceCheckpoint:
     if not name and (trained := _open_training(path)):
         return trained
     if not path.is_dir() and path.suffix in _TORCH_SUFFIXES:
-        return _open_training(path) or _open_metaseq(path)
+        return _open_training(path) or _with_derived(*open_metaseq(path))
     if not name and torch_files(path):
-        return _open_metaseq(path)
+        return _with_derived(*open_metaseq(path))
+    if not name and is_numpy_folder(path):
+        return _with_derived(open_numpy(path), {})
     kind = _READERS.get(name) or _by_suffix(name)
     if kind is None:
         return _with_config(_native(path))
@@ -241,8 +244,7 @@ def _by_suffix(name: str) -> _Reader | None:
     return {".h5": _TF, ".msgpack": _FLAX}.get(Path(name).suffix)
 
 
-def _open_metaseq(path: Path) -> SourceCheckpoint:
-    checkpoint, settings = open_metaseq(path)
+def _with_derived(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> SourceCheckpoint:
     if (checkpoint.folder / _CONFIG).exists():
         return _with_config(checkpoint)
     note = "no config.json: the configuration was derived from the shapes and the training settings"

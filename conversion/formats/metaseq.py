@@ -74,7 +74,7 @@ def open_metaseq(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
     parts = [[_read(file) for file in shards] for shards in groups]
     whole = _join_parts([_join_shards(shards) for shards in parts])
     tensors: dict[str, LazyTensor] = {}
-    for name, tensor in _canonical(whole):
+    for name, tensor in canonical_tensors(whole):
         if name in tensors:
             raise CheckpointError(f"{tensor.file}: {name!r} is there twice, under two names")
         tensors[name] = tensor
@@ -275,7 +275,12 @@ def _split_qkv(tensor: LazyTensor) -> list[LazyTensor]:
     return [tensor.rows(i * rows // 3, (i + 1) * rows // 3) for i in range(3)]
 
 
-def _canonical(tensors: Tensors) -> Iterator[tuple[str, LazyTensor]]:
+def canonical_tensors(tensors: Tensors) -> Iterator[tuple[str, LazyTensor]]:
+    """Tensors under canonical names; what is none of the model's is left out.
+
+    Args:
+        tensors: By metaseq's names, the three projections of a layer in one matrix or in three.
+    """
     for key, tensor in tensors.items():
         name = key
         for wrapper in _WRAPPERS:
@@ -295,8 +300,8 @@ def derive_config(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> OPTCon
     """The configuration of a checkpoint without config.json, from its shapes and its training.
 
     Args:
-        checkpoint: From `open_metaseq`.
-        settings: The same.
+        checkpoint: From `open_metaseq`, or of the same names.
+        settings: The same, or none.
 
     Raises:
         CheckpointError: Neither the shapes nor the settings say how many heads there are, or

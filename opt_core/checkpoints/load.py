@@ -32,7 +32,7 @@ __all__ = ["Checkpoint", "LoadPlan", "open_checkpoint", "plan_load", "save_check
 
 Format = Literal[
     "safetensors", "torch-bin", "tf-h5", "flax-msgpack", "metaseq", "keras-hub", "deepspeed",
-    "torch-distributed",
+    "torch-distributed", "numpy",
 ]  # fmt: skip
 _SUFFIXES = (".safetensors", ".bin")
 # An index comes before the single file of its format: hub repositories keep stale single files.
