@@ -138,6 +138,10 @@ class TFOPTDecoder(DecoderMixin, keras.layers.Layer):
             self.final_layer_norm.build((None, self.config.hidden_size))
 
     @run_by_model
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the decoder (`call`); Keras itself would complain of other arguments first."""
+        return super().__call__(*args, **kwargs)
+
     def call(
         self,
         embeds: tf.Tensor,
