@@ -19,7 +19,11 @@ class OutputKind:
     @property
     def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The class of `transformers` that the output stands for, if its owner is there."""
-        return _theirs(*_output_names(self)) or _theirs("transformers.utils.generic", "ModelOutput") or type(self)
+        return (
+            _theirs(*_output_names(self))
+            or _theirs("transformers.utils.generic", "ModelOutput")
+            or type(self)
+        )
 
 
 class TokenizerKind:
