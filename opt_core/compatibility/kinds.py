@@ -19,11 +19,8 @@ class OutputKind:
     @property
     def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The class of `transformers` that the output stands for, if its owner is there."""
-        return (
-            _theirs(*_output_names(self))
-            or _theirs("transformers.utils.generic", "ModelOutput")
-            or type(self)
-        )
+        base = _theirs("transformers.utils.generic", "ModelOutput")
+        return _theirs(*_output_names(self)) or base or type(self)
 
 
 class TokenizerKind:
