@@ -11,6 +11,11 @@ import sys
 from typing import Any
 
 _OUTPUTS = "transformers.modeling_outputs"
+_TOKENIZERS = (
+    ("transformers.tokenization_utils_tokenizers", "TokenizersBackend"),
+    ("transformers.tokenization_utils_fast", "PreTrainedTokenizerFast"),  # before version 5
+    ("transformers.tokenization_utils_base", "PreTrainedTokenizerBase"),
+)
 
 
 class OutputKind:
@@ -24,13 +29,12 @@ class OutputKind:
 
 
 class TokenizerKind:
-    """A tokenizer counts as a `PreTrainedTokenizerBase`, which is what programs look for."""
+    """A tokenizer counts as one over the `tokenizers` library, which is what programs look for."""
 
     @property
     def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """`transformers`' base of tokenizers, if it is there."""
-        name = "PreTrainedTokenizerBase"
-        return _theirs("transformers.tokenization_utils_base", name) or type(self)
+        """`transformers`' fast tokenizer, or its base, if it is there."""
+        return next(filter(None, (_theirs(*place) for place in _TOKENIZERS)), type(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), vars(self))  # pickle's own way compares `__class__`

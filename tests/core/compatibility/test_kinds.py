@@ -28,7 +28,7 @@ class TFOPTOutput(ModelOutput[Any, Any]):
 
 MODULES = {
     "transformers.utils.generic": ("ModelOutput",),
-    "transformers.tokenization_utils_base": ("PreTrainedTokenizerBase",),
+    "transformers.tokenization_utils_tokenizers": ("TokenizersBackend",),
     "transformers.generation.utils": (
         "GenerateDecoderOnlyOutput",
         "GenerateBeamDecoderOnlyOutput",
@@ -49,7 +49,7 @@ def theirs(monkeypatch):
     for module, names in MODULES.items():
         stand_in: Any = ModuleType(module)
         for name in names:
-            bases = () if name in ("ModelOutput", "PreTrainedTokenizerBase") else (Base,)
+            bases = () if name in ("ModelOutput", "TokenizersBackend") else (Base,)
             made[name] = type(name, bases, {})
             setattr(stand_in, name, made[name])
         monkeypatch.setitem(sys.modules, module, stand_in)
@@ -90,7 +90,7 @@ def test_outputs_and_tokenizers_are_copied_and_pickled_as_what_they_are(theirs):
     out = TFOPTOutput(logits=1.0)
     loaded = LoadedTokenizer(None, {"eos_token": "</s>"}, True, "here")  # type: ignore[arg-type]
     tokenizer = OPTTokenizer.from_loaded(loaded)
-    assert isinstance(tokenizer, theirs["PreTrainedTokenizerBase"])
+    assert isinstance(tokenizer, theirs["TokenizersBackend"])
     for duplicate in (copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))):
         assert type(duplicate(out)) is TFOPTOutput
         assert duplicate(out) == out
