@@ -32,6 +32,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class OPTOutput(ModelOutput[Tensor, KVCache]):
     """The output of a model: see `ModelOutput` for its fields."""
 
+    _is_compiled = staticmethod(_private.is_compiling)
+
 
 _private.register_output(OPTOutput)
 

@@ -21,11 +21,18 @@ _TOKENIZERS = (
 class OutputKind:
     """A model's output counts as `transformers`' class of the same fields."""
 
+    @staticmethod
+    def _is_compiled() -> bool:
+        """Whether a compiler is at work that takes `__class__` for the type."""
+        return False
+
     @property
     def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The class of `transformers` that the output stands for, if its owner is there."""
         base = _theirs("transformers.utils.generic", "ModelOutput")
-        return _theirs(*_output_names(self)) or base or type(self)
+        if base is None or self._is_compiled():
+            return type(self)
+        return _theirs(*_output_names(self)) or base
 
 
 class TokenizerKind:
