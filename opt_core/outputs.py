@@ -3,13 +3,14 @@
 from collections import OrderedDict
 from typing import Any, Generic, Self, TypeVar
 
+from opt_core.compatibility.kinds import OutputKind
 from opt_core.summaries import describe_fields
 
 Tensor = TypeVar("Tensor")
 Cache = TypeVar("Cache")
 
 
-class ModelOutput(OrderedDict[str, Any], Generic[Tensor, Cache]):
+class ModelOutput(OutputKind, OrderedDict[str, Any], Generic[Tensor, Cache]):
     """Results of a model, by attribute, by name and by number, as in `transformers`.
 
     A field its head does not have, or that was not asked for, is None as an attribute and is not

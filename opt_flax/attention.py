@@ -10,6 +10,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from opt_core.compatibility.calls import scale_heads
+from opt_core.compatibility.parts import AttentionNames
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_flax._private import load_splash_attention
@@ -22,7 +23,7 @@ _PIECE, _PIECES = 64, 4
 """Queries of a long text that are taken together, at least; and the most pieces of a text."""
 
 
-class FlaxOPTAttention(nnx.Module):
+class FlaxOPTAttention(AttentionNames, nnx.Module):
     """Multi-head causal self-attention of one layer."""
 
     def __init__(self, config: OPTConfig, implementation: str, mesh: Mesh | None = None):

@@ -12,6 +12,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
 
+from opt_core.compatibility.parts import run_by_model
 from opt_core.config import OPTConfig
 from opt_core.modeling import DecoderLayerMixin, DecoderMixin
 from opt_core.outputs import ModelOutput
@@ -111,6 +112,7 @@ class FlaxOPTDecoder(DecoderMixin, nnx.Module):
         self.embed_positions = Embedding(
             config.max_position_embeddings + POSITION_OFFSET, D, mesh=mesh, axis="position"
         )
+        self.embed_positions.offset = POSITION_OFFSET
         self.project_out = Linear(D, P, False, mesh) if config.has_projections else None
         self.project_in = Linear(P, D, False, mesh) if config.has_projections else None
         self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None
@@ -118,6 +120,7 @@ class FlaxOPTDecoder(DecoderMixin, nnx.Module):
         layers = [FlaxOPTDecoderLayer(config, implementation, mesh) for _ in range(count)]
         self.layers: Any = layers[0] if scan_layers else nnx.List(layers)
 
+    @run_by_model
     def __call__(
         self,
         embeds: Array,

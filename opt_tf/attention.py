@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from opt_core.compatibility.calls import scale_heads
+from opt_core.compatibility.parts import AttentionNames
 from opt_core.config import OPTConfig
 from opt_tf.cache import KVCache
 from opt_tf.linear import Linear, apply_dropout, sizes
@@ -16,7 +17,7 @@ _PIECE, _PIECES = 128, 4
 """Queries of a long text that are taken together, at least; and the most pieces of a text."""
 
 
-class TFOPTAttention(keras.layers.Layer):
+class TFOPTAttention(AttentionNames, keras.layers.Layer):
     """Multi-head causal self-attention of one layer."""
 
     def __init__(self, config: OPTConfig, implementation: str, **options: Any):

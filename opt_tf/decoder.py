@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from opt_core.compatibility.parts import run_by_model
 from opt_core.config import OPTConfig
 from opt_core.modeling import DecoderLayerMixin, DecoderMixin
 from opt_core.outputs import ModelOutput
@@ -104,6 +105,7 @@ class TFOPTDecoder(DecoderMixin, keras.layers.Layer):
             name="embed_positions",
             dtype=dtype,
         )
+        self.embed_positions.offset = POSITION_OFFSET
         self.project_out = self.project_in = self.final_layer_norm = None
         if config.has_projections:
             self.project_out = Linear(D, P, False, name="project_out", dtype=dtype)
@@ -134,6 +136,11 @@ class TFOPTDecoder(DecoderMixin, keras.layers.Layer):
             self.project_in.build()
         if self.final_layer_norm is not None:
             self.final_layer_norm.build((None, self.config.hidden_size))
+
+    @run_by_model
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the decoder (`call`); Keras itself would complain of other arguments first."""
+        return super().__call__(*args, **kwargs)
 
     def call(
         self,

@@ -60,6 +60,12 @@ def has_mkldnn_bfloat16() -> bool:
     return _has_bfloat16 is not None and _has_bfloat16()
 
 
+def is_compiling() -> bool:
+    """Whether Dynamo is reading a program, not running it; unknown means yes."""
+    context: Any = getattr(getattr(torch, "_guards", None), "TracingContext", None)
+    return context is None or context.try_get() is not None
+
+
 def overload(operation: Any) -> Callable[..., Any]:
     """An operation without its Python call, which searches the arguments for script objects.
 

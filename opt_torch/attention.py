@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opt_core.compatibility.calls import scale_heads
+from opt_core.compatibility.parts import AttentionNames
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
 from opt_torch.cache import KVCache
@@ -17,7 +18,7 @@ from opt_torch.quantization import fused_linear
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
 
 
-class OPTAttention(nn.Module):
+class OPTAttention(AttentionNames, nn.Module):
     """Multi-head causal self-attention of one layer."""
 
     def __init__(self, config: OPTConfig, implementation: str):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from opt_core.compatibility.parts import run_by_model
 from opt_core.config import OPTConfig
 from opt_core.modeling import DecoderLayerMixin, DecoderMixin
 from opt_core.outputs import ModelOutput
@@ -30,6 +31,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 class OPTOutput(ModelOutput[Tensor, KVCache]):
     """The output of a model: see `ModelOutput` for its fields."""
+
+    _is_compiled = staticmethod(_private.is_compiling)
 
 
 _private.register_output(OPTOutput)
@@ -94,6 +97,7 @@ class OPTDecoder(DecoderMixin, nn.Module):
         self.gradient_checkpointing = config.gradient_checkpointing
         self.embed_tokens = nn.Embedding(config.vocab_size, P, padding_idx=config.pad_token_id)
         self.embed_positions = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, D)
+        self.embed_positions.offset = POSITION_OFFSET
         self.project_out = nn.Linear(D, P, bias=False) if config.has_projections else None
         self.project_in = nn.Linear(P, D, bias=False) if config.has_projections else None
         self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None
@@ -101,6 +105,7 @@ class OPTDecoder(DecoderMixin, nn.Module):
             OPTDecoderLayer(config, implementation) for _ in range(config.num_hidden_layers)
         )
 
+    @run_by_model
     def forward(
         self,
         embeds: Tensor,

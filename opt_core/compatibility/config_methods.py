@@ -186,9 +186,7 @@ class ConfigMethods(UploadMixin):
 
     def __repr__(self) -> str:
         values = {name: getattr(self, name) for name in _SHOWN} | self.to_diff_dict()
-        for name in ("model_type", "label2id"):
-            values.pop(name, None)
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in values.items())})"
+        return f"{type(self).__name__} {json.dumps(values, indent=2, sort_keys=True, default=str)}"
 
 
 def _parse(old: Any, text: str) -> Any:

@@ -141,6 +141,10 @@ class ModelNames:
     is_custom_code = is_remote_code
 
     @classmethod
+    def _supports_logits_to_keep(cls) -> bool:
+        return cls.__name__.endswith("ForCausalLM")
+
+    @classmethod
     def is_backend_compatible(cls) -> bool:
         """False: the class takes no attention function of another library."""
         return False

@@ -1,8 +1,11 @@
 """Names that `transformers`' decoder and layers have for what is under other names here."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from opt_core.config import OPTConfig
+from opt_core.errors import ArgumentError
 
 
 class DecoderNames:
@@ -57,3 +60,40 @@ class LayerNames:
     def embed_dim(self) -> int:
         """Width D of the states."""
         return self.fc1.in_features
+
+
+class AttentionNames:
+    """Attributes of a layer's attention."""
+
+    num_heads: int
+    head_dim: int
+    q_proj: Any
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the states."""
+        return self.q_proj.in_features
+
+    @property
+    def scaling(self) -> float:
+        """What queries are multiplied by."""
+        return self.head_dim**-0.5
+
+
+def run_by_model(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A decoder's own call, which takes what a model has checked and embedded.
+
+    Raises:
+        ArgumentError: It was called as a model is.
+    """
+
+    @wraps(run)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "mask_BS" not in kwargs and len(args) < 3:
+            raise ArgumentError(
+                f"{type(self).__name__}: the decoder takes embeddings and is run by its model; "
+                "call model.model(input_ids), the model without head, whose output is the decoder's"
+            )
+        return run(self, *args, **kwargs)
+
+    return checked

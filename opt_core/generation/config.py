@@ -183,12 +183,7 @@ class GenerationConfig(SettingsMethods):
         self.keep(name, value, line)
 
     def __repr__(self) -> str:
-        given = (
-            f"{name}={getattr(self, name)!r}"
-            for name, field in _FIELDS.items()
-            if getattr(self, name) != field.default
-        )
-        return f"{type(self).__name__}({', '.join(given)})"
+        return f"{type(self).__name__} {self.to_json_string()}"
 
     def __hash__(self) -> int:
         # Flax' programs are told apart by a model's attributes.
@@ -275,7 +270,10 @@ class GenerationConfig(SettingsMethods):
         if "max_length" in given and "max_new_tokens" not in given:
             given["max_new_tokens"] = None  # the caller's length counts, not the file's
         refused = tuple(pair for pair in self.refused if pair[0] not in overrides)
-        return dataclasses.replace(self, **given, refused=refused)
+        made = dataclasses.replace(self, **given, refused=refused)
+        if overrides.get("return_legacy_cache"):  # the cache is then an output that is wanted
+            made.keep("return_legacy_cache", True, "")
+        return made
 
     def new_tokens(self, prompt_length: int) -> int:
         """How many tokens to add at most to a prompt of `prompt_length` (padding included).

@@ -114,9 +114,8 @@ class GenerationMixin:
             found = self._module_for(request).generate(self, request)
         if settings.return_dict_in_generate and not isinstance(found, GenerateOutput):
             return GenerateOutput(sequences=found)
-        is_legacy = overrides.get("return_legacy_cache") or settings.return_legacy_cache
         cache: Any = getattr(found, "past_key_values", None)
-        if is_legacy and cache is not None:
+        if settings.return_legacy_cache and cache is not None:
             found.past_key_values = cache.to_legacy_cache()
         return found
 

@@ -69,7 +69,7 @@ class Request:
         settings = self.settings
         outputs = (
             settings.output_scores or settings.output_logits or settings.output_attentions
-            or settings.output_hidden_states
+            or settings.output_hidden_states or settings.return_legacy_cache
         )  # fmt: skip
         has_hard_beams = settings.is_beam_search and (
             settings.do_sample or settings.num_beam_groups > 1 or settings.stops

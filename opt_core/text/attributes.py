@@ -151,14 +151,27 @@ class TokenizerAttributes:
     @property
     def special_tokens_map(self) -> dict[str, Any]:
         """The special tokens there are, by name."""
-        made: dict[str, Any] = {n: self.loaded.named[n] for n in NAMES if n in self.loaded.named}
+        made: dict[str, Any] = self._in_order()
         return made | ({_LISTS[0]: list(self.loaded.extra)} if self.loaded.extra else {})
 
     @property
     def all_special_tokens(self) -> list[str]:
         """The special tokens, each once."""
-        named = (self.loaded.named[name] for name in NAMES if name in self.loaded.named)
-        return list(dict.fromkeys([*named, *self.loaded.extra]))
+        return list(dict.fromkeys([*self._in_order().values(), *self.loaded.extra]))
+
+    def _in_order(self) -> dict[str, str]:
+        """The special tokens that have names, the usual ones first."""
+        named = self.loaded.named
+        return {name: named[name] for name in NAMES if name in named} | named
+
+    def __getattr__(self, name: str) -> Any:
+        """A special token of a name of its own, such as `image_token`, or its id."""
+        named: dict[str, str] = vars(self)["loaded"].named if "loaded" in vars(self) else {}
+        if name in named:
+            return named[name]
+        if name.removesuffix("_id") in named and name.endswith("_token_id"):
+            return self.loaded.backend.token_to_id(named[name.removesuffix("_id")])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def all_special_ids(self) -> list[int]:

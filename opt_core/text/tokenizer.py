@@ -19,6 +19,7 @@ import numpy as np
 
 from opt_core.adapters.folders import tokenizer_folder
 from opt_core.compatibility.keras_hub_tokenizer import KerasHubTokenizer
+from opt_core.compatibility.kinds import TokenizerKind
 from opt_core.compatibility.tokenizer import TokenizerCompatibility
 from opt_core.errors import TokenizerError
 from opt_core.hub import TOKENIZER_FILES, resolve
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-class OPTTokenizer(TokenizerCompatibility, KerasHubTokenizer):
+class OPTTokenizer(TokenizerKind, TokenizerCompatibility, KerasHubTokenizer):
     """OPT's tokenizer; also Galactica's and those of fine-tunes. Made by `from_pretrained`.
 
     Special tokens (`pad_token`, `eos_token_id` and so on), `padding_side`, `truncation_side`,

@@ -48,7 +48,8 @@ class LoadedTokenizer:
 
     Attributes:
         backend: The byte-level BPE itself, without padding or truncation.
-        named: Text of the special tokens called `NAMES`, those that there are.
+        named: Text of the special tokens called `NAMES`, those that there are, and of others that
+            the files or the caller name, such as `image_token`.
         add_bos: Whether a text starts with the beginning-of-text token.
         source: Folder the files were read from, for messages.
         extra: Special tokens without a name.
@@ -155,6 +156,7 @@ def _finish(
         for name in NAMES
         if settings.get(name) is not None
     }
+    given |= _own_names(settings, folder)
     first = _prepended(backend, folder)
     if settings.get("add_bos_token", add_bos) is None and first is not None:
         if given.get("bos_token", first) != first:
@@ -175,6 +177,15 @@ def _finish(
     return LoadedTokenizer(backend, named, add_bos, folder, extra, kept)
 
 
+def _own_names(settings: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Special tokens by names of their own, as multimodal models have them."""
+    entries = {k: v for k, v in settings.items() if k.endswith("_token") and k not in NAMES}
+    entries = {k: v for k, v in entries.items() if isinstance(v, str | dict)}
+    entries |= _object(settings.get("extra_special_tokens"))
+    path = folder / "tokenizer_config.json"
+    return {name: token_text(token, path) for name, token in entries.items() if name not in NAMES}
+
+
 def save(tokenizer: LoadedTokenizer, folder: Path) -> None:
     """Writes the files that `transformers`, and tools that know tokenizer.json alone, read.
 
@@ -185,7 +196,9 @@ def save(tokenizer: LoadedTokenizer, folder: Path) -> None:
     """
     from tokenizers import Tokenizer
 
-    backend, named = Tokenizer.from_str(tokenizer.backend.to_str()), tokenizer.named
+    backend = Tokenizer.from_str(tokenizer.backend.to_str())
+    named = {name: text for name, text in tokenizer.named.items() if name in NAMES}
+    own = {name: text for name, text in tokenizer.named.items() if name not in NAMES}
     bos = named.get("bos_token")
     bos_id = None if bos is None else backend.token_to_id(bos)
     if tokenizer.add_bos and bos is not None and bos_id is not None:
@@ -203,6 +216,7 @@ def save(tokenizer: LoadedTokenizer, folder: Path) -> None:
             "tokenizer_class": "GPT2Tokenizer" if plain else "PreTrainedTokenizerFast",
             **named,
             **({"additional_special_tokens": tokenizer.extra} if tokenizer.extra else {}),
+            **({"extra_special_tokens": own} if own else {}),
             **tokenizer.kept,
             "add_bos_token": tokenizer.add_bos,
             "add_prefix_space": plain and contents["pre_tokenizer"]["add_prefix_space"],
@@ -336,13 +350,14 @@ def _add_tokens(
     Returns:
         The special ones that have no name.
     """
-    extra: Any = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
-    if not isinstance(extra, list | dict | None):
-        path = folder / "tokenizer_config.json"
-        raise TokenizerError(f"{path}: extra_special_tokens: expected a list, received {extra!r}")
     listed: list[Any] = [settings.get(name) or text for name, text in named.items()]
     listed += [v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str | dict)]
-    listed += _object(extra).values() if isinstance(extra, dict) else cast(list[Any], extra or [])
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        extra: Any = settings.get(name) or []
+        if not isinstance(extra, list | dict):
+            path = folder / "tokenizer_config.json"
+            raise TokenizerError(f"{path}: {name}: expected a list, received {extra!r}")
+        listed += _object(extra).values() if isinstance(extra, dict) else cast(list[Any], extra)
     special = {token_text(token, folder / "tokenizer_config.json"): token for token in listed}
     for index, token, path in _listed_as_added(folder, settings, special):
         text = token_text(token, folder / "tokenizer_config.json")

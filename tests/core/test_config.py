@@ -304,7 +304,10 @@ def test_json_of_transformers_methods(tmp_path):
     assert OPTConfig.from_json_file(tmp_path / "mine.json") == config
     config.update({"dropout": 0.3, "num_labels": 4})
     assert (config.dropout, config.num_labels) == (0.3, 4)
-    assert len(repr(config)) < 300
+    assert len(repr(config)) < 400
+    name, _, text = str(config).partition(" ")
+    assert name == "OPTConfig"
+    assert json.loads(text)["hidden_size"] == 24
 
 
 def test_arguments_of_from_pretrained(tmp_path):

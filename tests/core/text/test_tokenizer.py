@@ -338,6 +338,27 @@ def test_bytes_the_vocabulary_lacks_are_not_dropped(tmp_path):
         tokenizer.encode("Helló")
 
 
+def test_special_tokens_of_names_of_their_own(copy, tmp_path):
+    """As multimodal models have them; list and mapping may stand beside each other."""
+    tokenizer = OPTTokenizer.from_pretrained(
+        copy,
+        extra_special_tokens={"image_token": "<image>"},
+        additional_special_tokens=["<turn>"],
+    )
+    count = tokenizer.vocab_size
+    assert (tokenizer.image_token, tokenizer.image_token_id) == ("<image>", count)
+    assert tokenizer.special_tokens_map["image_token"] == "<image>"
+    assert tokenizer.all_special_tokens[-2:] == ["<image>", "<turn>"]
+    assert tokenizer.is_special(count)
+    tokenizer.save_pretrained(tmp_path)
+    again = OPTTokenizer.from_pretrained(tmp_path)
+    assert (again.image_token, again.additional_special_tokens) == ("<image>", ["<turn>"])
+    with pytest.raises(AttributeError, match="no attribute 'audio_token'"):
+        _ = again.audio_token
+    with pytest.raises(AttributeError):
+        _ = again.audio_token_id
+
+
 def test_extra_special_tokens(copy):
     count = OPTTokenizer.from_pretrained(copy).vocab_size
     extra = {"extra_special_tokens": ["<turn>"], "mask_token": "<unk>"}

@@ -8,7 +8,8 @@ import pytest
 from opt_core import GenerationConfig
 from opt_core.compatibility.caches import REFUSED as CACHE_REFUSED
 from opt_core.compatibility.names import REFUSED
-from opt_core.errors import GenerationError, InputError, UnsupportedError
+from opt_core.errors import ArgumentError, GenerationError, InputError, UnsupportedError
+from opt_core.params import POSITION_OFFSET
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_prompts
 
@@ -202,4 +203,21 @@ def test_parts_have_transformers_names_too(model):
     layer = decoder.layers[0]
     assert layer.do_layer_norm_before is CONFIG.do_layer_norm_before
     assert layer.activation_fn is layer.activation
-    assert layer.embed_dim == CONFIG.hidden_size
+    attention = layer.self_attn
+    assert layer.embed_dim == attention.embed_dim == CONFIG.hidden_size
+    assert attention.scaling == CONFIG.head_dim**-0.5
+    assert decoder.embed_positions.offset == POSITION_OFFSET
+    assert model._supports_logits_to_keep()
+
+
+def test_a_decoder_called_as_a_model_says_which_model(model):
+    decoder = model.get_decoder()
+    for call in (lambda: decoder(IDS), lambda: decoder(input_ids=IDS)):
+        with pytest.raises(ArgumentError, match=r"Decoder: the decoder takes .* model\.model\("):
+            call()
+
+
+def test_a_legacy_cache_is_there_when_it_is_asked_for(model):
+    out = model.generate(IDS, return_dict_in_generate=True, return_legacy_cache=True, **SETTINGS)
+    assert len(out.past_key_values) == CONFIG.num_hidden_layers
+    assert [type(layer) for layer in out.past_key_values] == [tuple]
