@@ -79,10 +79,11 @@ def spread(
     load_backend(backend)
     sharding = import_module(f"opt_{backend}.sharding")
     made = sharding.make_mesh(**sizes)
-    team = sharding.team_of(made)
+    team: Team = sharding.team_of(made)
     if not team.is_first:
         console.mute()
     with sharding.told_of_losses(team):
+        team.check_same("mesh", sizes)
         yield made, team
     sharding.disconnect()
 

@@ -1,6 +1,7 @@
 """`--mesh`: one command in several processes, to the same numbers; lost ones; `opt-lm plan`."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -10,7 +11,8 @@ import pytest
 pytest.importorskip("torch")
 
 from opt_core.data import write_blocks
-from opt_core.training.run_folder import read_metrics
+from opt_core.training.run_folder import RunFolder, read_metrics
+from tests.support.command_ranks import run as run_here
 from tests.support.files.tiny_folder import save_model
 from tests.support.ranks import free_port, run_ranks
 
@@ -63,7 +65,7 @@ def figures(run):
 
 
 def same(ours, theirs):
-    values = [np.array(x, float) for x in (ours, theirs)]
+    values = [np.array([*x], float) for x in (ours, theirs)]
     np.testing.assert_allclose(*values, rtol=0, atol=CLOSE)
 
 
@@ -108,10 +110,10 @@ def test_adapters_and_another_mesh(opt_lm, command, tmp_path):
     assert ours == theirs
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_lost_process_ends_the_run(command, tmp_path, victim):
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_lost_process_ends_the_run_and_it_goes_on(opt_lm, command, tmp_path, victim):
     out, since = tmp_path / "run", []
+    given = [*command, "--backend", "torch", "--out", str(out)]
 
     def kill(processes):
         while len(figures(out)) < 4 and all(p.poll() is None for p in processes):
@@ -119,8 +121,8 @@ def test_a_lost_process_ends_the_run(command, tmp_path, victim):
         processes[victim].send_signal(signal.SIGKILL)
         since.append(time.monotonic())
 
-    given = [*command, "--backend", "torch", "--out", str(out), "--max-steps", "4000"]
-    ranks = run_ranks("opt_cli", 2, [*given, "--mesh", "fsdp=2"], tmp_path, 300, kill)
+    mesh = ["--max-steps", "4000", "--mesh", "fsdp=2"]
+    ranks = run_ranks("opt_cli", 2, [*given, *mesh], tmp_path, 300, kill)
     assert time.monotonic() - since[0] < MINUTE
     assert ranks[victim].code == -signal.SIGKILL
     other = ranks[1 - victim]
@@ -128,20 +130,72 @@ def test_a_lost_process_ends_the_run(command, tmp_path, victim):
     (line,) = [line for line in other.told.splitlines() if line.startswith("error:")]
     assert f"process {1 - victim} of 2: lost connection, gone: process {victim};" in line
     assert "--resume" in line
+    # One process goes on from the last checkpoint, to what an unbroken run comes to.
+    steps = RunFolder(out).steps()[-1] + 2
+    assert opt_lm(*given, "--max-steps", steps, "--resume")[0] == 0
+    unbroken = [*command, "--backend", "torch", "--out", tmp_path / "unbroken"]
+    assert opt_lm(*unbroken, "--max-steps", steps)[0] == 0
+    same(*(dict.fromkeys(map(tuple, figures(run))) for run in (out, tmp_path / "unbroken")))
 
 
-@pytest.mark.slow
-def test_every_process_refuses_alike(command, tmp_path):
-    """A mesh that does not fit, and rows that it cannot share; nothing is written."""
-    out = tmp_path / "run"
-    given = [*command, "--backend", "torch", "--out", str(out), "--max-steps", "4"]
-    ranks = run_ranks("opt_cli", 2, [*given, "--mesh", "data=2", "--batch-size", "3"], tmp_path)
-    told = "error: --batch-size: 3 rows cannot be shared by data x fsdp = 2 devices in 1 equal"
-    for rank in ranks:
-        assert rank.code == 2
-        assert rank.told.count("error:") == 1
-        assert told in rank.told
-    assert not out.exists()
+@pytest.fixture(scope="module")
+def refusals(command, tiny, tmp_path_factory):
+    """The answers of two processes to commands that cannot be, and the run's folder, by name."""
+    home = tmp_path_factory.mktemp("refusals")
+    out = {name: home / f"run {name}" for name in REFUSED}
+    common = [*command, "--backend", "torch", "--max-steps", "4", "--mesh"]
+    for rank in range(2):
+        ids = np.random.default_rng(rank).integers(3, 60, 400)
+        write_blocks(home / f"host{rank}" / "data", [ids], 16, 60)
+    data = [tiny, "data", *command[3:], "--backend", "torch", "--mesh", "fsdp=2"]
+    other = shutil.copytree(tiny, home / "model")
+    begun = ["train", str(other), *command[2:], "--backend", "torch"]
+    ((code, said),) = run_here([[*begun, "--max-steps", "2", "--out", str(out["model"])]], 0)
+    assert code == 0, said
+    shutil.rmtree(other)
+    save_model(other, num_attention_heads=8)
+    commands = {
+        "size": [*common, "data=4"],
+        "meshes": [*common, ["data=2", "fsdp=2"]],
+        "rows": [*common, "data=2", "--batch-size", "3"],
+        "settings": [*common, "data=2", "--learning-rate", ["1e-3", "1e-4"]],
+        "data": ["train", *map(str, data), "--max-steps", "4"],
+        "model": [*begun, "--max-steps", "4", "--mesh", "fsdp=2", "--resume"],
+    }
+    assert commands.keys() == REFUSED.keys()
+    given = [[*arguments, "--out", str(out[name])] for name, arguments in commands.items()]
+    ranks = run_ranks(
+        "tests.support.command_ranks", 2, [str(home), "{rank}", json.dumps(given)], home
+    )
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+    told = [json.loads((home / f"told{rank}.json").read_text()) for rank in range(2)]
+    return {name: ([rank[i] for rank in told], out[name]) for i, name in enumerate(commands)}
+
+
+REFUSED = {
+    "size": "error: mesh: data=4 x fsdp=1 x model=1 needs 4 devices, received 2\n",
+    "meshes": "error: mesh: process 0 has 'data=2 x fsdp=1 x model=1', process 1 has 'data=1 x",
+    "rows": "error: --batch-size: 3 rows cannot be shared by data x fsdp = 2 devices in 1 equal",
+    "settings": "error: settings: process 0 has learning_rate=0.001, process 1 has learning_rate=0",
+    "data": "error: data: process 0 has '25 examples, ",
+    "model": "the checkpoint of step 2 is of another model: num_attention_heads: expected 8, found",
+}
+"""Commands that cannot be, and how the answer of every process begins."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_process_refuses_alike(refusals, name):
+    answers, out = refusals[name]
+    for code, told in answers:
+        assert code == 2, told
+        assert told == answers[0][1]
+        assert told.count("\n") == told.count("error:") == 1
+        assert REFUSED[name] in told
+    if name == "model":  # as it was before
+        assert RunFolder(out).steps() == [2]
+        assert not [path for path in out.rglob("*") if "tmp" in path.name]
+    else:
+        assert not out.exists()
 
 
 @pytest.mark.parametrize(
