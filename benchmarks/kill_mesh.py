@@ -2,11 +2,11 @@
 
     python -m benchmarks.kill_mesh --text tinyshakespeare.txt [--backend flax] [--steps 200]
 
-Fine-tunes the embedded model on four processes, as data=2,fsdp=2, once in peace; once killed
-twice, first one process in the middle of a step, then all, resumed on the same mesh and then on
-another; and, in PyTorch, once under torchrun, which starts all again by itself. Prints one JSON
-line for each backend: how long the others outlived the one that was killed, what they said, and
-how far losses are apart from those of the run in peace.
+Fine-tunes a model, by default the embedded one, on four processes, as data=2,fsdp=2, once in
+peace; once killed twice, first one process in the middle of a step, then all, resumed on the same
+mesh and then on another; and, in PyTorch, once under torchrun, which starts all again by itself.
+Prints one JSON line for each backend: how long the others outlived the one that was killed, what
+they said, and how far losses are apart from those of the run in peace.
 """
 
 import argparse
@@ -36,10 +36,10 @@ OPTIONS = (
 Processes = list[subprocess.Popen[str]]
 
 
-def command(text: Path, out: Path, backend: str, steps: int, mesh: str) -> list[str]:
+def command(model: str, text: Path, out: Path, backend: str, steps: int, mesh: str) -> list[str]:
     """The arguments of the run, after Python's own."""
     options = (*OPTIONS, "--max-steps", steps, "--out", out, "--backend", backend, "--mesh", mesh)
-    return ["-m", "opt_cli", "train", "mini", str(text), *map(str, options)]
+    return ["-m", "opt_cli", "train", model, str(text), *map(str, options)]
 
 
 def start(arguments: list[str], backend: str) -> Processes:
@@ -152,22 +152,23 @@ def main() -> None:
     """Runs the command line above."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--model", default="mini")
     parser.add_argument("--backend", choices=("torch", "flax"), action="append")
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
     for backend in args.backend or ("torch", "flax"):
         with tempfile.TemporaryDirectory() as folder:
             peace, broken, again = (Path(folder, name) for name in ("peace", "broken", "again"))
-            to_the_end(command(args.text, peace, backend, args.steps, MESH), backend)
+            to_the_end(command(args.model, args.text, peace, backend, args.steps, MESH), backend)
             found: dict[str, Any] = {"backend": backend, "steps": args.steps}
-            same = command(args.text, broken, backend, args.steps, MESH)
+            same = command(args.model, args.text, broken, backend, args.steps, MESH)
             third = args.steps // 3
             found["one"] = killed(same, backend, broken, third, [VICTIM])
             found["all"] = killed(same, backend, broken, 2 * third, list(range(RANKS)))
-            to_the_end(command(args.text, broken, backend, args.steps, OTHER), backend)
+            to_the_end(command(args.model, args.text, broken, backend, args.steps, OTHER), backend)
             found["losses_apart"] = apart(broken, peace)
             if backend == "torch":
-                same = command(args.text, again, backend, args.steps, MESH)
+                same = command(args.model, args.text, again, backend, args.steps, MESH)
                 found["torchrun"] = restarted(same, again, third)
                 found["torchrun"]["losses_apart"] = apart(again, peace)
             print(json.dumps(found), flush=True)
