@@ -4,6 +4,8 @@ Keras' distribution API has no maintained form of model parallelism on TensorFlo
 was never finished), so a model is whole on every device; the torch and flax backends split models.
 """
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,13 +26,22 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> tf.distribute.Mir
         model: 1 only.
 
     Raises:
-        ConfigError: There are fewer devices, sizes below 1, or models are to be split.
+        ConfigError: There are fewer devices, sizes below 1, models are to be split, or `TF_CONFIG`
+            names several hosts.
     """
     sizes = rules.check_sizes(data, fsdp, model)
     if fsdp > 1 or model > 1:
         raise ConfigError(
             f"mesh: {rules.describe_sizes(sizes)}: TensorFlow splits batches only (data=N); "
             "the torch and flax backends split models"
+        )
+    if (
+        len(json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {}).get("worker", ()))
+        > 1
+    ):
+        raise ConfigError(
+            "TF_CONFIG: names several hosts, and mesh is for the devices of one; Keras' fit trains "
+            "on several in MultiWorkerMirroredStrategy's scope, the torch and flax backends anywhere"
         )
     kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
     found = [device.name for device in tf.config.list_logical_devices(kind)]

@@ -291,6 +291,17 @@ def test_meshes_that_do_not_fit(opt_lm, command, tmp_path, backend, mesh, told):
     assert not (tmp_path / "run").exists()
 
 
+def test_tensorflow_has_one_host(opt_lm, command, tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow")
+    workers = {"cluster": {"worker": ["here:1", "there:1"]}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(workers))
+    given = [*command, "--backend", "tf", "--out", tmp_path / "run", "--mesh", "data=1"]
+    code, _, err = opt_lm(*given)
+    assert code == 2
+    assert "TF_CONFIG: names several hosts, and mesh is for the devices of one; Keras' fit" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_processes_without_a_mesh_are_told_of_it(opt_lm, command, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     given = [*command, "--backend", "torch", "--out", tmp_path / "run"]
