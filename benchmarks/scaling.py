@@ -58,7 +58,8 @@ def run(count: int, arguments: list[str]) -> float:
             stdout=subprocess.PIPE, text=True,
         ) for rank in range(count)
     ]  # fmt: skip
-    return float([process.communicate()[0] for process in processes][0])
+    told = [process.communicate()[0] for process in processes]
+    return float(told[0])
 
 
 def main() -> None:

@@ -35,18 +35,26 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> tf.distribute.Mir
             f"mesh: {rules.describe_sizes(sizes)}: TensorFlow splits batches only (data=N); "
             "the torch and flax backends split models"
         )
-    if (
-        len(json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {}).get("worker", ()))
-        > 1
-    ):
+    if _hosts() > 1:
         raise ConfigError(
             "TF_CONFIG: names several hosts, and mesh is for the devices of one; Keras' fit trains "
-            "on several in MultiWorkerMirroredStrategy's scope, the torch and flax backends anywhere"
+            "on several in MultiWorkerMirroredStrategy's scope, opt-lm train with --backend torch "
+            "or flax"
         )
     kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
     found = [device.name for device in tf.config.list_logical_devices(kind)]
     count = rules.check_count(sizes, len(found), is_exact=False)
     return tf.distribute.MirroredStrategy(found[:count])
+
+
+def _hosts() -> int:
+    """Hosts that TensorFlow's own variable names."""
+    try:
+        return len(json.loads(os.environ.get("TF_CONFIG") or "{}")["cluster"]["worker"])
+    except (KeyError, TypeError):
+        return 1
+    except ValueError as error:
+        raise ConfigError(f"TF_CONFIG: not valid JSON: {error}") from None
 
 
 def check_mesh(mesh: Any) -> None:
