@@ -112,6 +112,7 @@ def verify(
     max_new_tokens: int = 16,
     tolerance: float = TOLERANCE,
     progress: Callable[[Side, int, int], None] | None = None,
+    mesh: Any = None,
 ) -> Report:
     """Runs the same prompts through both checkpoints on each backend, in float32, and compares.
 
@@ -129,6 +130,7 @@ def verify(
         tolerance: Largest |difference| of logits that counts as equal, times the largest |logit|
             where that exceeds 1.
         progress: Called with (side, bytes loaded, bytes in all) while models load.
+        mesh: The backend's mesh to spread each model over (`opt_*.sharding`); None: one device.
 
     Raises:
         OPTError: A checkpoint or backend cannot be loaded, or there are no prompts to compare.
@@ -147,7 +149,8 @@ def verify(
         notes = tuple(_notes([folders[name] for name in names]))
         labels, encoded = _encode(folders[names[0]], prompts, max_new_tokens)
         reference, *others = (
-            _answers(side, folders[side.path], encoded, max_new_tokens, progress) for side in sides
+            _answers(side, folders[side.path], encoded, max_new_tokens, progress, mesh)
+            for side in sides
         )
     differences = [
         _compare(side, label, expected, received)
@@ -214,6 +217,7 @@ def _answers(
     encoded: list[NDArray[np.int32]],
     max_new_tokens: int,
     progress: Callable[[Side, int, int], None] | None,
+    mesh: Any,
 ) -> list[_Answer]:
     """Loads one side, lets it answer every prompt, and lets go of it."""
 
@@ -221,7 +225,8 @@ def _answers(
         if progress is not None:
             progress(side, done, total)
 
-    model = load_backend(side.backend).from_pretrained(path, progress=report)
+    options = {} if mesh is None else {"mesh": mesh}
+    model = load_backend(side.backend).from_pretrained(path, progress=report, **options)
     settings = GenerationConfig.from_model(model.config).replace(max_new_tokens=max_new_tokens)
     answers: list[_Answer] = []
     with inference(side.backend):

@@ -1,16 +1,18 @@
 """`opt-lm bench`: how fast a model runs on this machine."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from opt_cli import console
 from opt_cli.backends import AUTO, Backend, load_backend
+from opt_cli.devices import on_mesh
 from opt_core.errors import ConfigError
 
 TASKS = ("prefill", "decode", "batch")
 
 
+@on_mesh
 def bench(
     model: Annotated[str, typer.Argument(help='Folder, hub id, or "mini".', metavar="MODEL")],
     backend: Backend = AUTO,
@@ -38,6 +40,8 @@ def bench(
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per task instead.")
     ] = False,
+    *,
+    devices: Any,
 ) -> None:
     """Measure tokens per second: of prompts, of new tokens, of training.
 
@@ -59,7 +63,9 @@ def bench(
     found = []
     for name in tasks:
         with console.progress(f"{name}: {model}"):
-            result = speed.measure(backend, model, name, dtype, quantize, reps, max_new_tokens)
+            result = speed.measure(
+                backend, model, name, dtype, quantize, reps, max_new_tokens, devices
+            )
         if json:
             console.print_json(result)
         found.append(result)

@@ -144,6 +144,7 @@ def note(text: str) -> None:
 def mute() -> None:
     """Silences all but errors, in a process whose words another one says."""
     _muted.append(True)
+    stdout.quiet = True
 
 
 def is_muted() -> bool:

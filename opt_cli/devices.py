@@ -1,11 +1,13 @@
 """Devices and processes that a command spreads a model over: `--mesh` and what goes with it."""
 
+import functools
+import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -35,6 +37,37 @@ Process = Annotated[
     str | None,
     typer.Option(help="With --coordinator: number of this process, as 0/2.", metavar="N"),
 ]
+
+
+def on_mesh(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options `--mesh`, `--coordinator` and `--process`.
+
+    Args:
+        command: It has an argument `backend` (or `backends`, separated by commas), and its keyword
+            argument `devices` receives the mesh, or None; the command runs in `spread`.
+    """
+    options = {"mesh": Mesh, "coordinator": Coordinator, "process": Process}
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "devices"]
+    hints = get_type_hints(command, include_extras=True) | options
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        mesh, coordinator, process = (values.pop(name) for name in options)
+        backend = str(values.get("backend") or values.get("backends"))
+        if mesh is not None and backend not in ("torch", "flax"):
+            raise ConfigError(
+                f"--mesh: expected one backend, torch or flax, received {backend}; this command "
+                "does not spread TensorFlow's models"
+            )
+        with spread(mesh, backend, coordinator, process) as (devices, _):
+            command(**values, devices=devices)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    given = [inspect.Parameter(name, kind, default=None) for name in options]
+    parameters = [p.replace(annotation=hints[p.name], kind=kind) for p in (*own, *given)]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
 
 
 @contextmanager
@@ -79,10 +112,11 @@ def spread(
     load_backend(backend)
     sharding = import_module(f"opt_{backend}.sharding")
     made = sharding.make_mesh(**sizes)
-    team = sharding.team_of(made)
+    team: Team = sharding.team_of(made)
     if not team.is_first:
         console.mute()
     with sharding.told_of_losses(team):
+        team.check_same("mesh", sizes)
         yield made, team
     sharding.disconnect()
 

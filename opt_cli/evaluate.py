@@ -12,6 +12,7 @@ import typer
 from opt_cli import console
 from opt_cli.backends import AUTO, Backend, load_backend
 from opt_cli.commands import App
+from opt_cli.devices import on_mesh
 from opt_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ DataFile = Annotated[Path, typer.Argument(help="The data.", metavar="FILE")]
 
 
 @app.command("perplexity")
+@on_mesh
 def perplexity(
     file: Annotated[Path, typer.Argument(help="A text file, UTF-8.", metavar="FILE")],
     model: Model = "mini",
@@ -63,6 +65,8 @@ def perplexity(
     batch_size: BatchSize = 8,
     limit: Limit = None,
     json: Json = False,
+    *,
+    devices: Any,
 ) -> None:
     """Perplexity and bits per byte of a text.
 
@@ -74,7 +78,7 @@ def perplexity(
     from opt_core.evaluation import text_perplexity
 
     text = read_text(file)
-    loaded = load(model, adapter, backend, dtype, quantize)
+    loaded = load(model, adapter, backend, dtype, quantize, devices=devices)
     with console.progress("scoring", unit="windows") as progress:
         result = text_perplexity(
             loaded.token_scores,
@@ -90,6 +94,7 @@ def perplexity(
 
 
 @app.command("multiple-choice")
+@on_mesh
 def multiple_choice(
     file: DataFile,
     model: Model = "mini",
@@ -100,6 +105,8 @@ def multiple_choice(
     batch_size: BatchSize = 8,
     limit: Limit = None,
     json: Json = False,
+    *,
+    devices: Any,
 ) -> None:
     """Zero-shot multiple choice by log-likelihood: acc and acc_norm.
 
@@ -109,7 +116,7 @@ def multiple_choice(
     from opt_core.evaluation import evaluate_choices, read_items
 
     format, items = read_items(file, limit)
-    loaded = load(model, adapter, backend, dtype, quantize)
+    loaded = load(model, adapter, backend, dtype, quantize, devices=devices)
     with console.progress("scoring", unit="rows") as progress:
         result = evaluate_choices(
             loaded.token_scores,
@@ -124,6 +131,7 @@ def multiple_choice(
 
 
 @app.command("classification")
+@on_mesh
 def classification(
     file: DataFile,
     model: Model,
@@ -142,6 +150,8 @@ def classification(
     batch_size: BatchSize = 8,
     limit: Limit = None,
     json: Json = False,
+    *,
+    devices: Any,
 ) -> None:
     """Accuracy, macro and micro F1 and the confusion matrix of a classifier.
 
@@ -153,7 +163,9 @@ def classification(
 
     if not file.exists():  # or it would be told after the model has been loaded
         raise DataError(f"{file}: no such file or folder")
-    loaded = load(model, adapter, backend, dtype, kind="OPTForSequenceClassification")
+    loaded = load(
+        model, adapter, backend, dtype, kind="OPTForSequenceClassification", devices=devices
+    )
     known = loaded.config.id2label or {}
     names = [known.get(i, f"LABEL_{i}") for i in range(loaded.config.num_labels)]
     data = read_labelled_texts(file, names, text_field, label_field, pair_field, limit)
@@ -176,6 +188,7 @@ def classification(
 
 
 @app.command("qa")
+@on_mesh
 def qa(
     file: DataFile,
     model: Model,
@@ -193,6 +206,8 @@ def qa(
     batch_size: BatchSize = 8,
     limit: Limit = None,
     json: Json = False,
+    *,
+    devices: Any,
 ) -> None:
     """Exact match and F1 of extractive answers, as SQuAD defines them.
 
@@ -203,14 +218,14 @@ def qa(
     from opt_core.json_files import write_json
 
     questions = read_questions(file, limit)
-    loaded = load(model, adapter, backend, dtype, kind="OPTForQuestionAnswering")
+    loaded = load(model, adapter, backend, dtype, kind="OPTForQuestionAnswering", devices=devices)
     length = min(max_length, loaded.config.max_position_embeddings)
     windows = encode_questions(questions, loaded.tokenizer, length, stride, training=False)
     with console.progress("answering", unit="rows") as progress:
         result = evaluate_questions(
             loaded.bound("span_logits"), questions, windows, batch_size, progress
         )
-    if predictions is not None:
+    if predictions is not None and not console.is_muted():
         write_json(predictions, result.answers)
     values = {**asdict(result), "dropped": windows.dropped}
     if not json:
@@ -219,6 +234,7 @@ def qa(
 
 
 @app.command("bias")
+@on_mesh
 def bias(
     file: DataFile,
     model: Model = "mini",
@@ -229,12 +245,14 @@ def bias(
     batch_size: BatchSize = 8,
     limit: Limit = None,
     json: Json = False,
+    *,
+    devices: Any,
 ) -> None:
     """Which of two sentences a model prefers, on CrowS-Pairs (.csv) or StereoSet (.json)."""
     from opt_core.evaluation import evaluate_bias, read_comparisons
 
     format, comparisons = read_comparisons(file, limit)
-    loaded = load(model, adapter, backend, dtype, quantize)
+    loaded = load(model, adapter, backend, dtype, quantize, devices=devices)
     with console.progress("scoring", unit="rows") as progress:
         result = evaluate_bias(
             loaded.token_scores,
@@ -249,6 +267,7 @@ def bias(
 
 
 @app.command("harness")
+@on_mesh
 def harness(
     tasks: Annotated[
         list[str], typer.Argument(help="Tasks of lm-eval, such as lambada_openai.", metavar="TASK")
@@ -267,6 +286,8 @@ def harness(
     batch_size: BatchSize = 8,
     limit: Limit = None,
     json: Json = False,
+    *,
+    devices: Any,
 ) -> None:
     r"""Tasks of EleutherAI's lm-eval, which is to be installed: pip install 'opt-lm\[lm-eval]'."""
     try:
@@ -278,7 +299,7 @@ def harness(
     manager = lm_tasks.TaskManager(include_path=None if include_path is None else str(include_path))
     if unknown := sorted({*tasks} - {*manager.all_tasks}):
         raise ConfigError(f"lm-eval knows no task {', '.join(unknown)}; its own list: lm_eval ls")
-    loaded = load(model, adapter, backend, dtype, quantize)
+    loaded = load(model, adapter, backend, dtype, quantize, devices=devices)
     window = loaded.config.max_position_embeddings
     wrapped = HarnessLM(
         loaded.token_scores, loaded.model.generate, loaded.tokenizer, window, batch_size
@@ -329,6 +350,7 @@ def load(
     dtype: str,
     quantize: str | None = None,
     kind: str = "OPTForCausalLM",
+    devices: Any = None,
 ) -> Loaded:
     """Loads a model, of the kind that is named, with its tokenizer.
 
@@ -339,16 +361,18 @@ def load(
         dtype: Type of the weights.
         quantize: Scheme; None: none.
         kind: Class of the model, as PyTorch's is called.
+        devices: Mesh to spread it over; None: one device.
     """
     from opt_core import OPTTokenizer
     from opt_core.adapters.folders import tokenizer_folder
     from opt_core.hub import resolve
 
     path = resolve(model)
+    options = {} if devices is None else {"mesh": devices}
     tokenizer = OPTTokenizer.from_pretrained(tokenizer_folder(path, adapter))
     with console.progress(f"loading {model}") as progress:
         made = load_backend(backend, kind).from_pretrained(
-            path, dtype=dtype, quantize=quantize, progress=progress, adapter=adapter
+            path, dtype=dtype, quantize=quantize, progress=progress, adapter=adapter, **options
         )
     return Loaded(made, tokenizer, import_module(f"opt_{backend}.scoring"))
 

@@ -17,8 +17,8 @@ def prepare(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            help="Files or folders: .txt, .jsonl, .csv, .tsv (also .gz, .zst), .parquet; and last "
-            "the new folder to write.",
+            help="Files or folders: .txt, .jsonl, .csv, .tsv (also .gz, .zst), .parquet, or a "
+            "folder of save_to_disk; and last the new folder to write.",
             metavar="FILE... DIR",
         ),
     ],
@@ -74,6 +74,13 @@ def prepare(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Drop and count what cannot be read.")
     ] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of each FILE in the text, such as 3,1 (default: all of every one).",
+            metavar="X,X",
+        ),
+    ] = None,
     processes: Annotated[
         int | None, typer.Option(help="Processes (default: one per core).", min=1, metavar="N")
     ] = None,
@@ -100,7 +107,10 @@ def prepare(
     )
     if separator is not None:
         separator = separator.replace("\\n", "\n").replace("\\t", "\t")
-    config = DataConfig(sequence_length, validation, text_field, separator, skip_bad, cleaning)
+    config = DataConfig(
+        sequence_length, validation, text_field, separator, skip_bad, cleaning,
+        _weights(weights),
+    )  # fmt: skip
     tokenizer = OPTTokenizer.from_pretrained(model)
     start = time.monotonic()
     with console.progress("preparing") as progress:
@@ -114,12 +124,29 @@ def prepare(
     _print(report, seconds)
 
 
+def _weights(text: str | None) -> tuple[float, ...] | None:
+    from opt_core.errors import DataError
+
+    try:
+        return None if text is None else tuple(map(float, text.split(",")))
+    except ValueError:
+        raise DataError(f"--weights: expected numbers such as 3,1, received {text!r}") from None
+
+
 def _print(report: "DataReport", seconds: float) -> None:
     rows: list[tuple[Any, ...]] = [
         (name, split.documents, split.tokens, split.blocks, split.left_out)
         for name, split in report.splits.items()
     ]
     console.table(("kept", "documents", "tokens", "blocks", "tokens left out"), rows)
+    if len(report.sources) > 1:
+        console.write("\n")
+        sources = [
+            (name, x.documents, x.kept, x.tokens, f"{100 * x.share:.2f}", "" if x.is_exhausted else
+             "in part") for name, x in report.sources.items()
+        ]  # fmt: skip
+        header = ("source", "documents", "kept", "tokens", "% of tokens", "read")
+        console.table(header, sources)
     if report.dropped:
         console.write("\n")
         dropped = [

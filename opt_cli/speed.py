@@ -61,7 +61,7 @@ class Work:
     train: Callable[[], Any]
 
 
-def torch_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) -> Work:
+def torch_work(path: Path, dtype: str, ids: np.ndarray, **options: Any) -> Work:
     """Loads a model into PyTorch."""
     import torch
 
@@ -69,7 +69,7 @@ def torch_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) ->
     from opt_torch.training import make_optimizer, train_step
 
     start = time.time()
-    model = OPTForCausalLM.from_pretrained(path, dtype=dtype, quantize=quantize)
+    model = OPTForCausalLM.from_pretrained(path, dtype=dtype, **options)
     load_s = time.time() - start
     batch, mask = torch.tensor(ids), torch.ones(ids.shape, dtype=torch.long)
     config = TrainConfig(lr_schedule="constant")
@@ -90,7 +90,7 @@ def torch_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) ->
     return Work(load_s, prefill, generate, train)
 
 
-def flax_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) -> Work:
+def flax_work(path: Path, dtype: str, ids: np.ndarray, **options: Any) -> Work:
     """Loads a model into Flax."""
     import jax
     from flax import nnx
@@ -99,7 +99,7 @@ def flax_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) -> 
     from opt_flax.training import make_optimizer, train_step
 
     start = time.time()
-    model = FlaxOPTForCausalLM.from_pretrained(path, dtype=dtype, quantize=quantize)
+    model = FlaxOPTForCausalLM.from_pretrained(path, dtype=dtype, **options)
     jax.block_until_ready(nnx.state(model))
     load_s = time.time() - start
     mask = np.ones(ids.shape, np.int32)
@@ -109,7 +109,7 @@ def flax_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) -> 
     optimizer: Any = None
 
     def prefill() -> Any:
-        return float(forward(state, ids)[0, -1, 0])
+        return jax.block_until_ready(forward(state, ids))
 
     def generate(new: int, lookup: int | None) -> np.ndarray:
         return to_numpy(model.generate(ids, attention_mask=mask, **greedy(new, lookup)))
@@ -124,7 +124,7 @@ def flax_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) -> 
     return Work(load_s, prefill, generate, train)
 
 
-def tf_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) -> Work:
+def tf_work(path: Path, dtype: str, ids: np.ndarray, **options: Any) -> Work:
     """Loads a model into TensorFlow."""
     import tensorflow as tf
 
@@ -132,7 +132,7 @@ def tf_work(path: Path, dtype: str, quantize: str | None, ids: np.ndarray) -> Wo
     from opt_tf.training import make_optimizer, train_step
 
     start = time.time()
-    model = TFOPTForCausalLM.from_pretrained(path, dtype=dtype, quantize=quantize)
+    model = TFOPTForCausalLM.from_pretrained(path, dtype=dtype, **options)
     load_s = time.time() - start
     batch, mask = tf.constant(ids, tf.int32), tf.ones(ids.shape, tf.int32)
     config = TrainConfig(lr_schedule="constant")
@@ -188,6 +188,7 @@ def measure(
     quantize: str | None = None,
     reps: int = 3,
     new: int = 64,
+    mesh: Any = None,
 ) -> dict[str, Any]:
     """Times one task in this process.
 
@@ -199,13 +200,15 @@ def measure(
         quantize: "int8", "int4", or None.
         reps: Timed repetitions; one more goes before them.
         new: Tokens to add in the tasks that generate.
+        mesh: The backend's mesh to spread the model over; None: one device.
 
     Returns:
         The fields that the module's docstring names.
     """
     path = resolve(model)
     ids = prompt(task, OPTConfig.from_pretrained(split_adapter(path)[0]), new)
-    work = BACKENDS[backend](path, dtype, quantize, ids)
+    options = {} if mesh is None else {"mesh": mesh}
+    work = BACKENDS[backend](path, dtype, ids, quantize=quantize, **options)
     result: dict[str, Any] = {
         "system": f"opt-lm-{backend}", "model": path.resolve().name, "task": task,
         "dtype": dtype, "quantize": quantize, "load_s": round(work.load_s, 2),

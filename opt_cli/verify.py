@@ -1,18 +1,20 @@
 """`opt-lm verify`: whether two checkpoints, or two backends, compute the same thing."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from opt_cli import console
 from opt_cli.backends import load_backend
+from opt_cli.devices import on_mesh
 
 if TYPE_CHECKING:
     from conversion import Report
     from conversion.verify import Side
 
 
+@on_mesh
 def verify(
     a: Annotated[
         str, typer.Argument(help='The reference: a folder, hub id or "mini".', metavar="MODEL")
@@ -46,6 +48,8 @@ def verify(
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    *,
+    devices: Any,
 ) -> None:
     """Compare two models on the same prompts: logits, then greedy tokens.
 
@@ -69,6 +73,7 @@ def verify(
             max_new_tokens=max_new_tokens,
             tolerance=TOLERANCE if tolerance is None else tolerance,
             progress=report_progress,
+            mesh=devices,
         )
     if json:
         summary = {"equal": report.equal, "max_difference": report.max_difference}

@@ -70,7 +70,7 @@ class Team:
 
         Args:
             what: What is compared, for the message.
-            value: This process' own; it can be pickled.
+            value: This process' own; it can be pickled. Of dicts what differs is told of alone.
 
         Raises:
             TrainingError: They do: the same message in every process.
@@ -78,7 +78,19 @@ class Team:
         values = self.gather(value)
         for number, other in enumerate(values):
             if other != values[0]:
+                ours, theirs = _differences(values[0], other)
                 raise TrainingError(
-                    f"{what}: process 0 has {values[0]!r}, process {number} has {other!r}; "
+                    f"{what}: process 0 has {ours}, process {number} has {theirs}; "
                     "start all with the same command on the same data"
                 )
+
+
+def _differences(one: Any, other: Any) -> tuple[str, str]:
+    """Two values in words, of dicts (of dicts) only the items that differ."""
+    both: list[Any] = [one, other]
+    if not all(isinstance(values, dict) for values in both):
+        return repr(one), repr(other)
+    names = [k for k in {**both[0], **both[1]} if both[0].get(k) != both[1].get(k)]
+    found = [(name, _differences(*(values.get(name) for values in both))) for name in names]
+    ours, theirs = (", ".join(f"{name}={pair[i]}" for name, pair in found) for i in (0, 1))
+    return ours, theirs

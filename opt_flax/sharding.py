@@ -8,7 +8,7 @@ import atexit
 import os
 import pickle
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -20,11 +20,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opt_core import mesh as rules
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError, TrainingError
+from opt_core.errors import ConfigError, OPTError
 from opt_core.mesh import AXES, RULES
 from opt_core.params import ParamSpec
+from opt_core.roll_call import RollCall, loss
 from opt_core.team import Team
 from opt_core.training.microbatches import Batch
+from opt_flax import _private
 
 HEARTBEAT = 30
 """Seconds without a word from a process after which JAX ends the others."""
@@ -242,20 +244,45 @@ def told_of_losses(team: Team) -> Iterator[None]:
         team: All processes.
 
     Raises:
-        TrainingError: One is gone.
+        TrainingError: One is gone, or does not answer; it names those that are.
     """
-    try:
+    if team.count == 1:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if team.count == 1:
+        return
+    with _roll_call(team) as others:
+        try:
+            yield
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            if isinstance(error, OPTError) or not _is_loss(error):
+                raise
+            # JAX would wait at its end for who is gone, and then end this process its own way.
+            atexit.register(os._exit, LOST)
+            raise loss(team.index, team.count, others.missing()) from error
+
+
+def _is_loss(error: Exception) -> bool:
+    text = str(error).lower()
+    signs = ("connection", "timed out", "timeout", "gloo", "nccl", "socket", "peer", "unavailable")
+    return isinstance(error, jax.errors.JaxRuntimeError) or any(sign in text for sign in signs)
+
+
+def _roll_call(team: Team) -> RollCall:
+    """Asks at the coordinator, which the first process keeps."""
+    store = _private.coordinator()
+
+    def put(name: str, value: str) -> None:
+        with suppress(jax.errors.JaxRuntimeError):  # it has a value
+            store.key_value_set(f"roll call/{name}", value or "yes")
+
+    def get(name: str) -> str | None:
+        try:
+            return store.key_value_try_get(f"roll call/{name}")
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" in str(error):
+                return None
             raise
-        # JAX would wait at its end for the one that is gone, and then end this process its own way.
-        atexit.register(os._exit, LOST)
-        reason = str(error).strip().partition("\n")[0]
-        raise TrainingError(
-            f"process {team.index} of {team.count}: lost connection to another one ({reason}); "
-            "start all of them again with --resume"
-        ) from error
+
+    return RollCall(put, get, team.index, team.count)
 
 
 def place(tree: Any, mesh: Mesh | None) -> Any:

@@ -4,6 +4,8 @@ Keras' distribution API has no maintained form of model parallelism on TensorFlo
 was never finished), so a model is whole on every device; the torch and flax backends split models.
 """
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +26,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> tf.distribute.Mir
         model: 1 only.
 
     Raises:
-        ConfigError: There are fewer devices, sizes below 1, or models are to be split.
+        ConfigError: There are fewer devices, sizes below 1, models are to be split, or `TF_CONFIG`
+            names several hosts.
     """
     sizes = rules.check_sizes(data, fsdp, model)
     if fsdp > 1 or model > 1:
@@ -32,10 +35,26 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> tf.distribute.Mir
             f"mesh: {rules.describe_sizes(sizes)}: TensorFlow splits batches only (data=N); "
             "the torch and flax backends split models"
         )
+    if _hosts() > 1:
+        raise ConfigError(
+            "TF_CONFIG: names several hosts, and mesh is for the devices of one; Keras' fit trains "
+            "on several in MultiWorkerMirroredStrategy's scope, opt-lm train with --backend torch "
+            "or flax"
+        )
     kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
     found = [device.name for device in tf.config.list_logical_devices(kind)]
     count = rules.check_count(sizes, len(found), is_exact=False)
     return tf.distribute.MirroredStrategy(found[:count])
+
+
+def _hosts() -> int:
+    """Hosts that TensorFlow's own variable names."""
+    try:
+        return len(json.loads(os.environ.get("TF_CONFIG") or "{}")["cluster"]["worker"])
+    except (KeyError, TypeError):
+        return 1
+    except ValueError as error:
+        raise ConfigError(f"TF_CONFIG: not valid JSON: {error}") from None
 
 
 def check_mesh(mesh: Any) -> None:

@@ -6,12 +6,10 @@ PyTorch has one process per device, which `torchrun` starts; all of them run the
 
 import math
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,16 +19,14 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
 from opt_core import mesh as rules
-from opt_core.errors import ConfigError, OPTError, TrainingError
+from opt_core.errors import ConfigError, OPTError
 from opt_core.mesh import AXES
+from opt_core.roll_call import RollCall, loss
 from opt_core.team import Team
 from opt_core.training.microbatches import Batch, count_labels
 
 _stores: Any = dist
 """Its stores, which are documented but written in C++: type checkers do not find them."""
-
-ROLL_CALL = 5.0
-"""Seconds that processes have to say that they are there, once another is gone."""
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> DeviceMesh:
@@ -45,6 +41,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> DeviceMesh:
 
     Raises:
         ConfigError: There are fewer processes, or more, or sizes below 1.
+        TrainingError: Other processes ask for another mesh.
     """
     sizes = rules.check_sizes(data, fsdp, model)
     rules.check_count(sizes, int(os.environ.get("WORLD_SIZE", "1")), is_exact=True)
@@ -57,9 +54,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> DeviceMesh:
             store, rank, count = next(iter(rendezvous("env://")))
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = _stores.PrefixStore(f"opt-lm/{attempt}", store)
+            Processes.store = store
             dist.init_process_group(store=store, rank=rank, world_size=count)
         else:
             dist.init_process_group(store=_stores.HashStore(), rank=0, world_size=1)
+    Processes().check_same("mesh", rules.describe_sizes(sizes))  # or they wait for one another
     return init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=AXES)
 
 
@@ -176,6 +175,9 @@ def sum_rows(values: Tensor, mesh: DeviceMesh) -> Tensor:
 class Processes(Team):
     """The processes of PyTorch's default group, which a mesh is made of."""
 
+    store: ClassVar[Any] = None
+    """Where they met."""
+
     def __init__(self) -> None:
         self.index, self.count = dist.get_rank(), dist.get_world_size()
 
@@ -206,16 +208,16 @@ def told_of_losses(team: Team) -> Iterator[None]:
     Raises:
         TrainingError: One is gone, or does not answer; it names those that are.
     """
-    try:
+    if team.count == 1:
         yield
-    except (dist.DistError, RuntimeError) as error:
-        if team.count == 1 or isinstance(error, OPTError) or not _is_loss(error):
-            raise
-        gone = ", ".join(map(str, _missing(team))) or "one of them"
-        raise TrainingError(
-            f"process {team.index} of {team.count}: lost connection, gone: process {gone}; start "
-            "all of them again with --resume"
-        ) from error
+        return
+    with _roll_call(team) as others:
+        try:
+            yield
+        except (dist.DistError, RuntimeError) as error:
+            if isinstance(error, OPTError) or not _is_loss(error):
+                raise
+            raise loss(team.index, team.count, others.missing()) from error
 
 
 def _is_loss(error: Exception) -> bool:
@@ -224,28 +226,18 @@ def _is_loss(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
 
 
-def _missing(team: Team) -> list[int]:
-    """Processes that do not answer a call within a few seconds; all that are left must come here.
+def _roll_call(team: Team) -> RollCall:
+    """Asks at the store that torchrun keeps, or the first process."""
+    store: Any = Processes.store.clone()  # with a connection of its own
 
-    The place to answer at is the store that torchrun keeps, or the first process.
-    """
-    address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
-    wait = timedelta(seconds=ROLL_CALL)
-    try:
-        store = _stores.TCPStore(address, port, is_master=False, timeout=wait)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        names = [f"opt-lm/here/{attempt}/{number}" for number in range(team.count)]
-        store.set(names[team.index], "1")
-        deadline = time.monotonic() + ROLL_CALL
-        while (gone := [n for n, name in enumerate(names) if not store.check([name])]) and (
-            time.monotonic() < deadline
-        ):
-            time.sleep(0.1)
-        if team.index == 0:  # where it keeps the store itself, the others ask until then
-            time.sleep(0.5)
-        return gone
-    except (dist.DistError, RuntimeError):
-        return [0]
+    def put(name: str, value: str) -> None:
+        store.compare_set(f"roll call/{name}", "", value or "yes")
+
+    def get(name: str) -> str | None:
+        name = f"roll call/{name}"
+        return store.get(name).decode() if store.check([name]) else None
+
+    return RollCall(put, get, team.index, team.count)
 
 
 def agree(value: Any, mesh: DeviceMesh | None) -> Any:

@@ -101,7 +101,13 @@ def train(
     if device is not None and backend != "torch":
         raise ConfigError(f"--device is for the torch backend; {backend} places its arrays itself")
     config = _settings(preset, given)
+    about = {
+        "model": model, "data": str(data), "validation": validation and str(validation),
+        "task": task, "backend": backend, "from_scratch": from_scratch,
+    }  # fmt: skip
     with spread(mesh, backend, coordinator, process) as (devices, team):
+        own = about | asdict(config) | {"out": str(out), "resume": resume, "epochs": epochs}
+        team.check_same("settings", own)  # before one is refused and others wait for it
         is_new = team.first(lambda: not out.exists() or (out.is_dir() and not any(out.iterdir())))
         if not is_new and not resume:
             raise TrainingError(f"{out}: already exists; --resume goes on with it")
@@ -124,10 +130,6 @@ def train(
             validate: Callable[[], Iterable[Any]] | None = None
             if (held_out := opened.validation) is not None:
                 validate = lambda: Batches(held_out, config.batch_size, 0, shuffle=False, epochs=1)  # noqa: E731
-            about = {
-                "model": model, "data": str(data), "validation": validation and str(validation),
-                "task": task, "backend": backend, "from_scratch": from_scratch,
-            }  # fmt: skip
             trainer = team.together(
                 lambda: _trainer(
                     *(backend, task, source or model, config, opened.model_config),

@@ -4,6 +4,7 @@ Documents are cleaned and tokenised in several processes, a chunk at a time, and
 order they were read in: the result does not depend on the number of processes.
 """
 
+import math
 import os
 import signal
 from collections import deque
@@ -22,6 +23,7 @@ import numpy as np
 from opt_core.checkpoints.atomic import new_folder
 from opt_core.data.cleaning import Cleaning, clean, length_problem
 from opt_core.data.deduplication import DuplicateFilter, Fingerprints, fingerprints
+from opt_core.data.mixing import SourceReport, in_turn
 from opt_core.data.readers import Document, find_files, read_documents, refuse
 from opt_core.data.token_blocks import BlockWriter
 from opt_core.data.tokenization import BulkTokenizer, end_token, start_tokens
@@ -34,6 +36,7 @@ TRAIN, VALIDATION = "train", "validation"
 REPORT_FILE = "report.json"
 _CHUNK = 1 << 19  # characters
 _EXAMPLES = 3  # places named per reason
+_Chunk = list[tuple[int, Document]]  # documents, each with the number of its source
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class DataConfig:
         separator: What separates the documents of a text file; None: each file is one document.
         skip_bad: Whether to drop and count what cannot be read, rather than stop there.
         cleaning: What to change and what to drop.
+        weights: Share of each source in the text that is read, in any unit, one for each file or
+            folder named; reading ends with the first source that has no more. None: all of every
+            source.
 
     Raises:
         DataError: A value out of range.
@@ -60,6 +66,7 @@ class DataConfig:
     separator: str | None = None
     skip_bad: bool = False
     cleaning: Cleaning = field(default_factory=Cleaning)
+    weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -68,6 +75,8 @@ class DataConfig:
             )
         if self.separator == "":
             raise DataError("separator: expected some characters, received none")
+        if self.weights is not None and not all(0 < x < math.inf for x in self.weights):
+            raise DataError(f"weights: expected numbers above 0, received {self.weights}")
 
     @property
     def held_out(self) -> float:
@@ -104,6 +113,7 @@ class DataReport:
         dropped: Reason -> number of documents dropped for it.
         examples: Reason -> where the first of them are.
         splits: "train" and, where something is held out, "validation".
+        sources: What each file or folder that was named gave, by its name.
     """
 
     files: int = 0
@@ -113,6 +123,7 @@ class DataReport:
     dropped: dict[str, int] = field(default_factory=dict[str, int])
     examples: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     splits: dict[str, Split] = field(default_factory=dict[str, Split])
+    sources: dict[str, SourceReport] = field(default_factory=dict[str, SourceReport])
 
     def drop(self, place: str, reason: str, message: str = "") -> None:
         """Counts one dropped document."""
@@ -155,10 +166,17 @@ def prepare(
     config = config or DataConfig()
     if processes < 1:
         raise DataError(f"processes: expected at least 1, received {processes}")
-    files = find_files(sources)
-    report = DataReport(len(files))
-    names = [TRAIN, *([VALIDATION] if config.held_out else [])]
-    report.splits = {name: Split() for name in names}
+    names = [os.fspath(source) for source in sources]
+    files = [find_files([name]) for name in names]
+    if config.weights is not None and (len(config.weights), len({*names})) != (len(names),) * 2:
+        raise DataError(
+            f"weights: expected one for each of {len(names)} different sources, received "
+            f"{len(config.weights)}"
+        )
+    report = DataReport(sum(map(len, files)))
+    report.sources = {name: SourceReport() for name in names}
+    sides = [TRAIN, *([VALIDATION] if config.held_out else [])]
+    report.splits = {name: Split() for name in sides}
     tokenizer = as_tokenizer(tokenizer)
     end = np.array([end_token(tokenizer)])
     duplicates = (
@@ -166,17 +184,20 @@ def prepare(
     )
     with new_folder(Path(destination), DataError) as stage, ExitStack() as stack:
         writers: dict[str, BlockWriter] = {}
-        for name in names:
+        for name in sides:
             (stage / name).mkdir()
             writer = BlockWriter(stage / name, config.sequence_length, tokenizer.id_limit)
             writers[name] = stack.enter_context(closing(writer))
             writer.write(start_tokens(tokenizer))
-        documents = _read_documents(files, config, report, progress)
+        documents = _read_documents(names, files, config, report, progress)
         for chunk, result in _process_chunks(_chunks(documents), tokenizer, config, processes):
-            kept: dict[str, list[bytes]] = {name: [] for name in names}
+            kept: dict[str, list[bytes]] = {name: [] for name in sides}
             report.removed_characters += result.removed
-            report.bytes += result.bytes
-            for i, document in enumerate(chunk):
+            report.bytes += sum(result.sizes)
+            for i, (source, document) in enumerate(chunk):
+                origin = report.sources[names[source]]
+                origin.documents += 1
+                origin.bytes += result.sizes[i]
                 problem = result.problems[i]
                 if problem is None and duplicates is not None:
                     problem = duplicates.problem(result.fingerprints, i)
@@ -187,6 +208,8 @@ def prepare(
                 name = VALIDATION if place < config.held_out else TRAIN
                 kept[name] += (result.ids[i], end.astype(result.dtype).tobytes())
                 report.splits[name].documents += 1
+                origin.kept += 1
+                origin.tokens += len(result.ids[i]) // np.dtype(result.dtype).itemsize + 1
             for name, ids in kept.items():
                 writers[name].write(np.frombuffer(b"".join(ids), result.dtype))
         if config.validation_fraction is None:
@@ -194,6 +217,9 @@ def prepare(
         _check_not_empty(report)
         for name, writer in writers.items():
             _finish_split(writer, name, report)
+        tokens = sum(origin.tokens for origin in report.sources.values())
+        for origin in report.sources.values():
+            origin.share = round(origin.tokens / tokens, 4)
         write_json(stage / REPORT_FILE, report.to_dict())
     return report
 
@@ -206,7 +232,7 @@ class _ChunkResult(NamedTuple):
     fingerprints: Fingerprints
     dtype: str
     removed: int
-    bytes: int
+    sizes: list[int]
 
 
 class _ChunkWorker:
@@ -229,8 +255,8 @@ class _ChunkWorker:
             for (text, _), problem in zip(cleaned, problems, strict=True)
         ]
         removed = sum(count for _, count in cleaned)
-        size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
-        return _ChunkResult(problems, ids, found, self._tokenize.dtype.str, removed, size)
+        sizes = [len(text.encode(errors="surrogatepass")) for text in texts]
+        return _ChunkResult(problems, ids, found, self._tokenize.dtype.str, removed, sizes)
 
 
 def _start_worker(tokenizer: OPTTokenizer, cleaning: Cleaning) -> None:
@@ -243,22 +269,22 @@ def _process_chunk(texts: list[str]) -> _ChunkResult:
 
 
 def _process_chunks(
-    chunks: Iterator[list[Document]], tokenizer: OPTTokenizer, config: DataConfig, processes: int
-) -> Iterator[tuple[list[Document], _ChunkResult]]:
+    chunks: Iterator[_Chunk], tokenizer: OPTTokenizer, config: DataConfig, processes: int
+) -> Iterator[tuple[_Chunk, _ChunkResult]]:
     """Each chunk with what became of it, in order."""
     if processes == 1:
         work = _ChunkWorker(tokenizer, config.cleaning)
         for chunk in chunks:
-            yield chunk, work([document.text for document in chunk])
+            yield chunk, work([document.text for _, document in chunk])
         return
     pool = ProcessPoolExecutor(
         processes, get_context("spawn"), _start_worker, (tokenizer, config.cleaning)
     )
-    waiting: deque[tuple[list[Document], Future[_ChunkResult]]] = deque()
+    waiting: deque[tuple[_Chunk, Future[_ChunkResult]]] = deque()
     try:
         for chunk in chunks:
             waiting.append(
-                (chunk, pool.submit(_process_chunk, [document.text for document in chunk]))
+                (chunk, pool.submit(_process_chunk, [document.text for _, document in chunk]))
             )
             if len(waiting) > 2 * processes:  # enough to keep them busy, and no more in memory
                 first, future = waiting.popleft()
@@ -274,41 +300,47 @@ def _process_chunks(
 
 
 def _read_documents(
-    files: list[Path],
+    names: list[str],
+    files: list[list[Path]],
     config: DataConfig,
     report: DataReport,
     progress: Callable[[int, int], None] | None,
-) -> Iterator[Document]:
-    """All documents of all files; what cannot be read is counted or refused."""
+) -> Iterator[tuple[int, Document]]:
+    """The documents of all sources; what cannot be read is counted or refused."""
+    total = sum(os.stat(path).st_size for paths in files for path in paths)
+    done, reports = [0] * len(files), [report.sources[name] for name in names]
 
-    def drop(place: str, reason: str, message: str) -> None:
-        report.documents += 1
-        report.drop(place, reason, message)
-
-    sizes = [os.stat(path).st_size for path in files]
-    before, total = 0, sum(sizes)
-    for path, size in zip(files, sizes, strict=True):
-
-        def report_bytes(done: int, before: int = before) -> None:
-            if progress:
-                progress(before + done, total)
-
-        on_bad = drop if config.skip_bad else refuse
-        for document in read_documents(
-            path, config.text_field, config.separator, on_bad, report_bytes
-        ):
+    def read(number: int) -> Iterator[Document]:
+        def drop(place: str, reason: str, message: str) -> None:
             report.documents += 1
-            yield document
-        before += size
-        report_bytes(0, before)
+            reports[number].documents += 1
+            report.drop(place, reason, message)
+
+        def report_bytes(of_file: int) -> None:
+            done[number] = before + of_file
+            if progress:
+                progress(sum(done), total)
+
+        before, on_bad = 0, drop if config.skip_bad else refuse
+        for path in files[number]:
+            yield from read_documents(
+                path, config.text_field, config.separator, on_bad, report_bytes
+            )
+            before += os.stat(path).st_size
+            report_bytes(0)
+
+    sources = [read(number) for number in range(len(files))]
+    for found in in_turn(sources, config.weights, reports):
+        report.documents += 1
+        yield found
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _chunks(documents: Iterable[tuple[int, Document]]) -> Iterator[_Chunk]:
     """Documents in groups of some hundred kilobytes."""
-    group: list[Document] = []
+    group: _Chunk = []
     size = 0
-    for document in documents:
-        group.append(document)
+    for source, document in documents:
+        group.append((source, document))
         size += len(document.text)
         if size >= _CHUNK:
             yield group

@@ -1,8 +1,9 @@
 """Reads documents and rows from the files people keep text in.
 
-Text (.txt, .text, .md), JSON lines (.jsonl, .ndjson, .json), tables (.csv, .tsv) and Parquet; all
-but Parquet also as .gz or .zst. Everything is UTF-8. What cannot be read is an error that names the
-file and the place in it, or, where the caller wants that, one more document dropped.
+Text (.txt, .text, .md), JSON lines (.jsonl, .ndjson, .json), tables (.csv, .tsv), Parquet, and the
+folders that `save_to_disk` of `datasets` writes (.arrow); all but the last two also as .gz or .zst.
+Everything is UTF-8. What cannot be read is an error that names the file and the place in it, or,
+where the caller wants that, one more document dropped.
 """
 
 import codecs
@@ -19,17 +20,21 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from opt_core.errors import DataError
-from opt_core.json_files import parse_json
+from opt_core.json_files import parse_json, parse_json_object
 
-TEXT, LINES, TABLE, PARQUET = "text", "lines", "table", "parquet"
+TEXT, LINES, TABLE, PARQUET, ARROW = "text", "lines", "table", "parquet", "arrow"
 _KINDS = {
     **dict.fromkeys((".txt", ".text", ".md"), TEXT),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), LINES),
     **dict.fromkeys((".csv", ".tsv"), TABLE),
     ".parquet": PARQUET,
+    ".arrow": ARROW,
 }
 _COMPRESSIONS = (".gz", ".zst")
 _PIECE = 1 << 20
+_STATE_FILE = "state.json"
+"""Beside the .arrow files of a `datasets` folder; it names those that belong to it."""
+_ABOUT_FILES = (_STATE_FILE, "dataset_info.json", "dataset_dict.json")
 _INSTALL = 'pip install "opt-lm[data]"'
 
 OnBadData = Callable[[str, str, str], None]
@@ -61,7 +66,7 @@ def find_files(paths: Iterable[str | PathLike[str]]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and _is_data(p))
             if not inside:
                 raise DataError(f"{path}: holds no file of a known kind ({', '.join(_KINDS)})")
             found += inside
@@ -114,18 +119,20 @@ def read_rows(
     progress: Callable[[int], None] | None = None,
     columns: list[str] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of JSON lines, a JSON list, a table or a Parquet file, each with its place.
+    """The rows of JSON lines, a JSON list, a table, or a Parquet or Arrow file, with their places.
 
     Args:
         path: A file of a known kind; a text file has no rows.
         on_bad: What to do with a row that cannot be read.
         progress: Called with the bytes of the file that have been read.
-        columns: All that is wanted of a Parquet file.
+        columns: All that is wanted of a Parquet or Arrow file.
     """
     path = find_files([path])[0] if not Path(path).is_dir() else Path(path)
     kind = _kind(path)
     if kind == PARQUET:
         yield from _parquet_rows(path, columns, progress)
+    elif kind == ARROW:
+        yield from _arrow_rows(path, columns, progress)
     elif kind == LINES:
         yield from _json_rows(path, on_bad, progress)
     elif kind == TABLE:
@@ -156,11 +163,22 @@ def read_json_data(path: str | PathLike[str]) -> Any:
     return parse_json(_decode(data, str(path), refuse) or "", path, DataError)
 
 
+def _is_data(path: Path) -> bool:
+    """Whether a file below a folder is of a known kind, and not about a `datasets` folder."""
+    state = path.parent / _STATE_FILE
+    if path.suffix == ".arrow" and state.exists():  # others are caches
+        listed = parse_json_object(state.read_bytes(), state, DataError).get("_data_files")
+        return {"filename": path.name} in listed if isinstance(listed, list) else False
+    if path.name in _ABOUT_FILES and (state.exists() or (path.parent / _ABOUT_FILES[2]).exists()):
+        return False
+    return _kind(path) is not None
+
+
 def _kind(path: Path) -> str | None:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSIONS:
         kind = _KINDS.get(suffixes[-2]) if len(suffixes) > 1 else None
-        return None if kind == PARQUET else kind
+        return None if kind in (PARQUET, ARROW) else kind
     return _KINDS.get(suffixes[-1]) if suffixes else None
 
 
@@ -345,11 +363,7 @@ def _parquet_rows(
     count, size = 0, path.stat().st_size
     try:
         with parquet.ParquetFile(path) as file:
-            names: list[str] = file.schema_arrow.names
-            missing = [name for name in columns or () if name not in names]
-            if missing:
-                there = ", ".join(map(repr, names))
-                raise DataError(f"{path}: expected a column {missing[0]!r}, found {there}")
+            _check_columns(path, columns, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 for row in batch.to_pylist():
                     count += 1
@@ -359,3 +373,33 @@ def _parquet_rows(
     except (arrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: damaged, or no Parquet file: {reason}") from None
+
+
+def _arrow_rows(
+    path: Path, columns: list[str] | None, progress: Callable[[int], None] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a stream of Arrow's, as `datasets` writes, mapped and not read as a whole."""
+    arrow = _import_optional("pyarrow", path)
+    ipc = _import_optional("pyarrow.ipc", path)
+    count = 0
+    try:
+        with arrow.memory_map(str(path)) as file, ipc.open_stream(file) as stream:
+            _check_columns(path, columns, stream.schema.names)
+            for batch in stream:
+                chosen = batch if columns is None else batch.select(columns)
+                for start in range(0, chosen.num_rows, 1024):
+                    for row in chosen.slice(start, 1024).to_pylist():
+                        count += 1
+                        yield f"{path}:{count}", row
+                if progress:
+                    progress(file.tell())
+    except (arrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: damaged, or no stream of Arrow's: {reason}") from None
+
+
+def _check_columns(path: Path, columns: list[str] | None, names: list[str]) -> None:
+    missing = [name for name in columns or () if name not in names]
+    if missing:
+        there = ", ".join(map(repr, names))
+        raise DataError(f"{path}: expected a column {missing[0]!r}, found {there}")

@@ -1,7 +1,11 @@
 """`--mesh`: one command in several processes, to the same numbers; lost ones; `opt-lm plan`."""
 
 import json
+import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -10,9 +14,11 @@ import pytest
 pytest.importorskip("torch")
 
 from opt_core.data import write_blocks
-from opt_core.training.run_folder import read_metrics
+from opt_core.training.run_folder import RunFolder, read_metrics
 from tests.support.files.tiny_folder import save_model
-from tests.support.processes.ranks import free_port, run_ranks
+from tests.support.processes.command_ranks import run as run_here
+from tests.support.processes.hosts import two_hosts
+from tests.support.processes.ranks import ROOT, free_port, run_ranks
 
 CLOSE = 1e-5
 """Losses of a run on a mesh and of one process, or of another mesh."""
@@ -63,17 +69,37 @@ def figures(run):
 
 
 def same(ours, theirs):
-    values = [np.array(x, float) for x in (ours, theirs)]
+    values = [np.array([*x], float) for x in (ours, theirs)]
     np.testing.assert_allclose(*values, rtol=0, atol=CLOSE)
 
 
-def test_two_processes_train_as_one_and_one_goes_on(opt_lm, command, alone, tmp_path):
+@pytest.fixture(scope="module")
+def hosts():
+    with two_hosts() as found:
+        yield found
+
+
+def check_reads(folder, model, steps=4):
+    """Each host reads half of the weights and its own rows alone."""
+    size = (model / "model.safetensors").stat().st_size
+    for path in (folder / "reads0", folder / "reads1"):
+        reads = json.loads(path.read_text())
+        assert reads["weights"] < 0.55 * size
+        # Two rows in each step, and those that are compared: the first one, the middle, the last.
+        assert reads["rows"][0] <= 2 * steps + 3
+
+
+def test_two_hosts_train_as_one_and_one_goes_on(opt_lm, command, tiny, alone, tmp_path, hosts):
     out = tmp_path / "run"
     given = [*command, "--backend", "torch", "--out", str(out)]
-    ranks = run_ranks("opt_cli", 2, [*given, "--max-steps", "4", "--mesh", "fsdp=2"], tmp_path)
+    arguments = [str(tmp_path / "reads{rank}"), *given, "--max-steps", "4", "--mesh", "fsdp=2"]
+    ranks = run_ranks(
+        "tests.support.processes.counted_command", 2, arguments, tmp_path, hosts=hosts
+    )
     assert [rank.code for rank in ranks] == [0, 0], ranks
     assert "4 steps" in ranks[0].told
     assert not ranks[1].told.strip()
+    check_reads(tmp_path, tiny)
     parts = sorted((out / "checkpoints" / "step-00000004" / "parts").iterdir())
     assert len(parts) == 2
     code, _, err = opt_lm(*given, "--max-steps", 6, "--resume")
@@ -108,10 +134,10 @@ def test_adapters_and_another_mesh(opt_lm, command, tmp_path):
     assert ours == theirs
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_lost_process_ends_the_run(command, tmp_path, victim):
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_lost_process_ends_the_run_and_it_goes_on(opt_lm, command, tmp_path, victim):
     out, since = tmp_path / "run", []
+    given = [*command, "--backend", "torch", "--out", str(out)]
 
     def kill(processes):
         while len(figures(out)) < 4 and all(p.poll() is None for p in processes):
@@ -119,8 +145,8 @@ def test_a_lost_process_ends_the_run(command, tmp_path, victim):
         processes[victim].send_signal(signal.SIGKILL)
         since.append(time.monotonic())
 
-    given = [*command, "--backend", "torch", "--out", str(out), "--max-steps", "4000"]
-    ranks = run_ranks("opt_cli", 2, [*given, "--mesh", "fsdp=2"], tmp_path, 300, kill)
+    mesh = ["--max-steps", "4000", "--mesh", "fsdp=2"]
+    ranks = run_ranks("opt_cli", 2, [*given, *mesh], tmp_path, 300, kill)
     assert time.monotonic() - since[0] < MINUTE
     assert ranks[victim].code == -signal.SIGKILL
     other = ranks[1 - victim]
@@ -128,20 +154,123 @@ def test_a_lost_process_ends_the_run(command, tmp_path, victim):
     (line,) = [line for line in other.told.splitlines() if line.startswith("error:")]
     assert f"process {1 - victim} of 2: lost connection, gone: process {victim};" in line
     assert "--resume" in line
+    # One process goes on from the last checkpoint, to what an unbroken run comes to.
+    steps = RunFolder(out).steps()[-1] + 2
+    assert opt_lm(*given, "--max-steps", steps, "--resume")[0] == 0
+    unbroken = [*command, "--backend", "torch", "--out", tmp_path / "unbroken"]
+    assert opt_lm(*unbroken, "--max-steps", steps)[0] == 0
+    same(*(dict.fromkeys(map(tuple, figures(run))) for run in (out, tmp_path / "unbroken")))
+
+
+@pytest.fixture(scope="module")
+def answers(command, tiny, text, tmp_path_factory):
+    """The exit code and the words of two processes, and the run's folder, for some commands."""
+    home = tmp_path_factory.mktemp("answers")
+    out = {name: home / f"run {name}" for name in REFUSED}
+    common = [*command, "--backend", "torch", "--max-steps", "4", "--mesh"]
+    for rank in range(2):
+        ids = np.random.default_rng(rank).integers(3, 60, 400)
+        write_blocks(home / f"host{rank}" / "data", [ids], 16, 60)
+    data = [tiny, "data", *command[3:], "--backend", "torch", "--mesh", "fsdp=2"]
+    other = shutil.copytree(tiny, home / "model")
+    begun = ["train", str(other), *command[2:], "--backend", "torch"]
+    ((code, said),) = run_here([[*begun, "--max-steps", "2", "--out", str(out["model"])]], 0)
+    assert code == 0, said
+    shutil.rmtree(other)
+    save_model(other, num_attention_heads=8)
+    commands = {
+        "size": [*common, "data=4"],
+        "meshes": [*common, ["data=2", "fsdp=2"]],
+        "rows": [*common, "data=2", "--batch-size", "3"],
+        "settings": [*common, "data=2", "--learning-rate", ["1e-3", "1e-4"]],
+        "data": ["train", *map(str, data), "--max-steps", "4"],
+        "model": [*begun, "--max-steps", "4", "--mesh", "fsdp=2", "--resume"],
+    }
+    assert commands.keys() == REFUSED.keys()
+    given = [[*arguments, "--out", str(out[name])] for name, arguments in commands.items()]
+    given += [[*arguments, "--mesh", "model=2"] for arguments in measures(tiny, text).values()]
+    ranks = run_ranks(
+        "tests.support.processes.command_ranks", 2, [str(home), "{rank}", json.dumps(given)], home
+    )
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+    told = [json.loads((home / f"told{rank}.json").read_text()) for rank in range(2)]
+    names = [*commands, *measures(tiny, text)]
+    return {name: ([rank[i] for rank in told], out.get(name)) for i, name in enumerate(names)}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("How much of it is known, and how much is not? " * 20)
+    return path
+
+
+def measures(model, text):
+    """The commands that measure a model, by name."""
+    model, text = str(model), str(text)
+    return {
+        "perplexity": ["eval", "perplexity", text, "--model", model, "--window", "16", "--json"],
+        "verify": ["verify", model, model, "-n", "4"],
+        "bench": ["bench", model, "--task", "batch", "--reps", "1", "-n", "4", "--json"],
+    }
+
+
+def test_measures_on_a_mesh_are_those_of_one_process(opt_lm, answers, tiny, text):
+    """The first process says them, the others nothing."""
+    found = {name: answers[name][0] for name in measures(tiny, text)}
+    for name, ((code, _), (other_code, other)) in found.items():
+        assert (code, other_code, other) == (0, 0, ""), (name, found[name])
+    alone = json.loads(opt_lm(*measures(tiny, text)["perplexity"]).out)
+    ours = json.loads(found["perplexity"][0][1])
+    assert ours["tokens"] == alone["tokens"]
+    assert abs(ours["loss"] - alone["loss"]) < CLOSE
+    assert "equal: largest difference 0.00e+00" in found["verify"][0][1]
+    assert json.loads(found["bench"][0][1])["tok_s"] > 0
 
 
 @pytest.mark.slow
-def test_every_process_refuses_alike(command, tmp_path):
-    """A mesh that does not fit, and rows that it cannot share; nothing is written."""
-    out = tmp_path / "run"
-    given = [*command, "--backend", "torch", "--out", str(out), "--max-steps", "4"]
-    ranks = run_ranks("opt_cli", 2, [*given, "--mesh", "data=2", "--batch-size", "3"], tmp_path)
-    told = "error: --batch-size: 3 rows cannot be shared by data x fsdp = 2 devices in 1 equal"
-    for rank in ranks:
-        assert rank.code == 2
-        assert rank.told.count("error:") == 1
-        assert told in rank.told
-    assert not out.exists()
+def test_flax_measures_on_a_mesh(opt_lm, tiny, text):
+    pytest.importorskip("flax")
+    alone, spread = (
+        json.loads(opt_lm(*measures(tiny, text)["perplexity"], "--backend", "flax", *mesh).out)
+        for mesh in ((), ("--mesh", "data=2,model=2"))
+    )
+    assert abs(spread["loss"] - alone["loss"]) < CLOSE
+    for name, option in (("verify", "--backends"), ("bench", "--backend")):
+        given = (*measures(tiny, text)[name], option, "flax", "--mesh", "fsdp=2,model=2")
+        assert opt_lm(*given).code == 0
+
+
+def test_measures_of_several_backends_take_no_mesh(opt_lm, tiny):
+    code, _, err = opt_lm("verify", tiny, tiny, "--backends", "torch,tf", "--mesh", "model=2")
+    assert code == 2
+    assert "--mesh: expected one backend, torch or flax, received torch,tf" in err
+
+
+REFUSED = {
+    "size": "error: mesh: data=4 x fsdp=1 x model=1 needs 4 devices, received 2\n",
+    "meshes": "error: mesh: process 0 has 'data=2 x fsdp=1 x model=1', process 1 has 'data=1 x",
+    "rows": "error: --batch-size: 3 rows cannot be shared by data x fsdp = 2 devices in 1 equal",
+    "settings": "error: settings: process 0 has learning_rate=0.001, process 1 has learning_rate=0",
+    "data": "error: data: process 0 has '25 examples, ",
+    "model": "the checkpoint of step 2 is of another model: num_attention_heads: expected 8, found",
+}
+"""Commands that cannot be, and how the answer of every process begins."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_process_refuses_alike(answers, name):
+    found, out = answers[name]
+    for code, told in found:
+        assert code == 2, told
+        assert told == found[0][1]
+        assert told.count("\n") == told.count("error:") == 1
+        assert REFUSED[name] in told
+    if name == "model":  # as it was before
+        assert RunFolder(out).steps() == [2]
+        assert not [path for path in out.rglob("*") if "tmp" in path.name]
+    else:
+        assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -161,6 +290,17 @@ def test_meshes_that_do_not_fit(opt_lm, command, tmp_path, backend, mesh, told):
     )
     assert (code, out) == (2, "")
     assert told in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorflow_has_one_host(opt_lm, command, tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow")
+    workers = {"cluster": {"worker": ["here:1", "there:1"]}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(workers))
+    given = [*command, "--backend", "tf", "--out", tmp_path / "run", "--mesh", "data=1"]
+    code, _, err = opt_lm(*given)
+    assert code == 2
+    assert "TF_CONFIG: names several hosts, and mesh is for the devices of one; Keras' fit" in err
     assert not (tmp_path / "run").exists()
 
 
@@ -199,15 +339,42 @@ def test_flax_trains_on_a_mesh_and_one_device_goes_on(opt_lm, command, alone, tm
 
 
 @pytest.mark.slow
-def test_two_flax_processes_train_as_one(opt_lm, command, alone, tmp_path, monkeypatch):
+def test_torchrun_on_two_hosts(opt_lm, command, alone, tmp_path, hosts):
+    """Two processes on each of them, as the documentation says."""
+    out = tmp_path / "run"
+    port = free_port()
+    given = [*("--nnodes", "2", "--nproc-per-node", "2", "--max-restarts", "1"),
+             *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0].address}:{port}"),
+             *("--local-addr", "ADDRESS", "-m", "opt_cli", *command, "--backend", "torch"),
+             *("--out", str(out), "--max-steps", "6", "--mesh", "data=2,fsdp=2")]  # fmt: skip
+    logs = [tmp_path / f"torchrun{number}" for number in range(2)]
+    agents = []
+    for host, log in zip(hosts, logs, strict=True):
+        arguments = [host.address if value == "ADDRESS" else value for value in given]
+        start = [*host.prefix, sys.executable, "-m", "torch.distributed.run", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment["GLOO_SOCKET_IFNAME"] = host.interface
+        with log.open("w") as file:
+            agents.append(
+                subprocess.Popen(start, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            )
+    codes = [agent.wait(400) for agent in agents]
+    assert codes == [0, 0], [log.read_text()[-3000:] for log in logs]
+    same(figures(out), alone("torch", opt_lm))
+
+
+@pytest.mark.slow
+def test_two_flax_hosts_train_as_one(opt_lm, command, tiny, alone, tmp_path, monkeypatch, hosts):
     pytest.importorskip("flax")
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     out = tmp_path / "run"
-    given = [*command, "--backend", "flax", "--out", str(out), "--max-steps", "6"]
-    given += ["--mesh", "data=2,model=2", "--coordinator", f"127.0.0.1:{free_port()}"]
-    ranks = run_ranks("opt_cli", 2, [*given, "--process", "{rank}/2"], tmp_path)
+    given = [str(tmp_path / "reads{rank}"), *command, "--backend", "flax", "--out", str(out)]
+    given += ["--mesh", "fsdp=2,model=2", "--coordinator", f"{hosts[0].address}:{free_port()}"]
+    given += ["--max-steps", "6", "--process", "{rank}/2"]
+    ranks = run_ranks("tests.support.processes.counted_command", 2, given, tmp_path, hosts=hosts)
     assert [rank.code for rank in ranks] == [0, 0], ranks
     same(figures(out), alone("flax", opt_lm))
+    check_reads(tmp_path, tiny, steps=6)
 
 
 def test_plan(opt_lm):

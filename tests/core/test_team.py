@@ -64,6 +64,9 @@ def test_processes_that_differ_are_told_how():
     found = run(lambda team: team.check_same("data", 7 + (team.index == 1)))
     assert found == [found[0]] * 3
     assert "data: process 0 has 7, process 1 has 8; start all with the same" in found[0]
+    values = {"a": 1, "b": {"c": 2, "d": 3}}
+    found = run(lambda team: team.check_same("set", values | {"b": {"c": team.index, "d": 3}}))
+    assert "set: process 0 has b=c=0, process 1 has b=c=1; start all" in found[0]
 
 
 def test_a_process_alone_asks_nobody():

@@ -5,9 +5,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.support.processes.hosts import Host
 
 ROOT = Path(__file__).parents[3]
 
@@ -34,6 +36,7 @@ def free_port() -> int:
 def run_ranks(
     module: str, count: int, arguments: list[str], out: Path, limit: int = 500,
     disturb: Callable[[list[subprocess.Popen[bytes]]], None] | None = None,
+    hosts: Sequence[Host] = (Host(),),
 ) -> list[Rank]:  # fmt: skip
     """Starts a program once for each rank, and waits until all have ended.
 
@@ -44,20 +47,25 @@ def run_ranks(
         out: Folder for what they write.
         limit: Seconds after which those that still run are killed.
         disturb: Called with the processes once they run.
+        hosts: Where they run, in turn.
     """
     common = {
         **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "HF_HUB_OFFLINE": "1",
+        "MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(free_port()), "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     logs = [out / f"log{rank}" for rank in range(count)]
     processes: list[subprocess.Popen[bytes]] = []
     deadline = time.monotonic() + limit
     try:
         for rank, log in enumerate(logs):
-            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            host = hosts[rank % len(hosts)]
+            environment = {
+                **common, "RANK": str(rank), "LOCAL_RANK": str(rank),
+                "GLOO_SOCKET_IFNAME": host.interface,
+            }  # fmt: skip
             own = [argument.replace("{rank}", str(rank)) for argument in arguments]
             with log.open("w") as file:
-                command = [sys.executable, "-m", module, *own]
+                command = [*host.prefix, sys.executable, "-m", module, *own]
                 processes.append(
                     subprocess.Popen(
                         command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
