@@ -25,6 +25,7 @@ from opt_torch import (
     sharding,
     speculative,
 )
+from opt_torch import offload as offloading
 from opt_torch.cache import KVCache, init_cache
 from opt_torch.compatibility import (
     GenerationMethods,
@@ -97,6 +98,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         """Switches training mode, dropout with it."""
         if mode:
             check_not_quantized(self, "train")
+            offloading.check_not_offloaded(self, "train")
         return super().train(mode)
 
     def _make_head(self, name: str, size: int, bias: bool) -> Linear:
@@ -118,6 +120,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         config: Any = None,
         quantize: str | None = None,
         mesh: DeviceMesh | None = None,
+        offload: bool | str = False,
         **arguments: Any,
     ) -> Self:
         """Loads a checkpoint.
@@ -135,6 +138,9 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
                 in one process.
             mesh: Processes to spread the weights over, as `opt_torch.sharding` says: each reads its
                 part of the file onto its own device, none holds the whole. None: no others.
+            offload: True: leave the weights in the file, on the CPU, only to run: each layer is
+                read when its turn comes, what fits into memory stays there. `dtype` is that of the
+                file or wider. "auto": where the weights do not fit into free memory.
             **arguments: `revision`, `token`, `local_files_only` and so on, as in
                 `opt_core.hub.resolve`; `adapter`, a PEFT adapter to merge; fields of the
                 configuration, such as `num_labels`; and what else `transformers` takes
@@ -146,7 +152,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         """
         return checkpoint.from_pretrained(
             cls, path_or_hub_id, dtype, device, attn_implementation, progress, config, quantize,
-            mesh, **arguments,
+            mesh, offload, **arguments,
         )  # fmt: skip
 
     def _adopt(self, past: Any, starts: bool) -> Any:
