@@ -16,10 +16,10 @@ from opt_core.params import ParamSpec
 
 _FULL = 0.9
 """Share of the available memory that weights may take where they are read as always."""
-_SPARE = 0.75
+_SPARE = 0.85
 """Share of it that weights may stay in where they are not: a cache of keys grows beside them."""
-_AT_ONCE = 3
-"""Parts that are in memory while one is computed: it, the next, and what is being let go of."""
+_AT_ONCE = 2
+"""Parts that are in memory while one is computed: it, and the next that is read."""
 _WIDER = {
     "float16": ("float16", "float32", "float64"),
     "bfloat16": ("bfloat16", "float32", "float64"),
