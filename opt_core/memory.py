@@ -50,7 +50,7 @@ def _left() -> Iterator[float]:
 
 def _left_of(group: Path, limit: str, used: str, kept: tuple[str, ...]) -> float:
     try:
-        most, taken = (float((group / file).read_text()) for file in (limit, used))
+        most, taken = (float((group / file).read_text().strip()) for file in (limit, used))
         lines = (group / "memory.stat").read_text().splitlines()
     except (OSError, ValueError):  # no such group here, or the limit is "max"
         return float("inf")

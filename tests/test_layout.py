@@ -22,6 +22,7 @@ OWN_FILES = {
         "fast_decode.py": "a decode step without the cost of calling modules",
         "int4.py": "PyTorch's CPU kernel for 4-bit weights",
         "int8.py": "PyTorch's CPU products in integers",
+        "offload.py": "weights that stay in files; XLA's programs hold them in memory",
     },
     "opt_tf": {
         "compilation.py": "generation is compiled by XLA",
@@ -82,7 +83,7 @@ OWN_NAMES = {
         "XLA multiplies a few rows slowly on CPUs": {"FEW_ROWS", "linear"},
         "PyTorch's CPU products: packed weights, parts, blocks": {
             *("is_eager", "has_custom_call", "BLOCK", "upcast_linear", "MANY_ROWS", "WORTHWHILE"),
-            *("packed", "fingerprint", "available_memory", "product_dtype"),
+            *("packed", "fingerprint", "product_dtype", "multiply"),
         },
     },
     "sharding.py": {
@@ -130,6 +131,7 @@ EXTRA_PARAMETERS = {
     "training": "Keras' training mode is an argument of each call",
     "deterministic": "NNX' training mode is an argument of each call",
     "mesh": "PyTorch's and Flax' models are spread over devices",
+    "offload": "PyTorch's weights can stay in their files",
     "heads": "PyTorch's processes have some of a model's heads",
     "scan_layers": "Flax' layers can be stacked",
     "dtype": "Keras' layers have a policy instead",

@@ -17,6 +17,7 @@ from opt_core.json_files import LFS_POINTER
 _START = 64  # bytes that tell a text, such as a server's refusal, from any weight file
 _TEXT = bytes([*range(32, 127), *b"\t\r\n"])
 _LINUX_MAP_NORESERVE = 0x4000  # named in Python's mmap module since 3.13
+_SYS = Path("/sys")
 _LEAST_WINDOW = 1 << 17  # Linux' own default
 
 
@@ -150,14 +151,13 @@ def _whole_pages(start: int, stop: int) -> tuple[int, int]:
 def _window(device: int) -> int:
     """Bytes that Linux reads ahead at most on a device."""
     name = f"{os.major(device)}:{os.minor(device)}"
-    disk = Path("/sys/dev/block", name).resolve()  # or a part of it, whose folder lies in the disk's
-    for folder in (disk / "queue", disk.parent / "queue", Path("/sys/class/bdi", name)):
+    disk = (_SYS / "dev/block" / name).resolve()  # or a part of it, whose folder lies in the disk's
+    for folder in (disk / "queue", disk.parent / "queue", _SYS / "class/bdi" / name):
         try:
             return max(_LEAST_WINDOW, int((folder / "read_ahead_kb").read_text()) << 10)
         except (OSError, ValueError):
             continue
     return _LEAST_WINDOW
-
 
 
 def _map_copy_on_write(file: int, size: int) -> mmap.mmap:
