@@ -8,9 +8,10 @@ pages in the system's memory count there. DIR is the folder of one that this use
 /sys/fs/cgroup; without it there is no limit, and nothing is kept.
 
 Reading the file from its start to its end, past the system's memory and with several blocks under
-way, and steps of one row and of `--rows` rows take turns. `disk_gb_s` is the rate of reading; `step_s` the median seconds of a step;
-`model_gb_s` the bytes of the weights per second of it; `share` of the disk's rate. First with
-nothing kept in memory between the steps ("streamed"), then with what fits ("kept").
+way, and steps of one row and of `--rows` rows take turns. `disk_gb_s` is the rate of reading;
+`step_s` the median seconds of a step; `model_gb_s` the bytes of the weights per second of it;
+`share` of the disk's rate; `step_of_rows` how many steps of one row a step of several takes. First
+with nothing kept in memory between the steps ("streamed"), then with what fits ("kept").
 """
 
 import argparse

@@ -34,7 +34,7 @@ def _machine() -> float:
 
 
 def _left() -> Iterator[float]:
-    """What the limits of this process' groups, and of the groups around these, leave."""
+    """Bytes that the limits of this process' groups, and of the groups around these, leave."""
     yield float("inf")
     try:
         lines = (_PROC / "self/cgroup").read_text().splitlines()

@@ -58,7 +58,7 @@ class Room:
             yield self._buffer[: weight.numel()].view(weight.shape).copy_(weight)
 
     def __reduce__(self) -> Any:
-        """What is copied and pickled: the size."""
+        """The size is all that is copied and pickled."""
         return Room, (self.size,)
 
 

@@ -128,7 +128,7 @@ def test_memory_is_that_of_a_few_layers(tmp_path, monkeypatch):
 
 
 def advice(model, monkeypatch) -> list[tuple[str, int]]:
-    """What the system is told from now on: "prefetch" or "drop", and the layer; -1: the head."""
+    """Advice to the system from now on: "prefetch" or "drop", and the layer; -1: the head."""
     places = {}
     for number, layer in enumerate(model.model.decoder.layers):
         places[layer.fc2.weight.data_ptr()] = number
