@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -64,7 +65,8 @@ def test_logits_and_texts_are_those_of_a_model_in_memory(variant, stored, dtype,
     whole = OPTForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     model = OPTForCausalLM.from_pretrained(tmp_path, dtype=dtype, offload=True)
     assert (model.dtype, model.device) == (whole.dtype, whole.device)
-    weights = [model.model.decoder.layers[0].fc1.weight, model.lm_head.weight]
+    layer: Any = model.model.decoder.layers[0]
+    weights = [layer.fc1.weight, model.lm_head.weight]
     assert {str(w.dtype) for w in weights} == {f"torch.{stored}"}
     with torch.no_grad():
         assert torch.equal(model(ids).logits, whole(ids).logits)
@@ -100,7 +102,8 @@ def test_copies_and_saved_models_have_all_weights(folder, tmp_path):
     assert torch.equal(copy.deepcopy(model)(ids).logits, right)
     model.save_pretrained(tmp_path)
     assert torch.equal(OPTForCausalLM.from_pretrained(tmp_path)(ids).logits, right)
-    linear = model.model.decoder.layers[0].fc1
+    layer: Any = model.model.decoder.layers[0]
+    linear = layer.fc1
     states = torch.randn(2, 32)
     assert torch.equal(pickle.loads(pickle.dumps(linear))(states), linear(states))
     assert torch.equal(model.double()(ids).logits.float().argmax(-1), right.argmax(-1))
@@ -119,7 +122,8 @@ def test_memory_is_that_of_a_few_layers(tmp_path, monkeypatch):
         for kind in most:
             most[kind] = max(most[kind], resident(kind))
 
-    for layer in model.model.decoder.layers:
+    layers: Any = model.model.decoder.layers
+    for layer in layers:
         layer.fc2.register_forward_hook(look)
     with torch.no_grad():
         model.generate(ids, max_new_tokens=3, eos_token_id=None)
@@ -187,18 +191,20 @@ def test_a_model_that_does_not_fit_stays_in_its_file(folder, monkeypatch):
         assert model.lm_head.weight.requires_grad != stays
     monkeypatch.setattr(opt_torch.checkpoint, "available_memory", lambda: 0.0)
     assert OPTForCausalLM.from_pretrained(path).lm_head.weight.requires_grad
-    for options in ({"quantize": "int8"}, {"dtype": "bfloat16"}):  # which cannot stay
+    unfit: list[dict[str, Any]] = [{"quantize": "int8"}, {"dtype": "bfloat16"}]  # cannot stay
+    for options in unfit:
         OPTForCausalLM.from_pretrained(path, offload="auto", **options)
 
 
 def test_what_an_offloaded_model_cannot_do_is_refused(folder, tmp_path):
     path = folder("pre_ln")
-    for options, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"offload": "disk"}, "offload: expected True, False or 'auto', received 'disk'"),
         ({"offload": True, "quantize": "int4"}, "offload: expected quantize=None"),
         ({"offload": True, "device": "meta"}, "expected device='cpu', received 'meta'"),
         ({"offload": True, "dtype": "float16"}, "expected dtype 'float32' or 'float64' for float"),
-    ):
+    ]
+    for options, message in refused:
         with pytest.raises(ConfigError, match=message):
             OPTForCausalLM.from_pretrained(path, **options)
     held = OPTForCausalLM.from_pretrained(path).state_dict()
