@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 
 from conversion.formats.flax_msgpack import walk_flax
 from conversion.formats.hdf5 import read_hdf5_headers
-from opt_core.checkpoints.tensors import TensorFile
+from opt_core.checkpoints.tensor_file import TensorFile
 from opt_core.errors import CheckpointError
 from opt_core.hub import RemoteFiles, model_files, resolve
 from opt_core.json_files import parse_json_object

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -139,6 +140,29 @@ def note(text: str) -> None:
     """Writes one line about the run itself to stderr."""
     if not _muted:
         stderr.out(text, style="dim")
+
+
+@contextmanager
+def notices(start: str) -> Iterator[None]:
+    """Tells of what the library warns of in one line each, at the end of the block.
+
+    Args:
+        start: How the warnings begin that are told of; others are shown as always.
+    """
+    told: list[str] = []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def keep(message: Any, *place: Any, **output: Any) -> None:
+            if str(message).startswith(start):
+                told.append(str(message))
+            else:
+                show(message, *place, **output)
+
+        warnings.showwarning = keep
+        yield
+    for line in told:
+        note(line)
 
 
 def mute() -> None:

@@ -69,6 +69,14 @@ def generate(
     device: Annotated[
         str | None, _option('Device of the torch backend, such as "cuda".', "NAME")
     ] = None,
+    offload: Annotated[
+        bool | None,
+        typer.Option(
+            "--offload/--no-offload",
+            help="Read layers from the file when their turn comes; torch (default: if too large).",
+            show_default=False,
+        ),
+    ] = None,
     mesh: Mesh = None,
     coordinator: Coordinator = None,
     process: Process = None,
@@ -180,6 +188,7 @@ def generate(
             dtype,
             quantize,
             device,
+            offload,
             given,
             seed,
             assistant,
@@ -251,6 +260,7 @@ def _load(
     dtype: str,
     quantize: str | None,
     device: str | None,
+    offload: bool | None,
     given: dict[str, Any],
     seed: int,
     assistant: str | None,
@@ -268,9 +278,10 @@ def _load(
     options |= {"device": device} if device else {}
     options |= {} if mesh is None else {"mesh": mesh}
     helper = None
-    with console.progress(f"loading {model}") as progress:
+    stay = {"offload": "auto" if offload is None else offload}
+    with console.progress(f"loading {model}") as progress, console.notices("offload: "):
         made = load_backend(backend).from_pretrained(
-            path, progress=progress, adapter=adapter, **options
+            path, progress=progress, adapter=adapter, **options, **stay
         )
     if assistant is not None:
         with console.progress(f"loading {assistant}") as progress:

@@ -282,9 +282,9 @@ class DecoderMixin(DecoderNames):
     final_layer_norm: Any
 
     @staticmethod
-    def _project(layer: Any, states: Any) -> Any:
+    def _project(layer: Any, input: Any) -> Any:
         """A linear layer's output."""
-        return layer(states)
+        return layer(input)
 
     def _enter(self, embeds: Any, rows: Any) -> Any:
         """The layers' input (B, T, D) of embeddings (B, T, P) and rows of the position table."""

@@ -66,6 +66,7 @@ def from_pretrained(
         other = "scan_layers" if mesh is None else "mesh"
         raise ConfigError(f"quantize: expected None with {other}, received {source.quantize!r}")
     source.check_place("mesh= or jax.default_device")
+    source.check_in_memory()
     wanted = _as_dtype(source.dtype)
     if attn_implementation == "flash_attention_2":
         attention.check_flash(attention.platform_of(mesh), wanted)

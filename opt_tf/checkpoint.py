@@ -48,6 +48,7 @@ def from_pretrained(
         cls.head, path_or_hub_id, dtype, config, quantize, _DTYPES, **arguments
     )
     source.check_place("tf.device")
+    source.check_in_memory()
     policy = keras.dtype_policies.get(source.dtype)
     model = cls(source.config, None, attn_implementation, source.quantize, dtype=policy)
     for spec, values in source.stream(progress):

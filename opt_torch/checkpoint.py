@@ -14,15 +14,18 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.load import open_checkpoint
+from opt_core.checkpoints.offload import make_read_ahead, stays_in_file
 from opt_core.checkpoints.save import INDEX_FILE
 from opt_core.compatibility.saving import SaveOptions
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
 from opt_core.json_files import read_json, write_json
+from opt_core.memory import available_memory
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import QuantizedTensor, is_quantized
 from opt_core.training.lora import check_merged
 from opt_torch import attention, distribution, quantization, sharding
+from opt_torch import offload as offloading
 from opt_torch.quantization import QuantizedLinear, QuantizedWeight
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ def from_pretrained(
     config: Any,
     quantize: str | None,
     mesh: DeviceMesh | None,
+    offload: bool | str,
     **arguments: Any,
 ) -> Any:
     """Loads a checkpoint tensor by tensor; see `OPTPreTrainedModel.from_pretrained`."""
@@ -57,8 +61,9 @@ def from_pretrained(
         raise ConfigError(f"quantize: expected None with mesh, received {quantize!r}")
     sharding.check_mesh(mesh)
     source = pretrained.open_pretrained(
-        cls.head, path_or_hub_id, dtype, config, quantize, as_array=as_array, **arguments
-    )
+        cls.head, path_or_hub_id, dtype, config, quantize, as_array=as_array, offload=offload,
+        **arguments,
+    )  # fmt: skip
     wanted = getattr(torch, source.dtype)
     if mesh is None:
         target = check_device(source.device or device)
@@ -67,23 +72,46 @@ def from_pretrained(
         target = sharding.mesh_device(mesh)
     if attn_implementation == "flash_attention_2":
         attention.check_flash(target, wanted)
+    available = available_memory()
+    stays = source.must_offload(_obstacle(source, target, mesh), available)
     model = cls(source.config, seed=None, attn_implementation=attn_implementation, mesh=mesh)
+    if stays:
+        offloading.prepare(model, wanted)
     if mesh is not None:
         distribution.materialize(model, mesh, wanted)
     for spec, values in source.stream(progress):
         if isinstance(values, QuantizedTensor):
             quantization.set_quantized(model, spec, values, wanted, target)
+        elif stays and stays_in_file(spec):
+            set_parameter(model, spec, as_tensor(values))
         else:
             own = values[distribution.own_part(spec, model)]
-            cast = cast_tensor(spec.name, as_tensor(own), wanted).to(target)
+            cast = cast_tensor(spec.name, as_tensor(own), wanted).to(target, copy=stays)
             distribution.put_part(model, spec, cast)
             del own, cast
         del values  # or the next tensor would be read while this one is still held
     tie(model)
-    model.requires_grad_(source.quantize is None)
+    model.requires_grad_(source.quantize is None and not stays)
+    if stays:
+        is_headed = model.head == "causal_lm"
+        reader = make_read_ahead(source.plan, source.dtype, is_headed, available)
+        offloading.attach(model, reader)
     if source.device is not None:
-        vars(model)["hf_device_map"] = {"": target}
+        vars(model)["hf_device_map"] = {"": "disk" if stays else target}
     return source.finish(model)
+
+
+def _obstacle(
+    source: pretrained.Pretrained, target: torch.device, mesh: DeviceMesh | None
+) -> str | None:
+    """What there is against leaving a model's weights in their files."""
+    if source.quantize is not None:
+        return f"expected quantize=None, received {source.quantize!r}"
+    if mesh is not None:
+        return "expected mesh=None: each process keeps its part in memory"
+    if target.type != "cpu":
+        return f"expected device='cpu', received '{target}'"
+    return None
 
 
 def check_device(device: str | torch.device) -> torch.device:

@@ -14,13 +14,13 @@ parameters themselves are never touched.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opt_core.memory import available_memory
 from opt_torch import _private
 
 WORTHWHILE = 32
@@ -55,20 +55,10 @@ def apply_linear(layer: nn.Module, input: Tensor) -> Tensor:
         layer: The layer.
         input: (..., I).
     """
-    is_bare = type(layer) is nn.Linear and not has_custom_call(layer)
-    return multiply(layer, input) if is_bare else layer(input)
-
-
-def multiply(layer: nn.Linear, input: Tensor) -> Tensor:
-    """`input @ weight.T + bias`, the way that is fast."""
-    weight, bias = layer.weight, layer.bias
-    if _private.mkldnn_linear is None or not _is_plain(input, weight):
-        return F.linear(input, weight, bias)
-    if weight.dtype == torch.float32:
-        return _make_float32_linear(weight, bias, input.shape[:-1].numel())(input)
-    if weight.dtype == torch.bfloat16 and not _has_bfloat16():
-        return upcast_linear(input, weight, bias)
-    return _private.mkldnn_linear(input, _PACKED.get(layer, weight), bias, "none", [], "")
+    is_traced = torch.compiler.is_compiling()
+    if is_traced or type(layer) is not nn.Linear or has_custom_call(layer):
+        return layer(input)
+    return multiply(input, layer.weight, layer.bias, _PACKED.get(layer))
 
 
 def make_linear(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -79,11 +69,32 @@ def make_linear(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     weight, bias = _PACKED.get(layer, layer.weight), layer.bias
     is_slow = layer.weight.dtype == torch.bfloat16 and not _has_bfloat16()
     if _private.mkldnn_linear is None or not _is_cpu_type(layer.weight) or is_slow:
-        return partial(multiply, layer)
+        return lambda input: multiply(input, layer.weight, bias)
     if weight.dtype == torch.float32:
         choose = cache(partial(_make_float32_linear, weight, bias))
         return lambda input: choose(len(input))(input)
     return _bind_mkldnn(weight, bias)
+
+
+def multiply(
+    input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None = None
+) -> Tensor:
+    """`input @ weight.T + bias`, the fastest way known.
+
+    Args:
+        input: (..., I).
+        weight: (O, I).
+        bias: (O,), or None.
+        packed: The weight in oneDNN's order, to be taken where that is of use.
+    """
+    if _private.mkldnn_linear is None or not _is_plain(input, weight):
+        return F.linear(input, weight, bias)
+    if weight.dtype == torch.float32:
+        return _make_float32_linear(weight, bias, input.shape[:-1].numel())(input)
+    if weight.dtype == torch.bfloat16 and not _has_bfloat16():
+        return upcast_linear(input, weight, bias)
+    weight = weight if packed is None else packed
+    return _private.mkldnn_linear(input, weight, bias, "none", [], "")
 
 
 def upcast_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -156,16 +167,6 @@ def fingerprint(weight: Tensor) -> Tensor:
     """
     word = torch.int64 if weight.shape[1] % 4 == 0 else torch.int16
     return weight.contiguous().view(word).sum(1, dtype=torch.int64)
-
-
-def available_memory() -> float:
-    """Bytes of memory that can still be had; infinite where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return float("inf")
-    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), "inf")
-    return float(kib) * 1024
 
 
 def is_eager(input: Tensor) -> bool:

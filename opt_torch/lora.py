@@ -50,7 +50,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Computes the layer's output and the adapter's."""
-        out = multiply(self, input)
+        out = multiply(input, self.weight, self.bias)
         if not self.adapts:
             return out
         low = self.lora_A(input.to(self.lora_A.weight.dtype))

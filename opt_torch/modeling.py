@@ -12,6 +12,7 @@ from opt_core.compatibility.calls import CallOptions
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
 from opt_torch import _private, attention, checkpoint, distribution, inputs, losses, sharding
+from opt_torch import offload as offloading
 from opt_torch.cache import KVCache, init_cache
 from opt_torch.compatibility import (
     GenerationMethods,
@@ -85,6 +86,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         """Switches training mode, dropout with it."""
         if mode:
             check_not_quantized(self, "train")
+            offloading.check_not_offloaded(self, "train")
             forget_packed(self)
         return super().train(mode)
 
@@ -111,6 +113,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         config: Any = None,
         quantize: str | None = None,
         mesh: DeviceMesh | None = None,
+        offload: bool | str = False,
         **arguments: Any,
     ) -> Self:
         """Loads a checkpoint.
@@ -128,6 +131,9 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
                 in one process.
             mesh: Processes to spread the weights over, as `opt_torch.sharding` says: each reads its
                 part of the file onto its own device, none holds the whole. None: no others.
+            offload: True: leave the weights in the file, on the CPU, only to run: each layer is
+                read when its turn comes, what fits into memory stays there. `dtype` is that of the
+                file or wider. "auto": where the weights do not fit into free memory.
             **arguments: `revision`, `token`, `local_files_only` and so on, as in
                 `opt_core.hub.resolve`; `adapter`, a PEFT adapter to merge; fields of the
                 configuration, such as `num_labels`; and what else `transformers` takes
@@ -139,7 +145,7 @@ class OPTPreTrainedModel(ModelMethods, PreTrainedMixin[OPTDecoder], nn.Module):
         """
         return checkpoint.from_pretrained(
             cls, path_or_hub_id, dtype, device, attn_implementation, progress, config, quantize,
-            mesh, **arguments,
+            mesh, offload, **arguments,
         )  # fmt: skip
 
     def _adopt(self, past: Any, starts: bool) -> Any:

@@ -22,6 +22,7 @@ OWN_FILES = {
         "generation/fast_decode.py": "a decode step without the cost of calling modules",
         "int4.py": "PyTorch's CPU kernel for 4-bit weights",
         "int8.py": "PyTorch's CPU products in integers",
+        "offload.py": "weights that stay in files; XLA's programs hold them in memory",
     },
     "opt_tf": {
         "compilation.py": "generation is compiled by XLA",
@@ -94,7 +95,7 @@ OWN_NAMES = {
                 "MANY_ROWS",
                 "WORTHWHILE",
             ),
-            *("packed", "forget_packed", "fingerprint", "available_memory", "product_dtype"),
+            *("packed", "forget_packed", "fingerprint", "product_dtype"),
         },
     },
     "sharding.py": {
@@ -145,6 +146,7 @@ EXTRA_PARAMETERS = {
     "training": "Keras' training mode is an argument of each call",
     "deterministic": "NNX' training mode is an argument of each call",
     "mesh": "PyTorch's and Flax' models are spread over devices",
+    "offload": "PyTorch's weights can stay in their files",
     "scan_layers": "Flax' layers can be stacked",
     "dtype": "Keras' layers have a policy instead",
 }

@@ -10,7 +10,8 @@ from typing import cast
 
 from conversion.formats.metaseq_pickle import InertMachine
 from opt_core.checkpoints.load import Checkpoint, is_plain_name, unwrapped
-from opt_core.checkpoints.tensors import StoredTensor, TensorFile
+from opt_core.checkpoints.tensor_file import TensorFile
+from opt_core.checkpoints.tensors import StoredTensor
 from opt_core.checkpoints.torch_format import TorchArchive
 from opt_core.checkpoints.torch_pickle import StorageView
 from opt_core.checkpoints.wrappers import unwrap_state

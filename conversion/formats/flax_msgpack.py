@@ -18,7 +18,8 @@ import numpy as np
 from conversion.formats.names import is_kernel
 from conversion.streaming.lazy_tensors import joined, transposed
 from opt_core.checkpoints.safetensors_format import PendingTensor
-from opt_core.checkpoints.tensors import LazyTensor, StoredTensor, TensorFile
+from opt_core.checkpoints.tensor_file import TensorFile
+from opt_core.checkpoints.tensors import LazyTensor, StoredTensor
 from opt_core.errors import CheckpointError
 
 MAX_CHUNK = 1 << 30

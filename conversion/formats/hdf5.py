@@ -13,7 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from opt_core.checkpoints.tensors import StoredTensor, TensorFile
+from opt_core.checkpoints.tensor_file import TensorFile
+from opt_core.checkpoints.tensors import StoredTensor
 from opt_core.errors import CheckpointError
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"

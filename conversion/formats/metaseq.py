@@ -16,7 +16,8 @@ from typing import Any, cast
 from conversion.formats.metaseq_pickle import Inert, InertMachine, find_settings
 from conversion.streaming.lazy_tensors import joined
 from opt_core.checkpoints.load import Checkpoint, canonical_name, unwrapped
-from opt_core.checkpoints.tensors import LazyTensor, TensorFile
+from opt_core.checkpoints.tensor_file import TensorFile
+from opt_core.checkpoints.tensors import LazyTensor
 from opt_core.checkpoints.torch_format import TorchArchive
 from opt_core.checkpoints.torch_pickle import StorageView
 from opt_core.checkpoints.wrappers import unwrap_state

@@ -15,7 +15,8 @@ from typing import Any, cast
 from conversion.formats.metaseq_pickle import Inert, InertMachine
 from conversion.streaming.lazy_tensors import joined
 from opt_core.checkpoints.load import Checkpoint, is_plain_name, unwrapped
-from opt_core.checkpoints.tensors import LazyTensor, TensorFile
+from opt_core.checkpoints.tensor_file import TensorFile
+from opt_core.checkpoints.tensors import LazyTensor
 from opt_core.checkpoints.torch_format import TorchArchive
 from opt_core.checkpoints.torch_pickle import Global, StorageView, parse_pickle
 from opt_core.checkpoints.wrappers import STATE_KEYS

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from opt_core.adapters.folders import split_adapter
 from opt_core.adapters.merging import merge_adapter
 from opt_core.checkpoints.load import LoadPlan, plan_load
+from opt_core.checkpoints.offload import must_offload
 from opt_core.checkpoints.quantized.tensor import stored_scheme
 from opt_core.checkpoints.save import save_checkpoint, save_quantized_checkpoint
 from opt_core.checkpoints.sources import held_checkpoint, open_any
@@ -84,6 +85,29 @@ class Pretrained:
             raise ConfigError(
                 f"device_map: expected None or 'auto', received {self.device!r}; use {instead}"
             )
+
+    def check_in_memory(self) -> None:
+        """Refuses to leave the weights in their files, for frameworks that cannot.
+
+        Raises:
+            ConfigError: It is asked for.
+        """
+        self.must_offload(
+            "expected False: XLA's programs hold all weights in memory; use PyTorch's models "
+            "(--backend torch)", 0.0
+        )  # fmt: skip
+
+    def must_offload(self, obstacle: str | None, available: float) -> bool:
+        """Whether the weights are to stay in their files.
+
+        Args:
+            obstacle: What the backend has against it, or None.
+            available: Bytes of memory that can be had.
+
+        Raises:
+            ConfigError: That is asked for, and cannot be.
+        """
+        return must_offload(self.options.offload, self.plan, self.dtype, obstacle, available)
 
     def stream(
         self, progress: Callable[[int, int], None] | None

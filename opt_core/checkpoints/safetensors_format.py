@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from opt_core.checkpoints.tensors import StoredTensor, TensorFile
+from opt_core.checkpoints.tensor_file import TensorFile
+from opt_core.checkpoints.tensors import StoredTensor
 from opt_core.errors import CheckpointError
 from opt_core.json_files import parse_json_object
 

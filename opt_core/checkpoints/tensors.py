@@ -5,10 +5,6 @@ tensor is a data type, a shape and strides at an offset of a file.
 """
 
 import math
-import mmap
-import sys
-import threading
-import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +13,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.checkpoints.tensor_file import TensorFile
 from opt_core.errors import CheckpointError
-from opt_core.json_files import LFS_POINTER
 
 FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -28,89 +24,7 @@ FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
 }
 """The data types weights may have, by the names the configuration uses."""
 
-_START = 64  # bytes that tell a text, such as a server's refusal, from any weight file
-_TEXT = bytes([*range(32, 127), *b"\t\r\n"])
 _CAST_ROWS_BYTES = 1 << 24
-_LINUX_MAP_NORESERVE = 0x4000  # named in Python's mmap module since 3.13
-
-
-class TensorFile:
-    """An open weight file and its copy-on-write memory map.
-
-    The map belongs to the file that was opened: replacing the file later does not change what is
-    read here. Pages that no array views any more are given back to the system, so a loader that
-    copies tensor after tensor never holds the whole file in memory.
-
-    Args:
-        path: File to map.
-
-    Raises:
-        CheckpointError: The file is missing, empty, not a regular file, or a Git LFS pointer.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            if path.exists() and not path.is_file():
-                raise CheckpointError(f"{path}: expected a weight file, received something else")
-            with path.open("rb") as file:
-                self.size = file.seek(0, 2)
-                if self.size == 0:
-                    raise CheckpointError(f"{path}: the file is empty; download it again")
-                self._map = _map_copy_on_write(file.fileno(), self.size)
-        except FileNotFoundError:
-            hint = " (a link that leads nowhere)" if path.is_symlink() else ""
-            raise CheckpointError(f"{path}: no such file{hint}") from None
-        except (OSError, ValueError, OverflowError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{path}: cannot be read: {error}") from None
-        self._lock = threading.RLock()
-        self._viewed: dict[object, tuple[int, int]] = {}
-        if self._map[: len(LFS_POINTER)] == LFS_POINTER:
-            raise CheckpointError(
-                f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
-            )
-        start = self._map[:_START]
-        if start.isascii() and not start.translate(None, _TEXT):
-            line = start.decode().strip().partition("\n")[0][:60]
-            raise CheckpointError(
-                f"{path}: a text that begins with {line!r}, not weights; download it again"
-            )
-
-    def bytes_at(self, offset: int, length: int) -> bytes:
-        """A copy of part of the file (shorter at its end)."""
-        return self._map[offset : offset + length]
-
-    def view(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """The bytes from `start` to `stop`; writing to them never reaches the file."""
-        with self._lock:
-            array = np.frombuffer(self._map, np.uint8, stop - start, start)
-            key = object()
-            self._viewed[key] = (start, stop)
-            weakref.finalize(array, self._release, key).atexit = False
-        return array
-
-    def _release(self, key: object) -> None:
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        with self._lock:
-            start, stop = self._viewed.pop(key)
-            # Only whole pages that nobody else looks at: dropping a page also drops what its
-            # holder wrote to it.
-            start += -start % mmap.PAGESIZE
-            stop -= stop % mmap.PAGESIZE
-            if start < stop and not any(a < stop and start < b for a, b in self._viewed.values()):
-                self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
-
-
-def _map_copy_on_write(file: int, size: int) -> mmap.mmap:
-    if sys.platform != "linux":
-        return mmap.mmap(file, size, access=mmap.ACCESS_COPY)
-    # Without NORESERVE, Linux refuses to map a file larger than memory: it counts the whole map as
-    # pages that might be written to.
-    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", _LINUX_MAP_NORESERVE)
-    return mmap.mmap(file, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 class LazyTensor(Protocol):

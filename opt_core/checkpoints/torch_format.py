@@ -8,7 +8,8 @@ import zlib
 from pathlib import Path
 from typing import cast
 
-from opt_core.checkpoints.tensors import StoredTensor, TensorFile
+from opt_core.checkpoints.tensor_file import TensorFile
+from opt_core.checkpoints.tensors import StoredTensor
 from opt_core.checkpoints.torch_legacy import LEGACY_MAGIC, LegacyFile
 from opt_core.checkpoints.torch_pickle import Storage, StorageView, parse_pickle
 from opt_core.checkpoints.wrappers import unwrap_state

@@ -6,7 +6,8 @@ They are read as the newer ones are: nothing in them is executed, and tensors st
 import io
 from typing import cast
 
-from opt_core.checkpoints.tensors import StoredTensor, TensorFile
+from opt_core.checkpoints.tensor_file import TensorFile
+from opt_core.checkpoints.tensors import StoredTensor
 from opt_core.checkpoints.torch_pickle import PickleMachine, Storage, StorageView
 from opt_core.errors import CheckpointError
 

@@ -34,10 +34,11 @@ _REFUSED = {
     "key_mapping": "rename the tensors in the file",
 }
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+_DISK = "disk"  # accelerate's name for weights that stay in files
 _HANDLED = (
     *("device_map", "state_dict", "ignore_mismatched_sizes", "output_loading_info", "variant"),
     *("use_safetensors", "from_tf", "from_flax", "generation_config", "quantization_config"),
-    *("load_in_8bit", "load_in_4bit", "_do_init", "use_auth_token"),
+    *("load_in_8bit", "load_in_4bit", "_do_init", "use_auth_token", "offload"),
 )
 
 
@@ -49,6 +50,8 @@ class LoadOptions:
         hub: Arguments of `opt_core.hub.resolve`.
         changes: Fields of the configuration that replace the file's, and other attributes of it.
         device: Device that a `device_map` names, "auto", or None.
+        offload: True, False or "auto", as `opt_core.checkpoints.offload` has it; True for a
+            `device_map` of "disk".
         quantize: The scheme asked for, or None.
         state_dict: Tensors in place of the file's, by name.
         generation_config: Settings in place of the file's.
@@ -63,6 +66,7 @@ class LoadOptions:
     hub: dict[str, Any]
     changes: dict[str, Any]
     device: str | None = None
+    offload: Any = False
     quantize: str | None = None
     state_dict: Mapping[str, Any] | None = None
     generation_config: Any = None
@@ -108,10 +112,12 @@ def sort_arguments(arguments: Mapping[str, Any], fields: Iterable[str]) -> LoadO
     hub = {name: arguments[name] for name in HUB if arguments.get(name) is not None}
     if arguments.get("use_auth_token") is not None:
         hub.setdefault("token", arguments["use_auth_token"])
+    device = _one_device(arguments.get("device_map"))
     return LoadOptions(
         hub=hub,
         changes={k: v for k, v in arguments.items() if k in known - taken},
-        device=_one_device(arguments.get("device_map")),
+        device="cpu" if device == _DISK else device,
+        offload=arguments.get("offload", False) or device == _DISK,
         quantize=_quantization(arguments),
         state_dict=arguments.get("state_dict"),
         generation_config=arguments.get("generation_config"),

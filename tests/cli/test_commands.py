@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("torch")
 
 import opt_torch
+import opt_torch.checkpoint
 from opt_cli.generate import DEFAULT_NEW_TOKENS, _without_padding, resolve_settings
 from opt_core import GenerationConfig, OPTTokenizer, __version__
 from opt_core.errors import GenerationError
@@ -65,6 +66,23 @@ def test_generate_prints_prompt_and_text(stream: str, opt_lm: Run, tiny: Path):
     code, out, err = opt_lm("generate", "Now is", "-m", tiny, "-n", 20, stream)
     assert (code, out) == (0, expected + "\n")
     assert re.search(r"loaded in [\d.]+ s, \d+ tokens in [\d.]+ s, [\d.]+ tokens/s\n$", err)
+
+
+def test_a_model_larger_than_memory_is_read_layer_by_layer(
+    opt_lm: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    expected = expected_text(tiny, "Now is", max_new_tokens=5) + "\n"
+    given = ["generate", "Now is", "-m", tiny, "-n", 5]
+    assert opt_lm(*given, "--offload").out == expected
+    monkeypatch.setattr(opt_torch.checkpoint, "available_memory", lambda: 0.0)
+    for options, is_told in (([], True), (["--no-offload"], False)):
+        code, out, err = opt_lm(*given, *options)
+        assert (code, out) == (0, expected)
+        told = [line for line in err.splitlines() if "do not fit into 0.0 GiB" in line]
+        assert len(told) == is_told
+        assert len(err.splitlines()) == 1 + is_told
+    code, _, err = opt_lm(*given, "--offload", "--quantize", "int8")
+    assert (code, err) == (2, "error: offload: expected quantize=None, received 'int8'\n")
 
 
 def test_a_stream_that_ends_inside_a_character_is_flushed(opt_lm: Run, tiny: Path):

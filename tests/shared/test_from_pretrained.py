@@ -66,6 +66,17 @@ def test_arguments_that_are_refused_by_name(backend, path):
         backend.load(path).save_pretrained(path, safe_serialisation=True)
 
 
+def test_models_that_stay_in_their_files_are_pytorchs(backend, path):
+    plain = backend.run(backend.load(path, offload="auto"), input_ids=IDS).logits
+    for arguments in ({"offload": True}, {"device_map": "disk"}):
+        if backend.name == "torch":
+            logits = backend.run(backend.load(path, **arguments), input_ids=IDS).logits
+            np.testing.assert_array_equal(logits, plain)
+        else:
+            with pytest.raises(ConfigError, match=r"offload: expected False: .* PyTorch's models"):
+                backend.load(path, **arguments)
+
+
 def test_misshapen_weights_are_made_anew_where_that_is_asked_for(backend, folder):
     path = folder(CONFIGS["pre_ln"].replace(num_labels=4), "sequence_classification")
     with pytest.raises(RuntimeError, match=r"score.weight \(expected \[7, 32\], received \[4, 32"):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opt_core.checkpoints.tensors import TensorFile
+from opt_core.checkpoints.tensor_file import TensorFile
 from opt_core.checkpoints.torch_format import read_torch_file
 from opt_core.checkpoints.torch_legacy import LEGACY_MAGIC, LegacyFile
 from opt_core.errors import CheckpointError
