@@ -145,7 +145,8 @@ class GPU(Target):
     headings = ("moved / given", "copies", "kernels", "collectives")
     legend = (
         "Arguments, temporaries and peak are GiB per GPU. Moved / given: bytes that a decode "
-        "step's kernels read and write, to weights and cache. Copies: of cache buffers. AR, AG, "
+        "step's kernels read and write, to weights and cache. Copies: of cache buffers. Kernels: "
+        "all, those of products, cuDNN's attention. AR, AG, "
         "RS, A2A and CP: all-reduce, all-gather, reduce-scatter, all-to-all, collective-permute "
         "instructions in the program; a loop's body counts once."
     )
@@ -185,8 +186,9 @@ class GPU(Target):
         """Traffic, copies, kernels and collectives."""
         moved = f"{row.moved / row.arguments:.3f}" if row.moved else "-"
         copies = str(row.copies) if "decode" in row.program else "-"
-        kernels = ", ".join(f"{count} {kind}" for kind, count in row.kernels.items())
-        return moved, copies, kernels, talk(row)
+        products = sum(n for kind, n in row.kernels.items() if kind.endswith("product"))
+        kernels = (sum(row.kernels.values()), products, row.kernels.get("cuDNN attention", 0))
+        return moved, copies, " / ".join(map(str, kernels)), talk(row)
 
     def attention(self, config: OPTConfig, mesh: Mesh) -> Callable[..., jax.Array]:
         """That of the default implementation."""
