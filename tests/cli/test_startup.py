@@ -14,8 +14,7 @@ UNUSED = {
         *("opt_torch.trainer", "opt_torch.export", "opt_torch.serving"),
     },
     "tf": {
-        *("torch", "jax", "transformers", "h5py._hl.files"),
-        *("opt_tf.trainer", "opt_tf.export", "opt_tf.keras_fit", "opt_tf.serving"),
+        *("torch", "jax", "transformers", "tensorboard", "opt_tf.trainer", "opt_tf.serving"),
     },
     "flax": {
         *("torch", "tensorflow", "transformers", "orbax.checkpoint"),

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from benchmarks import gpu  # noqa: E402
+from benchmarks import gpu
 
 
 def run(monkeypatch, *arguments):
