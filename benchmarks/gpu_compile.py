@@ -34,7 +34,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from benchmarks import compiled_programs
-from benchmarks.compiled_programs import LENGTH, ROWS, Row, Target, talk
+from benchmarks.compiled_programs import LENGTH, ROWS, Row, Target
+from benchmarks.compiled_tables import talk
 from benchmarks.compiled_text import Program, count_copies, count_kernels, total_traffic
 from opt_core import OPTConfig
 from opt_core.mesh import divides, row_axes

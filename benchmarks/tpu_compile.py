@@ -28,7 +28,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from benchmarks import compiled_programs
-from benchmarks.compiled_programs import GENERATION, GIB, Row, Target, talk
+from benchmarks.compiled_programs import GENERATION, Row, Target
+from benchmarks.compiled_tables import GIB, talk
 from opt_core import OPTConfig
 from opt_flax import attention, sharding
 

@@ -90,8 +90,8 @@ class OPTDecoder(DecoderMixin, nn.Module):
         self.config = config
         self.implementation = implementation
         self.gradient_checkpointing = config.gradient_checkpointing
-        self.embed_tokens = make_embedding(config.vocab_size, P, config.pad_token_id)
-        self.embed_positions = make_embedding(config.max_position_embeddings + POSITION_OFFSET, D)
+        self.embed_tokens = _make_embedding(config.vocab_size, P, config.pad_token_id)
+        self.embed_positions = _make_embedding(config.max_position_embeddings + POSITION_OFFSET, D)
         self.project_out = Linear(D, P, bias=False) if config.has_projections else None
         self.project_in = Linear(P, D, bias=False) if config.has_projections else None
         self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None
@@ -153,7 +153,7 @@ class OPTDecoder(DecoderMixin, nn.Module):
         )
 
 
-def make_embedding(rows: int, width: int, padding_idx: int | None = None) -> nn.Embedding:
+def _make_embedding(rows: int, width: int, padding_idx: int | None = None) -> nn.Embedding:
     """A table without values: to draw some on the meta device PyTorch imports its compiler."""
     table = torch.empty(rows, width)
     return nn.Embedding.from_pretrained(table, freeze=False, padding_idx=padding_idx)

@@ -11,7 +11,7 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 
-from benchmarks import compiled_programs, gpu_compile, tpu_compile  # noqa: E402
+from benchmarks import compiled_programs, compiled_tables, gpu_compile, tpu_compile  # noqa: E402
 from opt_core import OPTConfig  # noqa: E402
 from opt_flax import attention  # noqa: E402
 from tests.support.configs import CONFIGS  # noqa: E402
@@ -28,13 +28,13 @@ TEMPORARIES = 0.05
 @pytest.mark.parametrize("target", [GPU, TPU], ids=["gpu", "tpu"])
 def test_tables_of_the_page_are_the_results(target):
     rows, sizes = compiled_programs.load(target)
-    lines = [compiled_programs.cells(target, row) for row in rows]
-    lines += compiled_programs.attention_cells(sizes)
+    lines = [compiled_tables.cells(target, row) for row in rows]
+    lines += compiled_tables.attention_cells(sizes)
     name = f"{target.results.stem}_compile"
     table = PAGE.read_text().partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
     found = [line for line in table.splitlines() if line.startswith("| opt-")]
     assert lines
-    assert found == [compiled_programs.markdown_row(line) for line in lines]
+    assert found == [compiled_tables.markdown_row(line) for line in lines]
 
 
 def test_results_hold_what_is_promised():
