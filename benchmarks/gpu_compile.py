@@ -38,7 +38,7 @@ from benchmarks.compiled_programs import LENGTH, ROWS, Row, Target
 from benchmarks.compiled_tables import talk
 from benchmarks.compiled_text import Program, count_copies, count_kernels, total_traffic
 from opt_core import OPTConfig
-from opt_core.mesh import divides, row_axes
+from opt_core.mesh import AXES, divides, row_axes
 from opt_flax import attention, sharding
 
 PER_HOST = 8
@@ -198,7 +198,7 @@ class GPU(Target):
 
 def buffer_shape(config: OPTConfig, mesh: str) -> tuple[int, ...]:
     """Shape (B, H, S, K) of a layer's keys on one device of a mesh "data x fsdp x model"."""
-    sizes = dict(zip(("data", "fsdp", "model"), map(int, mesh.split(" x ")), strict=True))
+    sizes: dict[str, int] = dict(zip(AXES, map(int, mesh.split(" x ")), strict=True))
     rows = ROWS // math.prod(sizes[axis] for axis in row_axes(ROWS, sizes))
     heads = config.num_attention_heads
     heads //= sizes["model"] if divides(heads, "model", sizes) else 1

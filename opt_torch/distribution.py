@@ -254,9 +254,10 @@ def settle(model: nn.Module) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:  # then nothing has been split
         return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+    part: Any
+    for part in model.modules():
+        if isinstance(part, fsdp.FSDPModule):
+            part.reshard()
 
 
 def _style(

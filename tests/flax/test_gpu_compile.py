@@ -4,6 +4,7 @@ import importlib.util
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -86,7 +87,7 @@ def ampere(monkeypatch):
     return SimpleNamespace(asked=asked, card=card)
 
 
-def states(T, S, size=64, dtype=jnp.bfloat16):
+def states(T, S, size=64, dtype: Any = jnp.bfloat16) -> Any:
     return jnp.zeros((1, 2, T, size), dtype), *[jnp.zeros((1, 2, S, size), dtype)] * 2
 
 
