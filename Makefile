@@ -9,7 +9,7 @@ FRAMEWORKS := torch tensorflow keras jax flax transformers
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo test test-all matrix lint core-test docs format release-check clean
+.PHONY: help demo test test-all gpu matrix lint core-test docs format release-check clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -25,6 +25,9 @@ test: $(VENV)/.installed-test ## Install everything and run the tests, but for r
 
 test-all: $(VENV)/.installed-test ## The tests with their slow repetitions (four times as long)
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m "" $(ARGS)
+
+gpu: $(VENV)/.installed-test ## Measure and test on this machine's GPU; a second run does what is left (ARGS="--only ...")
+	$(VENV)/bin/python -m benchmarks.gpu $(ARGS)
 
 matrix: $(CORE_VENV)/.made ## Tests on every Python, oldest and newest libraries, extras alone (ARGS="3.12 flax")
 	PYTHONS="$(PYTHONS)" $(CORE_VENV)/bin/python -m tests.support.matrix $(ARGS)

@@ -79,7 +79,7 @@ class FlaxOPTAttention(AttentionNames, nnx.Module):
         if self.implementation == "flash_attention_2" and T > 1 and not output_attentions:
             mixed = flash(query, key_states, value, bias_B1TS, mask_BS, dropout, self.mesh)
         elif self.implementation != "eager" and not (dropout or output_attentions):
-            mixed = sdpa(query, key_states, value, bias_B1TS)
+            mixed = sdpa(query, key_states, value, bias_B1TS, self.mesh)
         else:
             mixed, weights = eager(query, key_states, value, bias_B1TS, dropout, key)
         mixed, weights = scale_heads(mixed, weights, head_mask)
@@ -137,10 +137,36 @@ def eager(
     return mixed, weights
 
 
-def sdpa(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_B1TS: Array | None) -> Array:
-    """JAX's own attention; on a CPU spelled out, which needs no other order of keys and values."""
+def sdpa(
+    q_BHTK: Array,
+    k_BHSK: Array,
+    v_BHSK: Array,
+    bias_B1TS: Array | None,
+    mesh: Mesh | None = None,
+) -> Array:
+    """JAX's own attention; on a CPU spelled out, which needs no other order of keys and values.
+
+    On a GPU a prompt goes to cuDNN's kernel where that takes it: scores are never held.
+    """
+    if _takes_cudnn(q_BHTK, k_BHSK, mesh):
+        return flash(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, None, 0.0, mesh)
     states = (q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
     return jax.lax.platform_dependent(*states, cpu=_by_pieces, default=_jax_sdpa)
+
+
+def _takes_cudnn(q_BHTK: Array, k_BHSK: Array, mesh: Mesh | None) -> bool:
+    """Whether these are a whole prompt in half precision, for a GPU that cuDNN has a kernel for.
+
+    What continues a cache is left out: the kernel wants keys and values in another order.
+    """
+    T, K = q_BHTK.shape[2:]
+    if platform_of(mesh) != "gpu" or q_BHTK.dtype not in (jnp.float16, jnp.bfloat16):
+        return False
+    if T == 1 or k_BHSK.shape[2] != T or K % 8 or K > 128:
+        return False
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    major = str(device.compute_capability).partition(".")[0]
+    return major.isdecimal() and int(major) >= 8  # AMD's are no numbers
 
 
 def _jax_sdpa(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_B1TS: Array | None) -> Array:

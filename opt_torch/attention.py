@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opt_core.compatibility.calls import scale_heads
@@ -87,6 +86,8 @@ class OPTAttention(AttentionNames, nn.Module):
         if not output_attentions or weights is None:
             return mixed, None
         if self.mesh is not None:
+            from torch.distributed.tensor import DTensor, Shard
+
             weights = DTensor.from_local(weights, self.mesh, [Shard(1)]).full_tensor()
         return mixed, weights
 

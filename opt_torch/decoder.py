@@ -95,8 +95,8 @@ class OPTDecoder(DecoderMixin, nn.Module):
         self.config = config
         self.implementation = implementation
         self.gradient_checkpointing = config.gradient_checkpointing
-        self.embed_tokens = nn.Embedding(config.vocab_size, P, padding_idx=config.pad_token_id)
-        self.embed_positions = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, D)
+        self.embed_tokens = _make_embedding(config.vocab_size, P, config.pad_token_id)
+        self.embed_positions = _make_embedding(config.max_position_embeddings + POSITION_OFFSET, D)
         self.embed_positions.offset = POSITION_OFFSET
         self.project_out = nn.Linear(D, P, bias=False) if config.has_projections else None
         self.project_in = nn.Linear(P, D, bias=False) if config.has_projections else None
@@ -158,6 +158,12 @@ class OPTDecoder(DecoderMixin, nn.Module):
             hidden_states=(*states, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+
+def _make_embedding(rows: int, width: int, padding_idx: int | None = None) -> nn.Embedding:
+    """A table without values: to draw some on the meta device PyTorch imports its compiler."""
+    table = torch.empty(rows, width)
+    return nn.Embedding.from_pretrained(table, freeze=False, padding_idx=padding_idx)
 
 
 def make_norm(config: OPTConfig) -> nn.LayerNorm:

@@ -7,6 +7,7 @@ weights have no values: each process then reads its own part of every tensor.
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -15,22 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    parallelize_module,
-)
 
 from opt_core import mesh as rules
 from opt_core.dialects import TORCH
 from opt_core.errors import ConfigError
 from opt_core.params import ParamSpec, param_specs
-from opt_torch.sharding import mesh_device, place_of, sizes_of, sum_rows
+from opt_torch.sharding import is_spread, mesh_device, place_of, sizes_of, sum_rows
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ParallelStyle
+
     from opt_torch.modeling import OPTPreTrainedModel
 
 
@@ -55,7 +51,7 @@ def own_gradient(parameter: nn.Parameter) -> Tensor:
     DTensors may have left it to be added up, or may hold the whole of a tied embedding's.
     """
     gradient: Any = parameter.grad
-    if isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
+    if is_spread(parameter) and gradient.placements != parameter.placements:
         parameter.grad = gradient = gradient.redistribute(placements=parameter.placements)
     return local(gradient)
 
@@ -88,7 +84,7 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float, mesh: DeviceMes
         if parameter.grad is None:
             continue
         values, parts, is_averaged = own_gradient(parameter), 1, False
-        if isinstance(parameter, DTensor):
+        if is_spread(parameter):
             where = parameter.device_mesh
             parts = math.prod(
                 where.size(dim)
@@ -109,6 +105,9 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float, mesh: DeviceMes
 
 
 def _spread(model: "OPTPreTrainedModel", mesh: DeviceMesh) -> None:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
     config, sizes = model.config, sizes_of(mesh)
     specs = param_specs(config, model.head)
     for spec in specs:
@@ -186,7 +185,7 @@ def add_product(
         if spec.name.endswith(".weight") and TORCH.owner(model, spec)[0] is layer
     )  # fmt: skip
     rows, columns = own_part(spec, model)
-    high, low = (x.full_tensor() if isinstance(x, DTensor) else x for x in (high, low))
+    high, low = (x.full_tensor() if is_spread(x) else x for x in (high, low))
     with torch.no_grad():
         weight: Any = layer.weight
         part = local(weight)
@@ -198,6 +197,8 @@ def add_product(
 
 def _adapter_part(model: "OPTPreTrainedModel", spec: ParamSpec, values: Tensor) -> Tensor:
     """A process' part of an adapter: over "model" it lies as its layer does, FSDP knows it not."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
     mesh: Any = model.mesh
     sizes, values = sizes_of(mesh), values.clone()
     name = spec.name.rpartition(".lora_")[0] + ".weight"
@@ -245,20 +246,27 @@ def sharded(model: "OPTPreTrainedModel", spec: ParamSpec) -> Tensor:
 
 def local(values: Tensor) -> Tensor:
     """The part of a tensor that is here."""
-    return values.to_local() if isinstance(values, DTensor) else values
+    return values.to_local() if is_spread(values) else values
 
 
 def settle(model: nn.Module) -> None:
     """Lets go of weights that were gathered for a computation."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:  # then nothing has been split
+        return
+    part: Any
+    for part in model.modules():
+        if isinstance(part, fsdp.FSDPModule):
+            part.reshard()
 
 
 def _style(
     spec: ParamSpec, model: "OPTPreTrainedModel", sizes: dict[str, int]
-) -> ParallelStyle | None:
+) -> "ParallelStyle | None":
     """The way of PyTorch's to split the layer of a weight over "model"; None: it stays whole."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
     parts = rules.split_axes(spec, model.config, sizes)
     if "model" not in parts:
         return None
@@ -272,6 +280,9 @@ def _style(
 
 def _shard_fully(model: "OPTPreTrainedModel", mesh: DeviceMesh) -> None:
     """Applies FSDP2 to each layer and to the model."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import Shard
+
     # The logits of a linear layer are a view; who writes into them, writes into nothing of ours.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPOPT\w+\) returned a view")
     sizes = sizes_of(mesh)
@@ -281,7 +292,7 @@ def _shard_fully(model: "OPTPreTrainedModel", mesh: DeviceMesh) -> None:
         for spec in param_specs(model.config, model.head)
     }
 
-    def choose(parameter: nn.Parameter) -> Shard:
+    def choose(parameter: nn.Parameter) -> "Shard":
         return Shard(dims[parameter])
 
     for layer in model.get_decoder().layers:
@@ -305,7 +316,7 @@ def _outside(model: "OPTPreTrainedModel") -> Iterable[nn.Module]:
 def _wake(model: Any) -> None:
     """Gathers the weights of no layer, where a part of the model is called before the model is."""
     weight = model.get_decoder().embed_positions.weight
-    if isinstance(weight, DTensor):
+    if is_spread(weight):
         model._gather_rest()
 
 

@@ -126,7 +126,7 @@ def packed(model: nn.Module, new_tokens: int) -> Iterator[None]:
         model: The model; its weights must not change meanwhile.
         new_tokens: Tokens to generate.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    layers = [m for m in model.modules() if type(m) is nn.Linear]
     size = sum(layer.weight.nbytes for layer in layers if layer not in _KEPT)
     useful = (
         _private.mkldnn_reorder is not None

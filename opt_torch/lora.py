@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from opt_core.dialects import TORCH
 from opt_core.params import ParamSpec
@@ -184,7 +183,7 @@ def _fit(model: "OPTPreTrainedModel") -> None:
 
 def _adapted(base: nn.Linear, adapter: Adapter) -> LoraLinear:
     """A layer with an adapter; on a mesh the very same one, which PyTorch's hooks are on."""
-    if not isinstance(base.weight, DTensor):
+    if not sharding.is_spread(base.weight):
         return LoraLinear(base, adapter)
     layer: Any = base
     layer.__class__ = LoraLinear
@@ -193,7 +192,7 @@ def _adapted(base: nn.Linear, adapter: Adapter) -> LoraLinear:
 
 
 def _bare(layer: LoraLinear) -> nn.Linear:
-    if isinstance(layer.weight, DTensor):
+    if sharding.is_spread(layer.weight):
         plain: Any = layer
         del plain.lora_A, plain.lora_B, plain.adapter, plain.unmerged
         plain.__class__ = nn.Linear

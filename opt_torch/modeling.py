@@ -1,5 +1,7 @@
 """The models: what all share, the decoder alone, and the language model."""
 
+import functools
+import sys
 from collections.abc import Callable
 from os import PathLike
 from typing import Any, Self, Unpack
@@ -207,8 +209,14 @@ class OPTModel(OPTPreTrainedModel):
 class OPTForCausalLM(GenerationMethods, CausalLMMixin, OPTPreTrainedModel):
     """The language model: the next token's logits."""
 
-    # Python runs between the steps: within a compiled function it stays outside of the graph.
-    generate: Any = torch.compiler.disable(CausalLMMixin.generate)
+    @functools.wraps(CausalLMMixin.generate)
+    def generate(self, *arguments: Any, **options: Any) -> Any:  # noqa: D102 - from `wraps`
+        # Python runs between the steps: within a compiled function it stays outside of the graph.
+        # Where nothing is compiled, PyTorch's compiler is not imported: that takes a second.
+        run = super().generate
+        if "torch._dynamo" in sys.modules:
+            run = torch.compiler.disable(run)
+        return run(*arguments, **options)
 
     def _make_layers(self) -> None:
         super()._make_layers()

@@ -87,9 +87,6 @@ class OffloadedLinear(nn.Linear):
         with self.room.widened(weight.detach(), input.dtype) as wide:
             return multiply(input, wide, bias)
 
-    def pack(self) -> None:
-        """Packs nothing: the weight stays where it is."""
-
 
 class OffloadedEmbedding(nn.Embedding):
     """A table that lies in a file."""

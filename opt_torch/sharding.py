@@ -6,17 +6,17 @@ PyTorch has one process per device, which `torchrun` starts; all of them run the
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, Shard
 
 from opt_core import mesh as rules
 from opt_core.errors import ConfigError, OPTError
@@ -24,6 +24,9 @@ from opt_core.mesh import AXES
 from opt_core.roll_call import RollCall, loss
 from opt_core.team import Team
 from opt_core.training.microbatches import Batch, count_labels
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _stores: Any = dist
 """Its stores, which are documented but written in C++: type checkers do not find them."""
@@ -81,6 +84,12 @@ def check_mesh(mesh: DeviceMesh | None) -> None:
         )
 
 
+def is_spread(values: Any) -> "TypeGuard[DTensor]":
+    """Whether a tensor lies on a mesh, found out without a second's import where nothing does."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(values, module.DTensor)
+
+
 def sizes_of(mesh: DeviceMesh) -> dict[str, int]:
     """The sizes of a mesh by axis."""
     return dict(zip(AXES, mesh.shape, strict=True))
@@ -124,7 +133,7 @@ def own_rows(batch: Batch, mesh: DeviceMesh, is_language_model: bool) -> OwnRows
         is_language_model: As in `count_labels`.
     """
     sizes, place, ids = sizes_of(mesh), place_of(mesh), batch["input_ids"]
-    if isinstance(ids, DTensor):
+    if is_spread(ids):
         own = {name: values.to_local() for name, values in batch.items()}
         count = torch.tensor(count_labels(own, is_language_model), device=ids.device)
         axes, total = ("data", "fsdp"), int(sum_rows(count, mesh))
@@ -149,6 +158,8 @@ def spread_rows(batch: Batch, mesh: DeviceMesh | None) -> Batch:
     """
     if mesh is None:
         return batch
+    from torch.distributed.tensor import DTensor, Shard
+
     device, where = mesh_device(mesh), mesh["data", "fsdp"]
     return {
         name: DTensor.from_local(torch.as_tensor(values, device=device), where, [Shard(0)] * 2)

@@ -101,6 +101,7 @@ OWN_NAMES = {
     "sharding.py": {
         "PyTorch and JAX have processes": {"Processes", "row_parts", "spread_rows"},
         "JAX' processes meet by themselves, torchrun brings PyTorch's together": {"connect"},
+        "PyTorch's tensors on a mesh are of another class": {"is_spread"},
         "how long they wait for one another": {"HEARTBEAT", "LOST"},
         "PyTorch's processes ask where they are, and add up": {
             *("sizes_of", "place_of", "mesh_device", "OwnRows", "own_rows", "sum_rows", "agree"),

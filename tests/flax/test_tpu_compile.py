@@ -1,8 +1,8 @@
 """The TPU compiler takes our programs, and they are what we think they are; no TPU is needed."""
 
 import importlib.util
+import math
 import os
-from functools import partial
 
 import pytest
 
@@ -13,13 +13,14 @@ if importlib.util.find_spec("libtpu") is None:
 import jax
 import jax.numpy as jnp
 
-from benchmarks import tpu_compile
+from benchmarks import compiled_programs, tpu_compile
 from opt_flax import attention
 from tests.support.configs import CONFIGS
 
 CONFIG = CONFIGS["pre_ln"].replace(
     vocab_size=999, hidden_size=256, num_hidden_layers=2, ffn_dim=512
 )
+TPU = tpu_compile.TPU()
 WEIGHT = 256 * 256 * 2
 """Bytes of the smallest weight of a layer."""
 
@@ -43,21 +44,21 @@ def precision_of_tpu_programs():
 @pytest.fixture
 def small(monkeypatch):
     """Programs for 4 rows of 256 slots."""
-    monkeypatch.setattr(tpu_compile, "ROWS", 4)
-    monkeypatch.setattr(tpu_compile, "LENGTH", 256)
+    monkeypatch.setattr(compiled_programs, "ROWS", 4)
+    monkeypatch.setattr(compiled_programs, "LENGTH", 256)
 
 
 def rows_of(lower, chip, sizes):
-    mesh = tpu_compile.make_mesh(chip, sizes)
-    row = partial(tpu_compile.Row, "tiny", chip, mesh.size, "")
-    return {
-        name: tpu_compile.describe(compiled, row(program=name, batch=4), chip)
-        for name, compiled in lower(CONFIG, mesh)
-    }
+    mesh, found = TPU.make_mesh(chip, sizes), {}
+    for name, compiled in lower(CONFIG, mesh, TPU.implementation):
+        row = TPU.row("tiny", chip, mesh.size, "", name, 4, memory=TPU.memory(chip))
+        compiled_programs.describe(TPU, compiled, row, CONFIG)
+        found[name] = row
+    return found
 
 
 def test_generation_compiles_for_four_chips(small):
-    found = rows_of(tpu_compile.lower_generation, "v5e", (1, 2, 2))
+    found = rows_of(compiled_programs.lower_generation, "v5e", (1, 2, 2))
     assert list(found) == ["prefill", "decode step", "decode loop"]
     for row in found.values():
         assert 0 < row.arguments + row.temporaries < row.memory
@@ -75,7 +76,7 @@ def test_generation_compiles_for_four_chips(small):
 
 @pytest.mark.slow  # the compiler is asked the same way for generation
 def test_training_compiles_for_two_chips(small):
-    (row,) = rows_of(partial(tpu_compile.lower_training, rows=4), "v6e", (1, 4, 1)).values()
+    (row,) = rows_of(compiled_programs.lower_training, "v6e", (1, 4, 1)).values()
     assert 0 < row.arguments + row.temporaries < row.memory
     assert row.seconds is None
     assert row.collectives["all-gather"]
@@ -84,14 +85,14 @@ def test_training_compiles_for_two_chips(small):
 @pytest.mark.slow  # what it computes is tested by its interpreter (test_flash_attention.py)
 @pytest.mark.parametrize("size", [64, 80, 128])
 def test_the_tpu_kernel_needs_a_tenth_of_the_memory(size):
-    mesh = tpu_compile.make_mesh("v5e", (1, 1, 1))
+    mesh = TPU.make_mesh("v5e", (1, 1, 1))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shape = (1, 16, 2048, size)
     states = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole)] * 3
     mask = jax.ShapeDtypeStruct((1, 2048), jnp.bool_, sharding=whole)
 
     def temporaries(function, *arguments):
-        return tpu_compile.temporaries(jax.jit(function).lower(*arguments).compile())
+        return compiled_programs.temporaries(jax.jit(function).lower(*arguments).compile())
 
     def kernel(q, k, v, mask=None):
         return attention.flash(q, k, v, None, mask, 0.0, mesh)
@@ -108,8 +109,8 @@ def test_the_tpu_kernel_needs_a_tenth_of_the_memory(size):
 
 
 def test_the_compiler_refuses_what_does_not_fit(monkeypatch):
-    monkeypatch.setitem(tpu_compile.MESHES, "opt-30b", {"v5e": "1x1x1 1x1x1"})
-    (row,) = tpu_compile.measure("opt-30b", "v5e", ("prefill",))
+    monkeypatch.setitem(tpu_compile.PLANS, "opt-30b", {"v5e": "1x1x1 1x1x1"})
+    (row,) = compiled_programs.measure(TPU, "opt-30b", "v5e", ("prefill",))
     assert row.error is not None
     assert "memory" in row.error
     assert row.seconds is None
@@ -122,22 +123,9 @@ def test_the_compilers_estimate_is_completed(stated, least, seconds):
     assert tpu_compile.estimate(stated, least) == pytest.approx(seconds)
 
 
-def test_collectives_are_counted_once():
-    text = """
-      %a = bf16[8,128]{1,0} all-reduce(%x), replica_groups={}
-      %b = (bf16[2,4]{1,0}, bf16[16,4]{1,0}) all-gather-start(%a), dimensions={0}
-      %c = bf16[16,4]{1,0} all-gather-done(%b)
-    """
-    assert tpu_compile.count_collectives(text) == {"all-reduce": 1, "all-gather": 1}
-    assert tpu_compile.largest_gather(text) == 16 * 4 * 2
-
-
 def test_every_official_size_has_a_plan():
-    for plans in tpu_compile.MESHES.values():
+    for plans in tpu_compile.PLANS.values():
         assert plans.keys() == tpu_compile.CHIPS.keys()
         for chip, plan in plans.items():
-            for sizes in plan.split():
-                chips = 1
-                for n in sizes.split("x"):
-                    chips *= int(n)
-                assert chips in tpu_compile.CHIPS[chip].slices
+            for meshes in compiled_programs.parse_plan(plan):
+                assert all(math.prod(sizes) in tpu_compile.CHIPS[chip].slices for sizes in meshes)
