@@ -16,6 +16,7 @@ from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.load import open_checkpoint
 from opt_core.checkpoints.save import INDEX_FILE
 from opt_core.compatibility.saving import SaveOptions
+from opt_core.compatibility.subclasses import make_model
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
 from opt_core.json_files import read_json, write_json
@@ -67,7 +68,9 @@ def from_pretrained(
         target = sharding.mesh_device(mesh)
     if attn_implementation == "flash_attention_2":
         attention.check_flash(target, wanted)
-    model = cls(source.config, seed=None, attn_implementation=attn_implementation, mesh=mesh)
+    model = make_model(
+        cls, source.config, seed=None, attn_implementation=attn_implementation, mesh=mesh
+    )
     if mesh is not None:
         distribution.materialize(model, mesh, wanted)
     for spec, values in source.stream(progress):
