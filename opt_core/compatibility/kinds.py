@@ -49,7 +49,7 @@ class TokenizerKind:
 
 def _restore(kind: Any, attributes: dict[str, Any]) -> Any:
     made: Any = kind.__new__(kind)
-    vars(made).update(attributes)
+    made.__dict__.update(attributes)
     return made
 
 
