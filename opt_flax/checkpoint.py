@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.tensors import cast_array
 from opt_core.compatibility.saving import SaveOptions, refuse_unsafe
+from opt_core.compatibility.subclasses import make_model
 from opt_core.dialects import NNX, follow
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
@@ -70,7 +71,10 @@ def from_pretrained(
     wanted = _as_dtype(source.dtype)
     if attn_implementation == "flash_attention_2":
         attention.check_flash(attention.platform_of(mesh), wanted)
-    model = cls(source.config, None, attn_implementation, scan_layers, mesh)
+    model = make_model(
+        cls, source.config, seed=None, attn_implementation=attn_implementation,
+        scan_layers=scan_layers, mesh=mesh,
+    )  # fmt: skip
     groups = {spec.name: group for group in _groups(model) for spec in group}
     waiting: dict[str, NDArray[Any]] = {}
     for spec, values in source.stream(progress):

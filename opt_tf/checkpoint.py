@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.tensors import cast_array, float_dtype
 from opt_core.compatibility.saving import SaveOptions, refuse_unsafe
+from opt_core.compatibility.subclasses import make_model
 from opt_core.config_checks import DTYPES
 from opt_core.dialects import KERAS
 from opt_core.initialization import initial_value
@@ -50,7 +51,10 @@ def from_pretrained(
     source.check_place("tf.device")
     source.check_in_memory()
     policy = keras.dtype_policies.get(source.dtype)
-    model = cls(source.config, None, attn_implementation, source.quantize, dtype=policy)
+    model = make_model(
+        cls, source.config, seed=None, attn_implementation=attn_implementation,
+        quantize=source.quantize, dtype=policy,
+    )  # fmt: skip
     for spec, values in source.stream(progress):
         if isinstance(values, QuantizedTensor):
             quantization.set_quantized(model, spec, values)

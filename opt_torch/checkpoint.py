@@ -17,6 +17,7 @@ from opt_core.checkpoints.load import open_checkpoint
 from opt_core.checkpoints.offload import make_read_ahead, stays_in_file
 from opt_core.checkpoints.save import INDEX_FILE
 from opt_core.compatibility.saving import SaveOptions
+from opt_core.compatibility.subclasses import make_model
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
 from opt_core.json_files import read_json, write_json
@@ -74,7 +75,9 @@ def from_pretrained(
         attention.check_flash(target, wanted)
     available = available_memory()
     stays = source.must_offload(_obstacle(source, target, mesh), available)
-    model = cls(source.config, seed=None, attn_implementation=attn_implementation, mesh=mesh)
+    model = make_model(
+        cls, source.config, seed=None, attn_implementation=attn_implementation, mesh=mesh
+    )
     if stays:
         offloading.prepare(model, wanted)
     if mesh is not None:

@@ -43,7 +43,7 @@ def test_outputs_and_caches_show_shapes_not_numbers(model):
 
 def test_a_generation_config_shows_what_was_set():
     assert repr(GenerationConfig(do_sample=True, top_k=5)) == (
-        'GenerationConfig {\n  "do_sample": true,\n  "top_k": 5\n}\n'
+        'GenerationConfig {\n  "do_sample": true,\n  "top_k": 5\n}'
     )
 
 

@@ -15,6 +15,11 @@ _OTHERS = re.compile(
     r"(?!adapter_|training_args|optimizer|scheduler|random_states|scaler|pytorch_model_fsdp)"
     r"[\w.-]+\.(safetensors|bin)"
 )
+_FOREIGN = {
+    ".gguf": "llama.cpp's", ".onnx": "ONNX", ".ort": "ONNX Runtime's", ".ot": "Rust's",
+    ".tflite": "LiteRT's", ".engine": "TensorRT's", ".mlmodel": "Core ML's", ".xml": "OpenVINO's",
+}  # fmt: skip
+"""Kinds of files that are not read: programs, or weights rounded for one program."""
 _OF_TRAINERS = ("latest", ".metadata", "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin")
 _MAX_ENTRIES = 1000
 _SHOWN = 8
@@ -36,6 +41,11 @@ def _hints(folder: Path, names: Collection[str]) -> Iterator[str]:
     found = sorted({path.name for pattern in _CONVERTIBLE for path in folder.glob(pattern)})
     if found:
         yield f"found {', '.join(found[:_SHOWN])}: `opt-lm convert` reads these"
+    files = [*_some(folder), *folder.glob("onnx/*.onnx")]
+    if foreign := sorted(path for path in files if path.suffix in _FOREIGN):
+        first = foreign[0].relative_to(folder).as_posix()
+        kind = _FOREIGN[foreign[0].suffix]
+        yield f"{first} is {kind} format, which is not read: take the model it was made from"
     alone = sorted(path.name for path in _some(folder) if _OTHERS.fullmatch(path.name))
     if alone:
         yield f"found {', '.join(alone[:_SHOWN])}: give the path of the file if it is the model"

@@ -27,7 +27,7 @@ class OutputKind:
         return False
 
     @property
-    def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The class of `transformers` that the output stands for, if its owner is there."""
         base = _theirs("transformers.utils.generic", "ModelOutput")
         if base is None or self._is_compiled():
@@ -39,7 +39,7 @@ class TokenizerKind:
     """A tokenizer counts as one over the `tokenizers` library, which is what programs look for."""
 
     @property
-    def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`transformers`' fast tokenizer, or its base, if it is there."""
         return next(filter(None, (_theirs(*place) for place in _TOKENIZERS)), type(self))
 
@@ -47,9 +47,9 @@ class TokenizerKind:
         return _restore, (type(self), vars(self))  # pickle's own way compares `__class__`
 
 
-def _restore(kind: type[Any], attributes: dict[str, Any]) -> Any:
-    made = kind.__new__(kind)
-    vars(made).update(attributes)
+def _restore(kind: Any, attributes: dict[str, Any]) -> Any:
+    made: Any = kind.__new__(kind)
+    made.__dict__.update(attributes)
     return made
 
 

@@ -76,7 +76,7 @@ class AttentionNames:
 
     @property
     def scaling(self) -> float:
-        """What queries are multiplied by."""
+        """The factor that queries are multiplied by."""
         return self.head_dim**-0.5
 
 

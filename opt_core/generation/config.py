@@ -5,6 +5,7 @@ Everything is checked before anything runs.
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -183,7 +184,8 @@ class GenerationConfig(SettingsMethods):
         self.keep(name, value, line)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} {self.to_json_string()}"
+        values = json.dumps(self.to_diff_dict(), indent=2, sort_keys=True, default=str)
+        return f"{type(self).__name__} {values}"
 
     def __hash__(self) -> int:
         # Flax' programs are told apart by a model's attributes.

@@ -179,8 +179,9 @@ def _finish(
 
 def _own_names(settings: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Special tokens by names of their own, as multimodal models have them."""
-    entries = {k: v for k, v in settings.items() if k.endswith("_token") and k not in NAMES}
-    entries = {k: v for k, v in entries.items() if isinstance(v, str | dict)}
+    entries: dict[str, Any] = {
+        k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str | dict)
+    }
     entries |= _object(settings.get("extra_special_tokens"))
     path = folder / "tokenizer_config.json"
     return {name: token_text(token, path) for name, token in entries.items() if name not in NAMES}

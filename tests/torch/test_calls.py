@@ -1,7 +1,9 @@
 """PyTorch's own side of code written for `transformers`: its caches, compilers, autograd."""
 
 import copy
+import sys
 import warnings
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -107,6 +109,17 @@ def test_the_loop_compiles_as_one_graph(model, right):
         first = step(IDS[:, :4])
         close(first.logits, right[:, :4])
         close(step(IDS[:, 4:], past_key_values=first.past_key_values).logits, right[:, 4:])
+
+
+def test_a_program_compiles_where_transformers_is_imported(model, right, monkeypatch):
+    """Dynamo takes an object's `__class__` for its type, which outputs have another one of."""
+    stand_in: Any = ModuleType("transformers.utils.generic")
+    stand_in.ModelOutput = type("ModelOutput", (), {"__init__": None})
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    with torch.no_grad():
+        out: Any = torch.compile(model, fullgraph=True, backend="eager")(IDS)
+    close(out.logits, right)
+    assert isinstance(out, stand_in.ModelOutput)
 
 
 def test_the_forward_pass_is_traced(model, right):

@@ -114,6 +114,21 @@ def test_folders_without_weights(tmp_path):
     refused("hold no tensors")
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model-q4_0.gguf", "llama.cpp's"),
+        ("onnx/decoder.onnx", "ONNX"),
+        ("rust_model.ot", "Rust's"),
+    ],
+)
+def test_formats_of_other_programs_are_named(tmp_path, name, kind):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=f"{name} is {kind} format, which is not read: take"):
+        open_checkpoint(tmp_path)
+
+
 def test_paths_that_are_no_checkpoint(tmp_path):
     (tmp_path / "model.pt").touch()
     with pytest.raises(CheckpointError, match=r"model\.pt: expected a folder, .*opt-lm convert"):

@@ -8,6 +8,7 @@ import pytest
 from opt_core import GenerationConfig
 from opt_core.compatibility.caches import REFUSED as CACHE_REFUSED
 from opt_core.compatibility.names import REFUSED
+from opt_core.compatibility.subclasses import make_model
 from opt_core.errors import ArgumentError, GenerationError, InputError, UnsupportedError
 from opt_core.params import POSITION_OFFSET
 from tests.support.configs import CONFIGS
@@ -215,6 +216,22 @@ def test_a_decoder_called_as_a_model_says_which_model(model):
     for call in (lambda: decoder(IDS), lambda: decoder(input_ids=IDS)):
         with pytest.raises(ArgumentError, match=r"Decoder: the decoder takes .* model\.model\("):
             call()
+
+
+def test_a_class_of_ones_own_takes_the_configuration_alone(backend, folder):
+    base = type(backend.load(folder(CONFIG)))
+
+    class Scored(base):
+        def __init__(self, config):
+            super().__init__(config)
+            self.kept = config.hidden_size
+
+    made = Scored.from_pretrained(folder(CONFIG), attn_implementation="eager")
+    assert (made.kept, made.attn_implementation) == (CONFIG.hidden_size, "eager")
+    expected = backend.run(backend.load(folder(CONFIG)), input_ids=IDS).logits
+    np.testing.assert_allclose(backend.run(made, input_ids=IDS).logits, expected, atol=1e-5)
+    with pytest.raises(ArgumentError, match=r"Scored\.__init__ takes no quantize=; write"):
+        make_model(Scored, CONFIG, seed=None, quantize="int8")
 
 
 def test_a_legacy_cache_is_there_when_it_is_asked_for(model):
