@@ -107,7 +107,7 @@ def from_pretrained(
 def _obstacle(
     source: pretrained.Pretrained, target: torch.device, mesh: DeviceMesh | None
 ) -> str | None:
-    """What there is against leaving a model's weights in their files."""
+    """The reason for which a model's weights cannot stay in their files, or None."""
     if source.quantize is not None:
         return f"expected quantize=None, received {source.quantize!r}"
     if mesh is not None:
