@@ -50,7 +50,7 @@ def test_one_program_per_bucket(folder):
     run(9, 2, temperature=1.5, max_new_tokens=11, min_new_tokens=3)
     run(20, 2**40, temperature=1.0001, max_new_tokens=2, min_new_tokens=1)
     assert compiled() == before
-    run(30, 3, temperature=2.0, max_new_tokens=5, min_new_tokens=1)  # 35 slots: the next bucket
+    run(30, 3, temperature=2.0, max_new_tokens=40, min_new_tokens=1)  # the next bucket
     assert compiled() == {name: count + 1 for name, count in before.items()}
     before = compiled()
     run(9, 4, padded=True, temperature=0.5, max_new_tokens=6, min_new_tokens=2)
