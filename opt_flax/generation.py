@@ -95,7 +95,8 @@ def generate(model: "FlaxOPTForCausalLM", request: Request) -> Array:
     if request.settings.stops:  # texts are watched on the host
         return jnp.asarray(request.join(stream(model, request)))
     graph, state, rows, rules = _start(model, request)
-    rows = _loop(graph, state, rows, rules)
+    if request.new_tokens > 1 or model.mesh is not None:  # which brings the rows together, too
+        rows = _loop(graph, state, rows, rules)
     length = request.ids.shape[1] + int(rows.made)
     return jnp.asarray(np.asarray(rows.history)[:, :length])
 

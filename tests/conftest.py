@@ -46,6 +46,19 @@ if importlib.util.find_spec("triton"):
     importlib.import_module("triton")
 
 
+# Three frameworks and thousands of tests are millions of objects, which Python's collector would go
+# through hundreds of times: it rests while they come, and leaves them out afterwards.
+gc.disable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 10)
+    gc.enable()
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     deal(items, BACKENDS)

@@ -73,8 +73,9 @@ def test_it_writes_in_english_words(backend):
     assert len(set(words)) > 60, text
 
 
+# That logits and the mean loss are alike in all backends is shown on small models.
 @pytest.mark.parametrize(
-    "backend", tiered(BACKENDS, lambda name: name in ("torch", "flax")), indirect=True
+    "backend", tiered(BACKENDS, lambda name: name == "torch"), indirect=True
 )
 @pytest.mark.xla  # TensorFlow's graphs take fifty times as long for these batches
 @pytest.mark.skipif(

@@ -10,24 +10,26 @@ from tests.support.reference import make_mask, make_prompts, tensors
 from tests.support.tiers import tiered
 
 pytestmark = [pytest.mark.hf, pytest.mark.dealt]
+CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=1)
+"""One layer: what is watched comes after the last."""
 CLOSE = 1e-4
 """Of scores that eight tokens' float32 rounding went into."""
 EOS = list(range(40, 50))
 MASK = make_mask("left", [8, 3, 6])
-WHOLE = make_prompts(CONFIGS["pre_ln"], 3, 8, seed=7)
+WHOLE = make_prompts(CONFIG, 3, 8, seed=7)
 IDS = np.where(MASK, WHOLE, 1)
 COMMON = {"pad_token_id": 1, "eos_token_id": EOS, "max_new_tokens": 8}
 
 
 @pytest.fixture
 def model(backend, folder):
-    return backend.load(folder("pre_ln"))
+    return backend.load(folder(CONFIG))
 
 
 @pytest.fixture
 def theirs(folder):
     transformers = pytest.importorskip("transformers")
-    made = transformers.OPTForCausalLM.from_pretrained(folder("pre_ln"), dtype="float32").eval()
+    made = transformers.OPTForCausalLM.from_pretrained(folder(CONFIG), dtype="float32").eval()
     made.generation_config.eos_token_id = EOS
     return made
 
@@ -200,7 +202,7 @@ def test_contrastive_search_is_its_formula(backend, model):
     alpha, k, new = 0.6, 4, 6
     settings = {"eos_token_id": None, "max_new_tokens": new, "penalty_alpha": alpha, "top_k": k}
     out = backend.generate(model, IDS, attention_mask=MASK, **settings)
-    config = CONFIGS["pre_ln"]
+    config = CONFIG
     params = oracle.random_params(config)
     for row, mask in zip(out, MASK, strict=True):
         text = row[np.concatenate([mask > 0, np.ones(new, bool)])]

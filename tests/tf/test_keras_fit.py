@@ -21,6 +21,9 @@ from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
 from tests.support.tf_models import QUIET, history_of, model_of
 
+NO_XLA: dict[str, Any] = {"jit_compile": False}
+"""Keras' own default compiles by XLA, for seconds each; three tests below leave it so."""
+
 
 def test_ids_alone_are_labels_too(folder):
     ids = make_prompts(QUIET, 8, 12)
@@ -36,7 +39,9 @@ def test_ids_alone_are_labels_too(folder):
         (tf.data.Dataset.from_tensor_slices(named).batch(4),),
     ):
         model = model_of(folder, QUIET)
-        model.compile(optimizer=keras.optimizers.Adam(1e-3), run_eagerly=len(histories) > 0)
+        # The first as a graph, the others without.
+        way: Any = {"run_eagerly": True} if histories else NO_XLA
+        model.compile(optimizer=keras.optimizers.Adam(1e-3), **way)
         batch = {} if isinstance(data[0], tf.data.Dataset) else {"batch_size": 4}
         fitted = model.fit(*data, epochs=2, verbose=0, shuffle=False, **batch)
         histories.append(fitted.history["loss"])
@@ -63,6 +68,7 @@ def test_a_loss_of_keras_sees_the_logits(folder):
         optimizer="adam",
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
+        **NO_XLA,
     )
     history = history_of(model, ids, following, sample_weight=np.ones((8, 12)))
     assert history["loss"][-1] < history["loss"][0]
@@ -73,7 +79,7 @@ def test_heads_are_fitted(folder):
     ids = make_prompts(QUIET, 16, 9)
     head = "sequence_classification"
     model: Any = opt_tf.TFOPTForSequenceClassification.from_pretrained(folder(QUIET, head))
-    model.compile(optimizer=keras.optimizers.Adam(3e-3), metrics=["accuracy"])
+    model.compile(optimizer=keras.optimizers.Adam(3e-3), metrics=["accuracy"], **NO_XLA)
     classes = ids[:, 3] % 2
     assert history_of(model, ids, classes, epochs=15)["accuracy"][0] < 1
     assert model.evaluate(ids, classes, verbose=0)[1] == 1
@@ -83,7 +89,7 @@ def test_heads_are_fitted(folder):
     answers: Any = opt_tf.TFOPTForQuestionAnswering.from_pretrained(
         folder(QUIET, "question_answering")
     )
-    answers.compile(optimizer=keras.optimizers.Adam(1e-3))
+    answers.compile(optimizer=keras.optimizers.Adam(1e-3), **NO_XLA)
     starts = ids[:, 3] % 9
     inputs = {"input_ids": ids, "start_positions": starts, "end_positions": starts}
     history = history_of(answers, inputs)
