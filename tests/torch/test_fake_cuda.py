@@ -47,7 +47,7 @@ def waits_of(waits, model, **settings):
     tiered(
         itertools.product(CONFIGS, ["sdpa", "eager"], CLASSES),
         lambda variant, attention, head: (
-            attention == "sdpa" and (variant == "pre_ln" or head == "causal_lm")
+            (attention == "sdpa" and (variant == "pre_ln" or head == "causal_lm"))
             or (variant, head) == ("pre_ln", "causal_lm")
         ),
     ),

@@ -10,8 +10,8 @@ import torch
 
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_prompts
-from tests.support.torch_models import model_of
 from tests.support.tiers import tiered
+from tests.support.torch_models import model_of
 
 
 def test_dropout_is_on_in_training_mode_only(folder):
