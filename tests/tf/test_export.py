@@ -35,12 +35,6 @@ EXPORTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def graphs(monkeypatch):
-    """Exports are compared with the same graphs, which XLA need not compile."""
-    monkeypatch.setattr("opt_tf.compilation.JIT_COMPILE", False)
-
-
 SERVE = """
     import sys
     class Blocked:

@@ -21,9 +21,6 @@ from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
 from tests.support.tf_models import QUIET, history_of, model_of
 
-NO_XLA: dict[str, Any] = {"jit_compile": False}
-"""Keras' own default compiles by XLA, for seconds each; three tests below leave it so."""
-
 
 def test_ids_alone_are_labels_too(folder):
     ids = make_prompts(QUIET, 8, 12)
@@ -39,9 +36,7 @@ def test_ids_alone_are_labels_too(folder):
         (tf.data.Dataset.from_tensor_slices(named).batch(4),),
     ):
         model = model_of(folder, QUIET)
-        # The first as a graph, the others without.
-        way: Any = {"run_eagerly": True} if histories else NO_XLA
-        model.compile(optimizer=keras.optimizers.Adam(1e-3), **way)
+        model.compile(optimizer=keras.optimizers.Adam(1e-3), run_eagerly=len(histories) > 0)
         batch = {} if isinstance(data[0], tf.data.Dataset) else {"batch_size": 4}
         fitted = model.fit(*data, epochs=2, verbose=0, shuffle=False, **batch)
         histories.append(fitted.history["loss"])
@@ -68,7 +63,6 @@ def test_a_loss_of_keras_sees_the_logits(folder):
         optimizer="adam",
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        **NO_XLA,
     )
     history = history_of(model, ids, following, sample_weight=np.ones((8, 12)))
     assert history["loss"][-1] < history["loss"][0]
@@ -79,7 +73,7 @@ def test_heads_are_fitted(folder):
     ids = make_prompts(QUIET, 16, 9)
     head = "sequence_classification"
     model: Any = opt_tf.TFOPTForSequenceClassification.from_pretrained(folder(QUIET, head))
-    model.compile(optimizer=keras.optimizers.Adam(3e-3), metrics=["accuracy"], **NO_XLA)
+    model.compile(optimizer=keras.optimizers.Adam(3e-3), metrics=["accuracy"])
     classes = ids[:, 3] % 2
     assert history_of(model, ids, classes, epochs=15)["accuracy"][0] < 1
     assert model.evaluate(ids, classes, verbose=0)[1] == 1
@@ -89,7 +83,7 @@ def test_heads_are_fitted(folder):
     answers: Any = opt_tf.TFOPTForQuestionAnswering.from_pretrained(
         folder(QUIET, "question_answering")
     )
-    answers.compile(optimizer=keras.optimizers.Adam(1e-3), **NO_XLA)
+    answers.compile(optimizer=keras.optimizers.Adam(1e-3))
     starts = ids[:, 3] % 9
     inputs = {"input_ids": ids, "start_positions": starts, "end_positions": starts}
     history = history_of(answers, inputs)
@@ -105,6 +99,7 @@ def test_heads_are_fitted(folder):
         history_of(plain, ids)
 
 
+@pytest.mark.xla
 def test_predict_gives_the_logits(folder):
     model, ids = model_of(folder), make_prompts(CONFIGS["pre_ln"], 5, 9)
     logits = model.predict(ids, batch_size=2, verbose=0)
@@ -114,6 +109,7 @@ def test_predict_gives_the_logits(folder):
     assert [x.shape for x in answers.predict(ids, verbose=0)] == [(5, 9)] * 2
 
 
+@pytest.mark.xla
 def test_fit_is_a_loop_with_a_tape_is_torch(folder):
     """Step for step: the losses, and the parameters at the end."""
     # An epsilon above the gradients' rounding noise, of which AdamW would make steps.
@@ -150,6 +146,7 @@ def test_fit_is_a_loop_with_a_tape_is_torch(folder):
                 )
 
 
+@pytest.mark.xla
 def test_ids_outside_the_vocabulary_are_refused_or_spoil_everything(folder):
     """XLA can refuse nothing and would take the nearest row: no plausible number may come out."""
     ids = make_prompts(QUIET, 4, 6)
