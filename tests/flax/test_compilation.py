@@ -3,13 +3,16 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("jax")
 
+import jax
 
 from opt_core.training.config import TrainConfig
 from opt_flax import beam, compilation, generation, speculative, training
+from opt_flax.programs import SMALL, Program
 from tests.support.configs import CONFIGS
 from tests.support.flax_models import model_of
 from tests.support.reference import make_mask, make_prompts
@@ -94,3 +97,14 @@ def test_a_training_step_updates_in_place(folder):
     assert STEP._cache_size() == compiled + 1
     model.eval()
     assert math.isfinite(model(ids, labels=ids).loss)
+
+
+def test_little_is_compiled_quickly():
+    """Alone on a CPU; what is part of another program is compiled as that is."""
+    program = Program(lambda x: 2 * x + 1)
+    for count in (8, SMALL, SMALL + 1):
+        np.testing.assert_array_equal(program(np.ones(count, np.float32)), np.full(count, 3))
+    assert (program._quickly._cache_size(), program._well._cache_size()) == (2, 1)
+    assert program._cache_size() == 3
+    np.testing.assert_array_equal(jax.jit(program)(np.ones(2, np.float32)), [3, 3])
+    assert program._quickly._cache_size() == 2
