@@ -5,6 +5,7 @@ from functools import update_wrapper
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 SMALL = 1 << 20
 """Numbers that go into a program, weights and all, up to which a CPU's is compiled quickly."""
@@ -27,8 +28,8 @@ class Program:
 
     def __init__(self, function: Callable[..., Any], **options: Any):
         """Compiles nothing yet; the options are those of `jax.jit`."""
-        self._well = jax.jit(function, **options)
-        self._quickly = jax.jit(function, compiler_options=QUICKLY, **options)
+        self._well: Any = jax.jit(function, **options)
+        self._quickly: Any = jax.jit(function, compiler_options=QUICKLY, **options)
         self.lower = self._well.lower
         update_wrapper(self, function)
 
@@ -46,6 +47,6 @@ def _is_small(args: Any) -> bool:
     numbers = 0
     for leaf in jax.tree.leaves(args):
         numbers += getattr(leaf, "size", 0)
-        if numbers > SMALL or isinstance(leaf, jax.core.Tracer):
+        if numbers > SMALL or isinstance(leaf, Tracer):
             return False
     return jax.default_backend() == "cpu"
