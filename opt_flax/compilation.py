@@ -17,6 +17,7 @@ from opt_core.generation.request import Request, bucket, pad_right
 from opt_core.generation.rules import Rules
 from opt_flax.cache import KVCache
 from opt_flax.generation.prefill import copy_rows, prefill_prompts
+from opt_flax.programs import Program
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
@@ -79,7 +80,7 @@ def read_prompts(
     return copy_rows(logits, cache, copies, model.mesh)
 
 
-@partial(jax.jit, static_argnames=("graph", "chunk", "slots"))
+@partial(Program, static_argnames=("graph", "chunk", "slots"))
 def _read_prompts(
     graph: Any, state: Any, prompts: Prompts, chunk: int | None, slots: int
 ) -> tuple[Array, KVCache]:

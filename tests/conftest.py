@@ -46,6 +46,19 @@ if importlib.util.find_spec("triton"):
     importlib.import_module("triton")
 
 
+# Three frameworks and thousands of tests are millions of objects, which Python's collector would go
+# through hundreds of times: it rests while they come, and leaves them out afterwards.
+gc.disable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+    gc.enable()
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     deal(items, BACKENDS)
@@ -68,11 +81,14 @@ def graphs_where_xla_is_not_asked_for(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """XLA compiles each of TensorFlow's programs for seconds; their graphs run at once."""
-    asked = request.node.get_closest_marker("xla")
-    if not asked and "backend" in request.fixturenames:
+    is_tf = request.path.parent.name == "tf"
+    if "backend" in request.fixturenames:
         backend = request.getfixturevalue("backend")
-        if isinstance(backend, Backend) and backend.name == "tf":
-            monkeypatch.setattr("opt_tf.compilation.JIT_COMPILE", False)
+        is_tf = isinstance(backend, Backend) and backend.name == "tf"
+    if is_tf and not request.node.get_closest_marker("xla"):
+        monkeypatch.setattr("opt_tf.compilation.JIT_COMPILE", False)
+        # Keras has XLA compile what it fits, unless it is told otherwise.
+        monkeypatch.setattr("keras.src.trainers.trainer.model_supports_jit", lambda model: False)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -31,6 +31,7 @@ OWN_FILES = {
     },
     "opt_flax": {
         "compilation.py": "generation is compiled by XLA",
+        "programs.py": "how well XLA compiles is chosen program by program",
         "training_checkpoints.py": "Orbax' checkpoints of a training on a mesh",
     },
 }

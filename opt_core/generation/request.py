@@ -83,7 +83,8 @@ class Request:
     @property
     def slots(self) -> int:
         """Slots S that a compiled program has for prompts and new tokens."""
-        return bucket(self.ids.shape[1] + self.new_tokens)
+        # No fewer than the second bucket: empty slots cost less than one more program.
+        return max(bucket(self.ids.shape[1] + self.new_tokens), _BUCKETS[1])
 
     @property
     def chunk(self) -> int | None:

@@ -27,6 +27,8 @@ _FEWEST_WORDS = 8
 _SHORTEST = 4
 _ALWAYS = 2.0
 """A sum of probabilities that is never reached: nothing is left out."""
+_NEVER = 2**30
+"""A number of new tokens that is never reached."""
 
 
 class Structure(NamedTuple):
@@ -90,7 +92,7 @@ NUMBERS: Mapping[str, str] = {
     "no_repeat_ngram_size": "0 is off",
     "min_length": "",
     "min_new_tokens": "",
-    "forced_end": "bool (V,), the only ids for the last new token",
+    "forced_end": "bool (V,), the only ids for the last new token; none: any may come",
     "decay_start": "new tokens from which on the end grows likelier",
     "decay_factor": "by this factor with each token",
     "is_repaired": "True: logits that are no numbers are replaced",
@@ -242,10 +244,11 @@ def _ends(request: Request, is_compiled: bool) -> dict[str, Any]:
     if is_compiled or (settings.eos_ids and (settings.min_length or fewest)):
         numbers["min_length"] = np.int32(settings.min_length)
         numbers["min_new_tokens"] = np.int32(fewest)
-    if settings.forced_eos_ids:
+    if is_compiled or settings.forced_eos_ids:
         numbers["forced_end"] = np.isin(np.arange(request.vocab_size), settings.forced_eos_ids)
-    if settings.exponential_decay_length_penalty is not None:
-        start, factor = settings.exponential_decay_length_penalty
+    decay = settings.exponential_decay_length_penalty
+    if is_compiled or decay is not None:
+        start, factor = decay or (_NEVER, 1)
         numbers |= {"decay_start": np.int32(start), "decay_factor": np.float32(factor)}
     if settings.remove_invalid_values:
         numbers["is_repaired"] = np.bool_(True)
@@ -268,6 +271,6 @@ def _sampling(settings: GenerationConfig, is_compiled: bool) -> dict[str, Any]:
     if settings.top_h is not None:
         numbers["top_h"] = np.float32(settings.top_h)
     for name in ("epsilon_cutoff", "eta_cutoff"):
-        if getattr(settings, name):
+        if is_compiled or getattr(settings, name):
             numbers[name] = np.float32(getattr(settings, name))
     return numbers

@@ -20,6 +20,7 @@ from opt_flax.cache import KVCache
 from opt_flax.compilation import Prompts, read_prompts
 from opt_flax.generation import loop, sampling
 from opt_flax.generation.prefill import copy_rows, prefill_prompts
+from opt_flax.programs import Program
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def _start(model: "FlaxOPTForCausalLM", request: Request) -> tuple[Any, Any, _Se
     return graph, state, search, rules
 
 
-@partial(jax.jit, static_argnames="mesh", donate_argnames="cache")
+@partial(Program, static_argnames="mesh", donate_argnames="cache")
 def _open(
     logits_RV: Array,
     cache: KVCache,
@@ -223,7 +224,7 @@ def _choose(search: _Search, logits: Array, rules: Rules) -> tuple[_Search, Arra
     return search, scores
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames="search")
+@partial(Program, static_argnames="graph", donate_argnames="search")
 def _loop(graph: Any, state: Any, search: _Search, rules: Rules) -> _Search:
     """Tokens until no beam can become one of the best."""
     model = nnx.merge(graph, state)

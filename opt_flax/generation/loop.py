@@ -24,6 +24,7 @@ from opt_flax.cache import KVCache
 from opt_flax.compilation import Prompts, read_prompts
 from opt_flax.generation import sampling
 from opt_flax.generation.prefill import copy_rows, prefill_prompts
+from opt_flax.programs import Program
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def generate(model: "FlaxOPTForCausalLM", request: Request) -> Array:
     if request.settings.stops:  # texts are watched on the host
         return jnp.asarray(request.join(stream(model, request)))
     graph, state, rows, rules = _start(model, request)
-    rows = _loop(graph, state, rows, rules)
+    if request.new_tokens > 1 or model.mesh is not None:  # which brings the rows together, too
+        rows = _loop(graph, state, rows, rules)
     length = request.ids.shape[1] + int(rows.made)
     return jnp.asarray(np.asarray(rows.history)[:, :length])
 
@@ -167,7 +169,7 @@ def _start(model: "FlaxOPTForCausalLM", request: Request) -> tuple[Any, Any, _Ro
     return graph, state, rows, rules
 
 
-@partial(jax.jit, static_argnames="mesh", donate_argnames="cache")
+@partial(Program, static_argnames="mesh", donate_argnames="cache")
 def _open(
     logits_RV: Array,
     cache: KVCache,
@@ -208,13 +210,13 @@ def _advance(model: Any, rows: _Rows, rules: Rules) -> _Rows:
     return _choose(rows._replace(cache=cache), logits, rules, model.mesh)[0]
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames="rows")
+@partial(Program, static_argnames="graph", donate_argnames="rows")
 def _step(graph: Any, state: Any, rows: _Rows, rules: Rules) -> _Rows:
     """One more token per row."""
     return _advance(nnx.merge(graph, state), rows, rules)
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames="rows")
+@partial(Program, static_argnames="graph", donate_argnames="rows")
 def _loop(graph: Any, state: Any, rows: _Rows, rules: Rules) -> _Rows:
     """Tokens until there are enough of them or every row has ended."""
     model = nnx.merge(graph, state)

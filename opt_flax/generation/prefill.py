@@ -4,7 +4,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from opt_core.generation.request import Ids, Mask
 from opt_flax.cache import KVCache, init_cache
+from opt_flax.programs import Program
 
 if TYPE_CHECKING:
     from opt_flax.compilation import Prompts
@@ -44,7 +44,7 @@ def copy_rows(
     return (logits_BV, cache) if copies == 1 else _copy_rows(logits_BV, cache, copies, mesh)
 
 
-@partial(jax.jit, static_argnames=("copies", "mesh"))
+@partial(Program, static_argnames=("copies", "mesh"))
 def _copy_rows(logits_BV: Array, cache: KVCache, copies: int, mesh: Any) -> tuple[Array, KVCache]:
     rows = jnp.zeros((logits_BV.shape[0], copies), jnp.int32)
     return jnp.repeat(logits_BV, copies, 0), cache.regroup(rows, mesh)
@@ -144,7 +144,7 @@ def _empty_cache(model: "FlaxOPTForCausalLM", rows: int, slots: int) -> KVCache:
     return init_cache(model.config, rows, slots, model.dtype, model.mesh)
 
 
-@partial(jax.jit, static_argnames=("graph", "slots", "output_hidden_states", "output_attentions"))
+@partial(Program, static_argnames=("graph", "slots", "output_hidden_states", "output_attentions"))
 def _read(
     graph: Any, state: Any, ids_RT: Any, embeds_RTP: Array | None, mask_RT: Any,
     cache: KVCache | None, slots: int, output_hidden_states: bool, output_attentions: bool,

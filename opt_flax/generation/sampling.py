@@ -113,8 +113,8 @@ def ban_end(
 
 
 def force_tokens(logits_BV: Array, forced_V: Array, is_time: bool | Array) -> Array:
-    """Lets nothing but some tokens come, all alike, in the rows for which it is time."""
-    is_time = jnp.reshape(is_time, (-1, 1))
+    """Lets nothing but some tokens, if there are any, come in the rows for which it is time."""
+    is_time = jnp.reshape(is_time, (-1, 1)) & forced_V.any()
     return jnp.where(is_time, jnp.where(_widen(forced_V, logits_BV), 0, BANNED), logits_BV)
 
 

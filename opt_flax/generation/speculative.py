@@ -23,6 +23,7 @@ from opt_core.generation.speculation import Counts, Reader, Rows, speculate
 from opt_flax.cache import KVCache
 from opt_flax.compilation import read_prompts
 from opt_flax.generation import loop, sampling
+from opt_flax.programs import Program
 from opt_flax.sharding import replicate
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class _Reader(Reader):
         return _Place(np.int32(self.slots.length), mask, self.positions(count, newest))
 
 
-@partial(jax.jit, static_argnames="mesh")
+@partial(Program, static_argnames="mesh")
 def _open(
     logits_RV: Array, history: _History, rules: Rules, mesh: Mesh | None
 ) -> tuple[Array, Array]:
@@ -179,7 +180,7 @@ def _open(
     return replicate(token, mesh), replicate(scores.max(-1), mesh)
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames=("keys", "values"))
+@partial(Program, static_argnames="graph", donate_argnames=("keys", "values"))
 def _check(
     graph: Any, state: Any, keys: tuple[Array, ...], values: tuple[Array, ...], place: _Place,
     ids_RT: Array, counts_R: Array, probs_RGV: Array | None, history: _History,
@@ -195,7 +196,7 @@ def _check(
     return tokens, counts, cache.keys, cache.values
 
 
-@partial(jax.jit, static_argnames=("graph", "count"), donate_argnames=("keys", "values"))
+@partial(Program, static_argnames=("graph", "count"), donate_argnames=("keys", "values"))
 def _propose(
     graph: Any, state: Any, keys: tuple[Array, ...], values: tuple[Array, ...], place: _Place,
     newest_R2: Array, history: _History, rules: Rules, count: int,
@@ -224,7 +225,7 @@ def _propose(
     return replicate(made[0], model.mesh), made[1], cache.keys, cache.values
 
 
-@partial(jax.jit, donate_argnames=("keys", "values"))
+@partial(Program, donate_argnames=("keys", "values"))
 def _reorder(keys: Any, values: Any, order_RS: Array) -> tuple[Any, Any]:
     """The buffers with their slots in another order."""
     order = order_RS[:, None, :, None]

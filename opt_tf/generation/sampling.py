@@ -79,8 +79,8 @@ def ban_end(
 
 
 def force_tokens(logits_BV: tf.Tensor, forced_V: tf.Tensor, is_time: bool | tf.Tensor) -> tf.Tensor:
-    """Lets nothing but some tokens come, all alike, in the rows for which it is time."""
-    is_time = tf.reshape(tf.convert_to_tensor(is_time), (-1, 1))
+    """Lets nothing but some tokens, if there are any, come in the rows for which it is time."""
+    is_time = tf.reshape(tf.convert_to_tensor(is_time), (-1, 1)) & tf.reduce_any(forced_V)
     return tf.where(is_time, tf.where(forced_V, 0.0, BANNED), logits_BV)
 
 
@@ -96,7 +96,8 @@ def favour_end(
     """Makes the ends likelier by a factor to a power, in rows in which that is positive."""
     power = tf.reshape(tf.cast(power, tf.float32), (-1, 1))
     extra = tf.abs(logits_BV) * (tf.cast(factor, tf.float32) ** power - 1)
-    is_meant = (power > 0) & ends_V & tf.math.is_finite(logits_BV)
+    # LiteRT has no tf.math.is_finite.
+    is_meant = (power > 0) & ends_V & (tf.abs(logits_BV) < float("inf"))
     return tf.where(is_meant, logits_BV + extra, logits_BV)
 
 

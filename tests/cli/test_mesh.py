@@ -325,6 +325,7 @@ def test_flax_processes_say_which_they_are(opt_lm, command, tmp_path, process):
     assert "--process: expected a number and a count, as 0/2" in err
 
 
+@pytest.mark.slow  # the command is the one above, Flax's mesh that of tests/flax/test_sharding.py
 def test_flax_trains_on_a_mesh_and_one_device_goes_on(opt_lm, command, alone, tmp_path):
     pytest.importorskip("flax")
     out = tmp_path / "run"

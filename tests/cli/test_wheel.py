@@ -84,7 +84,6 @@ def test_the_command_works(installed: Path):
     command = installed / "bin" / "opt-lm"
     assert "generate" in python(installed, command, "--help")
     assert "safetensors, 1 file" in python(installed, command, "info", "mini")
-    assert python(installed, command, "generate", "ROMEO:", "-n", 4).startswith("ROMEO:")
     told = json.loads(
         python(installed, command, "bench", "mini", "--task", "decode", "--reps", 1, "--json")
     )

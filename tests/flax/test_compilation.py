@@ -3,14 +3,17 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("jax")
 
+import jax
 
 from opt_core.training.config import TrainConfig
 from opt_flax import compilation, training
 from opt_flax.generation import beam, loop, speculative
+from opt_flax.programs import SMALL, Program
 from tests.support.configs import CONFIGS
 from tests.support.flax_models import model_of
 from tests.support.reference import make_mask, make_prompts
@@ -51,7 +54,7 @@ def test_one_program_per_bucket(folder):
     run(9, 2, temperature=1.5, max_new_tokens=11, min_new_tokens=3)
     run(20, 2**40, temperature=1.0001, max_new_tokens=2, min_new_tokens=1)
     assert compiled() == before
-    run(30, 3, temperature=2.0, max_new_tokens=5, min_new_tokens=1)  # 35 slots: the next bucket
+    run(30, 3, temperature=2.0, max_new_tokens=40, min_new_tokens=1)  # the next bucket
     assert compiled() == {name: count + 1 for name, count in before.items()}
     before = compiled()
     run(9, 4, padded=True, temperature=0.5, max_new_tokens=6, min_new_tokens=2)
@@ -95,3 +98,14 @@ def test_a_training_step_updates_in_place(folder):
     assert STEP._cache_size() == compiled + 1
     model.eval()
     assert math.isfinite(model(ids, labels=ids).loss)
+
+
+def test_little_is_compiled_quickly():
+    """Alone on a CPU; what is part of another program is compiled as that is."""
+    program = Program(lambda x: 2 * x + 1)
+    for count in (8, SMALL, SMALL + 1):
+        np.testing.assert_array_equal(program(np.ones(count, np.float32)), np.full(count, 3))
+    assert (program._quickly._cache_size(), program._well._cache_size()) == (2, 1)
+    assert program._cache_size() == 3
+    np.testing.assert_array_equal(jax.jit(program)(np.ones(2, np.float32)), [3, 3])
+    assert program._quickly._cache_size() == 2

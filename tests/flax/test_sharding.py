@@ -221,7 +221,7 @@ def decode_program(model):
 
 def test_tensor_parallel_decoding_sends_activations_only(load):
     program, cache = decode_program(load("model"))
-    assert parts(cache.keys[0]) == (4, 1, 32, 8)
+    assert parts(cache.keys[0]) == (4, 1, 64, 8)
     found = collectives(program)
     D, N = CONFIG.hidden_size, CONFIG.num_hidden_layers
     # The embedding, then attention and feed-forward of each layer, which a CPU computes the other
@@ -234,7 +234,7 @@ def test_tensor_parallel_decoding_sends_activations_only(load):
 
 def test_data_parallel_decoding_sends_tokens_only(load):
     program, cache = decode_program(load("data"))
-    assert parts(cache.keys[0]) == (1, 4, 32, 8)
+    assert parts(cache.keys[0]) == (1, 4, 64, 8)
     assert all(math.prod(shape) <= 4 for _, shape in collectives(program))
 
 
@@ -246,9 +246,9 @@ def test_beams_stay_with_their_prompts_devices(load, name):
     graph, state, search, settings = beam._start(model, request)
     share = parts(search.cache.keys[0])
     rows, heads = SHARES[name][3][:2]
-    assert share == (3 * rows, heads, 32, 8)
+    assert share == (3 * rows, heads, 64, 8)
     text = beam._loop.lower(graph, state, search, settings).compile()
-    assert not [shape for _, shape in collectives(text) if shape[1:] in (share[1:], (4, 32, 8))]
+    assert not [shape for _, shape in collectives(text) if shape[1:] in (share[1:], (4, 64, 8))]
 
 
 def test_padded_rows_of_the_vocabulary_are_never_seen(load, expected, tmp_path):

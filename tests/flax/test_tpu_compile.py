@@ -108,6 +108,7 @@ def test_the_tpu_kernel_needs_a_tenth_of_the_memory(size):
     assert temporaries(gradient(kernel), *states) < plain / 4
 
 
+@pytest.mark.slow  # a benchmark's row about an error that is the compiler's
 def test_the_compiler_refuses_what_does_not_fit(monkeypatch):
     monkeypatch.setitem(tpu_compile.PLANS, "opt-30b", {"v5e": "1x1x1 1x1x1"})
     (row,) = compiled_programs.measure(TPU, "opt-30b", "v5e", ("prefill",))

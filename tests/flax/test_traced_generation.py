@@ -10,14 +10,15 @@ from opt_flax import FlaxOPTForCausalLM
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
 
+CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=1)
 MASK = make_mask("left", [7, 4])
-IDS = np.where(MASK, make_prompts(CONFIGS["pre_ln"], 2, 7), 1)
+IDS = np.where(MASK, make_prompts(CONFIG, 2, 7), 1)
 SETTINGS = {"max_new_tokens": 6, "eos_token_id": list(range(40, 50)), "pad_token_id": 1}
 
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return FlaxOPTForCausalLM.from_pretrained(folder("pre_ln"))
+    return FlaxOPTForCausalLM.from_pretrained(folder(CONFIG))
 
 
 @pytest.mark.parametrize("extra", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 5}], ids=str)

@@ -32,8 +32,13 @@ def test_dropout_is_on_in_training_mode_only(folder):
     assert np.abs(c - still).max() > 0.1
 
 
-@pytest.mark.parametrize("attention_implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("where", SILENT)
+@pytest.mark.parametrize(
+    ("where", "attention_implementation"),
+    tiered(  # only attention weights are dropped where attention is computed
+        itertools.product(SILENT, ["sdpa", "eager"]),
+        lambda where, attention: attention == "sdpa" or where == "attention_dropout",
+    ),
+)
 def test_each_dropout_field_acts(folder, where, attention_implementation):
     config = CONFIGS["pre_ln"].replace(**{**SILENT, where: 0.5})
     model = model_of(folder, config, attn_implementation=attention_implementation)

@@ -38,7 +38,7 @@ LOOPS = {"tf": loop_of_tf, "flax": loop_of_flax}
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name in LOOPS])
 def test_no_step_copies_the_cache(folder, name, rows):
     model = make_backend(name).load(folder("pre_ln"))
-    config, slots = model.config, 32
+    config, slots = model.config, 64
     text = LOOPS[name](model, np.full((rows, 5), 7))
     (body,) = re.findall(r"while\(.*body=%?([\w.\-]+)", text)
     (lines,) = re.findall(rf"^%?{re.escape(body)} .*?^}}", text, re.MULTILINE | re.DOTALL)

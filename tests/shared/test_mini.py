@@ -73,9 +73,8 @@ def test_it_writes_in_english_words(backend):
     assert len(set(words)) > 60, text
 
 
-@pytest.mark.parametrize(
-    "backend", tiered(BACKENDS, lambda name: name in ("torch", "flax")), indirect=True
-)
+# That logits and the mean loss are alike in all backends is shown on small models.
+@pytest.mark.parametrize("backend", tiered(BACKENDS, lambda name: name == "torch"), indirect=True)
 @pytest.mark.xla  # TensorFlow's graphs take fifty times as long for these batches
 @pytest.mark.skipif(
     not TEXT.exists(), reason="needs tinyshakespeare.txt, in the folder named by OPT_DATA"

@@ -10,24 +10,26 @@ from tests.support.reference import make_mask, make_prompts, tensors
 from tests.support.tiers import tiered
 
 pytestmark = [pytest.mark.hf, pytest.mark.dealt]
+CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=1)
+"""One layer: what is watched comes after the last."""
 CLOSE = 1e-4
 """Of scores that eight tokens' float32 rounding went into."""
 EOS = list(range(40, 50))
 MASK = make_mask("left", [8, 3, 6])
-WHOLE = make_prompts(CONFIGS["pre_ln"], 3, 8, seed=7)
+WHOLE = make_prompts(CONFIG, 3, 8, seed=7)
 IDS = np.where(MASK, WHOLE, 1)
 COMMON = {"pad_token_id": 1, "eos_token_id": EOS, "max_new_tokens": 8}
 
 
 @pytest.fixture
 def model(backend, folder):
-    return backend.load(folder("pre_ln"))
+    return backend.load(folder(CONFIG))
 
 
 @pytest.fixture
 def theirs(folder):
     transformers = pytest.importorskip("transformers")
-    made = transformers.OPTForCausalLM.from_pretrained(folder("pre_ln"), dtype="float32").eval()
+    made = transformers.OPTForCausalLM.from_pretrained(folder(CONFIG), dtype="float32").eval()
     made.generation_config.eos_token_id = EOS
     return made
 
@@ -172,8 +174,9 @@ def test_guidance(backend, model, theirs):
         np.testing.assert_array_equal(ours, other.numpy())
 
 
-def test_beams_that_are_drawn(backend, model):
+def test_beams_that_are_drawn(backend, folder):
     """With top_k=1 a draw has no choice; otherwise seeds differ, and the same one repeats."""
+    model = backend.load(folder("pre_ln"))  # whose likeliest tokens stand out
     settings = {**COMMON, "num_beams": 3, "do_sample": True}
     forced = backend.generate(model, IDS, top_k=0, temperature=0.01, seed=1, **settings)
     greedy = backend.generate(model, IDS, **{**COMMON, "num_beams": 1})
@@ -200,7 +203,7 @@ def test_contrastive_search_is_its_formula(backend, model):
     alpha, k, new = 0.6, 4, 6
     settings = {"eos_token_id": None, "max_new_tokens": new, "penalty_alpha": alpha, "top_k": k}
     out = backend.generate(model, IDS, attention_mask=MASK, **settings)
-    config = CONFIGS["pre_ln"]
+    config = CONFIG
     params = oracle.random_params(config)
     for row, mask in zip(out, MASK, strict=True):
         text = row[np.concatenate([mask > 0, np.ones(new, bool)])]

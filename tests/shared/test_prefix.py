@@ -13,7 +13,8 @@ from tests.support.tiers import tiered
 
 pytestmark = pytest.mark.dealt
 
-CONFIG = CONFIGS["pre_ln"]
+CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=1)
+"""One layer: what is read once, is read once in all of them."""
 PLAIN = {"eos_token_id": None, "max_new_tokens": 12}
 SAME = 2e-5
 DECODERS = {
@@ -57,12 +58,12 @@ ROWS = {mode: 2 + i for i, mode in enumerate(MODES)}
 
 @pytest.mark.parametrize("mode", tiered(MODES, lambda mode: mode in ("greedy", "beams")))
 def test_prompts_read_in_chunks(backend, folder, widths, mode):
-    model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIG, ROWS[mode], 40)
+    model, ids = backend.load(folder(CONFIG)), make_prompts(CONFIG, ROWS[mode], 40)
     mask = make_mask("left", [40, 23, 40, 31, 40][: ROWS[mode]])
     settings = {**PLAIN, **MODES[mode], "attention_mask": mask}
     whole = backend.generate(model, ids, **settings)
     assert max(widths) >= 40
-    for chunk in (16, 39):
+    for chunk in (16, 39) if backend.name == "torch" else (16,):
         del widths[:]
         np.testing.assert_array_equal(
             backend.generate(model, ids, prefill_chunk_size=chunk, **settings), whole
@@ -76,7 +77,7 @@ def test_prompts_read_in_chunks(backend, folder, widths, mode):
 @pytest.mark.parametrize("mode", tiered(MODES, lambda mode: mode == "sampled"))
 def test_a_shared_prefix_is_read_once(backend, folder, widths, mode):
     """A prompt's cache serves any number of endings, of different lengths, again and again."""
-    model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIG, ROWS[mode], 60)
+    model, ids = backend.load(folder(CONFIG)), make_prompts(CONFIG, ROWS[mode], 60)
     ids[:, :50] = ids[0, :50]
     lengths = [10, 4, 1, 7, 10][: ROWS[mode]]
     mask = np.concatenate([np.ones((len(ids), 50), int), make_mask("left", lengths)], 1)
@@ -106,7 +107,7 @@ def test_prefixes_may_be_padded_and_of_one_row_each(backend, folder):
 
 
 def test_prefixes_that_do_not_fit(backend, folder):
-    model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIG, 3, 8)
+    model, ids = backend.load(folder(CONFIG)), make_prompts(CONFIG, 3, 8)
     padded = make_mask("left", [8, 8, 7])
     two = read(model, ids[:2, :5], 9)
     deep = backend.load(folder(CONFIG.replace(num_hidden_layers=3)))
@@ -124,7 +125,7 @@ def test_prefixes_that_do_not_fit(backend, folder):
 @pytest.mark.parametrize("mask", [None, make_mask("left", [9, 5])], ids=["bare", "left"])
 def test_a_cache_goes_back(backend, folder, mask):
     """Another ending after the same prefix: as if the first had never been."""
-    model, ids = backend.load(folder("pre_ln")), make_prompts(CONFIG, 2, 9)
+    model, ids = backend.load(folder(CONFIG)), make_prompts(CONFIG, 2, 9)
     other = make_prompts(CONFIG, 2, 9, seed=1)
     masks = {} if mask is None else {"attention_mask": mask[:, :4]}
     cache = read(model, ids[:, :4], 12, **masks)

@@ -1,4 +1,4 @@
-"""Twenty ways to break the code, each of which the fast tests have to see.
+"""Twenty-five ways to break the code, each of which the fast tests have to see.
 
     python -m tests.support.breakages            # all of them, one after another
     python -m tests.support.breakages tf flax    # those whose name or file has one of the words
@@ -198,6 +198,34 @@ BREAKAGES = (
         "* parts / mesh.size()",
         "/ mesh.size()",
         ("tests/torch/test_sharding.py",),
+    ),
+    Breakage(
+        "an axis of the mesh splits two dimensions of one parameter",
+        "opt_core/mesh.py",
+        "where is not None and where not in parts and divides(",
+        "where is not None and divides(",
+        ("tests/core/test_mesh.py",),
+    ),
+    Breakage(
+        "a row that begins like another misses the token after that",
+        "opt_core/serving/scheduler.py",
+        "self.table.held[slot] = count\n",
+        "self.table.held[slot] = count + 1\n",
+        ("tests/core/serving", "tests/shared/serving"),
+    ),
+    Breakage(
+        "GPTQ's zero points stay less one",
+        "opt_core/checkpoints/quantized/gptq.py",
+        "(points + np.uint8(1))",
+        "(points + np.uint8(0))",
+        ("tests/core/checkpoints/test_quantized.py",),
+    ),
+    Breakage(
+        "the shift of a group is made with the scale before it was rounded",
+        "opt_torch/int4.py",
+        "(_MIDDLE - zeros.float()) * narrow.float()",
+        "(_MIDDLE - zeros.float()) * scales.float()",
+        ("tests/torch/test_int4.py",),
     ),
 )
 

@@ -1,8 +1,14 @@
 """Two tiers of tests: `make test` runs a few cases of each claim, `make test-all` every one.
 
-Compiling is what takes time. Files marked `dealt` test what is core's, or the same claim by many
-cases: there each case runs in PyTorch and in one of the compiled backends, in turn, from the fifth
-case on every other one of them; and in the slow tier in all.
+What decides: a case is slow where a fast one fails too, whatever line is broken for both. A product
+of settings that know nothing of one another is fast along its edges, each setting once. What every
+layer does alike is shown on one layer, unless layers can be mixed up (forward passes, caches, names
+of weights). What runs in another process is fast where the process is the point.
+
+Compiling is what takes time. TensorFlow's graphs run without XLA unless a test is marked `xla`.
+Files marked `dealt` test what is core's, or the same claim by many cases: there each case runs in
+PyTorch and in one of the compiled backends, in turn, from the fifth case on every other one of
+them; and in the slow tier in all.
 """
 
 from collections import Counter

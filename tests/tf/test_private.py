@@ -88,7 +88,7 @@ def test_layers_cannot_be_replaced_without_a_tracker(monkeypatch):
 
 def test_a_step_is_the_same_without_keras_lists_of_moments(monkeypatch):
     losses, weights = [], []
-    for hidden in ((), ("_get_variable_index",), ("_momentums",), ("_velocities",)):
+    for hidden in ((), ("_get_variable_index",), ("_momentums", "_velocities")):
         with monkeypatch.context() as patch:
             patch.setattr("opt_tf.compilation.JIT_COMPILE", False)
             without(patch, *hidden)

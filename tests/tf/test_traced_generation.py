@@ -9,14 +9,15 @@ from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
 from tests.support.tiers import tiered
 
+CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=1)
 MASK = make_mask("left", [7, 4]).astype(np.int32)
-IDS = np.where(MASK, make_prompts(CONFIGS["pre_ln"], 2, 7), 1).astype(np.int32)
+IDS = np.where(MASK, make_prompts(CONFIG, 2, 7), 1).astype(np.int32)
 SETTINGS = {"max_new_tokens": 6, "eos_token_id": list(range(40, 50)), "pad_token_id": 1}
 
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return TFOPTForCausalLM.from_pretrained(folder("pre_ln"))
+    return TFOPTForCausalLM.from_pretrained(folder(CONFIG))
 
 
 @pytest.mark.parametrize("extra", tiered([{}, {"num_beams": 2}], lambda extra: not extra), ids=str)

@@ -1,5 +1,7 @@
 """Dropout, and activations that are computed again."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ import tensorflow as tf
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_prompts
 from tests.support.tf_models import model_of
+from tests.support.tiers import tiered
 
 
 def test_dropout_is_on_in_training_only(folder):
@@ -24,8 +27,13 @@ def test_dropout_is_on_in_training_only(folder):
     np.testing.assert_array_equal(model(ids, training=True).logits, first)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("where", ["dropout", "attention_dropout", "layerdrop"])
+@pytest.mark.parametrize(
+    ("where", "attention"),
+    tiered(  # only attention weights are dropped where attention is computed
+        itertools.product(["dropout", "attention_dropout", "layerdrop"], ["sdpa", "eager"]),
+        lambda where, attention: attention == "sdpa" or where == "attention_dropout",
+    ),
+)
 def test_each_dropout_field_acts(folder, where, attention):
     silent = {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
     config = CONFIGS["pre_ln"].replace(**{**silent, where: 0.5})

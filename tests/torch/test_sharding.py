@@ -51,7 +51,8 @@ def expected(home):
 
 
 def test_two_processes_are_one(home, expected, tmp_path):
-    check_meshes(home, expected, tmp_path, PAIRS, quick=True)
+    """Heads shared, and weights shared, which shares rows too: as "data" alone does more simply."""
+    check_meshes(home, expected, tmp_path, PAIRS[:2], quick=True)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Dropout, activations that are computed again, and training after generation."""
 
+import itertools
+
 import pytest
 
 pytest.importorskip("torch")
@@ -8,6 +10,7 @@ import torch
 
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_prompts
+from tests.support.tiers import tiered
 from tests.support.torch_models import model_of
 
 
@@ -23,8 +26,13 @@ def test_dropout_is_on_in_training_mode_only(folder):
     torch.testing.assert_close(model(ids).logits, first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("attention_implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("where", ["dropout", "attention_dropout", "layerdrop"])
+@pytest.mark.parametrize(
+    ("where", "attention_implementation"),
+    tiered(  # only attention weights are dropped where attention is computed
+        itertools.product(["dropout", "attention_dropout", "layerdrop"], ["sdpa", "eager"]),
+        lambda where, attention: attention == "sdpa" or where == "attention_dropout",
+    ),
+)
 def test_each_dropout_field_acts(folder, where, attention_implementation):
     silent = {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
     config = CONFIGS["pre_ln"].replace(**{**silent, where: 0.5})

@@ -71,7 +71,7 @@ def test_rows_get_free_slots_behind_them():
     ids, mask = allocate_tokens(request, 4, copies=2)
     assert ids.tolist() == [[1, 5, 1, 1]] * 2 + [[6, 7, 1, 1]] * 2
     assert mask.tolist() == [[False, True, True, True]] * 2 + [[True] * 4] * 2
-    assert request.slots == 32
+    assert request.slots == 64
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ ALIKE = {
         {"eos_token_id": [2, 7, 9], "min_new_tokens": 3, "min_length": 4},
         {"suppress_tokens": [4, 5], "begin_suppress_tokens": [6], "bad_words_ids": [[8]]},
         {"sequence_bias": {(7,): -2.0}, "length_penalty": 3.0, "temperature": 0.0},
+        {"forced_eos_token_id": 7},
+        {"exponential_decay_length_penalty": (2, 1.1), "eos_token_id": 2},
     ],
     "looking back": [
         {"repetition_penalty": 1.3},
@@ -35,6 +37,7 @@ ALIKE = {
         {"do_sample": True},
         {"do_sample": True, "temperature": 0.3, "top_k": 3, "eos_token_id": 2},
         {"do_sample": True, "top_p": 0.9, "min_p": 0.1, "suppress_tokens": [3]},
+        {"do_sample": True, "epsilon_cutoff": 1e-3, "eta_cutoff": 1e-3},
     ],
     "beams": [
         {"num_beams": 3},

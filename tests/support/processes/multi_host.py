@@ -16,9 +16,10 @@ BATCH, LENGTH, PADDED = 4, 9, [9, 5, 2, 7]
 
 
 def main(index: int, count: int, port: int, model_folder: Path, out: Path) -> None:
-    # Programs that run once: compiling them well would take longer than running them.
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    os.environ["XLA_FLAGS"] = flags
+    # As in tests/conftest.py, but for the number of devices.
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags.append("--xla_force_host_platform_device_count=4")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
     from flax import nnx
