@@ -15,17 +15,17 @@ from opt_core.generation.request import check_logits
 from opt_core.serving.engine import FEWEST_WIDTH, Chosen, Engine, Table
 from opt_core.serving.row import Row, TokenScores
 
-CHUNK = 64
-"""Tokens of prompts that are read between two steps."""
+CHUNK = 256
+"""Tokens of prompts that are read between two steps: about as long as three of those take."""
 
-MOST_CHUNKS = 4
-"""So many times that, where many rows wait to be read and few are written."""
+SMALL_CHUNK = 64
+"""Tokens of the program for short prompts and for ends of long ones, where programs have sizes."""
 
 WORTHWHILE = 8
 """Tokens from which on a common beginning is copied."""
 
 PATIENCE = 64
-"""Steps after which caches twice as wide as any row needs are made narrower."""
+"""Steps after which caches wider than any row needs are made narrower."""
 
 
 class Event(NamedTuple):
@@ -54,14 +54,13 @@ class Scheduler:
 
     def __init__(self, engine: Engine, chunk: int = CHUNK) -> None:
         window = engine.config.max_position_embeddings
-        self.engine, self.chunk = engine, min(chunk, FEWEST_WIDTH)
+        self.engine, self.chunk = engine, chunk
         self.table = Table(engine.slots, window)
         self.rows: list[Row | None] = [None] * engine.slots
         self.waiting, self.reading = deque[Row](), deque[int]()
         self._free = list(range(engine.slots))  # the longest free one first
-        self._widths = [FEWEST_WIDTH]
-        while self._widths[-1] < window:
-            self._widths.append(2 * self._widths[-1])
+        self._widths = make_widths(max(window, chunk))
+        self._sizes = sorted({min(SMALL_CHUNK, chunk), chunk})
         self._calm = 0
 
     @property
@@ -83,11 +82,9 @@ class Scheduler:
             chosen = self.engine.step(table)
             table.held[table.is_active] += 1
             events += [self._take(s, chosen, s) for s in np.flatnonzero(table.is_active).tolist()]
-        # A step takes nearly as long for few rows as for many: the others had better come soon.
-        chunks = len(self.reading) // max(1, int(table.is_active.sum()))
-        budget = self.chunk * min(max(1, chunks), MOST_CHUNKS)
+        budget = self.chunk
         while self.reading and budget > 0:
-            budget -= self._read(self.reading[0], events)
+            budget -= self._read(self.reading[0], budget, events)
         return events
 
     def warm_up(self) -> None:
@@ -98,8 +95,9 @@ class Scheduler:
             engine.resize(width)
             engine.step(table)
             engine.copy(0, engine.slots - 1, 1)
-            for scores_prompt in (False, True):
-                engine.read(table, 0, 0, 1, self.chunk, scores_prompt)
+            for size in (size for size in self._sizes if size <= width):
+                for scores_prompt in (False, True):
+                    engine.read(table, 0, 0, 1, size, scores_prompt)
 
     def _drop_cancelled(self) -> list[Event]:
         rows = [row for row in (*self.waiting, *self.rows) if row and row.is_cancelled]
@@ -133,18 +131,25 @@ class Scheduler:
         is_equal = self.table.ids[slot, :count] == np.array(row.prompt[:count], np.int32)
         return count if is_equal.all() else int(is_equal.argmin())
 
-    def _read(self, slot: int, events: list[Event]) -> int:
-        """Reads a chunk of a row; returns how many tokens' time it took."""
+    def _read(self, slot: int, budget: int, events: list[Event]) -> int:
+        """Reads a chunk of a row; returns how many tokens' time it took.
+
+        Args:
+            slot: The row.
+            budget: Tokens that may be read, where that is not too few for any program.
+            events: Where the row's first token is told.
+        """
         table, row, engine = self.table, self.rows[slot], self.engine
         assert row is not None
         if not row.scores_prompt:
             self._copy_beginning(row, slot)
         count = int(table.counts[slot])
+        size = self._size(count - int(table.held[slot]), budget)
         # The widest cache may have no room for a whole chunk there: then some is read once more.
-        start = min(int(table.held[slot]), self._widths[-1] - self.chunk)
-        end = min(start + self.chunk, count)
-        self._widen(start + self.chunk)
-        chosen, scores = engine.read(table, slot, start, end, self.chunk, row.scores_prompt)
+        start = min(int(table.held[slot]), self._widths[-1] - size)
+        end = min(start + size, count)
+        self._widen(start + size)
+        chosen, scores = engine.read(table, slot, start, end, size, row.scores_prompt)
         table.held[slot] = end
         if scores is not None:
             known = len(row.prompt_scores)
@@ -154,7 +159,14 @@ class Scheduler:
             self.reading.popleft()
             table.is_active[slot] = True
             events.append(self._take(slot, chosen, 0))
-        return self.chunk if engine.is_compiled else end - start
+        return size
+
+    def _size(self, left: int, budget: int) -> int:
+        """Tokens to read at once of so many that are left of a row."""
+        if not self.engine.is_compiled:
+            return min(left, budget)
+        small, large = self._sizes[0], self._sizes[-1]
+        return large if budget >= large and left > 2 * small else small
 
     def _copy_beginning(self, row: Row, slot: int) -> None:
         """Copies what another slot holds of a row's beginning, where that is more than its own."""
@@ -211,3 +223,13 @@ class Scheduler:
     def _fit(self, slot: int) -> None:
         """Forgets of a free slot what is behind its last place: that takes what nobody reads."""
         self.table.held[slot] = min(self.table.held[slot], self.engine.width - 1)
+
+
+def make_widths(window: int) -> list[int]:
+    """Numbers of cache slots, each twice the last one or half as much again."""
+    widths = [FEWEST_WIDTH]
+    while widths[-1] < window:
+        width = widths[-1]
+        is_between = width & (width - 1) != 0
+        widths.append(width // 3 * 4 if is_between else width * (3 if width >= 512 else 4) // 2)
+    return widths

@@ -16,7 +16,7 @@ from opt_core.generation.request import check_request
 from opt_core.serving import engine
 from opt_core.serving.engine import ALTERNATIVES, Chosen, Scores
 from opt_core.serving.row import Row
-from opt_core.serving.scheduler import CHUNK, PATIENCE, WORTHWHILE, Scheduler
+from opt_core.serving.scheduler import PATIENCE, WORTHWHILE, Scheduler, make_widths
 
 WINDOW, V, END = 256, 50, 7
 CONFIG = OPTConfig(
@@ -41,6 +41,7 @@ class Engine(engine.Engine):
         self.caches = np.full((slots, self.width), -1)
         self.placed: list[Any] = [None] * slots
         self.read_tokens: list[int] = []
+        self.sizes: list[tuple[int, int]] = []
         self.failing: set[int] = set()
 
     def place(self, slot, request):
@@ -61,6 +62,7 @@ class Engine(engine.Engine):
         self.caches[slot, start : start + chunk] = -1
         self.caches[slot, start:end] = table.ids[slot, start:end]
         self.read_tokens.append(end - start)
+        self.sizes.append((end - start, chunk))
         scores = Scores(
             *(
                 np.arange(start, end + 1).repeat(n).reshape(-1, *s)
@@ -237,7 +239,24 @@ def test_caches_are_as_wide_as_is_needed():
     assert scheduler.engine.width == 256
     scheduler.submit(make_row([4], 2 * PATIENCE))
     run(scheduler)
-    assert scheduler.engine.width == 128 > CHUNK
+    assert scheduler.engine.width == 128
+
+
+def test_widths_grow_by_half_where_that_is_much():
+    assert make_widths(2048) == [128, 256, 512, 768, 1024, 1536, 2048]
+    assert make_widths(129) == [128, 256]
+
+
+def test_programs_have_two_sizes():
+    """The large one reads what is worth it; ends and short prompts go to the small one."""
+    scheduler = make_scheduler(2, chunk=128)
+    scheduler.engine.is_compiled = True
+    rows = [make_row([3] * 230, 2), make_row([4] * 10, 2)]
+    for row in rows:
+        scheduler.submit(row)
+    run(scheduler)
+    assert scheduler.engine.sizes == [(128, 128), (64, 64), (38, 64), (10, 64)]
+    assert [row.made for row in rows] == [alone(row) for row in rows]
 
 
 @pytest.mark.parametrize(
