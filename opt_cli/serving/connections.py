@@ -1,4 +1,4 @@
-"""Connections: those that say nothing make room for others, and what HTTP refuses has a shape too."""
+"""Connections: those that say nothing make room, and what is no HTTP is refused in shape."""
 
 import asyncio
 import json
@@ -27,9 +27,8 @@ def make_protocol(most: int, header_seconds: float) -> type[H11Protocol]:
             the end of its headers.
     """
     idle = dict[Connection, None]()  # the longest first
-    return type(
-        "Connection", (Connection,), {"most": most, "seconds": header_seconds, "idle": idle}
-    )
+    limits = {"most": most, "seconds": header_seconds, "idle": idle}
+    return type("Connection", (Connection,), limits)
 
 
 def files_for(connections: int) -> int:
