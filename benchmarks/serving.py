@@ -15,9 +15,9 @@ name stands for a model of that shape with random weights.
 
 With --alone fewer requests are also written one at a time, spread evenly over all; `ratio` then
 compares seconds per request. `cpu_ratio` compares the processor's time instead of the clock's,
-which is fair on a busy machine where there is one thread (OMP_NUM_THREADS=1). With --peer all
-requests are greedy, and the continuous batching of `transformers serve` writes them too, on the
-same weights and as many at a time; `peer_ratio` is our speed by theirs.
+which is fair on a busy machine where there is one thread (OMP_NUM_THREADS=1). With --peer DIR all
+requests are greedy, and CTranslate2 writes them too, in float32 and by batches of as many; DIR is
+what its converter made of the model. `peer_ratio` is our speed by its.
 """
 
 import argparse
@@ -26,10 +26,10 @@ import os
 import platform
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -130,35 +130,27 @@ def alone(model: Any, every: list[dict[str, Any]]) -> list[list[int]]:
 
 
 def peer_batch(
-    model: Any, every: list[dict[str, Any]], slots: int
+    folder: Path, every: list[dict[str, Any]], slots: int
 ) -> tuple[float, list[list[int]]]:
-    """Seconds and texts of `transformers`' continuous batching, on the same weights."""
-    import torch
-    from transformers import GenerationConfig, OPTForCausalLM
+    """Seconds and texts of CTranslate2, by batches: a row ends where its request does."""
+    import ctranslate2  # pyright: ignore[reportMissingImports]  # of another environment
 
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        theirs: Any = OPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=1)
-    texts, places, open_count, place = [list[int]() for _ in every], dict[str, int](), 0, 0
-    with theirs.continuous_batching_context_manager(generation_config=settings) as manager:
-        manager.add_request([5, 6, 7], max_new_tokens=2)  # what is made once is made now
-        while manager.get_result(timeout=60) is None:
-            pass
-        began = time.perf_counter()
-        while place < len(every) or open_count:
-            while place < len(every) and open_count < slots:
-                call = every[place]
-                name = manager.add_request(
-                    call["input_ids"][0], max_new_tokens=call["max_new_tokens"]
-                )
-                places[name], open_count, place = place, open_count + 1, place + 1
-            result = manager.get_result(timeout=1)
-            if result is not None and result.is_finished():
-                texts[places[result.request_id]] = result.generated_tokens
-                open_count -= 1
-        seconds = time.perf_counter() - began
-    return seconds, texts
+    threads = len(os.sched_getaffinity(0))
+    generator = ctranslate2.Generator(
+        str(folder), device="cpu", compute_type="float32", intra_threads=threads
+    )
+    words = json.loads((folder / "vocabulary.json").read_text())
+    texts, began = list[list[int]](), time.perf_counter()
+    for start in range(0, len(every), slots):
+        batch = every[start : start + slots]
+        new = [call["max_new_tokens"] for call in batch]
+        found = generator.generate_batch(
+            [[words[i] for i in call["input_ids"][0]] for call in batch],
+            max_length=max(new), beam_size=1, include_prompt_in_result=False, end_token=[],
+            callback=partial(lambda new, step: step.step + 1 >= new[step.batch_id], new),
+        )  # fmt: skip
+        texts += [row.sequences_ids[0] for row in found]
+    return time.perf_counter() - began, texts
 
 
 def main() -> None:
@@ -170,7 +162,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--alone", type=int, help="default: all")
     parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--peer", type=Path, help="what CTranslate2's converter wrote")
     options = parser.parse_args()
     model = load(options.model, options.backend, options.dtype)
     engine = import_module(f"opt_{options.backend}.serving.engine").Engine(model, options.slots)
@@ -185,8 +177,8 @@ def main() -> None:
         first = together(scheduler, rows)
     count = sum(len(row.made) for row in rows)
     figures: dict[str, Any] = {
-        **vars(options), "processor": processor(), "tokens": count,
-        "tok_s": round(count / batched.clock, 1), "warm_s": round(warm, 1),
+        **vars(options), "peer": options.peer and options.peer.name, "processor": processor(),
+        "tokens": count, "tok_s": round(count / batched.clock, 1), "warm_s": round(warm, 1),
     }  # fmt: skip
     alone_count = len(every) if options.alone is None else options.alone
     part = range(0, len(every), max(1, len(every) // max(1, alone_count)))

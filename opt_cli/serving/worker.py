@@ -103,8 +103,6 @@ class Worker:
         """News of rows that entered together, until all have ended."""
         began, feed = time.perf_counter(), self._feeds[rows[0]]
         open_rows, has_begun = set(rows), False
-        if self.failure:  # since there was room
-            self.check_room(0)
         while open_rows:
             event = await feed.get()
             if not has_begun and event.token is not None:

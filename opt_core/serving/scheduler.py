@@ -1,8 +1,9 @@
 """Which rows are read and written, and when: they enter and leave a batch at any step.
 
 Each step writes one token of every row whose prompt is read, then reads a chunk of the prompts that
-wait for it: a long prompt keeps nobody waiting for long. What another row has read of the same
-beginning is copied. Every row gets the tokens that `generate` gives its request alone.
+wait for it: a long prompt keeps nobody waiting for long, and the shortest comes first. What another
+row has read of the same beginning is copied. Every row gets the tokens that `generate` gives its
+request alone.
 """
 
 from collections import deque
@@ -24,8 +25,13 @@ SMALL_CHUNK = 64
 WORTHWHILE = 8
 """Tokens from which on a common beginning is copied."""
 
+HASTE = 4
+"""A step of waiting counts as much as a chunk by that less to read: no prompt waits for ever."""
+
 PATIENCE = 64
 """Steps after which caches wider than any row needs are made narrower."""
+LONG_PATIENCE = 16 * PATIENCE
+"""The same where no programs are compiled."""
 
 
 class Event(NamedTuple):
@@ -57,11 +63,11 @@ class Scheduler:
         self.engine, self.chunk = engine, chunk
         self.table = Table(engine.slots, window)
         self.rows: list[Row | None] = [None] * engine.slots
-        self.waiting, self.reading = deque[Row](), deque[int]()
+        self.waiting, self.reading = deque[Row](), dict[int, int]()  # and since which step
         self._free = list(range(engine.slots))  # the longest free one first
         self._widths = make_widths(max(window, chunk))
         self._sizes = sorted({min(SMALL_CHUNK, chunk), chunk})
-        self._calm = 0
+        self._calm = self._steps = 0
 
     @property
     def is_idle(self) -> bool:
@@ -82,9 +88,9 @@ class Scheduler:
             chosen = self.engine.step(table)
             table.held[table.is_active] += 1
             events += [self._take(s, chosen, s) for s in np.flatnonzero(table.is_active).tolist()]
-        budget = self.chunk
+        self._steps, budget = self._steps + 1, self.chunk
         while self.reading and budget > 0:
-            budget -= self._read(self.reading[0], budget, events)
+            budget -= self._read(min(self.reading, key=self._urgency), budget, events)
         return events
 
     def warm_up(self) -> None:
@@ -123,7 +129,7 @@ class Scheduler:
             table.is_scored[slot] = row.is_scored
             self.rows[slot] = row
             self.engine.place(slot, row.request)
-            self.reading.append(slot)
+            self.reading[slot] = self._steps
 
     def _common(self, row: Row, slot: int) -> int:
         """Tokens that a slot holds of the beginning of a row; its last one is always read."""
@@ -156,17 +162,22 @@ class Scheduler:
             found = [scores.at(i) for i in range(min(end, count - 1) - start)]
             row.prompt_scores += found[known - start :]
         if chosen is not None:
-            self.reading.popleft()
+            del self.reading[slot]
             table.is_active[slot] = True
             events.append(self._take(slot, chosen, 0))
         return size
+
+    def _urgency(self, slot: int) -> float:
+        """What is left to read of a row, less what it has waited; the least comes first."""
+        left = int(self.table.counts[slot] - self.table.held[slot])
+        return left - (self._steps - self.reading[slot]) * self.chunk / HASTE
 
     def _size(self, left: int, budget: int) -> int:
         """Tokens to read at once of so many that are left of a row."""
         if not self.engine.is_compiled:
             return min(left, budget)
         small, large = self._sizes[0], self._sizes[-1]
-        return large if budget >= large and left > 2 * small else small
+        return large if min(budget, left) > 2 * small else small
 
     def _copy_beginning(self, row: Row, slot: int) -> None:
         """Copies what another slot holds of a row's beginning, where that is more than its own."""
@@ -199,8 +210,7 @@ class Scheduler:
 
     def _leave(self, slot: int) -> None:
         """Gives a slot away; what it holds serves rows that begin in the same way."""
-        if slot in self.reading:
-            self.reading.remove(slot)
+        self.reading.pop(slot, None)
         self.rows[slot], self.table.is_active[slot] = None, False
         self.table.is_scored[slot] = False
         self._free.append(slot)
@@ -211,10 +221,12 @@ class Scheduler:
         held = self.table.held[[row is not None for row in self.rows]]
         needed = max(needed, int(held.max(initial=0)) + 1)
         place = next(i for i, width in enumerate(self._widths) if width >= needed)
-        now = self._widths.index(self.engine.width)
+        now, is_compiled = self._widths.index(self.engine.width), self.engine.is_compiled
         self._calm = self._calm + 1 if place < now else 0
-        steps = list(range(now + 1, place + 1)) or [now - 1] * (self._calm > PATIENCE)
-        for i in steps:  # one at a time: few programs serve all sizes
+        # A program takes as long as its cache is wide; without one, width costs nothing but memory.
+        has_time = self._calm > (PATIENCE if is_compiled else LONG_PATIENCE)
+        steps = list(range(now + 1, place + 1)) or [now - 1] * has_time
+        for i in steps if is_compiled else steps[-1:]:  # one at a time: few programs for all sizes
             self.engine.resize(self._widths[i])
             self._calm = 0
         for slot in self._free if steps else ():

@@ -2,12 +2,14 @@
 
 import json
 import math
+import random
 import re
 import shlex
 import shutil
 import socket
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +112,52 @@ def test_settings_of_openai_and_those_beside_them(served):
     greedy = complete(served, max_tokens=7, temperature=0).choices[0]
     assert greedy.text == written(served, max_new_tokens=7, do_sample=False)[1]
     assert greedy.finish_reason == "length"
+
+
+def random_fields(source: random.Random) -> dict[str, Any]:
+    """A prompt of any characters, and settings of any kind."""
+    alphabet = "abcde THE,.;\n\0é世🙂\u200d\u0301\ufffd"
+    fields: dict[str, Any] = {
+        "prompt": "".join(source.choices(alphabet, k=source.choice([0, 1, 9, 70]))),
+        "max_tokens": source.choice([1, 20, 60]), "seed": source.randrange(-(2**63), 2**63),
+        "temperature": source.choice([0, 0.3, 1, 3]), "top_p": source.choice([1, 0.5]),
+        "top_k": source.choice([-1, 1, 5, 400]), "min_p": source.choice([None, 0.05]),
+        "repetition_penalty": source.choice([1, 1.5]), "min_tokens": source.choice([None, 1]),
+        "stop": source.choice([None, "e", ["\n", "th", "the"], ["ou", "u s"], "🙂"]),
+        "stream": source.random() < 0.5,
+    }  # fmt: skip
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def test_any_settings_side_by_side(served):
+    """Whatever the others ask for, each text is the one of `generate` up to its stop string."""
+    source = random.Random(2)
+    every = [random_fields(source) for _ in range(24)]
+
+    def ask(fields):
+        answer = served.raw.post("/v1/completions", json={"model": "mini", **fields})
+        assert answer.status_code == 200, (fields, answer.text)
+        if not fields["stream"]:
+            return answer.json()["choices"][0]["text"]
+        events = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+        assert events.pop() == "[DONE]"
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(ask, every))
+    for fields, text in zip(every, texts, strict=True):
+        stops = fields.get("stop", [])
+        stops = [stops] if isinstance(stops, str) else stops
+        _, alone = written(
+            served, fields["prompt"], max_new_tokens=fields["max_tokens"],
+            seed=fields["seed"] % 2**63, do_sample=fields["temperature"] != 0,
+            temperature=fields["temperature"] or 1.0, top_p=fields["top_p"],
+            top_k=max(fields["top_k"], 0), min_p=fields.get("min_p"),
+            repetition_penalty=fields["repetition_penalty"],
+            min_new_tokens=fields.get("min_tokens"), stop_strings=stops or None,
+        )  # fmt: skip
+        ends = [alone.index(stop) for stop in stops if stop in alone]
+        assert text == alone[: min(ends, default=len(alone))], fields
 
 
 def test_streams_say_the_same(served):

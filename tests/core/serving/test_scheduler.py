@@ -16,7 +16,7 @@ from opt_core.generation.request import check_request
 from opt_core.serving import engine
 from opt_core.serving.engine import ALTERNATIVES, Chosen, Scores
 from opt_core.serving.row import Row
-from opt_core.serving.scheduler import PATIENCE, WORTHWHILE, Scheduler, make_widths
+from opt_core.serving.scheduler import LONG_PATIENCE, PATIENCE, WORTHWHILE, Scheduler, make_widths
 
 WINDOW, V, END = 256, 50, 7
 CONFIG = OPTConfig(
@@ -185,6 +185,22 @@ def test_a_long_prompt_keeps_nobody_waiting():
     assert long.ended == "length"
 
 
+def test_short_prompts_come_first_and_long_ones_come():
+    scheduler = make_scheduler(3, chunk=16)
+    long, short = make_row([3] * 100, 1), make_row([4] * 9, 1)
+    for row in (long, short):
+        scheduler.submit(row)
+    scheduler.step()
+    assert short.ended
+    assert not long.ended
+    crowd = [make_row([5 + i % 2] * 16, 1) for i in range(60)]
+    for row in crowd:
+        scheduler.submit(row)
+    while not long.ended:
+        scheduler.step()
+    assert sum(row.ended is None for row in crowd) > 20
+
+
 def test_a_beginning_is_read_once():
     scheduler = make_scheduler(3)
     beginning = list(range(10, 40)) * 5
@@ -237,9 +253,11 @@ def test_caches_are_as_wide_as_is_needed():
     scheduler.submit(make_row([3] * 200, 2))
     run(scheduler)
     assert scheduler.engine.width == 256
-    scheduler.submit(make_row([4], 2 * PATIENCE))
-    run(scheduler)
-    assert scheduler.engine.width == 128
+    for is_compiled, patience in ((False, LONG_PATIENCE), (True, PATIENCE)):
+        scheduler.engine.is_compiled = is_compiled
+        scheduler.submit(make_row([4], 2 * PATIENCE))
+        run(scheduler)
+        assert scheduler.engine.width == (256 if patience > 2 * PATIENCE else 128)
 
 
 def test_widths_grow_by_half_where_that_is_much():
