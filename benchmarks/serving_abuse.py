@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -101,7 +102,7 @@ async def halves(url: str, client: httpx.AsyncClient, found: Found, count: int) 
 async def huge(client: httpx.AsyncClient, found: Found) -> None:
     """Bodies of 100 MB."""
 
-    async def body() -> Any:
+    async def body() -> AsyncIterator[bytes]:
         for _ in range(100):
             yield b" " * 2**20
 

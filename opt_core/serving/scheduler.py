@@ -177,7 +177,7 @@ class Scheduler:
         if not self.engine.is_compiled:
             return min(left, budget)
         small, large = self._sizes[0], self._sizes[-1]
-        return large if min(budget, left) > 2 * small else small
+        return large if budget >= 2 * small < left else small
 
     def _copy_beginning(self, row: Row, slot: int) -> None:
         """Copies what another slot holds of a row's beginning, where that is more than its own."""

@@ -273,7 +273,7 @@ def test_programs_have_two_sizes():
     for row in rows:
         scheduler.submit(row)
     run(scheduler)
-    assert scheduler.engine.sizes == [(128, 128), (64, 64), (38, 64), (10, 64)]
+    assert scheduler.engine.sizes == [(10, 64), (64, 64), (128, 128), (38, 64)]
     assert [row.made for row in rows] == [alone(row) for row in rows]
 
 
