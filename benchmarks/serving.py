@@ -201,6 +201,13 @@ def main() -> None:
             "cpu_ratio": round(single.processor / batched.processor / share, 2),
             "differing": sum(rows[i].made != text for i, text in zip(part, texts, strict=True)),
         }  # fmt: skip
+    if options.peer:
+        seconds, texts = peer_batch(options.peer, every, options.slots)
+        figures |= {
+            "peer_tok_s": round(count / seconds, 1),
+            "peer_ratio": round(seconds / batched.clock, 2),
+            "peer_differing": sum(row.made != t for row, t in zip(rows, texts, strict=True)),
+        }  # fmt: skip
     figures |= {
         "first_s": round(statistics.median(first), 3),
         "first_p95_s": round(at_95(first), 3),

@@ -21,7 +21,7 @@ ALTERNATIVES = 5
 """Likeliest tokens that scores name, as many as OpenAI's API gives."""
 
 FEWEST_WIDTH = 128
-"""Cache slots of each row, at least; there are more (`make_widths`) once a row needs them."""
+"""Cache slots of each row, at least; there are twice as many, and so on, once a row needs them."""
 
 
 class Table:

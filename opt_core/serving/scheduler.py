@@ -19,8 +19,8 @@ from opt_core.serving.row import Row, TokenScores
 CHUNK = 256
 """Tokens of prompts that are read between two steps: about as long as three of those take."""
 
-SMALL_CHUNK = 64
-"""Tokens of the program for short prompts and for ends of long ones, where programs have sizes."""
+PROGRAM_CHUNK = 64
+"""Tokens that a compiled program reads: it takes as long for fewer, hence not all of a chunk."""
 
 WORTHWHILE = 8
 """Tokens from which on a common beginning is copied."""
@@ -65,8 +65,9 @@ class Scheduler:
         self.rows: list[Row | None] = [None] * engine.slots
         self.waiting, self.reading = deque[Row](), dict[int, int]()  # and since which step
         self._free = list(range(engine.slots))  # the longest free one first
-        self._widths = make_widths(max(window, chunk))
-        self._sizes = sorted({min(SMALL_CHUNK, chunk), chunk})
+        self._widths, self._program_chunk = [FEWEST_WIDTH], min(PROGRAM_CHUNK, chunk)
+        while self._widths[-1] < window:
+            self._widths.append(2 * self._widths[-1])
         self._calm = self._steps = 0
 
     @property
@@ -101,9 +102,8 @@ class Scheduler:
             engine.resize(width)
             engine.step(table)
             engine.copy(0, engine.slots - 1, 1)
-            for size in (size for size in self._sizes if size <= width):
-                for scores_prompt in (False, True):
-                    engine.read(table, 0, 0, 1, size, scores_prompt)
+            for scores_prompt in (False, True):
+                engine.read(table, 0, 0, 1, self._program_chunk, scores_prompt)
 
     def _drop_cancelled(self) -> list[Event]:
         rows = [row for row in (*self.waiting, *self.rows) if row and row.is_cancelled]
@@ -142,7 +142,7 @@ class Scheduler:
 
         Args:
             slot: The row.
-            budget: Tokens that may be read, where that is not too few for any program.
+            budget: Most tokens to read, where no program has a number of its own.
             events: Where the row's first token is told.
         """
         table, row, engine = self.table, self.rows[slot], self.engine
@@ -150,7 +150,8 @@ class Scheduler:
         if not row.scores_prompt:
             self._copy_beginning(row, slot)
         count = int(table.counts[slot])
-        size = self._size(count - int(table.held[slot]), budget)
+        left = count - int(table.held[slot])
+        size = self._program_chunk if engine.is_compiled else min(left, budget)
         # The widest cache may have no room for a whole chunk there: then some is read once more.
         start = min(int(table.held[slot]), self._widths[-1] - size)
         end = min(start + size, count)
@@ -171,13 +172,6 @@ class Scheduler:
         """What is left to read of a row, less what it has waited; the least comes first."""
         left = int(self.table.counts[slot] - self.table.held[slot])
         return left - (self._steps - self.reading[slot]) * self.chunk / HASTE
-
-    def _size(self, left: int, budget: int) -> int:
-        """Tokens to read at once of so many that are left of a row."""
-        if not self.engine.is_compiled:
-            return min(left, budget)
-        small, large = self._sizes[0], self._sizes[-1]
-        return large if budget >= 2 * small < left else small
 
     def _copy_beginning(self, row: Row, slot: int) -> None:
         """Copies what another slot holds of a row's beginning, where that is more than its own."""
@@ -235,13 +229,3 @@ class Scheduler:
     def _fit(self, slot: int) -> None:
         """Forgets of a free slot what is behind its last place: that takes what nobody reads."""
         self.table.held[slot] = min(self.table.held[slot], self.engine.width - 1)
-
-
-def make_widths(window: int) -> list[int]:
-    """Numbers of cache slots, each twice the last one or half as much again."""
-    widths = [FEWEST_WIDTH]
-    while widths[-1] < window:
-        width = widths[-1]
-        is_between = width & (width - 1) != 0
-        widths.append(width // 3 * 4 if is_between else width * (3 if width >= 512 else 4) // 2)
-    return widths

@@ -16,7 +16,7 @@ from opt_core.generation.request import check_request
 from opt_core.serving import engine
 from opt_core.serving.engine import ALTERNATIVES, Chosen, Scores
 from opt_core.serving.row import Row
-from opt_core.serving.scheduler import LONG_PATIENCE, PATIENCE, WORTHWHILE, Scheduler, make_widths
+from opt_core.serving.scheduler import LONG_PATIENCE, PATIENCE, WORTHWHILE, Scheduler
 
 WINDOW, V, END = 256, 50, 7
 CONFIG = OPTConfig(
@@ -260,20 +260,16 @@ def test_caches_are_as_wide_as_is_needed():
         assert scheduler.engine.width == (256 if patience > 2 * PATIENCE else 128)
 
 
-def test_widths_grow_by_half_where_that_is_much():
-    assert make_widths(2048) == [128, 256, 512, 768, 1024, 1536, 2048]
-    assert make_widths(129) == [128, 256]
-
-
-def test_programs_have_two_sizes():
-    """The large one reads what is worth it; ends and short prompts go to the small one."""
+def test_programs_read_a_part_of_a_chunk():
     scheduler = make_scheduler(2, chunk=128)
     scheduler.engine.is_compiled = True
     rows = [make_row([3] * 230, 2), make_row([4] * 10, 2)]
     for row in rows:
         scheduler.submit(row)
+    scheduler.step()
+    assert scheduler.engine.sizes == [(10, 64), (64, 64)]
     run(scheduler)
-    assert scheduler.engine.sizes == [(10, 64), (64, 64), (128, 128), (38, 64)]
+    assert scheduler.engine.sizes[2:] == [(64, 64), (64, 64), (38, 64)]
     assert [row.made for row in rows] == [alone(row) for row in rows]
 
 
