@@ -39,7 +39,7 @@ BAD = [b"", b"[", b"[]", b'"x"', b"{}", b"\xff\xfe", b"[" * 100_000,
 
 
 class Found:
-    """What happened.
+    """Answers that came, and faults.
 
     Attributes:
         statuses: How often each status came, by the kind of request.
@@ -194,11 +194,16 @@ async def run(url: str, process: Any, options: argparse.Namespace) -> dict[str, 
     found = Found()
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120) as client:
-        await silent(url, client, found, options.silent)
-        await halves(url, client, found, options.silent // 10)
-        await huge(client, found)
-        await bad(client, found)
-        await crowd(client, found, options.crowd)
+        for stage in (
+            silent(url, client, found, options.silent),
+            halves(url, client, found, options.silent // 10),
+            huge(client, found),
+            bad(client, found),
+            crowd(client, found, options.crowd),
+        ):
+            began = time.monotonic()
+            await stage
+            print(f"{stage.__name__}: {time.monotonic() - began:.0f} s", file=sys.stderr)
         memory = await load(client, found, process.pid, 60 * options.minutes)
         files = len(os.listdir(f"/proc/{process.pid}/fd"))
         seconds = await stopped(client, found, process)

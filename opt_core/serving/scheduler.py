@@ -169,7 +169,7 @@ class Scheduler:
         return size
 
     def _urgency(self, slot: int) -> float:
-        """What is left to read of a row, less what it has waited; the least comes first."""
+        """Tokens left to read of a row, less what it has waited; the least comes first."""
         left = int(self.table.counts[slot] - self.table.held[slot])
         return left - (self._steps - self.reading[slot]) * self.chunk / HASTE
 
