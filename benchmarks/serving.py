@@ -5,19 +5,33 @@ python -m benchmarks.serving --model opt-125m --backend torch --requests 200
 Each request has 8 to 400 tokens of prompt and 8 to 128 new ones, greedy and sampled in turn. One
 JSON line says how many tokens per second there are in all, together and one at a time, when the
 first tokens come, and how many texts differ from those that `generate` writes alone. A preset's
-name stands for a model of that shape with random weights. The two ways take turns, so that what
-else the machine does meanwhile harms both; `cpu_ratio` compares the processor's time instead of the
-clock's, which is fair on a busy machine where there is one thread (OMP_NUM_THREADS=1).
+name stands for a model of that shape with random weights.
+
+    first_p95_s     time to first token, 95th percentile
+    idle_first_s    the same on an idle server, median: nobody else is served
+    wait_p95        how much later a first token comes than on an idle server, its own prompt's time
+                    taken off, in such medians: 95th percentile
+    compilations    programs that were made after the warm-up
+
+With --alone fewer requests are also written one at a time, spread evenly over all; `ratio` then
+compares seconds per request. `cpu_ratio` compares the processor's time instead of the clock's,
+which is fair on a busy machine where there is one thread (OMP_NUM_THREADS=1). With --peer DIR all
+requests are greedy, and CTranslate2 writes them too, in float32 and by batches of as many; DIR is
+what its converter made of the model. `peer_ratio` is our speed by its.
 """
 
 import argparse
 import json
+import os
+import platform
 import random
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,8 +85,8 @@ class Seconds:
 
 
 def together(scheduler: Scheduler, rows: list[Row]) -> list[float]:
-    """All requests, as many at a time as there are slots; seconds to their first tokens."""
-    first, waiting, starts, open_rows = list[float](), list(rows), dict[Row, float](), 0
+    """All requests, as many at a time as there are slots; seconds to the first token of each."""
+    first, waiting, starts, open_rows = dict[Row, float](), list(rows), dict[Row, float](), 0
     while waiting or open_rows:
         while waiting and open_rows < scheduler.engine.slots:
             row = waiting.pop(0)
@@ -80,9 +94,30 @@ def together(scheduler: Scheduler, rows: list[Row]) -> list[float]:
             scheduler.submit(row)
         for event in scheduler.step():
             if len(event.row.made) == 1:
-                first.append(time.perf_counter() - starts[event.row])
+                first[event.row] = time.perf_counter() - starts[event.row]
             open_rows -= event.ended is not None
-    return first
+    return [first[row] for row in rows]
+
+
+def idle_first(model: Any, scheduler: Scheduler, every: list[dict[str, Any]]) -> list[float]:
+    """Seconds to the first token of each request where there is no other."""
+    found: list[float] = []
+    for call in every:
+        scheduler.table.held[:] = 0  # nothing is known of its beginning
+        row = Row(make_request(model, **{**call, "max_new_tokens": 1}))
+        found += together(scheduler, [row])
+    return found
+
+
+def programs(model: Any, backend: str) -> int:
+    """How many programs of serving were compiled."""
+    if backend == "torch":
+        return 0
+    if backend == "tf":
+        return sum(p.experimental_get_tracing_count() for p in model.programs.values())
+    engine = import_module("opt_flax.serving.engine")
+    names = ("_step", "_read", "_score", "_copy", "_resize", "_row", "_choose")
+    return sum(getattr(engine, name)._cache_size() for name in names)
 
 
 def alone(model: Any, every: list[dict[str, Any]]) -> list[list[int]]:
@@ -94,6 +129,30 @@ def alone(model: Any, every: list[dict[str, Any]]) -> list[list[int]]:
     return texts
 
 
+def peer_batch(
+    folder: Path, every: list[dict[str, Any]], slots: int
+) -> tuple[float, list[list[int]]]:
+    """Seconds and texts of CTranslate2, by batches: a row ends where its request does."""
+    import ctranslate2  # pyright: ignore[reportMissingImports]  # of another environment
+
+    threads = len(os.sched_getaffinity(0))
+    generator = ctranslate2.Generator(
+        str(folder), device="cpu", compute_type="float32", intra_threads=threads
+    )
+    words = json.loads((folder / "vocabulary.json").read_text())
+    texts, began = list[list[int]](), time.perf_counter()
+    for start in range(0, len(every), slots):
+        batch = every[start : start + slots]
+        new = [call["max_new_tokens"] for call in batch]
+        found = generator.generate_batch(
+            [[words[i] for i in call["input_ids"][0]] for call in batch],
+            max_length=max(new), beam_size=1, include_prompt_in_result=False, end_token=[],
+            callback=partial(lambda new, step: step.step + 1 >= new[step.batch_id], new),
+        )  # fmt: skip
+        texts += [row.sequences_ids[0] for row in found]
+    return time.perf_counter() - began, texts
+
+
 def main() -> None:
     """Runs the command line above."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -101,36 +160,71 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--alone", type=int, help="default: all")
     parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--peer", type=Path, help="what CTranslate2's converter wrote")
     options = parser.parse_args()
     model = load(options.model, options.backend, options.dtype)
     engine = import_module(f"opt_{options.backend}.serving.engine").Engine(model, options.slots)
     scheduler, began = Scheduler(engine), time.perf_counter()
     scheduler.warm_up()
     warm, every = time.perf_counter() - began, calls(model, options.requests)
-    batched, single, first, differing, count = Seconds(), Seconds(), list[float](), 0, 0
-    for turn in range(options.turns):
-        part = every[turn :: options.turns]
-        rows = [Row(make_request(model, **call)) for call in part]
-        with batched.counted():
-            first += together(scheduler, rows)
-        if engine.is_compiled:
-            alone(model, part)  # every program is made now
-        with single.counted():
-            texts = alone(model, part)
-        differing += sum(row.made != text for row, text in zip(rows, texts, strict=True))
-        count += sum(map(len, texts))
-    first.sort()
-    figures = {
-        **vars(options), "tokens": count, "tok_s": round(count / batched.clock, 1),
-        "alone_tok_s": round(count / single.clock, 1),
-        "ratio": round(single.clock / batched.clock, 2),
-        "cpu_ratio": round(single.processor / batched.processor, 2),
-        "warm_s": round(warm, 1), "first_s": round(statistics.median(first), 3),
-        "first_p95_s": round(first[int(0.95 * len(first))], 3), "differing": differing,
+    if options.peer:
+        every = [{**call, "do_sample": False} for call in every]
+    made, rows = programs(model, options.backend), [Row(make_request(model, **c)) for c in every]
+    batched, single = Seconds(), Seconds()
+    with batched.counted():
+        first = together(scheduler, rows)
+    count = sum(len(row.made) for row in rows)
+    figures: dict[str, Any] = {
+        **vars(options), "peer": options.peer and options.peer.name, "processor": processor(),
+        "tokens": count, "tok_s": round(count / batched.clock, 1), "warm_s": round(warm, 1),
     }  # fmt: skip
+    alone_count = len(every) if options.alone is None else options.alone
+    part = range(0, len(every), max(1, len(every) // max(1, alone_count)))
+    if alone_count:
+        some = [every[i] for i in part]
+        idle = idle_first(model, scheduler, some)
+        usual = statistics.median(idle)
+        waits = [(first[i] - own) / usual for i, own in zip(part, idle, strict=True)]
+        figures |= {"idle_first_s": round(usual, 3), "wait_p95": round(at_95(waits), 2)}
+        figures["compilations"] = programs(model, options.backend) - made
+        if engine.is_compiled:
+            alone(model, some)  # every program is made now
+        with single.counted():
+            texts = alone(model, some)
+        share = len(some) / len(every)
+        figures |= {
+            "compared": len(some),
+            "alone_tok_s": round(sum(map(len, texts)) / single.clock, 1),
+            "ratio": round(single.clock / batched.clock / share, 2),
+            "cpu_ratio": round(single.processor / batched.processor / share, 2),
+            "differing": sum(rows[i].made != text for i, text in zip(part, texts, strict=True)),
+        }  # fmt: skip
+    if options.peer:
+        seconds, texts = peer_batch(options.peer, every, options.slots)
+        figures |= {
+            "peer_tok_s": round(count / seconds, 1),
+            "peer_ratio": round(seconds / batched.clock, 2),
+            "peer_differing": sum(row.made != t for row, t in zip(rows, texts, strict=True)),
+        }  # fmt: skip
+    figures |= {
+        "first_s": round(statistics.median(first), 3),
+        "first_p95_s": round(at_95(first), 3),
+    }
     print(json.dumps(figures))
+
+
+def at_95(values: list[float]) -> float:
+    """The 95th percentile."""
+    return sorted(values)[int(0.95 * len(values))]
+
+
+def processor() -> str:
+    """The processor's name and how many there are."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

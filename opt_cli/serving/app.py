@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from opt_cli.serving import chat, errors
 from opt_cli.serving.choices import Choices, Piece, Token, logprobs_of
@@ -37,13 +38,14 @@ class Limits:
     Attributes:
         body: Most bytes of a body.
         seconds: Most seconds until a request is answered.
-        body_seconds: Most seconds until its body is there.
+        body_seconds: Most seconds until its body is there; less than a server that is told to stop
+            waits for it.
         key: Bearer token that requests must have; None: none is needed.
     """
 
     body: int = 4 << 20
     seconds: float = 600
-    body_seconds: float = 30
+    body_seconds: float = 15
     key: str | None = None
 
 
@@ -128,11 +130,12 @@ class Server:
         worker, fields = await self._read(request)
         job: Job = style.make_job(fields, worker)
         answer = Answer(style, job, worker, self.limits.seconds)
-        if not job.is_streamed:
+        if job.is_streamed:
+            return Stream(answer)
+        try:
             return JSONResponse(await _unless_gone(request, answer.whole()))
-        return StreamingResponse(
-            answer.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
+        finally:
+            answer.choices.close()
 
     async def _tokenize(self, request: Request) -> Response:
         worker, fields = await self._read(request)
@@ -199,8 +202,25 @@ class Server:
         return Response(self.metrics.text(), media_type=self.metrics.content_type)
 
 
+class Stream(StreamingResponse):
+    """An answer as server-sent events; its rows end with it, whether or not they were begun."""
+
+    def __init__(self, answer: "Answer") -> None:
+        super().__init__(
+            answer.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.choices.close()
+
+
 class Answer:
-    """The answer to a request, whole or as a stream.
+    """The answer to a request, whole or as a stream; its rows wait from now on.
 
     Args:
         style: How it is written.

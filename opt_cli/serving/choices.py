@@ -89,16 +89,24 @@ class _Choice:
 
 
 class Choices:
-    """The texts of a request.
+    """The texts of a request, which `close` must follow.
 
     Args:
         job: The request.
         worker: Its model.
+
+    Raises:
+        Refusal: There is no room for them.
     """
 
     def __init__(self, job: Job, worker: Worker) -> None:
         self.job, self.worker = job, worker
         self._choices = {row: _Choice(job, worker, row, i) for i, row in enumerate(job.rows)}
+        worker.enter(job.rows)
+
+    def close(self) -> None:
+        """Ends what has not ended."""
+        self.worker.leave(self.job.rows)
 
     async def pieces(self) -> AsyncGenerator[Piece]:
         """The pieces that are added to the texts, as they are made.

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from opt_cli.serving.app import Server
 
 _MODEL, _LIMITS = "Model", "Limits"
+_HEADER_SECONDS = 10
+"""Seconds that a connection has to send the headers of a request."""
 _GRACE_SECONDS = 20
 """Seconds that what runs has to end in, once the server is told to stop."""
 
@@ -146,6 +148,8 @@ def _load(
 def _run(server: "Server", host: str, port: int, connections: int) -> None:
     import uvicorn
 
+    from opt_cli.serving.connections import files_for, make_protocol
+
     class Uvicorn(uvicorn.Server):
         """Tells the application when it is told to stop, and where it listens."""
 
@@ -170,8 +174,8 @@ def _run(server: "Server", host: str, port: int, connections: int) -> None:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: None)
     config = uvicorn.Config(
-        server.app(), host, port, log_level="warning", access_log=False, ws="none",
-        limit_concurrency=connections, server_header=False,
+        server.app(), host, port, log_level="error", access_log=False, ws="none",
+        http=make_protocol(files_for(connections), _HEADER_SECONDS), server_header=False,
         timeout_graceful_shutdown=_GRACE_SECONDS + 5,
     )  # fmt: skip
     Uvicorn(config).run()

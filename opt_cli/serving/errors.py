@@ -1,10 +1,12 @@
 """Refusals in the shape of OpenAI's API, which its clients turn into exceptions."""
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 _KINDS = {
     401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error",
@@ -36,9 +38,10 @@ class Refusal(Exception):
         return {"error": error}
 
 
-def answer(request: Request, error: Exception) -> JSONResponse:
+def answer(
+    request: Request, error: Exception, headers: Mapping[str, str] | None = None
+) -> Response:
     """The response for a refusal, for Starlette's own errors, and for whatever else goes wrong."""
-    headers = None
     if isinstance(error, HTTPException):
         headers = error.headers
         error = Refusal(f"{request.method} {request.url.path}: {error.detail}", None,
@@ -47,4 +50,5 @@ def answer(request: Request, error: Exception) -> JSONResponse:
         error = Refusal("the server failed; its log says how", None, 500)
     if error.status == 429:
         headers = {"Retry-After": "1"}
-    return JSONResponse(error.body, error.status, headers)
+    # In ASCII: what a client sent may be no text, and is repeated all the same.
+    return Response(json.dumps(error.body), error.status, headers, "application/json")

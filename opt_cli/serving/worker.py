@@ -1,10 +1,11 @@
 """A served model: its thread steps the scheduler, and hands news of rows to those who wait."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -76,32 +77,40 @@ class Worker:
                 None, 429, "queue_full",
             )  # fmt: skip
 
-    async def events(self, rows: Iterable[Row]) -> AsyncGenerator[Event]:
-        """News of rows until all have ended; whoever stops listening cancels them."""
-        began, feed, rows = time.perf_counter(), asyncio.Queue[Event](), list(rows)
-        open_rows, has_begun = set(rows), False
+    def enter(self, rows: Sequence[Row]) -> None:
+        """Puts rows behind those that wait; `leave` must follow, whatever happens.
+
+        Raises:
+            Refusal: There is no room, or the model failed.
+        """
+        self.check_room(len(rows))
+        feed = asyncio.Queue[Event]()
         for row in rows:
             self._feeds[row] = feed
         self._rows += len(rows)
         self._arrived.extend(rows)
         self._wake.set()
-        try:
-            if self.failure:  # since the room was looked for
-                self.check_room(0)
-            while open_rows:
-                event = await feed.get()
-                if not has_begun and event.token is not None:
-                    has_begun = True
-                    self.metrics.first_token.labels(self.name).observe(time.perf_counter() - began)
-                if event.ended is not None:
-                    open_rows.discard(event.row)
-                yield event
-        finally:
-            for row in rows:
-                row.is_cancelled = True
-                self._feeds.pop(row, None)
-            self._rows -= len(rows)
-            self._wake.set()
+
+    def leave(self, rows: Sequence[Row]) -> None:
+        """Forgets rows; those that have not ended end before the next step."""
+        for row in rows:
+            row.is_cancelled = True
+            if self._feeds.pop(row, None) is not None:
+                self._rows -= 1
+        self._wake.set()
+
+    async def events(self, rows: Sequence[Row]) -> AsyncGenerator[Event]:
+        """News of rows that entered together, until all have ended."""
+        began, feed = time.perf_counter(), self._feeds[rows[0]]
+        open_rows, has_begun = set(rows), False
+        while open_rows:
+            event = await feed.get()
+            if not has_begun and event.token is not None:
+                has_begun = True
+                self.metrics.first_token.labels(self.name).observe(time.perf_counter() - began)
+            if event.ended is not None:
+                open_rows.discard(event.row)
+            yield event
 
     def cancel_all(self, reason: str) -> None:
         """Ends every row there is, as an error of this reason."""
@@ -122,6 +131,7 @@ class Worker:
                 events = scheduler.step()
             except Exception as error:  # whatever a framework raises: nothing can go on
                 self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+                logging.getLogger(__name__).exception("model %s failed", self.name)
                 self._tell(self._give_up)
                 return
             self.metrics.note_step(self.name, scheduler, events, time.perf_counter() - began)

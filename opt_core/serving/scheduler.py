@@ -1,8 +1,9 @@
 """Which rows are read and written, and when: they enter and leave a batch at any step.
 
 Each step writes one token of every row whose prompt is read, then reads a chunk of the prompts that
-wait for it: a long prompt keeps nobody waiting for long. What another row has read of the same
-beginning is copied. Every row gets the tokens that `generate` gives its request alone.
+wait for it: a long prompt keeps nobody waiting for long, and the shortest comes first. What another
+row has read of the same beginning is copied. Every row gets the tokens that `generate` gives its
+request alone.
 """
 
 from collections import deque
@@ -15,17 +16,22 @@ from opt_core.generation.request import check_logits
 from opt_core.serving.engine import FEWEST_WIDTH, Chosen, Engine, Table
 from opt_core.serving.row import Row, TokenScores
 
-CHUNK = 64
-"""Tokens of prompts that are read between two steps."""
+CHUNK = 256
+"""Tokens of prompts that are read between two steps: about as long as three of those take."""
 
-MOST_CHUNKS = 4
-"""So many times that, where many rows wait to be read and few are written."""
+PROGRAM_CHUNK = 64
+"""Tokens that a compiled program reads: it takes as long for fewer, hence not all of a chunk."""
 
 WORTHWHILE = 8
 """Tokens from which on a common beginning is copied."""
 
+HASTE = 4
+"""A step of waiting counts as much as a chunk by that less to read: no prompt waits for ever."""
+
 PATIENCE = 64
-"""Steps after which caches twice as wide as any row needs are made narrower."""
+"""Steps after which caches wider than any row needs are made narrower."""
+LONG_PATIENCE = 16 * PATIENCE
+"""The same where no programs are compiled."""
 
 
 class Event(NamedTuple):
@@ -54,15 +60,15 @@ class Scheduler:
 
     def __init__(self, engine: Engine, chunk: int = CHUNK) -> None:
         window = engine.config.max_position_embeddings
-        self.engine, self.chunk = engine, min(chunk, FEWEST_WIDTH)
+        self.engine, self.chunk = engine, chunk
         self.table = Table(engine.slots, window)
         self.rows: list[Row | None] = [None] * engine.slots
-        self.waiting, self.reading = deque[Row](), deque[int]()
+        self.waiting, self.reading = deque[Row](), dict[int, int]()  # and since which step
         self._free = list(range(engine.slots))  # the longest free one first
-        self._widths = [FEWEST_WIDTH]
+        self._widths, self._program_chunk = [FEWEST_WIDTH], min(PROGRAM_CHUNK, chunk)
         while self._widths[-1] < window:
             self._widths.append(2 * self._widths[-1])
-        self._calm = 0
+        self._calm = self._steps = 0
 
     @property
     def is_idle(self) -> bool:
@@ -83,11 +89,9 @@ class Scheduler:
             chosen = self.engine.step(table)
             table.held[table.is_active] += 1
             events += [self._take(s, chosen, s) for s in np.flatnonzero(table.is_active).tolist()]
-        # A step takes nearly as long for few rows as for many: the others had better come soon.
-        chunks = len(self.reading) // max(1, int(table.is_active.sum()))
-        budget = self.chunk * min(max(1, chunks), MOST_CHUNKS)
+        self._steps, budget = self._steps + 1, self.chunk
         while self.reading and budget > 0:
-            budget -= self._read(self.reading[0], events)
+            budget -= self._read(min(self.reading, key=self._urgency), budget, events)
         return events
 
     def warm_up(self) -> None:
@@ -99,7 +103,7 @@ class Scheduler:
             engine.step(table)
             engine.copy(0, engine.slots - 1, 1)
             for scores_prompt in (False, True):
-                engine.read(table, 0, 0, 1, self.chunk, scores_prompt)
+                engine.read(table, 0, 0, 1, self._program_chunk, scores_prompt)
 
     def _drop_cancelled(self) -> list[Event]:
         rows = [row for row in (*self.waiting, *self.rows) if row and row.is_cancelled]
@@ -125,7 +129,7 @@ class Scheduler:
             table.is_scored[slot] = row.is_scored
             self.rows[slot] = row
             self.engine.place(slot, row.request)
-            self.reading.append(slot)
+            self.reading[slot] = self._steps
 
     def _common(self, row: Row, slot: int) -> int:
         """Tokens that a slot holds of the beginning of a row; its last one is always read."""
@@ -133,28 +137,41 @@ class Scheduler:
         is_equal = self.table.ids[slot, :count] == np.array(row.prompt[:count], np.int32)
         return count if is_equal.all() else int(is_equal.argmin())
 
-    def _read(self, slot: int, events: list[Event]) -> int:
-        """Reads a chunk of a row; returns how many tokens' time it took."""
+    def _read(self, slot: int, budget: int, events: list[Event]) -> int:
+        """Reads a chunk of a row; returns how many tokens' time it took.
+
+        Args:
+            slot: The row.
+            budget: Most tokens to read, where no program has a number of its own.
+            events: Where the row's first token is told.
+        """
         table, row, engine = self.table, self.rows[slot], self.engine
         assert row is not None
         if not row.scores_prompt:
             self._copy_beginning(row, slot)
         count = int(table.counts[slot])
+        left = count - int(table.held[slot])
+        size = self._program_chunk if engine.is_compiled else min(left, budget)
         # The widest cache may have no room for a whole chunk there: then some is read once more.
-        start = min(int(table.held[slot]), self._widths[-1] - self.chunk)
-        end = min(start + self.chunk, count)
-        self._widen(start + self.chunk)
-        chosen, scores = engine.read(table, slot, start, end, self.chunk, row.scores_prompt)
+        start = min(int(table.held[slot]), self._widths[-1] - size)
+        end = min(start + size, count)
+        self._widen(start + size)
+        chosen, scores = engine.read(table, slot, start, end, size, row.scores_prompt)
         table.held[slot] = end
         if scores is not None:
             known = len(row.prompt_scores)
             found = [scores.at(i) for i in range(min(end, count - 1) - start)]
             row.prompt_scores += found[known - start :]
         if chosen is not None:
-            self.reading.popleft()
+            del self.reading[slot]
             table.is_active[slot] = True
             events.append(self._take(slot, chosen, 0))
-        return self.chunk if engine.is_compiled else end - start
+        return size
+
+    def _urgency(self, slot: int) -> float:
+        """Tokens left to read of a row, less what it has waited; the least comes first."""
+        left = int(self.table.counts[slot] - self.table.held[slot])
+        return left - (self._steps - self.reading[slot]) * self.chunk / HASTE
 
     def _copy_beginning(self, row: Row, slot: int) -> None:
         """Copies what another slot holds of a row's beginning, where that is more than its own."""
@@ -187,8 +204,7 @@ class Scheduler:
 
     def _leave(self, slot: int) -> None:
         """Gives a slot away; what it holds serves rows that begin in the same way."""
-        if slot in self.reading:
-            self.reading.remove(slot)
+        self.reading.pop(slot, None)
         self.rows[slot], self.table.is_active[slot] = None, False
         self.table.is_scored[slot] = False
         self._free.append(slot)
@@ -199,10 +215,12 @@ class Scheduler:
         held = self.table.held[[row is not None for row in self.rows]]
         needed = max(needed, int(held.max(initial=0)) + 1)
         place = next(i for i, width in enumerate(self._widths) if width >= needed)
-        now = self._widths.index(self.engine.width)
+        now, is_compiled = self._widths.index(self.engine.width), self.engine.is_compiled
         self._calm = self._calm + 1 if place < now else 0
-        steps = list(range(now + 1, place + 1)) or [now - 1] * (self._calm > PATIENCE)
-        for i in steps:  # one at a time: few programs serve all sizes
+        # A program takes as long as its cache is wide; without one, width costs nothing but memory.
+        has_time = self._calm > (PATIENCE if is_compiled else LONG_PATIENCE)
+        steps = list(range(now + 1, place + 1)) or [now - 1] * has_time
+        for i in steps if is_compiled else steps[-1:]:  # one at a time: few programs for all sizes
             self.engine.resize(self._widths[i])
             self._calm = 0
         for slot in self._free if steps else ():

@@ -1,4 +1,4 @@
-"""One decode step with little Python in the way.
+"""Decode steps with little Python in the way.
 
 On the CPU a small model's step is so short that calling its modules takes a quarter of it. Here the
 same operations run in the same order on the same weights, to the same bits, without the modules
@@ -6,7 +6,8 @@ around them. A model that has something of its own about it (hooks, adapters, ot
 to its modules.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from opt_core.params import POSITION_OFFSET
 from opt_torch.attention import OPTAttention, make_bias
 from opt_torch.cache import KVCache, position_rows
 from opt_torch.decoder import ACTIVATIONS, OPTDecoder, OPTDecoderLayer
-from opt_torch.linear import apply_linear, has_custom_call, is_eager
+from opt_torch.linear import has_custom_call, is_eager
 from opt_torch.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
 
 Step = Callable[[Tensor, KVCache], tuple[Tensor, KVCache]]
+RowsStep = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], list[int], list[int]], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of new queries, keys and values, (B, H, K) each, what attention mixes: B * H * K numbers."""
 
 _KNOWN = {
     *(OPTDecoder, OPTDecoderLayer, OPTAttention, nn.ModuleList, nn.LayerNorm, nn.Embedding),
@@ -46,31 +50,50 @@ def make_step(model: "OPTForCausalLM") -> Step | None:
     """
     if not is_plain(model):
         return None
-    decoder = model.get_decoder()
-    project_in, project_out = decoder.project_in, decoder.project_out
-    layers = [_DecodeLayer(layer) for layer in decoder.layers if isinstance(layer, OPTDecoderLayer)]
-    norm = decoder.final_layer_norm and _norm(decoder.final_layer_norm)
-    head, positions = bind(model.lm_head), decoder.embed_positions.weight
+    lean, positions = _LeanModel(model), model.get_decoder().embed_positions.weight
 
     def step(ids_B: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         past, mask = cache.length, cache.mask
-        hidden = decoder.embed_tokens(ids_B)
-        if project_in is not None:
-            hidden = apply_linear(project_in, hidden)
         if mask is None:
             bias, rows = None, positions[past + POSITION_OFFSET]
         else:
             mask = mask[:, : past + 1]
-            bias = make_bias(mask, 1, past, past + 1, hidden.dtype, hidden.device)
-            rows = F.embedding(position_rows(mask, past, 1, hidden.device)[:, 0], positions)
-        hidden = hidden + rows
-        for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
-            hidden = layer(hidden, keys, values, past, bias)
-        if norm is not None:
-            hidden = norm(hidden)
-        if project_out is not None:
-            hidden = apply_linear(project_out, hidden)
-        return head(hidden), cache.advance(1, None)
+            bias = make_bias(mask, 1, past, past + 1, positions.dtype, positions.device)
+            rows = F.embedding(position_rows(mask, past, 1, positions.device)[:, 0], positions)
+        attends = (
+            partial(_attend_together, keys, values, past, bias)
+            for keys, values in zip(cache.keys, cache.values, strict=True)
+        )
+        return lean(ids_B, rows, attends), cache.advance(1, None)
+
+    return step
+
+
+def make_rows_step(model: "OPTForCausalLM") -> RowsStep | None:
+    """A function that decodes rows of different lengths, while the model stays as it is.
+
+    Each row looks at its own tokens alone: with a mask over the longest one's slots, all rows would
+    read from memory as many keys and values as that one.
+
+    Returns:
+        A function of ids (X,), the keys and values of a cache of R rows, the X rows in it that the
+        ids are for, and the slot of each new token, which is its position; it writes the cache and
+        gives the logits (X, V). None if the model is to be left to its modules.
+    """
+    if not is_plain(model):
+        return None
+    lean, positions = _LeanModel(model), model.get_decoder().embed_positions.weight
+
+    def step(
+        ids_X: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
+        rows: list[int], places: list[int],
+    ) -> Tensor:  # fmt: skip
+        where = torch.tensor([rows, places])
+        attends = (
+            partial(_attend_each, *buffers, rows, places, where)
+            for buffers in zip(keys, values, strict=True)
+        )
+        return lean(ids_X, F.embedding(where[1] + POSITION_OFFSET, positions), attends)
 
     return step
 
@@ -91,6 +114,34 @@ def _is_plain(module: nn.Module, kinds: set[type[nn.Module]]) -> bool:
     return type(module) in kinds and not has_custom_call(module) and not module.training
 
 
+class _LeanModel:
+    """A model for one token per row."""
+
+    def __init__(self, model: "OPTForCausalLM"):
+        decoder = model.get_decoder()
+        self.embed_tokens = decoder.embed_tokens
+        self.project_in, self.project_out = decoder.project_in, decoder.project_out
+        self.layers = [
+            _DecodeLayer(layer) for layer in decoder.layers if isinstance(layer, OPTDecoderLayer)
+        ]
+        self.norm = decoder.final_layer_norm and _norm(decoder.final_layer_norm)
+        self.head = bind(model.lm_head)
+
+    def __call__(self, ids_B: Tensor, positions: Tensor, attends: Iterable[Attend]) -> Tensor:
+        """The logits (B, V) after ids; `attends` has the attention of each layer."""
+        hidden = self.embed_tokens(ids_B)
+        if self.project_in is not None:
+            hidden = apply_linear(self.project_in, hidden)
+        hidden = hidden + positions
+        for layer, attend in zip(self.layers, attends, strict=True):
+            hidden = layer(hidden, attend)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        if self.project_out is not None:
+            hidden = apply_linear(self.project_out, hidden)
+        return self.head(hidden)
+
+
 class _DecodeLayer:
     """One decoder layer for one token per row."""
 
@@ -105,24 +156,15 @@ class _DecodeLayer:
         is_relu = layer.activation is ACTIVATIONS["relu"]
         self.activation = torch.relu_ if is_relu else layer.activation
 
-    def __call__(
-        self, hidden: Tensor, keys: Tensor, values: Tensor, past: int, bias: Tensor | None
-    ) -> Tensor:
+    def __call__(self, hidden: Tensor, attend: Attend) -> Tensor:
         """The new hidden states (B, D)."""
         residual, (B, _) = hidden, hidden.shape
         first, second = self.norms
         if self.norm_first:
             hidden = first(hidden)
-        heads, end = (B, *self.heads), past + 1
+        heads = (B, *self.heads)
         query, key, value = self.qkv(hidden)
-        keys.select(2, past).copy_(key.view(heads))
-        values.select(2, past).copy_(value.view(heads))
-        mixed = F.scaled_dot_product_attention(
-            query.view(heads).unsqueeze(2),
-            keys.narrow(2, 0, end),
-            values.narrow(2, 0, end),
-            bias,
-        )
+        mixed = attend(query.view(heads), key.view(heads), value.view(heads))
         hidden = residual + self.out(mixed.view(B, -1))
         if not self.norm_first:
             hidden = first(hidden)
@@ -131,6 +173,35 @@ class _DecodeLayer:
             hidden = second(hidden)
         hidden = residual + self.fc2(self.activation(self.fc1(hidden)))
         return hidden if self.norm_first else second(hidden)
+
+
+def _attend_together(
+    keys: Tensor, values: Tensor, past: int, bias: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor,
+) -> Tensor:  # fmt: skip
+    """Rows of one length, whose new token is in slot `past`."""
+    keys.select(2, past).copy_(key)
+    values.select(2, past).copy_(value)
+    seen = keys.narrow(2, 0, past + 1), values.narrow(2, 0, past + 1)
+    return F.scaled_dot_product_attention(query.unsqueeze(2), *seen, bias)
+
+
+def _attend_each(
+    keys: Tensor, values: Tensor, rows: list[int], places: list[int], where: Tensor,
+    query: Tensor, key: Tensor, value: Tensor,
+) -> Tensor:  # fmt: skip
+    """Rows of lengths of their own; `where` has their numbers and places (2, X) as a tensor."""
+    keys[where[0], :, where[1]] = key
+    values[where[0], :, where[1]] = value
+    mixed = [
+        F.scaled_dot_product_attention(
+            one[None, :, None],
+            keys[row : row + 1].narrow(2, 0, place + 1),
+            values[row : row + 1].narrow(2, 0, place + 1),
+        )
+        for one, row, place in zip(query, rows, places, strict=True)
+    ]
+    return torch.cat(mixed)
 
 
 def _norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:

@@ -16,6 +16,7 @@ from opt_core.serving import engine
 from opt_core.serving.engine import ALTERNATIVES, Chosen, Scores, Table
 from opt_torch.cache import KVCache
 from opt_torch.generation import loop, sampling
+from opt_torch.generation.fast_decode import make_rows_step
 from opt_torch.serving.cache import RowsCache
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Engine(engine.Engine):
         cache = model.init_cache(slots, self.width)
         self.keys, self.values = cache.keys, cache.values
         self.rules: dict[int, tuple[Rules, torch.Generator]] = {}
+        with torch.no_grad():
+            self.lean_step = make_rows_step(model)
 
     def place(self, slot: int, request: Request) -> None:
         """Gives a row another request's rules, and its own source of random numbers."""
@@ -70,6 +73,21 @@ class Engine(engine.Engine):
     def step(self, table: Table) -> Chosen:
         """Reads the newest token of every active row and chooses the next."""
         active = np.flatnonzero(table.is_active)
+        slots = active.tolist()
+        if self.lean_step is not None:
+            newest, places = self._tensor(table.newest[active]), table.held[active].tolist()
+            logits = self.lean_step(newest, self.keys, self.values, slots, places)
+        else:
+            logits = self._step(table, active)
+        chosen = self._choose(table, slots, logits)
+        tokens, best, *scores = (
+            _spread(values, active, self.slots)
+            for values in (chosen.tokens, chosen.best, *chosen.scores)
+        )
+        return Chosen(tokens, best, Scores(*scores))
+
+    def _step(self, table: Table, active: np.ndarray) -> Tensor:
+        """Logits (X, V) behind the newest token of every active row, by the model's modules."""
         # Rows between two active ones are computed too: buffers are cut, not copied.
         rows = slice(int(active[0]), int(active[-1]) + 1)
         length = int(table.counts[active].max()) - 1
@@ -81,12 +99,7 @@ class Engine(engine.Engine):
         embeds = decoder.embed_tokens(self._tensor(table.newest[rows])[:, None])
         out = decoder(embeds, positions, seen, cache)
         hidden = out.last_hidden_state[self._tensor(active) - rows.start, 0]
-        chosen = self._choose(table, active.tolist(), self.model.compute_logits(hidden))
-        tokens, best, *scores = (
-            _spread(values, active, self.slots)
-            for values in (chosen.tokens, chosen.best, *chosen.scores)
-        )
-        return Chosen(tokens, best, Scores(*scores))
+        return self.model.compute_logits(hidden)
 
     def _choose(self, table: Table, slots: list[int], logits_RV: Tensor) -> Chosen:
         """Chooses as each row alone would, (1, V) logits at a time."""

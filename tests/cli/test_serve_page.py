@@ -53,6 +53,7 @@ def page(browser, url, request):
     page.get_by_label("API key").fill("secret")
     page.get_by_label("API key").press("Tab")
     sync_api.expect(page.get_by_role("status")).to_have_text("Ready")
+    assert page.get_by_label("Compare with").locator("option").count() == 3
     page.get_by_label("Prompt").fill("ROMEO:")
     yield page
     assert not wrong

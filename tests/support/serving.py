@@ -11,6 +11,7 @@ import uvicorn
 
 from opt_cli.backends import load_backend
 from opt_cli.serving.app import Limits, Server
+from opt_cli.serving.connections import make_protocol
 from opt_cli.serving.metrics import Metrics
 from opt_cli.serving.worker import Worker
 from opt_core import OPTTokenizer
@@ -31,11 +32,11 @@ def make_worker(
 
 
 @contextmanager
-def serving(server: Server) -> Iterator[str]:
+def serving(server: Server, connections: int = 4096, header_seconds: float = 10) -> Iterator[str]:
     """Serves at a free port; yields the address, and stops in the end."""
     config = uvicorn.Config(
         server.app(), port=0, log_level="warning", access_log=False, ws="none",
-        timeout_graceful_shutdown=5,
+        http=make_protocol(connections, header_seconds), timeout_graceful_shutdown=5,
     )  # fmt: skip
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, daemon=True)

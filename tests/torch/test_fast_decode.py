@@ -55,6 +55,28 @@ def test_in_every_type(folder, options):
     assert_same(model_of(folder, **options), 7, 3)
 
 
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_rows_of_different_lengths(folder, variant):
+    """Some rows of a cache, each behind tokens of its own; the others' slots stay as they are."""
+    model = model_of(folder, variant, dtype="float64")
+    ids = torch.from_numpy(make_prompts(model.config, 3, 7)).long()
+    rows, places = [2, 0], [6, 3]
+    with torch.no_grad():
+        _, cache = prefill(model, ids, None, model.init_cache(3, 9))
+        for row, place in zip(rows, places, strict=True):
+            for buffer in (*cache.keys, *cache.values):
+                buffer[row, :, place:] = 100  # what nobody may look at
+        before = [buffer[1].clone() for buffer in (*cache.keys, *cache.values)]
+        lean = fast_decode.make_rows_step(model)
+        assert lean is not None
+        logits = lean(ids[rows, places], cache.keys, cache.values, rows, places)
+        for found, row, place in zip(logits, rows, places, strict=True):
+            alone = model(ids[row : row + 1, : place + 1]).logits[0, -1]
+            torch.testing.assert_close(found, alone, rtol=0, atol=1e-12)
+    for buffer, old in zip((*cache.keys, *cache.values), before, strict=True):
+        assert torch.equal(buffer[1], old)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_uses_it(folder, monkeypatch, beams):
     model, made = model_of(folder), []

@@ -193,6 +193,7 @@ $("form").addEventListener("submit", (event) => {
 $("halt").addEventListener("click", halt);
 $("key").addEventListener("change", () => {
   $("model").replaceChildren();
+  $("compare").length = 1;
   loadModels().catch((error) => say(error.message, true));
 });
 document.addEventListener("keydown", (event) => {

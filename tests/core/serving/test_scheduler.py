@@ -16,7 +16,7 @@ from opt_core.generation.request import check_request
 from opt_core.serving import engine
 from opt_core.serving.engine import ALTERNATIVES, Chosen, Scores
 from opt_core.serving.row import Row
-from opt_core.serving.scheduler import CHUNK, PATIENCE, WORTHWHILE, Scheduler
+from opt_core.serving.scheduler import LONG_PATIENCE, PATIENCE, WORTHWHILE, Scheduler
 
 WINDOW, V, END = 256, 50, 7
 CONFIG = OPTConfig(
@@ -41,6 +41,7 @@ class Engine(engine.Engine):
         self.caches = np.full((slots, self.width), -1)
         self.placed: list[Any] = [None] * slots
         self.read_tokens: list[int] = []
+        self.sizes: list[tuple[int, int]] = []
         self.failing: set[int] = set()
 
     def place(self, slot, request):
@@ -61,6 +62,7 @@ class Engine(engine.Engine):
         self.caches[slot, start : start + chunk] = -1
         self.caches[slot, start:end] = table.ids[slot, start:end]
         self.read_tokens.append(end - start)
+        self.sizes.append((end - start, chunk))
         scores = Scores(
             *(
                 np.arange(start, end + 1).repeat(n).reshape(-1, *s)
@@ -183,6 +185,22 @@ def test_a_long_prompt_keeps_nobody_waiting():
     assert long.ended == "length"
 
 
+def test_short_prompts_come_first_and_long_ones_come():
+    scheduler = make_scheduler(3, chunk=16)
+    long, short = make_row([3] * 100, 1), make_row([4] * 9, 1)
+    for row in (long, short):
+        scheduler.submit(row)
+    scheduler.step()
+    assert short.ended
+    assert not long.ended
+    crowd = [make_row([5 + i % 2] * 16, 1) for i in range(60)]
+    for row in crowd:
+        scheduler.submit(row)
+    while not long.ended:
+        scheduler.step()
+    assert sum(row.ended is None for row in crowd) > 20
+
+
 def test_a_beginning_is_read_once():
     scheduler = make_scheduler(3)
     beginning = list(range(10, 40)) * 5
@@ -235,9 +253,24 @@ def test_caches_are_as_wide_as_is_needed():
     scheduler.submit(make_row([3] * 200, 2))
     run(scheduler)
     assert scheduler.engine.width == 256
-    scheduler.submit(make_row([4], 2 * PATIENCE))
+    for is_compiled, patience in ((False, LONG_PATIENCE), (True, PATIENCE)):
+        scheduler.engine.is_compiled = is_compiled
+        scheduler.submit(make_row([4], 2 * PATIENCE))
+        run(scheduler)
+        assert scheduler.engine.width == (256 if patience > 2 * PATIENCE else 128)
+
+
+def test_programs_read_a_part_of_a_chunk():
+    scheduler = make_scheduler(2, chunk=128)
+    scheduler.engine.is_compiled = True
+    rows = [make_row([3] * 230, 2), make_row([4] * 10, 2)]
+    for row in rows:
+        scheduler.submit(row)
+    scheduler.step()
+    assert scheduler.engine.sizes == [(10, 64), (64, 64)]
     run(scheduler)
-    assert scheduler.engine.width == 128 > CHUNK
+    assert scheduler.engine.sizes[2:] == [(64, 64), (64, 64), (38, 64)]
+    assert [row.made for row in rows] == [alone(row) for row in rows]
 
 
 @pytest.mark.parametrize(
