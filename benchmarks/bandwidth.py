@@ -29,7 +29,7 @@ def measure(backend: str, model: Path, turns: int, new: int) -> dict[str, Any]:
 
     config, block = OPTConfig.from_pretrained(model), torch.zeros(READ_BYTES // 4)
     ids = prompt("decode", config, new + 1)
-    work = BACKENDS[backend](model, "float32", None, ids)
+    work = BACKENDS[backend](model, "float32", ids)
 
     calls = [lambda count=count: work.generate(count, None) for count in (1, new + 1)]
     for call in calls:

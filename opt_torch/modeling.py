@@ -206,17 +206,20 @@ class OPTModel(OPTPreTrainedModel):
         return self._finish(out, kwargs)
 
 
+@functools.wraps(CausalLMMixin.generate)
+def _generate(model: Any, *arguments: Any, **options: Any) -> Any:
+    # Python runs between the steps: within a compiled function it stays outside of the graph.
+    # Where nothing is compiled, PyTorch's compiler is not imported: that takes a second.
+    run: Any = CausalLMMixin.generate
+    if "torch._dynamo" in sys.modules:
+        run = torch.compiler.disable(run)
+    return run(model, *arguments, **options)
+
+
 class OPTForCausalLM(GenerationMethods, CausalLMMixin, OPTPreTrainedModel):
     """The language model: the next token's logits."""
 
-    @functools.wraps(CausalLMMixin.generate)
-    def generate(self, *arguments: Any, **options: Any) -> Any:  # noqa: D102 - from `wraps`
-        # Python runs between the steps: within a compiled function it stays outside of the graph.
-        # Where nothing is compiled, PyTorch's compiler is not imported: that takes a second.
-        run = super().generate
-        if "torch._dynamo" in sys.modules:
-            run = torch.compiler.disable(run)
-        return run(*arguments, **options)
+    generate: Any = _generate
 
     def _make_layers(self) -> None:
         super()._make_layers()

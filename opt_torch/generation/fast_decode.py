@@ -18,7 +18,7 @@ from opt_core.params import POSITION_OFFSET
 from opt_torch.attention import OPTAttention, make_bias
 from opt_torch.cache import KVCache, position_rows
 from opt_torch.decoder import ACTIVATIONS, OPTDecoder, OPTDecoderLayer
-from opt_torch.linear import has_custom_call, is_eager
+from opt_torch.linear import apply_linear, has_custom_call, is_eager
 from opt_torch.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,

@@ -87,7 +87,7 @@ def ampere(monkeypatch):
     return SimpleNamespace(asked=asked, card=card)
 
 
-def states(T, S, size=64, dtype: Any = jnp.bfloat16) -> Any:
+def states(T: int, S: int, size: int = 64, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
     return jnp.zeros((1, 2, T, size), dtype), *[jnp.zeros((1, 2, S, size), dtype)] * 2
 
 

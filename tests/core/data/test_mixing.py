@@ -107,4 +107,4 @@ def test_arrow_files_alone_and_damaged(tmp_path: Path):
         next(read_documents(tmp_path / "a.arrow", "body"))
     (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:3000])
     with pytest.raises(DataError, match=r"a\.arrow: damaged, or no stream of Arrow's: "):
-        [*read_documents(tmp_path / "a.arrow")]
+        list(read_documents(tmp_path / "a.arrow"))
