@@ -56,7 +56,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> DeviceMesh:
             # torchrun keeps the store when it restarts: nobody may find those who are gone.
             store, rank, count = next(iter(rendezvous("env://")))
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = _stores.PrefixStore(f"opt-lm/{attempt}", store)
+            Processes.meetings += 1  # nor may a second group find the first one's words
+            store = _stores.PrefixStore(f"opt-lm/{attempt}/{Processes.meetings}", store)
             Processes.store = store
             dist.init_process_group(store=store, rank=rank, world_size=count)
         else:
@@ -188,6 +189,8 @@ class Processes(Team):
 
     store: ClassVar[Any] = None
     """Where they met."""
+    meetings: ClassVar[int] = 0
+    """How often they did so far."""
 
     def __init__(self) -> None:
         self.index, self.count = dist.get_rank(), dist.get_world_size()

@@ -1,6 +1,7 @@
 """A command as `opt-lm`, which writes down how much of weights and data it has read."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def count_reads(backend: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     out, *arguments = sys.argv[1:]
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before PyTorch is loaded
     reads = count_reads(arguments[arguments.index("--backend") + 1])
     try:
         main(arguments)
