@@ -87,8 +87,9 @@ def ampere(monkeypatch):
     return SimpleNamespace(asked=asked, card=card)
 
 
-def states(T: int, S: int, size: int = 64, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
-    return jnp.zeros((1, 2, T, size), dtype), *[jnp.zeros((1, 2, S, size), dtype)] * 2
+def states(T: int, S: int, size: int = 64, dtype: Any = jnp.bfloat16) -> tuple[Any, Any, Any]:
+    query, key = (jnp.zeros((1, 2, count, size), dtype) for count in (T, S))
+    return query, key, key
 
 
 def test_a_prompt_goes_to_cudnn(ampere):
