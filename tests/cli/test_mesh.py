@@ -15,9 +15,9 @@ pytest.importorskip("torch")
 
 from opt_core.data import write_blocks
 from opt_core.training.run_folder import RunFolder, read_metrics
-from tests.support.command_ranks import run as run_here
 from tests.support.files.tiny_folder import save_model
-from tests.support.hosts import two_hosts
+from tests.support.processes.command_ranks import run as run_here
+from tests.support.processes.hosts import two_hosts
 from tests.support.ranks import ROOT, free_port, run_ranks
 
 CLOSE = 1e-5
@@ -93,7 +93,9 @@ def test_two_hosts_train_as_one_and_one_goes_on(opt_lm, command, tiny, alone, tm
     out = tmp_path / "run"
     given = [*command, "--backend", "torch", "--out", str(out)]
     arguments = [str(tmp_path / "reads{rank}"), *given, "--max-steps", "4", "--mesh", "fsdp=2"]
-    ranks = run_ranks("tests.support.counted_command", 2, arguments, tmp_path, hosts=hosts)
+    ranks = run_ranks(
+        "tests.support.processes.counted_command", 2, arguments, tmp_path, hosts=hosts
+    )
     assert [rank.code for rank in ranks] == [0, 0], ranks
     assert "4 steps" in ranks[0].told
     assert not ranks[1].told.strip()
@@ -188,7 +190,7 @@ def answers(command, tiny, text, tmp_path_factory):
     given = [[*arguments, "--out", str(out[name])] for name, arguments in commands.items()]
     given += [[*arguments, "--mesh", "model=2"] for arguments in measures(tiny, text).values()]
     ranks = run_ranks(
-        "tests.support.command_ranks", 2, [str(home), "{rank}", json.dumps(given)], home
+        "tests.support.processes.command_ranks", 2, [str(home), "{rank}", json.dumps(given)], home
     )
     assert [rank.code for rank in ranks] == [0, 0], ranks
     told = [json.loads((home / f"told{rank}.json").read_text()) for rank in range(2)]
@@ -369,7 +371,7 @@ def test_two_flax_hosts_train_as_one(opt_lm, command, tiny, alone, tmp_path, mon
     given = [str(tmp_path / "reads{rank}"), *command, "--backend", "flax", "--out", str(out)]
     given += ["--mesh", "fsdp=2,model=2", "--coordinator", f"{hosts[0].address}:{free_port()}"]
     given += ["--max-steps", "6", "--process", "{rank}/2"]
-    ranks = run_ranks("tests.support.counted_command", 2, given, tmp_path, hosts=hosts)
+    ranks = run_ranks("tests.support.processes.counted_command", 2, given, tmp_path, hosts=hosts)
     assert [rank.code for rank in ranks] == [0, 0], ranks
     same(figures(out), alone("flax", opt_lm))
     check_reads(tmp_path, tiny, steps=6)

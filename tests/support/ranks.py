@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.hosts import Host
+from tests.support.processes.hosts import Host
 
 ROOT = Path(__file__).parents[2]
 
