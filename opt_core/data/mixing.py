@@ -8,7 +8,7 @@ from opt_core.data.readers import Document
 
 @dataclass
 class SourceReport:
-    """What one source gave to a prepared data set.
+    """The part that one source has in a prepared data set.
 
     Attributes:
         documents: Documents read of it, readable or not.

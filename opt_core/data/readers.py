@@ -19,6 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+from opt_core.data.columns import arrow_rows, import_optional, parquet_rows
 from opt_core.errors import DataError
 from opt_core.json_files import parse_json, parse_json_object
 
@@ -35,7 +36,6 @@ _PIECE = 1 << 20
 _STATE_FILE = "state.json"
 """Beside the .arrow files of a `datasets` folder; it names those that belong to it."""
 _ABOUT_FILES = (_STATE_FILE, "dataset_info.json", "dataset_dict.json")
-_INSTALL = 'pip install "opt-lm[data]"'
 
 OnBadData = Callable[[str, str, str], None]
 """A handler of what cannot be read: called with its place, a short reason, and what is wrong."""
@@ -130,9 +130,9 @@ def read_rows(
     path = find_files([path])[0] if not Path(path).is_dir() else Path(path)
     kind = _kind(path)
     if kind == PARQUET:
-        yield from _parquet_rows(path, columns, progress)
+        yield from parquet_rows(path, columns, progress)
     elif kind == ARROW:
-        yield from _arrow_rows(path, columns, progress)
+        yield from arrow_rows(path, columns, progress)
     elif kind == LINES:
         yield from _json_rows(path, on_bad, progress)
     elif kind == TABLE:
@@ -192,7 +192,7 @@ def _open_stream(path: Path, progress: Callable[[int], None] | None) -> Generato
             if suffix == ".gz":
                 stream: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=file))
             elif suffix == ".zst":
-                zstandard = _import_optional("zstandard", path)
+                zstandard = import_optional("zstandard", path)
                 damaged = (*damaged, zstandard.ZstdError)
                 reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
                 stream = cast("IO[bytes]", io.BufferedReader(reader))
@@ -225,14 +225,6 @@ class _ProgressStream:
                 self._reported = self._file.tell()
                 self._progress(self._reported)
             yield line
-
-
-def _import_optional(name: str, path: Path) -> Any:
-    try:
-        return __import__(name, fromlist=["*"])
-    except ModuleNotFoundError:
-        package = name.partition(".")[0]
-        raise DataError(f"{path}: needs {package}, which is not installed: {_INSTALL}") from None
 
 
 def _decode(data: bytes, place: str, on_bad: OnBadData) -> str | None:
@@ -354,52 +346,3 @@ def _table_rows(
             yield f"{path}:{reader.line_num}", values
     except csv.Error as error:
         on_bad(f"{path}:{reader.line_num}", "not a table", str(error))
-
-
-def _parquet_rows(
-    path: Path, columns: list[str] | None, progress: Callable[[int], None] | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    parquet, arrow = _import_optional("pyarrow.parquet", path), _import_optional("pyarrow", path)
-    count, size = 0, path.stat().st_size
-    try:
-        with parquet.ParquetFile(path) as file:
-            _check_columns(path, columns, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for row in batch.to_pylist():
-                    count += 1
-                    yield f"{path}:{count}", row
-                if progress:
-                    progress(size * count // max(1, file.metadata.num_rows))
-    except (arrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: damaged, or no Parquet file: {reason}") from None
-
-
-def _arrow_rows(
-    path: Path, columns: list[str] | None, progress: Callable[[int], None] | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a stream of Arrow's, as `datasets` writes, mapped and not read as a whole."""
-    arrow = _import_optional("pyarrow", path)
-    ipc = _import_optional("pyarrow.ipc", path)
-    count = 0
-    try:
-        with arrow.memory_map(str(path)) as file, ipc.open_stream(file) as stream:
-            _check_columns(path, columns, stream.schema.names)
-            for batch in stream:
-                chosen = batch if columns is None else batch.select(columns)
-                for start in range(0, chosen.num_rows, 1024):
-                    for row in chosen.slice(start, 1024).to_pylist():
-                        count += 1
-                        yield f"{path}:{count}", row
-                if progress:
-                    progress(file.tell())
-    except (arrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: damaged, or no stream of Arrow's: {reason}") from None
-
-
-def _check_columns(path: Path, columns: list[str] | None, names: list[str]) -> None:
-    missing = [name for name in columns or () if name not in names]
-    if missing:
-        there = ", ".join(map(repr, names))
-        raise DataError(f"{path}: expected a column {missing[0]!r}, found {there}")
