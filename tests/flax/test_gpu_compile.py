@@ -115,7 +115,7 @@ def test_a_prompt_goes_to_cudnn(ampere):
 def test_what_cudnn_does_not_take_goes_elsewhere(ampere, inputs: Any, capability: str):
     ampere.card.compute_capability = capability
     bias = None if inputs[0].shape == inputs[1].shape else jnp.zeros((1, 1, 4, 8), inputs[0].dtype)
-    attention.sdpa(*inputs, bias)
+    attention.sdpa(*inputs, bias_B1TS=bias)
     assert not ampere.asked
 
 
