@@ -171,7 +171,7 @@ class TokenizerAttributes:
             return named[name]
         if name.removesuffix("_id") in named and name.endswith("_token_id"):
             return self.loaded.backend.token_to_id(named[name.removesuffix("_id")])
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return super().__getattribute__(name)  # which says why there is none
 
     @property
     def all_special_ids(self) -> list[int]:
