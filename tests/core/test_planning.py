@@ -21,7 +21,7 @@ COMPILED = {
 CLOSE = 0.15
 """Share by which what comes and goes may be off the compiler's peak of a model of many billions."""
 MANY = 6 * 10**9
-"""Parameters from which on a mesh is worth a plan; below, the plan only must not promise too much."""
+"""Parameters from which on plans matter; of fewer, a plan must only not promise too much."""
 
 TRAIN = Work("train", "float32", 8, 2048)
 ALONE = {"data": 1, "fsdp": 1, "model": 1}
