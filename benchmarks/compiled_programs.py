@@ -79,7 +79,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What tells it from other rows."""
+        """Fields that tell it from other rows."""
         return self.size, self.device, self.mesh, self.program
 
 

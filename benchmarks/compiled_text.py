@@ -1,4 +1,4 @@
-"""What the text of a program that XLA has compiled says: its kernels, copies and traffic.
+"""Kernels, copies and traffic of a program that XLA has compiled, from its text.
 
 Nothing here needs a device, or JAX. The text is `compiled.as_text()`. A kernel is an instruction
 that a device runs on its own: of the program itself, of a loop's body or of a branch, but not of a
@@ -19,7 +19,7 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
     "partition-id", "replica-id", "while", "conditional", "call", "opt-barrier",
 }  # fmt: skip
-"""What runs no kernel of its own."""
+"""Operations that run no kernel of their own."""
 _VIEWS = ("bitcast", "reshape", "copy", "convert")
 """Between a parameter of a fusion and the part of it that is read."""
 _INSTRUCTION = re.compile(

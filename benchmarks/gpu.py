@@ -118,7 +118,7 @@ def peak_gib(device: str) -> float | None:
 
 
 def limits(device: str, is_tiny: bool) -> dict[str, Any]:
-    """What the card reads and multiplies in a second."""
+    """Bytes that the card reads, and operations it does, in a second."""
     import torch
 
     size = 256 if is_tiny else 8192
@@ -232,7 +232,7 @@ def train(device: str, is_tiny: bool, size: str) -> dict[str, Any]:
 
 
 def card_name(device: str) -> str | None:
-    """What the results are called after; None: there is no such device."""
+    """The name that results get; None: there is no such device."""
     import torch
 
     if device != "cuda":

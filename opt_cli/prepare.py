@@ -78,7 +78,7 @@ def prepare(
         str | None,
         typer.Option(
             help="Share of each FILE in the text, such as 3,1 (default: all of every one).",
-            metavar="X,X",
+            metavar="TEXT",
         ),
     ] = None,
     processes: Annotated[

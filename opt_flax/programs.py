@@ -46,7 +46,9 @@ def _is_small(args: Any) -> bool:
     """Whether a CPU has little to compute; within another program it is not asked."""
     numbers = 0
     for leaf in jax.tree.leaves(args):
+        if isinstance(leaf, Tracer):  # whose size need not be a number
+            return False
         numbers += getattr(leaf, "size", 0)
-        if numbers > SMALL or isinstance(leaf, Tracer):
+        if numbers > SMALL:
             return False
     return jax.default_backend() == "cpu"

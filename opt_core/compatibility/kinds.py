@@ -38,6 +38,9 @@ class OutputKind:
 class TokenizerKind:
     """A tokenizer counts as one over the `tokenizers` library, which is what programs look for."""
 
+    autograph_info__ = None
+    """TensorFlow's AutoGraph, which calls `__class__.__call__`, leaves what has this to itself."""
+
     @property
     def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`transformers`' fast tokenizer, or its base, if it is there."""

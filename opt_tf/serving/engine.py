@@ -143,9 +143,8 @@ def _read(
     decoder = model.get_decoder()
     row = tf.nest.map_structure(lambda x: tf.gather(x, slot[None]), (keys, values))
     one = KVCache(*row, length=start)
-    out = decoder(
-        decoder.embed_tokens(ids_T[None]), position_ids=places_T[None], cache=one, training=False
-    )
+    embeds, positions = decoder.embed_tokens(ids_T[None]), places_T[None]
+    out = decoder(embeds, position_ids=positions, mask_BS=None, cache=one, training=False)
     hidden, cache = out.last_hidden_state[0], out.past_key_values
     logits = model.compute_logits(tf.gather(hidden, (end - start - 1)[None]))
     is_row = tf.reshape(tf.range(sizes(keys[0])[0]) == slot, (-1, 1, 1, 1))

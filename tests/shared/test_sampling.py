@@ -42,7 +42,7 @@ def test_filtered_distributions_equal_the_oracle(backend, name):
     rng = np.random.default_rng(0)
     logits = rng.normal(0, [[0.5], [2.0], [6.0]], (3, 99)).astype(np.float32)
     settings = {"top_k": 0, **WARPERS[name]}
-    sampling = importlib.import_module(f"opt_{backend.name}.sampling")
+    sampling = importlib.import_module(f"opt_{backend.name}.generation.sampling")
     rules = backend_rules(backend, 99, do_sample=True, **settings)
     values, ids = candidates(sampling, backend.array(logits), rules)
     values, ids = backend.numpy(values).astype(np.float64), backend.numpy(ids)
@@ -55,7 +55,7 @@ def test_filtered_distributions_equal_the_oracle(backend, name):
 
 
 def test_a_top_k_beyond_the_vocabulary_keeps_everything(backend):
-    sampling = importlib.import_module(f"opt_{backend.name}.sampling")
+    sampling = importlib.import_module(f"opt_{backend.name}.generation.sampling")
     logits = backend.array(np.zeros((1, 9), np.float32))
     for k in (9, 1000, 0, None):
         rules = backend_rules(backend, 9, do_sample=True, top_k=k)

@@ -131,7 +131,7 @@ V, DRAWS = 7, 40_000
 @pytest.mark.parametrize("is_drafted", [True, False])
 def test_accepted_tokens_follow_the_models_distribution(backend, settings, is_drafted):
     """Of many rows alike: the first tokens, and the second ones given the first."""
-    speculative = importlib.import_module(f"opt_{backend.name}.speculative")
+    speculative = importlib.import_module(f"opt_{backend.name}.generation.speculative")
     rng = np.random.default_rng(0)
     rules = backend_rules(backend, V, do_sample=True, top_k=0, **settings)
     scores = rng.normal(0, 1.5, (3, V)).astype(np.float32)

@@ -116,6 +116,7 @@ def test_a_program_compiles_where_transformers_is_imported(model, right, monkeyp
     stand_in: Any = ModuleType("transformers.utils.generic")
     stand_in.ModelOutput = type("ModelOutput", (), {"__init__": None})
     monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    monkeypatch.delitem(sys.modules, "transformers.modeling_outputs", raising=False)
     with torch.no_grad():
         out: Any = torch.compile(model, fullgraph=True, backend="eager")(IDS)
     close(out.logits, right)
