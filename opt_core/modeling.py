@@ -4,7 +4,7 @@ These are mixins: a backend's base class inherits `PreTrainedMixin` and its fram
 class, and names in `backend` the modules that do the framework's part.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -18,7 +18,6 @@ from opt_core.compatibility.calls import (
 from opt_core.compatibility.config_keys import check_fixed
 from opt_core.compatibility.live_config import check_shapes, shapes_of
 from opt_core.compatibility.methods import MethodsMixin
-from opt_core.compatibility.parts import DecoderNames, LayerNames
 from opt_core.compatibility.saving import read_saving, refuse_of_quantized
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError, UnsupportedError
@@ -271,52 +270,6 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         """New tokens T, and tokens in all, those of the cache included."""
         count = embeds.shape[1]
         return count, count + (cache.length if cache else 0)
-
-
-class DecoderMixin(DecoderNames):
-    """The parts of a decoder before and behind its layers."""
-
-    project_in: Any
-    project_out: Any
-    embed_positions: Any
-    final_layer_norm: Any
-
-    @staticmethod
-    def _project(layer: Any, input: Any) -> Any:
-        """A linear layer's output."""
-        return layer(input)
-
-    def _enter(self, embeds: Any, rows: Any) -> Any:
-        """The layers' input (B, T, D) of embeddings (B, T, P) and rows of the position table."""
-        hidden = embeds if self.project_in is None else self._project(self.project_in, embeds)
-        return hidden + self.embed_positions(rows)
-
-    def _leave(self, hidden: Any) -> Any:
-        """The output (B, T, P) of the last layer's states (B, T, D)."""
-        if self.final_layer_norm is not None:
-            hidden = self.final_layer_norm(hidden)
-        return hidden if self.project_out is None else self._project(self.project_out, hidden)
-
-
-class DecoderLayerMixin(LayerNames):
-    """Where a layer's norms stand: before its two parts, or, in opt-350m, behind them."""
-
-    norm_first: bool
-
-    def _residual(self, hidden: Any, norm: Any, part: Callable[[Any], tuple[Any, ...]]) -> Any:
-        """One part of a layer with its norm and residual connection.
-
-        Args:
-            hidden: States (B, T, D).
-            norm: The part's norm.
-            part: Gives the change of the states, and whatever else there is.
-
-        Returns:
-            The new states, and whatever else there is.
-        """
-        change, *rest = part(norm(hidden) if self.norm_first else hidden)
-        hidden = hidden + change
-        return hidden if self.norm_first else norm(hidden), *rest
 
 
 class CausalLMMixin(GenerationMixin):

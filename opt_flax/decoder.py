@@ -14,7 +14,7 @@ from jax.tree_util import DictKey
 
 from opt_core.compatibility.parts import run_by_model
 from opt_core.config import OPTConfig
-from opt_core.modeling import DecoderLayerMixin, DecoderMixin
+from opt_core.decoder import DecoderLayerMixin, DecoderMixin
 from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
 from opt_flax.attention import FlaxOPTAttention, make_bias

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from opt_core.compatibility.parts import run_by_model
 from opt_core.config import OPTConfig
-from opt_core.modeling import DecoderLayerMixin, DecoderMixin
+from opt_core.decoder import DecoderLayerMixin, DecoderMixin
 from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
 from opt_tf._private import register_pytree

@@ -9,12 +9,11 @@ import pytest
 
 from opt_core.compatibility.caches import CacheMixin
 from opt_core.config import OPTConfig
+from opt_core.decoder import DecoderLayerMixin, DecoderMixin
 from opt_core.errors import ConfigError, InputError
 from opt_core.modeling import (
     Backend,
     CausalLMMixin,
-    DecoderLayerMixin,
-    DecoderMixin,
     PreTrainedMixin,
     QuestionAnsweringMixin,
     SequenceClassificationMixin,
