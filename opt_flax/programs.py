@@ -15,8 +15,8 @@ QUICKLY = {
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
 }
-"""Options that leave out the work of LLVM: a program takes a quarter of the time to compile, and
-microseconds more to run. What XLA itself makes of it stays as it is."""
+"""Options that leave out the work of LLVM, most of what compiling a small program takes. What XLA
+itself makes of it stays as it is."""
 
 
 class Program:
