@@ -81,14 +81,19 @@ def graphs_where_xla_is_not_asked_for(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """XLA compiles each of TensorFlow's programs for seconds; their graphs run at once."""
-    is_tf = request.path.parent.name == "tf"
-    if "backend" in request.fixturenames:
-        backend = request.getfixturevalue("backend")
-        is_tf = isinstance(backend, Backend) and backend.name == "tf"
-    if is_tf and not request.node.get_closest_marker("xla"):
+    if "tf" in BACKENDS and not request.node.get_closest_marker("xla") and uses_tf(request):
         monkeypatch.setattr("opt_tf.compilation.JIT_COMPILE", False)
         # Keras has XLA compile what it fits, unless it is told otherwise.
         monkeypatch.setattr("keras.src.trainers.trainer.model_supports_jit", lambda model: False)
+
+
+def uses_tf(request: pytest.FixtureRequest) -> bool:
+    """Whether a test may run it: by its backend or, where it has none, by what is loaded."""
+    if "backend" in request.fixturenames:
+        backend = request.getfixturevalue("backend")
+        if isinstance(backend, Backend):
+            return backend.name == "tf"
+    return "opt_tf" in sys.modules or request.path.parent.name in ("tf", "tests")
 
 
 @pytest.fixture(autouse=True, scope="module")

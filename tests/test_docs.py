@@ -136,12 +136,23 @@ def test_the_messages_of_the_troubleshooting_page_are_the_codes():
             assert part in messages(), message
 
 
-# Each notebook has a process of its own; the first one is quick.
-@pytest.mark.parametrize(
-    "notebook",
-    [pytest.param(n, marks=() if n.stem == "first-steps" else pytest.mark.slow) for n in NOTEBOOKS],
-    ids=lambda notebook: notebook.stem,
-)
+def test_the_first_notebook_runs_in_a_shell(tmp_path, monkeypatch):
+    """A notebook's shell without a process of its own, which has to import everything anew."""
+    pytest.importorskip("torch")
+    import nbformat
+    from IPython.core.interactiveshell import InteractiveShell
+
+    monkeypatch.chdir(tmp_path)
+    shell = InteractiveShell()
+    book = nbformat.read(ROOT / "docs" / "notebooks" / "first-steps.ipynb", as_version=4)
+    cells = [cell.source for cell in book.cells if cell.cell_type == "code"]
+    assert len(cells) >= 3
+    for cell in cells:
+        shell.run_cell(cell).raise_error()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_notebooks_run(notebook, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     import nbformat

@@ -18,6 +18,9 @@ NEW = 3
 PLAIN = {"max_new_tokens": NEW, "eos_token_id": None, "do_sample": False}
 SAMPLED = {**PLAIN, "do_sample": True, "seed": 0}
 
+ONE = {name: config.replace(num_hidden_layers=1) for name, config in CONFIGS.items()}
+"""Every layer waits as often as the first."""
+
 SETTINGS = {
     "greedy": PLAIN,
     "sampled": {**SAMPLED, "top_k": 5, "top_p": 0.9, "temperature": 0.7, "min_p": 0.1},
@@ -76,7 +79,7 @@ def test_a_forward_pass_stays_on_the_device(variant, attention, head):
 )
 def test_no_step_of_generation_waits(name, quantize):
     with fake_cuda(fill=3) as waits:
-        model = fake_model(CONFIGS["pre_ln"], quantize=quantize)
+        model = fake_model(ONE["pre_ln"], quantize=quantize)
         few, many = (
             waits_of(waits, model, **{**SETTINGS[name], "max_new_tokens": new})
             for new in (NEW, 2 * NEW)
@@ -86,7 +89,7 @@ def test_no_step_of_generation_waits(name, quantize):
 
 def test_ends_are_looked_for_every_sixteen_tokens():
     with fake_cuda(fill=0) as waits:
-        model = fake_model(CONFIGS["post_ln"])
+        model = fake_model(ONE["post_ln"])
         few, many = (
             waits_of(waits, model, **{**PLAIN, "eos_token_id": 2, "max_new_tokens": new})
             for new in (16, 32)
@@ -96,7 +99,7 @@ def test_ends_are_looked_for_every_sixteen_tokens():
 
 def test_beams_wait_once_a_step():
     with fake_cuda(fill=0) as waits:
-        model = fake_model(CONFIGS["galactica"])
+        model = fake_model(ONE["galactica"])
         few, many = (
             waits_of(waits, model, **{**PLAIN, "num_beams": 3, "max_new_tokens": new})
             for new in (2, 5)
@@ -112,14 +115,14 @@ def test_beams_wait_once_a_step():
 def test_other_ways_to_generate(settings):
     """Not drafts: how many of them are accepted decides what runs."""
     with fake_cuda(fill=3):
-        model = fake_model(CONFIGS["pre_ln"])
+        model = fake_model(ONE["pre_ln"])
         out = model.generate(prompts(), **{**PLAIN, "max_new_tokens": 6}, **settings)
         assert out.shape == (2, 11)
 
 
 def test_a_loop_of_ones_own():
     with fake_cuda() as waits, torch.no_grad():
-        model = fake_model(CONFIGS["pre_ln"])
+        model = fake_model(ONE["pre_ln"])
         out = model(prompts())
         waits.clear()
         out = model(prompts(1), past_key_values=out.past_key_values)
@@ -130,7 +133,7 @@ def test_a_loop_of_ones_own():
 def test_a_loss_in_training():
     """Its gradients are computed by threads of the device, which is not there."""
     with fake_cuda():
-        model = fake_model(CONFIGS["pre_ln"]).train()
+        model = fake_model(ONE["pre_ln"]).train()
         assert model(prompts(), labels=prompts()).loss.device == DEVICE
 
 

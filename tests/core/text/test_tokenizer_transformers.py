@@ -174,7 +174,7 @@ def test_galactica_like_folder_with_a_model(tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(saved)(text).input_ids == expected
 
 
-@settings(max_examples=30, deadline=None)  # the reference first matches all 50265 tokens
+@settings(max_examples=8, deadline=None)  # the reference first matches all 50265 tokens
 @given(
     text=st.text("abcdst op\n.é😀", max_size=30),
     stop=st.text("abst op\n.é😀", min_size=1, max_size=4),

@@ -60,14 +60,14 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path):
 
 
 def test_killed_at_random_moments(tmp_path):
-    """With SIGKILL, five times in one run."""
-    count = 60
+    """With SIGKILL, three times in one run."""
+    count = 40
     train(tmp_path / "whole", FakeTrainer(CONFIG.replace(max_steps=count)))
     folder = tmp_path / "killed"
     moments = random.Random(0)
     command = [sys.executable, "-m", "tests.support.fake_trainer", folder, str(count)]
     killed = 0
-    while killed < 5:
+    while killed < 3:
         process = subprocess.Popen([*command, "0.02"], cwd=ROOT, stderr=subprocess.PIPE)
         seen = len(read_metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
         wanted = min(seen + 4, count - 1)

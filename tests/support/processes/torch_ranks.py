@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,29 +43,26 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "lora": {"lora_rank": 4, "lora_targets": ("q_proj", "out_proj", "fc1", "fc2")},
 }
 Found = dict[str, NDArray[Any]]
-Tier = Literal["all", "some", "few"]
-"""How much is computed: in the fast tier some of it, for configurations beyond the first a few."""
+Parts = tuple[str, ...]
+SOME: Parts = ("sampled", "beams", "assistant", "streamed", "heads", "parts", "lora")
+ALL: Parts = (*SETTINGS, "assistant", "streamed", "heads", *TRAININGS)
+"""What is computed beside a forward pass and its gradients, which always are."""
 
 
-def compute(config: OPTConfig, home: Path, mesh: Any, tier: Tier) -> Found:
+def compute(config: OPTConfig, home: Path, mesh: Any, parts: Parts) -> Found:
     """Everything that must not depend on the mesh, by name.
 
     Args:
         config: The models' configuration.
         home: Folder of the models that `save_models` wrote.
         mesh: The mesh; None: one process.
-        tier: How much of it.
+        parts: What of it, beside a forward pass and its gradients.
     """
     found = _forward(config, home, mesh)
-    if tier == "few":
-        return found
-    trainings = TRAININGS if tier == "all" else ("parts", "lora")
-    return {
-        **found,
-        **_generation(config, home, mesh, is_all=tier == "all"),
-        **_heads(config, home, mesh),
-        **_trainings(config, home, mesh, trainings),
-    }
+    found |= _generation(config, home, mesh, parts)
+    if "heads" in parts:
+        found |= _heads(config, home, mesh)
+    return found | _trainings(config, home, mesh, [name for name in TRAININGS if name in parts])
 
 
 def save_models(config: OPTConfig, home: Path) -> None:
@@ -127,22 +124,21 @@ def _forward(config: OPTConfig, home: Path, mesh: Any) -> Found:
     return found
 
 
-def _generation(config: OPTConfig, home: Path, mesh: Any, is_all: bool) -> Found:
+def _generation(config: OPTConfig, home: Path, mesh: Any, parts: Parts) -> Found:
     model = _load("OPTForCausalLM", home, mesh)
     ids, mask = prompts_of(config, ROWS), make_mask("left", [9, 5, 2, 7])
-    settings = SETTINGS
-    if not is_all:
-        settings = {name: SETTINGS[name] | {"max_new_tokens": 6} for name in ("sampled", "beams")}
-    found = {
-        f"ids/{name}": _array(model.generate(ids, mask, seed=3, **values))
-        for name, values in settings.items()
-    }
-    helper = _load("OPTForCausalLM", home, mesh, "assistant")
-    found["ids/assistant"] = _array(
-        model.generate(ids, mask, assistant_model=helper, max_new_tokens=8, do_sample=True, seed=5)
-    )
-    streamed = [_array(token) for token in model.stream(ids, mask, max_new_tokens=4)]
-    found["ids/streamed"] = np.stack(streamed, 1)
+    found: Found = {}
+    for name in SETTINGS:
+        if name in parts:
+            settings = SETTINGS[name] if parts == ALL else SETTINGS[name] | {"max_new_tokens": 6}
+            found[f"ids/{name}"] = _array(model.generate(ids, mask, seed=3, **settings))
+    if "assistant" in parts:
+        helper = _load("OPTForCausalLM", home, mesh, "assistant")
+        drafted = {"assistant_model": helper, "max_new_tokens": 8, "do_sample": True, "seed": 5}
+        found["ids/assistant"] = _array(model.generate(ids, mask, **drafted))
+    if "streamed" in parts:
+        streamed = [_array(token) for token in model.stream(ids, mask, max_new_tokens=4)]
+        found["ids/streamed"] = np.stack(streamed, 1)
     return found
 
 
@@ -232,12 +228,14 @@ def _check_dropout(home: Path, mesh: Any) -> None:
         assert found == [found[0]] * len(found), spec.name
 
 
-def tier_of(sizes: list[int], is_first: bool, quick: bool) -> Tier | None:
-    """How much of a configuration is computed on a mesh; None: nothing."""
+def parts_of(sizes: list[int], is_first: bool, quick: bool) -> Parts | None:
+    """What of a configuration is computed on a mesh; None: nothing."""
     if not quick:
-        return "all" if is_first or sum(sizes) == 4 else "some"
-    # Other structures than the first are shown where heads are split.
-    return "some" if is_first else "few" if sizes[2] > 1 else None
+        return ALL if is_first or sum(sizes) == 4 else SOME
+    # Each part on one mesh; other structures than the first where heads are split.
+    if sizes[2] > 1:
+        return ("sampled", "assistant", "streamed", "lora") if is_first else ()
+    return ("beams", "heads", "parts") if is_first else None
 
 
 def main(home: Path, out: Path, meshes: list[list[int]], names: list[str], quick: bool) -> None:
@@ -255,10 +253,10 @@ def main(home: Path, out: Path, meshes: list[list[int]], names: list[str], quick
     for sizes in meshes:
         mesh = sharding.make_mesh(*sizes)
         for name in names:
-            tier = tier_of(sizes, name == names[0], quick)
-            if tier is None:
+            parts = parts_of(sizes, name == names[0], quick)
+            if parts is None:
                 continue
-            found: dict[str, Any] = compute(KINDS[name], home / name, mesh, tier)
+            found: dict[str, Any] = compute(KINDS[name], home / name, mesh, parts)
             label = "-".join(map(str, sizes))
             np.savez(out / f"{label}-{name}-{rank}.npz", **found)
         model = _load("OPTForCausalLM", home / names[0], mesh)
