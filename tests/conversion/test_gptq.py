@@ -184,12 +184,12 @@ def test_few_rows_and_unused_inputs_do(tmp_path: Path):
     assert perplexity(config, tensors, HELD) > 1
 
 
-def test_the_command_says_what_it_cost(tmp_path: Path, opt_lm: Run):
+def test_the_command_says_what_it_cost(tmp_path: Path, opt_lm: Run, texts: Any):
     text = tmp_path / "text.txt"
     text.write_text("Speak, speak. You are all resolved rather to die than to famish? " * 40)
-    given = ["mini", tmp_path / "b", "--text", text, "--rows", 3, "--length", 16]
+    given = [texts[0], tmp_path / "b", "--text", text, "--rows", 3, "--length", 16]
     before, after = json.loads(opt_lm("quantize", *given, "--json").out)["perplexity"]
-    assert before < after < 1.2 * before
+    assert 0 < abs(after - before) < 0.2 * before
     again = opt_lm("quantize", *given)
     assert again.code == 2
     assert "already exists" in again.err

@@ -50,7 +50,7 @@ def make_rows(model, count, rules) -> list[tuple[Row, dict[str, Any]]]:
     for i in range(count):
         ids = [source.randrange(3, 199) for _ in range((33, 47, 60)[i % 3])]
         ids = beginning + ids[-30:] if i % 4 == 0 else ids
-        call = {"input_ids": [ids], "seed": 2**40 + i, "max_new_tokens": (60, 32)[i % 2]}
+        call = {"input_ids": [ids], "seed": 2**40 + i, "max_new_tokens": (40, 32)[i % 2]}
         call |= {"eos_token_id": None, **rules[i % len(rules)]}
         rows.append((Row(make_request(model, **call), is_scored=i % 2 == 0), call))
     return rows
@@ -68,7 +68,7 @@ def run(scheduler, rows, pause=0) -> None:
 @pytest.mark.parametrize("kind", RULES)
 def test_rows_get_what_they_get_alone(backend, folder, kind):
     model, scheduler = make_scheduler(backend, folder)
-    rows = make_rows(model, 12, RULES[kind])
+    rows = make_rows(model, 9, RULES[kind])
     run(scheduler, [row for row, _ in rows], pause=9)
     for row, call in rows:
         alone = backend.generate(model, **call)[0, len(row.prompt) :]

@@ -46,7 +46,7 @@ Found = dict[str, NDArray[Any]]
 Parts = tuple[str, ...]
 SOME: Parts = ("sampled", "beams", "assistant", "streamed", "heads", "parts", "lora")
 ALL: Parts = (*SETTINGS, "assistant", "streamed", "heads", *TRAININGS)
-"""What is computed beside a forward pass and its gradients, which always are."""
+"""Names of the parts that are computed; a forward pass and its gradients always are."""
 
 
 def compute(config: OPTConfig, home: Path, mesh: Any, parts: Parts) -> Found:
@@ -229,7 +229,7 @@ def _check_dropout(home: Path, mesh: Any) -> None:
 
 
 def parts_of(sizes: list[int], is_first: bool, quick: bool) -> Parts | None:
-    """What of a configuration is computed on a mesh; None: nothing."""
+    """Parts of a configuration that a mesh computes; None: not even a forward pass."""
     if not quick:
         return ALL if is_first or sum(sizes) == 4 else SOME
     # Each part on one mesh; other structures than the first where heads are split.
