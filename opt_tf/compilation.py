@@ -17,8 +17,9 @@ from opt_core.generation.rules import Rules, Structure, make_rules, make_structu
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM, TFOPTPreTrainedModel
 
-JIT_COMPILE = True
-"""Whether XLA compiles the programs; tests of the logic alone switch it off, to save time."""
+SMALL = 1 << 20
+"""Parameters of a model up to which a CPU runs its programs as graphs. XLA compiles each for
+seconds: longer than all that such a model, made to try something out, ever computes."""
 
 
 def compiled(
@@ -34,11 +35,40 @@ def compiled(
     Returns:
         A function of the inputs.
     """
+    return _keep(model, True, program, *fixed)
+
+
+def traced(
+    model: "TFOPTForCausalLM", program: Callable[..., Any], *fixed: Any
+) -> Callable[..., Any]:
+    """A part of programs, traced once for all that call it with inputs of the same shapes.
+
+    Args:
+        model: The model; its weights are read anew at every call.
+        program: Called with the model, what is fixed, and the inputs.
+        *fixed: What the part is made for, hashable.
+
+    Returns:
+        A function of the inputs, which are tensors.
+    """
+    return _keep(model, False, program, *fixed)
+
+
+def _keep(
+    model: "TFOPTPreTrainedModel", by_xla: bool, program: Callable[..., Any], *fixed: Any
+) -> Callable[..., Any]:
     key = (program, model.config.snapshot(), *fixed)
     if key not in model.programs:
         run = partial(program, model, *fixed)
-        model.programs[key] = tf.function(run, jit_compile=JIT_COMPILE, autograph=False)
+        jit_compile = True if by_xla and not _is_small(model) else None
+        model.programs[key] = tf.function(run, jit_compile=jit_compile, autograph=False)
     return model.programs[key]
+
+
+def _is_small(model: "TFOPTPreTrainedModel") -> bool:
+    """Whether a CPU has little to compute."""
+    parameters = sum(variable.shape.num_elements() for variable in model.variables)
+    return parameters <= SMALL and not tf.config.list_physical_devices("GPU")
 
 
 def generation_program(

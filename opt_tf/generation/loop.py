@@ -7,6 +7,7 @@ program; what lies behind a prompt is never looked at and then overwritten.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
@@ -15,7 +16,7 @@ from opt_core.generation import filters
 from opt_core.generation.request import Request, check_logits, pair_seed
 from opt_core.generation.rules import BANNED, Rules
 from opt_tf.cache import KVCache
-from opt_tf.compilation import generation_program, program_inputs
+from opt_tf.compilation import generation_program, program_inputs, traced
 from opt_tf.generation import sampling
 from opt_tf.generation.prefill import copy_rows, prefill, prefill_prompts, read_prompts
 from opt_tf.inputs import full_mask
@@ -53,7 +54,19 @@ def decode_step(
     Returns:
         Logits (B, V) after it, and the cache that holds it.
     """
-    return prefill(model, ids_B[:, None], full_mask(None, 1, cache), cache)
+    length = tf.convert_to_tensor(cache.length)
+    logits, keys, values = traced(model, _decode_step)(
+        ids_B, cache.keys, cache.values, length, cache.mask
+    )
+    return logits, replace(cache, keys=keys, values=values, length=length + 1)
+
+
+def _decode_step(
+    model: "TFOPTForCausalLM", ids_B: tf.Tensor, *parts: Any
+) -> tuple[tf.Tensor, tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
+    cache = KVCache(*parts)
+    logits, cache = prefill(model, ids_B[:, None], full_mask(None, 1, cache), cache)
+    return logits, cache.keys, cache.values
 
 
 def stream(model: "TFOPTForCausalLM", request: Request) -> Iterator[tf.Tensor]:
