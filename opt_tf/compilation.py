@@ -67,8 +67,7 @@ def _keep(
 
 def _is_small(model: "TFOPTPreTrainedModel") -> bool:
     """Whether a CPU has little to compute."""
-    parameters = sum(variable.shape.num_elements() for variable in model.variables)
-    return parameters <= SMALL and not tf.config.list_physical_devices("GPU")
+    return model.count_params() <= SMALL and not tf.config.list_physical_devices("GPU")
 
 
 def generation_program(

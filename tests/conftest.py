@@ -81,10 +81,14 @@ def graphs_where_xla_is_not_asked_for(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """XLA compiles each of TensorFlow's programs for seconds; their graphs run at once."""
-    if "tf" in BACKENDS and not request.node.get_closest_marker("xla") and uses_tf(request):
-        monkeypatch.setattr("opt_tf.compilation.JIT_COMPILE", False)
-        # Keras has XLA compile what it fits, unless it is told otherwise.
-        monkeypatch.setattr("keras.src.trainers.trainer.model_supports_jit", lambda model: False)
+    if "tf" not in BACKENDS or not uses_tf(request):
+        return
+    if request.node.get_closest_marker("xla"):
+        monkeypatch.setattr("opt_tf.compilation.SMALL", 0)
+        return
+    monkeypatch.setattr("opt_tf.compilation.SMALL", sys.maxsize)
+    # Keras has XLA compile what it fits, unless it is told otherwise.
+    monkeypatch.setattr("keras.src.trainers.trainer.model_supports_jit", lambda model: False)
 
 
 def uses_tf(request: pytest.FixtureRequest) -> bool:

@@ -123,9 +123,8 @@ def test_rows_of_one_bucket_share_a_program(folder: Any, monkeypatch: pytest.Mon
             scoring.token_scores(model, make_prompts(config, 5, length))
         assert program._cache_size() == before + 1
     if "tf" in BACKENDS:
-        from opt_tf import TFOPTForCausalLM, compilation, scoring
+        from opt_tf import TFOPTForCausalLM, scoring
 
-        monkeypatch.setattr(compilation, "JIT_COMPILE", False)
         model = TFOPTForCausalLM.from_pretrained(folder(config))
         for length in lengths:
             scoring.token_scores(model, make_prompts(config, 5, length))

@@ -21,8 +21,10 @@ COUNT = """
     import sys
     from pathlib import Path
     import opt_tf
+    from opt_tf import compilation
     from tests.support.configs import CONFIGS
     from tests.support.reference import make_mask, make_prompts
+    compilation.SMALL = 0
     model = opt_tf.TFOPTForCausalLM(CONFIGS["pre_ln"].replace(num_hidden_layers=1))
     def report():
         print(len(list(Path(sys.argv[1]).glob("*before_optimizations.txt"))))
@@ -67,6 +69,29 @@ def test_another_prompt_or_setting_compiles_nothing(tmp_path):
     )
     # A stream has the first two already. With drafts there are passes that check some, or none.
     assert result.stdout.split() == ["3", "4", "6", "9", "12", "12"], result.stderr
+
+
+def test_small_models_are_not_compiled(monkeypatch):
+    """Of programs: parts of them belong to what calls them. A device may have more to gain."""
+    made: list[bool | None] = []
+    function = tf.function
+
+    def watched(*args, jit_compile=None, **options):
+        made.append(jit_compile)
+        return function(*args, **options)
+
+    monkeypatch.setattr(tf, "function", watched)
+    model = opt_tf.TFOPTForCausalLM(CONFIGS["post_ln"])
+    size = model.count_params()
+    for limit, devices, expected in (
+        (size, [], {None}), (size - 1, [], {True, None}), (size, ["a card"], {True, None}),
+    ):  # fmt: skip
+        monkeypatch.setattr("opt_tf.compilation.SMALL", limit)
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind, found=devices: found)
+        made.clear()
+        model.programs.clear()
+        model.generate([[2, 5, 6]], max_new_tokens=2, eos_token_id=None)
+        assert {*made} == expected
 
 
 @pytest.mark.xla

@@ -90,7 +90,6 @@ def test_a_step_is_the_same_without_keras_lists_of_moments(monkeypatch):
     losses, weights = [], []
     for hidden in ((), ("_get_variable_index",), ("_momentums", "_velocities")):
         with monkeypatch.context() as patch:
-            patch.setattr("opt_tf.compilation.JIT_COMPILE", False)
             without(patch, *hidden)
             model = model_of()
             optimizer = training.make_optimizer(model, TRAIN)

@@ -106,8 +106,7 @@ def test_predictions_have_names(model):
     assert spans.end_logits.shape == (2, 6)
 
 
-def test_seeds_of_two_numbers(model, monkeypatch):
-    monkeypatch.setattr("opt_tf.compilation.JIT_COMPILE", False)
+def test_seeds_of_two_numbers(model):
     options = {"max_new_tokens": 4, "do_sample": True, "eos_token_id": None}
     ids = tf.constant(IDS, tf.int32)
     drawn = {
@@ -126,8 +125,7 @@ def preprocessor() -> Any:
     return opt_tf.OPTCausalLMPreprocessor(OPTTokenizer.from_pretrained("mini"), sequence_length=8)
 
 
-def test_a_task_of_kerashub(preprocessor, tmp_path, monkeypatch):
-    monkeypatch.setattr("opt_tf.compilation.JIT_COMPILE", False)
+def test_a_task_of_kerashub(preprocessor, tmp_path):
     backbone: Any = opt_tf.TFOPTModel(**FIELDS, dropout=0.0)
     assert {name: getattr(backbone, name) for name in FIELDS} == FIELDS
     task: Any = opt_tf.TFOPTForCausalLM(backbone=backbone, preprocessor=preprocessor)
@@ -155,8 +153,7 @@ def test_a_task_of_kerashub(preprocessor, tmp_path, monkeypatch):
         opt_tf.TFOPTModel()
 
 
-def test_rows_are_filled_up(model, monkeypatch):
-    monkeypatch.setattr("opt_tf.compilation.JIT_COMPILE", False)
+def test_rows_are_filled_up(model):
     prompts = {"token_ids": np.zeros((2, 9), int), "padding_mask": np.zeros((2, 9), int)}
     for row, length in enumerate((3, 5)):
         prompts["token_ids"][row, :length] = IDS[row, :length]

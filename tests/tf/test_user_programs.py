@@ -98,8 +98,7 @@ def test_a_script_that_fine_tunes(home, tmp_path):
     np.testing.assert_allclose(losses["loss"], expected, rtol=0, atol=1e-4)
 
 
-def test_a_notebook_that_generates(home, monkeypatch):
-    monkeypatch.setattr("opt_tf.compilation.JIT_COMPILE", False)  # XLA takes seconds
+def test_a_notebook_that_generates(home):
     tokenizer = transformers.AutoTokenizer.from_pretrained(home)
     model = TFOPTForCausalLM.from_pretrained(home)
     model.config.pad_token_id = tokenizer.pad_token_id
