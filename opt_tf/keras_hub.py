@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -9,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from opt_core.compatibility import keras_hub
+from opt_core.compatibility.keras_hub_preprocessor import read_preprocessor
 from opt_core.compatibility.refusals import refuse_attributes
 from opt_core.config import OPTConfig
 from opt_core.errors import UnsupportedError
@@ -64,6 +66,16 @@ class KerasHubMethods:
         self.save_pretrained(preset_dir, f"{max_shard_size}GB")
         if self.preprocessor is not None:
             self.preprocessor.save_pretrained(preset_dir)
+
+    def save_assets(self: Any, path: str | PathLike[str]) -> None:
+        """Puts the tokenizer's files into a folder of the .keras file, where Keras asks for it."""
+        if self.preprocessor is not None:
+            self.preprocessor.save_pretrained(path)
+
+    def load_assets(self: Any, path: str | PathLike[str] | None) -> None:
+        """Takes the tokenizer up that `save_assets` has written; None: it has written nothing."""
+        if path is not None and any(Path(path).glob("*.json")):
+            self.preprocessor = read_preprocessor(path)
 
     def save_lora_weights(self, filepath: Any) -> None:
         """Refused: adapters are saved in PEFT's files."""

@@ -1,6 +1,7 @@
 """KerasHub's preprocessor of a causal language model: texts into rows of one length, and back."""
 
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,13 @@ from numpy.typing import NDArray
 from opt_core.compatibility.keras_hub import texts_of
 from opt_core.compatibility.refusals import refuse_attributes
 from opt_core.errors import InputError
+from opt_core.json_files import read_json, write_json
 from opt_core.text import tensors
 from opt_core.text.tokenizer import OPTTokenizer
+
+
+SETTINGS_FILE = "preprocessor.json"
+"""KerasHub's name for it."""
 
 
 class OPTCausalLMPreprocessor:
@@ -46,8 +52,9 @@ class OPTCausalLMPreprocessor:
         return {name: value for name, value in vars(self).items() if name != "tokenizer"}
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Writes the tokenizer's files."""
+        """Writes the tokenizer's files, and the settings beside them."""
         self.tokenizer.save_pretrained(folder)
+        write_json(Path(folder) / SETTINGS_FILE, self.get_config())
 
     save_to_preset = save_pretrained
 
@@ -126,6 +133,14 @@ class OPTCausalLMPreprocessor:
             row = [*first, *own[:room], *last]
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
         return {"input_ids": ids, "attention_mask": mask}
+
+
+def read_preprocessor(folder: str | PathLike[str]) -> OPTTokenizer | OPTCausalLMPreprocessor:
+    """What `save_pretrained` has written: a tokenizer or, where settings lie beside it, more."""
+    tokenizer, settings = OPTTokenizer.from_pretrained(folder), Path(folder) / SETTINGS_FILE
+    if not settings.exists():
+        return tokenizer
+    return OPTCausalLMPreprocessor(tokenizer, **read_json(settings))
 
 
 refuse_attributes(

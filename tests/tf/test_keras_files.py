@@ -55,3 +55,20 @@ def test_keras_functional_models_can_contain_ours(folder):
     inputs = keras.Input((None,), dtype="int32")
     outer = keras.Model(inputs, keras.ops.argmax(model(inputs).logits, -1))
     np.testing.assert_array_equal(outer(ids), tf.argmax(model(ids).logits, -1))
+
+
+def test_the_tokenizer_is_in_the_file(texts, tmp_path):
+    """As KerasHub keeps it: a model that was loaded reads texts."""
+    folder, tokenizer = texts
+    preprocessor = opt_tf.OPTCausalLMPreprocessor(tokenizer, sequence_length=12)
+    model: Any = opt_tf.TFOPTForCausalLM.from_pretrained(folder)
+    for given, length in ((tokenizer, None), (preprocessor, 12), (None, None)):
+        model.preprocessor = given
+        model.save(tmp_path / "model.keras")
+        again: Any = keras.saving.load_model(tmp_path / "model.keras")
+        assert type(again.preprocessor) is type(given)
+        assert getattr(again.preprocessor, "sequence_length", None) == length
+        if given is not None:
+            assert again.generate("the dog", max_length=8) == model.generate(
+                "the dog", max_length=8
+            )
