@@ -29,7 +29,7 @@ MINUTE = 60
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+    return save_model(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def answers(command, tiny, text, tmp_path_factory, hosts):
     ((code, said),) = run_here([[*begun, "--max-steps", "2", "--out", str(out["model"])]], 0)
     assert code == 0, said
     shutil.rmtree(other)
-    save_model(other, num_attention_heads=8)
+    save_model(other, num_hidden_layers=1, num_attention_heads=8)
     refused = {
         "size": [*common, "data=4"],
         "meshes": [*common, ["data=2", "fsdp=2"]],
