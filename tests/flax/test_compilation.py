@@ -36,7 +36,7 @@ def compiled():
     }
 
 
-SAMPLED = {"do_sample": True, "eos_token_id": None, "repetition_penalty": 1.3, "top_p": 0.8}
+SAMPLED = {"do_sample": True, "eos_token_id": None, "repetition_penalty": 1.3}
 
 
 def test_one_program_per_bucket(folder):
