@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from opt_core.errors import AbsentError, ArgumentError
 from opt_flax import FlaxOPTForCausalLM, FlaxOPTModel
@@ -94,9 +95,9 @@ def test_a_loop_that_passes_what_is_none_so_far(model):
 
 def test_transformers_order_of_arguments(model):
     places = np.broadcast_to(np.arange(4), (2, 4))
-    expected = model(IDS)
-    out = model(IDS, np.ones((2, 4), int), places, model.params, model.init_cache(2, 6), True)
-    np.testing.assert_allclose(out.logits, expected.logits, atol=1e-5)
+    given = np.ones((2, 4), int), places, model.params, model.init_cache(2, 6)
+    out = jax.jit(lambda *given: model(IDS, *given, True))(*given)
+    np.testing.assert_allclose(out.logits, logits_of(model, IDS), atol=1e-5)
     assert out.attentions is not None
     assert out.hidden_states is None
     shape_first: Any = (1, 1), 0, jnp.float32
@@ -109,10 +110,11 @@ def test_transformers_order_of_arguments(model):
 def test_a_loop_with_inputs_that_the_model_prepares(model):
     mask = np.array([[0, 1, 1, 1], [1, 1, 1, 1]])
     inputs = model.prepare_inputs_for_generation(jnp.asarray(IDS), 6, mask)
-    out = model(IDS, **inputs)
+    step = nnx.jit(lambda model, ids, inputs: model(ids, **inputs))
+    out = step(model, IDS, inputs)
     token = jnp.argmax(out.logits[:, -1], -1)[:, None]
     inputs = model.update_inputs_for_generation(out, inputs)
     longer = np.concatenate([IDS, token], 1)
-    expected = model(longer, attention_mask=np.pad(mask, ((0, 0), (0, 1)), constant_values=1))
-    found = model(token, **inputs).logits[:, 0]
-    np.testing.assert_allclose(found, expected.logits[:, -1], atol=1e-5)
+    expected = logits_of(model, longer, np.pad(mask, ((0, 0), (0, 1)), constant_values=1))
+    found = step(model, token, inputs).logits[:, 0]
+    np.testing.assert_allclose(found, expected[:, -1], atol=1e-5)
