@@ -182,7 +182,7 @@ class Answer(NamedTuple):
 
 @pytest.fixture(scope="module")
 def answers(command, tiny, text, tmp_path_factory, hosts):
-    """What two hosts answered to some commands, the folder of each run, and its arguments.
+    """Answers of two hosts to some commands, the folder of each run, and its arguments.
 
     They are started once, and do all of them one after another: a training, what cannot be, what
     measures a model, and a training in the middle of which the second process is killed.

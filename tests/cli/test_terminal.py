@@ -131,7 +131,7 @@ def test_large_figures_leave_room_for_the_bar(columns, drawn):
 
 
 def test_generate_asks_for_a_prompt(tiny):
-    """What is typed is taken as it is; what comes of it has style, and nothing to act on."""
+    """The words are taken as they are typed; the text has style, and nothing to act on."""
     terminal = Terminal("generate", "-m", tiny, "-n", 3, "--greedy")
     terminal.until("prompt: ")
     # An escape sequence in the prompt stands for a model that writes one.
