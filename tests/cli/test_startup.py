@@ -27,7 +27,7 @@ UNUSED = {
     "flax": {
         *("torch", "tensorflow", "transformers", "tensorboard", "orbax.checkpoint"),
         *("opt_flax.trainer", "opt_flax.export", "opt_flax.training_checkpoints"),
-        "opt_flax.serving",
+        *("opt_flax.serving", "jax.experimental.pallas.ops.tpu.splash_attention"),
     },
 }
 """Backend -> modules."""
