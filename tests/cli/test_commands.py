@@ -1,12 +1,14 @@
 """The `opt-lm` command as users and scripts meet it: text, exit codes, errors of one line."""
 
+import io
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ pytest.importorskip("torch")
 import opt_torch
 import opt_torch.checkpoint
 from opt_cli.generate import DEFAULT_NEW_TOKENS, _without_padding, resolve_settings
+from opt_cli.main import main
 from opt_core import GenerationConfig, OPTTokenizer, __version__
 from opt_core.errors import GenerationError
 from tests.support.command_line import Run
@@ -307,32 +310,67 @@ def test_the_embedded_model_writes(opt_lm: Run):
     assert opt_lm("verify", "mini", "mini", "-n", 2).code == 0
 
 
-def test_as_a_module_with_a_pipe_on_either_side(tiny: Path):
-    done = subprocess.run(
-        [*COMMAND, "generate", "-m", tiny, "-n", "5"],
-        cwd=ROOT,
-        input="Now is\n",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0
-    assert done.stdout == expected_text(tiny, "Now is", max_new_tokens=5) + "\n"
-    assert "\x1b" not in done.stdout + done.stderr
-    assert done.stderr.count("\n") == 1
+class Beginning(io.StringIO):
+    """An output in which something happens once it has the first words of a text."""
+
+    def __init__(self, happen: Callable[[], None]):
+        super().__init__()
+        self.happen = happen
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        if self.getvalue().startswith("Now is") and len(self.getvalue()) > len("Now is"):
+            self.happen()
+        return written
+
+
+LONG = ("generate", "Now is", "-n", "4000", "--do-sample", "-m")
+
+
+def test_an_interrupt_ends_a_text_quietly(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    out = Beginning(lambda: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sys, "stdout", out)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main([*LONG, str(tiny)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert end.value.code == 130
+    assert out.getvalue().endswith("\n")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_broken_pipe_ends_a_text_quietly(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        going = threading.Thread(target=lambda: (os.read(reader, 3), os.close(reader)))
+        going.start()
+        with pytest.raises(SystemExit) as end:
+            main([*LONG, str(tiny)])
+        going.join()
+        assert end.value.code == 141
+    # Closing it wrote to nobody, as the interpreter does at its end.
+    assert capsys.readouterr().err == ""
 
 
 def start_long_generation(tiny: Path) -> subprocess.Popen[bytes]:
-    command = [*COMMAND, "generate", "Now is", "-m", str(tiny), "-n", "4000", "--do-sample"]
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores it; heirs too
     try:
+        command = [*COMMAND, *LONG, str(tiny)]
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_broken_pipe_ends_quietly(tiny: Path):
+@pytest.mark.slow  # the same in this process is above
+def test_a_process_ends_quietly_at_a_broken_pipe(tiny: Path):
     process = start_long_generation(tiny)
     assert process.stdout
     assert process.stderr
@@ -342,7 +380,8 @@ def test_a_broken_pipe_ends_quietly(tiny: Path):
     assert process.stderr.read() == b""
 
 
-def test_an_interrupt_ends_quietly(tiny: Path):
+@pytest.mark.slow  # the same in this process is above, a real Ctrl-C in test_terminal.py
+def test_a_process_ends_quietly_when_it_is_interrupted(tiny: Path):
     process = start_long_generation(tiny)
     assert process.stdout
     assert process.stdout.read(3) == b"Now"
@@ -351,26 +390,6 @@ def test_an_interrupt_ends_quietly(tiny: Path):
     assert process.returncode == 130
     assert out.endswith(b"\n")
     assert err == b""
-
-
-def test_a_terminal_gets_style_but_nothing_from_the_model_to_act_on(tiny: Path):
-    # A prompt with an escape sequence stands for a model that writes one.
-    main_end, terminal = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-    done = subprocess.run(
-        [*COMMAND, "generate", "Now\x1b[2J[b]is[/b]", "-m", tiny, "-n", "2"],
-        cwd=ROOT,
-        env=environment,
-        stdout=terminal,
-        stderr=subprocess.PIPE,
-        check=False,
-    )
-    os.close(terminal)
-    shown = os.read(main_end, 1 << 16).decode()
-    os.close(main_end)
-    assert done.returncode == 0
-    assert "Now\N{SYMBOL FOR ESCAPE}[2J[b]is[/b]" in shown
-    assert "\x1b[1m" in shown
 
 
 def test_bench_measures(opt_lm: Run, tiny: Path):

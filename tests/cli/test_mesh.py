@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ MINUTE = 60
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+    return save_model(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -79,30 +80,24 @@ def hosts():
         yield found
 
 
-def check_reads(folder, model, steps=4):
+def check_reads(each, model, steps=4):
     """Each host reads half of the weights and its own rows alone."""
     size = (model / "model.safetensors").stat().st_size
-    for path in (folder / "reads0", folder / "reads1"):
-        reads = json.loads(path.read_text())
+    for reads in each:
         assert reads["weights"] < 0.55 * size
         # Two rows in each step, and those that are compared: the first one, the middle, the last.
         assert reads["rows"][0] <= 2 * steps + 3
 
 
-def test_two_hosts_train_as_one_and_one_goes_on(opt_lm, command, tiny, alone, tmp_path, hosts):
-    out = tmp_path / "run"
-    given = [*command, "--backend", "torch", "--out", str(out)]
-    arguments = [str(tmp_path / "reads{rank}"), *given, "--max-steps", "4", "--mesh", "fsdp=2"]
-    ranks = run_ranks(
-        "tests.support.processes.counted_command", 2, arguments, tmp_path, hosts=hosts
-    )
-    assert [rank.code for rank in ranks] == [0, 0], ranks
-    assert "4 steps" in ranks[0].told
-    assert not ranks[1].told.strip()
-    check_reads(tmp_path, tiny)
+def test_two_hosts_train_as_one_and_one_goes_on(opt_lm, answers, tiny, alone):
+    (first, second), out, arguments = answers["train"]
+    assert [first.code, second.code] == [0, 0], (first, second)
+    assert "4 steps" in first.told
+    assert not second.told.strip()
+    check_reads([first.reads, second.reads], tiny)
     parts = sorted((out / "checkpoints" / "step-00000004" / "parts").iterdir())
     assert len(parts) == 2
-    code, _, err = opt_lm(*given, "--max-steps", 6, "--resume")
+    code, _, err = opt_lm(*arguments, "--max-steps", 6, "--resume")
     assert code == 0, err
     done = alone("torch", opt_lm)
     wanted = [row for row in done if row[0] <= 4 or row[3] is None or row[0] == 6]
@@ -134,40 +129,68 @@ def test_adapters_and_another_mesh(opt_lm, command, tmp_path):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_lost_process_ends_the_run_and_it_goes_on(opt_lm, command, tmp_path, victim):
-    out, since = tmp_path / "run", []
-    given = [*command, "--backend", "torch", "--out", str(out)]
+LONG = ["--max-steps", "4000", "--mesh", "fsdp=2"]
+"""Of a training in the middle of which a process is killed."""
 
-    def kill(processes):
-        while len(figures(out)) < 4 and all(p.poll() is None for p in processes):
-            time.sleep(0.1)
-        processes[victim].send_signal(signal.SIGKILL)
-        since.append(time.monotonic())
 
-    mesh = ["--max-steps", "4000", "--mesh", "fsdp=2"]
-    ranks = run_ranks("opt_cli", 2, [*given, *mesh], tmp_path, 300, kill)
-    assert time.monotonic() - since[0] < MINUTE
-    assert ranks[victim].code == -signal.SIGKILL
-    other = ranks[1 - victim]
-    assert other.code == 2
-    (line,) = [line for line in other.told.splitlines() if line.startswith("error:")]
+def kill(victim, out, processes):
+    """Kills a process when a run is under way; when that was."""
+    while len(figures(out)) < 4 and all(process.poll() is None for process in processes):
+        time.sleep(0.1)
+    processes[victim].send_signal(signal.SIGKILL)
+    return time.monotonic()
+
+
+def check_loss(opt_lm, command, out, told, victim):
+    """The other process says whom it lost; one goes on, to what an unbroken run comes to."""
+    (line,) = [line for line in told.splitlines() if line.startswith("error:")]
     assert f"process {1 - victim} of 2: lost connection, gone: process {victim};" in line
     assert "--resume" in line
-    # One process goes on from the last checkpoint, to what an unbroken run comes to.
     steps = RunFolder(out).steps()[-1] + 2
-    assert opt_lm(*given, "--max-steps", steps, "--resume")[0] == 0
-    unbroken = [*command, "--backend", "torch", "--out", tmp_path / "unbroken"]
-    assert opt_lm(*unbroken, "--max-steps", steps)[0] == 0
-    same(*(dict.fromkeys(map(tuple, figures(run))) for run in (out, tmp_path / "unbroken")))
+    for folder, *resume in ((out, "--resume"), (out.with_name("unbroken"),)):
+        arguments = ["--backend", "torch", "--out", folder, "--max-steps", steps, *resume]
+        assert opt_lm(*command, *arguments)[0] == 0
+    same(*(dict.fromkeys(map(tuple, figures(run))) for run in (out, out.with_name("unbroken"))))
+
+
+def test_a_lost_process_ends_the_run_and_it_goes_on(opt_lm, answers, command):
+    (found, *others), out, _ = answers["lost"]
+    assert not others, "the second one was killed"
+    assert found.code == 2
+    check_loss(opt_lm, command, out, found.told, 1)
+
+
+@pytest.mark.slow  # the one that keeps what the others say
+def test_the_first_process_is_lost(opt_lm, command, tmp_path):
+    out, since = tmp_path / "run", []
+    ranks = run_ranks(
+        "opt_cli", 2, [*command, "--backend", "torch", "--out", str(out), *LONG], tmp_path, 300,
+        lambda processes: since.append(kill(0, out, processes)),
+    )  # fmt: skip
+    assert time.monotonic() - since[0] < MINUTE
+    assert [rank.code for rank in ranks] == [-signal.SIGKILL, 2]
+    check_loss(opt_lm, command, out, ranks[1].told, 0)
+
+
+class Answer(NamedTuple):
+    """How a command ended in a process: its exit code, its words, what had been read until then."""
+
+    code: int
+    told: str
+    reads: Any
 
 
 @pytest.fixture(scope="module")
-def answers(command, tiny, text, tmp_path_factory):
-    """The exit code and the words of two processes, and the run's folder, for some commands."""
+def answers(command, tiny, text, tmp_path_factory, hosts):
+    """Answers of two hosts to some commands, the folder of each run, and its arguments.
+
+    They are started once, and do all of them one after another: a training, what cannot be, what
+    measures a model, and a training in the middle of which the second process is killed.
+    """
     home = tmp_path_factory.mktemp("answers")
-    out = {name: home / f"run {name}" for name in REFUSED}
-    common = [*command, "--backend", "torch", "--max-steps", "4", "--mesh"]
+    out = {name: home / f"run {name}" for name in (*REFUSED, "train", "lost")}
+    plain = [*command, "--backend", "torch"]
+    common = [*plain, "--max-steps", "4", "--mesh"]
     for rank in range(2):
         ids = np.random.default_rng(rank).integers(3, 60, 400)
         write_blocks(home / f"host{rank}" / "data", [ids], 16, 60)
@@ -177,8 +200,8 @@ def answers(command, tiny, text, tmp_path_factory):
     ((code, said),) = run_here([[*begun, "--max-steps", "2", "--out", str(out["model"])]], 0)
     assert code == 0, said
     shutil.rmtree(other)
-    save_model(other, num_attention_heads=8)
-    commands = {
+    save_model(other, num_hidden_layers=1, num_attention_heads=8)
+    refused = {
         "size": [*common, "data=4"],
         "meshes": [*common, ["data=2", "fsdp=2"]],
         "rows": [*common, "data=2", "--batch-size", "3"],
@@ -186,16 +209,30 @@ def answers(command, tiny, text, tmp_path_factory):
         "data": ["train", *map(str, data), "--max-steps", "4"],
         "model": [*begun, "--max-steps", "4", "--mesh", "fsdp=2", "--resume"],
     }
-    assert commands.keys() == REFUSED.keys()
-    given = [[*arguments, "--out", str(out[name])] for name, arguments in commands.items()]
-    given += [[*arguments, "--mesh", "model=2"] for arguments in measures(tiny, text).values()]
+    assert refused.keys() == REFUSED.keys()
+    commands = {
+        "train": [*common, "fsdp=2"], **refused,
+        **{name: [*a, "--mesh", "model=2"] for name, a in measures(tiny, text).items()},
+        "lost": [*plain, *LONG],
+    }  # fmt: skip
+    given = [
+        [*arguments, *(("--out", str(out[name])) if name in out else ())]
+        for name, arguments in commands.items()
+    ]
+    since = []
     ranks = run_ranks(
-        "tests.support.processes.command_ranks", 2, [str(home), "{rank}", json.dumps(given)], home
-    )
-    assert [rank.code for rank in ranks] == [0, 0], ranks
-    told = [json.loads((home / f"told{rank}.json").read_text()) for rank in range(2)]
-    names = [*commands, *measures(tiny, text)]
-    return {name: ([rank[i] for rank in told], out.get(name)) for i, name in enumerate(names)}
+        "tests.support.processes.command_ranks", 2, [str(home), "{rank}", json.dumps(given)], home,
+        disturb=lambda processes: since.append(kill(1, out["lost"], processes)), hosts=hosts,
+    )  # fmt: skip
+    assert time.monotonic() - since[0] < MINUTE
+    assert [rank.code for rank in ranks] == [0, -signal.SIGKILL], ranks
+    lines = [(home / f"told{rank}.jsonl").read_text().splitlines() for rank in range(2)]
+    assert [len(each) for each in lines] == [len(commands), len(commands) - 1]
+    return {
+        name: ([Answer(*json.loads(each[i])) for each in lines if i < len(each)], out.get(name),
+               [*plain, "--out", out.get(name)])
+        for i, name in enumerate(commands)
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -218,14 +255,14 @@ def measures(model, text):
 def test_measures_on_a_mesh_are_those_of_one_process(opt_lm, answers, tiny, text):
     """The first process says them, the others nothing."""
     found = {name: answers[name][0] for name in measures(tiny, text)}
-    for name, ((code, _), (other_code, other)) in found.items():
-        assert (code, other_code, other) == (0, 0, ""), (name, found[name])
+    for name, (first, second) in found.items():
+        assert (first.code, second.code, second.told) == (0, 0, ""), (name, first, second)
     alone = json.loads(opt_lm(*measures(tiny, text)["perplexity"]).out)
-    ours = json.loads(found["perplexity"][0][1])
+    ours = json.loads(found["perplexity"][0].told)
     assert ours["tokens"] == alone["tokens"]
     assert abs(ours["nats_per_token"] - alone["nats_per_token"]) < CLOSE
-    assert "equal: largest difference 0.00e+00" in found["verify"][0][1]
-    assert json.loads(found["bench"][0][1])["tok_s"] > 0
+    assert "equal: largest difference 0.00e+00" in found["verify"][0].told
+    assert json.loads(found["bench"][0].told)["tok_s"] > 0
 
 
 @pytest.mark.slow
@@ -260,10 +297,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_every_process_refuses_alike(answers, name):
-    found, out = answers[name]
-    for code, told in found:
+    found, out, _ = answers[name]
+    for code, told, _ in found:
         assert code == 2, told
-        assert told == found[0][1]
+        assert told == found[0].told
         assert told.count("\n") == told.count("error:") == 1
         assert REFUSED[name] in told
     if name == "model":  # as it was before
@@ -375,7 +412,8 @@ def test_two_flax_hosts_train_as_one(opt_lm, command, tiny, alone, tmp_path, mon
     ranks = run_ranks("tests.support.processes.counted_command", 2, given, tmp_path, hosts=hosts)
     assert [rank.code for rank in ranks] == [0, 0], ranks
     same(figures(out), alone("flax", opt_lm))
-    check_reads(tmp_path, tiny, steps=6)
+    reads = [json.loads((tmp_path / f"reads{rank}").read_text()) for rank in range(2)]
+    check_reads(reads, tiny, steps=6)
 
 
 def test_plan(opt_lm):

@@ -186,7 +186,7 @@ def test_a_server_that_is_stopped_finishes_first():
         begun = threading.Semaphore(0)
 
         def read() -> list[str]:
-            fields = {**FIELDS, "stream": True}
+            fields = {**FIELDS, "stream": True, "max_tokens": 100}
             address = f"{served.url}/v1/completions"
             with httpx.stream("POST", address, json=fields, timeout=60) as stream:
                 begun.release()

@@ -18,7 +18,7 @@ from opt_core.params import param_specs
 from opt_flax import sharding
 from opt_flax.checkpoint import get_parameter
 from tests.support.configs import CONFIGS
-from tests.support.flax_models import SILENT, model_of
+from tests.support.flax_models import SILENT, logits_of, model_of
 from tests.support.oracle import random_params
 from tests.support.reference import make_prompts, reference, tensors
 
@@ -209,7 +209,7 @@ def test_a_scan_carries_a_fresh_cache(folder, padded):
         return out.past_key_values, out.logits[:, 0]
 
     _, found = jax.lax.scan(step, model.init_cache(2, 9), jnp.asarray(ids).T)
-    expected = model(ids, attention_mask=mask[:, :5]).logits
+    expected = logits_of(model, ids, mask[:, :5])
     assert differences(jnp.swapaxes(found, 0, 1)[:, padded:], expected[:, padded:]) < 1e-5
 
 
@@ -223,10 +223,11 @@ def test_linens_attributes_are_refused(folder):
 
 
 def test_results_are_replaced_and_alike_without_jit(folder):
-    model, ids = model_of(folder, CONFIG), make_prompts(CONFIG, 1, 3)
-    out = model(ids)
+    model, ids, names = model_of(folder, CONFIG), make_prompts(CONFIG, 2, 7), []
+    out = jax.jit(model)(ids)
     assert out.replace(logits=out.logits * 2).logits[0, 0, 0] == 2 * out.logits[0, 0, 0]
-    with jax.disable_jit():
-        assert list(model(ids)) == list(jax.jit(model)(ids)) == ["logits"]
+    with jax.disable_jit():  # of shapes alone: nothing is computed
+        jax.eval_shape(lambda: names.append(list(model(ids))))
+    assert names == [list(out)] == [["logits"]]
     made = opt_flax.compatibility.Sequences(jnp.asarray(ids))
     np.testing.assert_array_equal(made.replace(sequences=ids + 1).sequences, ids + 1)

@@ -1,6 +1,5 @@
 """Compiled functions: what is compiled how often."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from opt_flax import compilation, training
 from opt_flax.generation import beam, loop, speculative
 from opt_flax.programs import SMALL, Program
 from tests.support.configs import CONFIGS
-from tests.support.flax_models import model_of
+from tests.support.flax_models import logits_of, model_of
 from tests.support.reference import make_mask, make_prompts
 
 STEP: Any = training._step
@@ -36,15 +35,17 @@ def compiled():
     }
 
 
-SAMPLED = {"do_sample": True, "eos_token_id": None, "repetition_penalty": 1.3, "top_p": 0.8}
+SAMPLED = {"do_sample": True, "eos_token_id": None, "repetition_penalty": 1.3}
 
 
-def test_one_program_per_bucket(folder):
+@pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_one_program_per_bucket(folder, padded):
+    """Whatever the length within it, the padding, the seed and the settings that are numbers."""
     model = model_of(folder, CONFIG)
 
-    def run(length, seed, padded=False, **settings):
+    def run(length, seed, **settings):
         ids = make_prompts(CONFIG, 2, length, seed=seed)
-        mask = make_mask("left", [length, length - 1]) if padded else None
+        mask = make_mask("left", [length, length - seed % 3 - 1]) if padded else None
         list(model.stream(ids, mask, seed=seed, **SAMPLED, **settings))
         model.generate(ids, mask, seed=seed, **SAMPLED, **settings)
         model.generate(ids, mask, num_beams=2, max_new_tokens=settings["max_new_tokens"])
@@ -55,9 +56,6 @@ def test_one_program_per_bucket(folder):
     run(20, 2**40, temperature=1.0001, max_new_tokens=2, min_new_tokens=1)
     assert compiled() == before
     run(30, 3, temperature=2.0, max_new_tokens=40, min_new_tokens=1)  # the next bucket
-    assert compiled() == {name: count + 1 for name, count in before.items()}
-    before = compiled()
-    run(9, 4, padded=True, temperature=0.5, max_new_tokens=6, min_new_tokens=2)
     assert compiled() == {name: count + 1 for name, count in before.items()}
 
 
@@ -97,7 +95,7 @@ def test_a_training_step_updates_in_place(folder):
     assert losses[2] < losses[0]
     assert STEP._cache_size() == compiled + 1
     model.eval()
-    assert math.isfinite(model(ids, labels=ids).loss)
+    assert np.isfinite(logits_of(model, ids)).all()
 
 
 def test_little_is_compiled_quickly():

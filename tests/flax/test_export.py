@@ -32,6 +32,7 @@ def quickly_compiled():
 
 
 LOAD: Any = opt_flax.FlaxOPTForCausalLM.from_pretrained
+ONE_LAYER = {name: config.replace(num_hidden_layers=1) for name, config in CONFIGS.items()}
 
 SETTINGS = {
     "greedy": ("pre_ln", {"eos_token_id": list(range(40)), "pad_token_id": 1}),
@@ -77,7 +78,7 @@ def program(folder, name):
 @pytest.mark.parametrize("case", tiered(SETTINGS, lambda case: case != "greedy"))
 def test_an_exported_program_computes_what_the_model_does(folder, case, tmp_path):
     variant, settings = SETTINGS[case]
-    model = LOAD(folder(variant))
+    model = LOAD(folder(ONE_LAYER[variant]))
     settings = {"max_new_tokens": 10, "eos_token_id": None, **settings}
     export_stablehlo(model, tmp_path, max_prompt=12, **settings)
     seed = (np.int32(3),) if "do_sample" in settings else ()
@@ -88,7 +89,7 @@ def test_an_exported_program_computes_what_the_model_does(folder, case, tmp_path
 
 
 def test_an_exported_program_needs_nothing_of_ours(folder, tmp_path):
-    model = LOAD(folder("pre_ln"))
+    model = LOAD(folder(ONE_LAYER["pre_ln"]))
     settings = {"max_new_tokens": 10, "eos_token_id": None}
     export_stablehlo(model, tmp_path, max_prompt=12, **settings)
     ids, mask = prompts(model.config, [2, 7])
@@ -104,7 +105,7 @@ def test_an_exported_program_needs_nothing_of_ours(folder, tmp_path):
 
 
 def test_an_exported_program_refuses_what_it_cannot_take(folder, tmp_path):
-    model = LOAD(folder("pre_ln"))
+    model = LOAD(folder(ONE_LAYER["pre_ln"]))
     (tmp_path / "generate.jax").write_bytes(b"an earlier export")
     export_stablehlo(model, tmp_path, max_prompt=9, max_new_tokens=3)
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -127,7 +128,7 @@ def test_an_exported_program_refuses_what_it_cannot_take(folder, tmp_path):
 
 
 def test_what_cannot_be_exported(folder, tmp_path, monkeypatch):
-    model = LOAD(folder("pre_ln"))
+    model = LOAD(folder(ONE_LAYER["pre_ln"]))
     cases: list[tuple[dict[str, Any], str]] = [
         ({}, "max_new_tokens: an export needs it"),
         ({"max_new_tokens": 3, "stop_strings": "x"}, "stop_strings cannot be exported"),
@@ -139,7 +140,7 @@ def test_what_cannot_be_exported(folder, tmp_path, monkeypatch):
     with pytest.raises(GenerationError, match="max_prompt: expected an integer above 1"):
         export_stablehlo(model, tmp_path / "no", 1, max_new_tokens=3)
     with pytest.raises(ConfigError, match="on one device, received one on a mesh"):
-        export_stablehlo(LOAD(folder("pre_ln"), mesh=sharding.make_mesh(1)), tmp_path, 9)
+        export_stablehlo(LOAD(folder(ONE_LAYER["pre_ln"]), mesh=sharding.make_mesh(1)), tmp_path, 9)
     monkeypatch.setattr(model.get_decoder(), "implementation", "flash_attention_2")
     with pytest.raises(ConfigError, match='expected attn_implementation="sdpa"'):
         export_stablehlo(model, tmp_path / "no", 9, max_new_tokens=3)

@@ -16,6 +16,7 @@ from opt_core.errors import ConfigError  # noqa: E402
 from opt_flax import attention, sharding  # noqa: E402
 from tests.support.backends import GRADIENT_TOLERANCE, ORACLE_TOLERANCE  # noqa: E402
 from tests.support.configs import CONFIGS  # noqa: E402
+from tests.support.flax_models import logits_of  # noqa: E402
 from tests.support.reference import make_mask, make_prompts  # noqa: E402
 from tests.support.tiers import tiered  # noqa: E402
 
@@ -65,11 +66,11 @@ def test_the_tpu_kernel_computes_what_eager_does(size, length, side):
     def kernel(q, k, v):
         return attention._pallas(q, k, v, mask, interpret=True)
 
-    mixed = kernel(*inputs)
+    mixed = jax.jit(kernel)(*inputs)
     assert jnp.isfinite(mixed).all()
     close(mixed * real[:, None, :, None], plain(*inputs) * real[:, None, :, None])
     found, expected = (
-        jax.grad(lambda q, k, v, f=f: (f(q, k, v) * weights).sum(), (0, 1, 2))(*inputs)
+        jax.jit(jax.grad(lambda q, k, v, f=f: (f(q, k, v) * weights).sum(), (0, 1, 2)))(*inputs)
         for f in (kernel, plain)
     )
     for a, b in zip(found, expected, strict=True):
@@ -97,12 +98,9 @@ def test_a_model_with_the_tpu_kernel_is_the_same_model(folder, tpu, monkeypatch,
     mask = None if side is None else make_mask(side, [9, 5, 2, 7])
     real = np.ones((4, 9), bool) if mask is None else np.asarray(mask, bool)
 
-    def logits(model, ids):
-        return model(ids, attention_mask=mask).logits
-
-    found = np.asarray(nnx.jit(logits)(flash, ids))
+    found = np.asarray(nnx.jit(lambda m, ids: m(ids, attention_mask=mask).logits)(flash, ids))
     assert np.isfinite(found).all()
-    close(found[real], np.asarray(logits(plain, ids))[real])
+    close(found[real], np.asarray(logits_of(plain, ids, mask))[real])
     shape = {None: (4, 4), (1, 1, 1): (4, 4), (2, 2, 2): (1, 2), (1, 1, 8): (4, 4)}[sizes]
     assert {call[:2] for call in calls} == {shape}
 
@@ -126,11 +124,10 @@ def test_what_continues_a_cache_takes_the_plain_path(folder, tpu):
     load = partial(opt_flax.FlaxOPTForCausalLM.from_pretrained, folder(QUIET))
     plain, flash = load(), load(attn_implementation="flash_attention_2")
     ids = make_prompts(QUIET, 2, 9)
-    first = flash(ids[:, :4], past_key_values=flash.init_cache(2, 9))
-    second = flash(ids[:, 4:], past_key_values=first.past_key_values)
-    expected = plain(ids).logits
-    assert expected is not None
-    close(second.logits, expected[:, 4:])
+    step = nnx.jit(lambda m, ids, cache: m(ids, past_key_values=cache))
+    first = step(flash, ids[:, :4], flash.init_cache(2, 9))
+    second = step(flash, ids[:, 4:], first.past_key_values)
+    close(second.logits, logits_of(plain, ids)[:, 4:])
 
 
 @pytest.mark.parametrize(
@@ -156,7 +153,7 @@ def test_the_gpu_kernel_gets_what_it_can_take(folder, monkeypatch, sizes, side):
     ids = make_prompts(QUIET, 4, 9)
     mask = None if side is None else make_mask(side, [9, 5, 2, 7])
     real = np.ones((4, 9), bool) if mask is None else np.asarray(mask, bool)
-    expected = load()(ids, attention_mask=mask).logits
+    expected = logits_of(load(), ids, mask)
     monkeypatch.setattr(attention, "platform_of", lambda mesh: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     flash = load(attn_implementation="flash_attention_2", mesh=mesh)
@@ -191,7 +188,7 @@ def test_attention_dropout_is_refused_in_training_only(folder, tpu):
         folder("galactica"), attn_implementation="flash_attention_2"
     )
     ids = make_prompts(CONFIGS["galactica"], 2, 5)
-    assert np.isfinite(np.asarray(model(ids).logits)).all()
+    assert np.isfinite(np.asarray(logits_of(model, ids))).all()
     model.train()
     with pytest.raises(ConfigError, match="attention_dropout"):
         model(ids)

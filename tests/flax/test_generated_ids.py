@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from opt_core.errors import AbsentError, ArgumentError
 from opt_flax import FlaxOPTForCausalLM, FlaxOPTModel
 from tests.support.configs import CONFIGS
-from tests.support.flax_models import SILENT
+from tests.support.flax_models import SILENT, logits_of
 from tests.support.reference import make_prompts
 
 CONFIG = CONFIGS["pre_ln"].replace(**SILENT, num_hidden_layers=1)
@@ -52,9 +53,10 @@ def test_they_have_themselves(model, ids):
     assert list(ids.keys()) == ["sequences"]
     jitted = jax.jit(lambda x: model.generate(x, **FOUR))
     np.testing.assert_array_equal(jitted(IDS).sequences, ids)
-    np.testing.assert_array_equal(model(ids).logits, model(ids.sequences).logits)
     inner = jax.jit(lambda x: model(x).logits)
-    np.testing.assert_allclose(inner(ids), model(ids).logits, atol=1e-5)
+    expected = inner(ids.sequences)
+    np.testing.assert_allclose(inner(ids), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda: model(ids).logits)(), expected, atol=1e-5)
     with pytest.raises(AbsentError, match="scores: generate kept none; pass return_dict_in"):
         _ = ids.scores
     assert not hasattr(ids, "scores")
@@ -81,19 +83,21 @@ def test_a_loop_that_passes_what_is_none_so_far(model):
             found.append(out.logits)
         return jnp.concatenate(found, 1)
 
-    whole = model(IDS[:, :3]).logits
+    whole = logits_of(model, IDS[:, :3])
     for loop in (run, jax.jit(run)):
         np.testing.assert_allclose(loop(IDS), whole, atol=1e-5)
     model.train()
-    assert model(IDS, past_key_values=None).past_key_values is None
+    caches = []
+    jax.eval_shape(lambda: caches.append(model(IDS, past_key_values=None).past_key_values))
+    assert caches == [None]
     model.eval()
 
 
 def test_transformers_order_of_arguments(model):
     places = np.broadcast_to(np.arange(4), (2, 4))
-    expected = model(IDS)
-    out = model(IDS, np.ones((2, 4), int), places, model.params, model.init_cache(2, 6), True)
-    np.testing.assert_allclose(out.logits, expected.logits, atol=1e-5)
+    given = np.ones((2, 4), int), places, model.params, model.init_cache(2, 6)
+    out = jax.jit(lambda *given: model(IDS, *given, True))(*given)
+    np.testing.assert_allclose(out.logits, logits_of(model, IDS), atol=1e-5)
     assert out.attentions is not None
     assert out.hidden_states is None
     shape_first: Any = (1, 1), 0, jnp.float32
@@ -106,10 +110,11 @@ def test_transformers_order_of_arguments(model):
 def test_a_loop_with_inputs_that_the_model_prepares(model):
     mask = np.array([[0, 1, 1, 1], [1, 1, 1, 1]])
     inputs = model.prepare_inputs_for_generation(jnp.asarray(IDS), 6, mask)
-    out = model(IDS, **inputs)
+    step = nnx.jit(lambda model, ids, inputs: model(ids, **inputs))
+    out = step(model, IDS, inputs)
     token = jnp.argmax(out.logits[:, -1], -1)[:, None]
     inputs = model.update_inputs_for_generation(out, inputs)
     longer = np.concatenate([IDS, token], 1)
-    expected = model(longer, attention_mask=np.pad(mask, ((0, 0), (0, 1)), constant_values=1))
-    found = model(token, **inputs).logits[:, 0]
-    np.testing.assert_allclose(found, expected.logits[:, -1], atol=1e-5)
+    expected = logits_of(model, longer, np.pad(mask, ((0, 0), (0, 1)), constant_values=1))
+    found = step(model, token, inputs).logits[:, 0]
+    np.testing.assert_allclose(found, expected[:, -1], atol=1e-5)

@@ -23,11 +23,11 @@ def test_stacked_layers_are_the_same_model(folder, variant, tmp_path):
     flat, deep = (model_of(folder, config, scan_layers=scan) for scan in (False, True))
     ids, mask = make_prompts(config, 3, 9), make_mask("left", [9, 5, 2])
     wanted = {"output_hidden_states": True, "output_attentions": True, "attention_mask": mask}
-    a, b = flat(ids, **wanted), deep(ids, **wanted)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    run = nnx.jit(lambda model: model(ids, **wanted))
+    for x, y in zip(*(jax.tree.leaves(run(model)) for model in (flat, deep)), strict=True):
         close(y, x)
     np.testing.assert_array_equal(*(m.generate(ids, mask, max_new_tokens=20) for m in (flat, deep)))
-    left, right = (gradients(m, ids, attention_mask=mask) for m in (flat, deep))
+    left, right = (nnx.jit(gradients)(m, ids, mask) for m in (flat, deep))
     nnx.update(flat, left)
     nnx.update(deep, right)
     for spec in param_specs(config):

@@ -29,11 +29,12 @@ from opt_flax import checkpoint, sharding, training, training_checkpoints  # noq
 from opt_flax.generation import beam, loop  # noqa: E402
 from tests.support.backends import GRADIENT_TOLERANCE, ORACLE_TOLERANCE  # noqa: E402
 from tests.support.configs import CONFIGS  # noqa: E402
+from tests.support.oracle import random_params  # noqa: E402
 from tests.support.processes import multi_host  # noqa: E402
 from tests.support.reference import make_mask, make_prompts  # noqa: E402
 from tests.support.tiers import tiered  # noqa: E402
 
-CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=2)
+CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=1)
 """4 heads, a vocabulary of 99, 32 x 56: what a mesh of 8 divides, and what it does not."""
 
 MESHES = {
@@ -160,7 +161,7 @@ SHARES = {
     "model": [(14, 32), (8, 32), (25, 32), (4, 1, 10, 8)],
     "heads that do not divide": [(7, 32), (32, 32), (13, 32), (4, 4, 10, 8)],
     "mixed": [(28, 16), (16, 16), (50, 16), (1, 2, 10, 8)],
-    "mixed, stacked layers": [(2, 28, 16), (2, 16, 16), (50, 16), (1, 2, 10, 8)],
+    "mixed, stacked layers": [(1, 28, 16), (1, 16, 16), (50, 16), (1, 2, 10, 8)],
 }
 
 
@@ -168,10 +169,10 @@ SHARES = {
 def test_each_device_holds_its_share(load, name):
     model = load(name)
     decoder = model.get_decoder()
-    layer = decoder.layers if decoder.scan_layers else decoder.layers[1]
+    layer = decoder.layers if decoder.scan_layers else decoder.layers[0]
     cache = model.init_cache(4, 10)
     arrays = [layer.fc1.weight, layer.self_attn.q_proj.weight, decoder.embed_tokens.embedding]
-    assert [parts(a[...]) for a in arrays] + [parts(cache.keys[1])] == SHARES[name]
+    assert [parts(a[...]) for a in arrays] + [parts(cache.keys[0])] == SHARES[name]
     ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     inputs = training._inputs(model, {"input_ids": IDS, "labels": IDS})
     assert parts(inputs["input_ids"]) == (4 // ways, 9)
@@ -259,9 +260,8 @@ def test_padded_rows_of_the_vocabulary_are_never_seen(load, expected, tmp_path):
     # Whatever they hold, no result shows it.
     loud = jnp.where(jnp.arange(104)[:, None] < 99, table[...], 100.0)
     table.set_value(jax.device_put(loud, table[...].sharding))
-    for kind, settings in SETTINGS.items():
-        found = model.generate(IDS, MASK, seed=3, **settings)
-        np.testing.assert_array_equal(found, expected[kind], err_msg=kind)
+    found = model.generate(IDS, MASK, seed=3, **SETTINGS["sampled"])
+    np.testing.assert_array_equal(found, expected["sampled"])
     # An id there is as wrong as any other that is none.
     outside = nnx.jit(lambda model, ids: model(ids).logits)(model, jnp.array([[2, 99]]))
     assert outside.shape == (1, 2, 99)
@@ -290,10 +290,14 @@ def test_loading_reads_slices_only(folder, monkeypatch, dtype, scan):
     original = checkpoint.cast_array
     monkeypatch.setattr(checkpoint, "cast_array", cast)
     mesh = sharding.make_mesh(fsdp=2, model=4)
+    config = CONFIG.replace(num_hidden_layers=2)  # which could be mixed up
     model = opt_flax.FlaxOPTForCausalLM.from_pretrained(
-        folder(CONFIG), dtype=dtype, mesh=mesh, scan_layers=scan
+        folder(config), dtype=dtype, mesh=mesh, scan_layers=scan
     )
-    for spec in param_specs(CONFIG):
+    stored = random_params(config)
+    for spec in param_specs(config):
+        found = np.asarray(checkpoint.get_parameter(model, spec))
+        np.testing.assert_array_equal(found, stored[spec.name].astype(dtype), err_msg=spec.name)
         values = checkpoint.locate(model, spec)[...]
         share = parts(values)[1:] if scan and ".layers." in spec.name else parts(values)
         pieces = [shape for name, shape in sizes if name == spec.name]
@@ -378,7 +382,6 @@ def test_two_processes_share_a_model(load, folder, expected, tmp_path):
     first, second = (dict(np.load(tmp_path / f"{i}.npz")) for i in range(2))
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name], err_msg=name)
-    close(first["logits"], nnx.jit(lambda m: m(IDS, attention_mask=MASK).logits)(model))
     np.testing.assert_array_equal(first["ids"], expected["greedy"])
     for fact in facts:
         close(fact["losses"], expected["losses"], 1e-5)

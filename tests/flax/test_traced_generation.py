@@ -21,7 +21,16 @@ def model(folder):
     return FlaxOPTForCausalLM.from_pretrained(folder(CONFIG))
 
 
-@pytest.mark.parametrize("extra", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 5}], ids=str)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"num_beams": 2},
+        # What a key draws is that of `generate` alone: tests/flax/test_generated_ids.py.
+        pytest.param({"do_sample": True, "top_k": 5}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_jit_of_generate(model, extra):
     settings = {**SETTINGS, **extra}
     key = jax.random.key(3)

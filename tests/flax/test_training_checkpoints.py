@@ -60,11 +60,11 @@ def test_training_resumes_on_another_mesh(fresh, tmp_path):
         # The step takes the model's arrays over while they are being written.
         losses = [training.train_step(model, optimizer, IDS, TRAIN, step) for step in (1, 2)]
         checkpoints.wait()
-        for sizes in ((), (4, 1, 2), (1, 1, 8)):
+        for sizes in ((), (1, 1, 8)):
             other, its = fresh(*sizes)
             assert checkpoints.restore_latest(other, its) == 1
             table = other.get_decoder().embed_tokens.embedding[...]
-            assert table.shape[0] == {(): 99, (4, 1, 2): 100, (1, 1, 8): 104}[sizes]
+            assert table.shape[0] == {(): 99, (1, 1, 8): 104}[sizes]
             assert not table[99:].any()
             found = values(other, its)
             assert found.keys() == saved.keys()

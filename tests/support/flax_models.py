@@ -27,5 +27,11 @@ def close_gradients(ours, theirs):
     close(ours, theirs, max(GRADIENT_TOLERANCE * float(jnp.abs(theirs).max()), 3e-7))
 
 
-def gradients(model, ids, **options):
-    return nnx.grad(lambda m: m(ids, labels=ids, **options).loss)(model)
+@nnx.jit
+def logits_of(model, ids, mask=None, cache=None):
+    """One program for each shape: operation by operation, each would be a program of its own."""
+    return model(ids, attention_mask=mask, past_key_values=cache).logits
+
+
+def gradients(model, ids, mask=None):
+    return nnx.grad(lambda m: m(ids, labels=ids, attention_mask=mask).loss)(model)
