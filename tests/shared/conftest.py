@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from opt_core.params import Head
 from tests.support.backends import Backend
 
 
@@ -26,7 +27,7 @@ def load(
     """
     is_xla = request.node.get_closest_marker("xla") is not None
 
-    def load(config: Any, head: str = "causal_lm", seed: int = 0, **options: Any) -> Any:
+    def load(config: Any, head: Head = "causal_lm", seed: int = 0, **options: Any) -> Any:
         key = (backend.name, is_xla, config, head, seed, *sorted(options.items()))
         if key not in loaded:
             loaded[key] = backend.load(folder(config, head, seed), head, **options)

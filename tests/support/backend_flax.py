@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from opt_core.params import Head, param_specs
+from tests.support import jax_lowering  # noqa: F401  programs are compiled sooner
 from tests.support.backends import Backend
 from tests.support.oracle import Array
 
