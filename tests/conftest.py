@@ -89,7 +89,7 @@ def graphs_where_xla_is_not_asked_for(
         backend = request.getfixturevalue("backend")
         is_tf = isinstance(backend, Backend) and backend.name == "tf"
     if is_tf:
-        importlib.import_module("tests.support.tf_graphs")
+        importlib.import_module("tests.support.backend_tf")
     if is_tf and not request.node.get_closest_marker("xla"):
         monkeypatch.setattr("opt_tf.compilation.JIT_COMPILE", False)
         # Keras has XLA compile what it fits, unless it is told otherwise.

@@ -10,6 +10,9 @@ from opt_tf.checkpoint import locate
 from tests.support.backends import Backend
 from tests.support.oracle import Array
 
+# Programs here run once or twice: rewriting their graphs takes longer than that saves.
+tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+
 
 class TFBackend(Backend):
     """TensorFlow."""
