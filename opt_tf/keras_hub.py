@@ -186,6 +186,7 @@ class GenerationMethods:
     config: OPTConfig
     preprocessor: Any
 
+    @tf.autograph.experimental.do_not_convert  # there is nothing for it in here, and much to read
     def generate(
         self,
         input_ids: Any = None,

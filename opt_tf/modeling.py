@@ -90,6 +90,7 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
             if not part.built:
                 part.build()
 
+    @tf.autograph.experimental.do_not_convert  # there is nothing for it in here, and much to read
     def __call__(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Computes the output (`call`); several inputs may come as one dict, tuple or list.
 

@@ -37,6 +37,9 @@ XLA_FLAGS = (
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Tiny tensors gain nothing from more threads, which wait for one another.
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 # Workers and the processes they start share what XLA compiles.
 os.environ.setdefault("XDG_CACHE_HOME", str(Path(__file__).parents[1] / ".pytest_cache"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")  # counting thousands takes time
@@ -83,6 +86,7 @@ def graphs_where_xla_is_not_asked_for(
     """XLA compiles each of TensorFlow's programs for seconds; their graphs run at once."""
     if "tf" not in BACKENDS or not uses_tf(request):
         return
+    importlib.import_module("tests.support.backend_tf")
     if request.node.get_closest_marker("xla"):
         monkeypatch.setattr("opt_tf.compilation.SMALL", 0)
         return

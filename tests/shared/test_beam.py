@@ -41,7 +41,7 @@ def without_padding(rows, eos, pad=1):
         lambda beams, penalty, stopping: beams == 3 or (penalty, stopping) == (2.0, False),
     ),
 )
-def test_beams_equal_the_oracle(backend, folder, num_beams, length_penalty, early_stopping):
+def test_beams_equal_the_oracle(backend, load, num_beams, length_penalty, early_stopping):
     config, variant = CONFIGS["post_ln"], "post_ln"
     ids = make_prompts(config, 2, 6, seed=num_beams)
     search = {
@@ -49,7 +49,7 @@ def test_beams_equal_the_oracle(backend, folder, num_beams, length_penalty, earl
         "early_stopping": early_stopping, "max_new_tokens": 10,
     }  # fmt: skip
     out = backend.generate(
-        backend.load(folder(variant)),
+        load(variant),
         ids,
         num_return_sequences=num_beams,
         eos_token_id=EOS,
@@ -71,13 +71,11 @@ def test_beams_equal_the_oracle(backend, folder, num_beams, length_penalty, earl
     ],
     ids=str,
 )
-def test_filters_act_on_beams(backend, folder, settings):
+def test_filters_act_on_beams(backend, load, settings):
     config = CONFIGS["pre_ln"]
     ids = make_prompts(config, 2, 6)
     search = {"num_beams": 3, "max_new_tokens": 9}
-    out = backend.generate(
-        backend.load(folder("pre_ln")), ids, eos_token_id=EOS, **search, **settings
-    )
+    out = backend.generate(load("pre_ln"), ids, eos_token_id=EOS, **search, **settings)
     ours = list(without_padding(out[:, 6:], EOS))
     for row, prompt in enumerate(ids):
         theirs = expected(config, prompt, {"eos_token_id": EOS, **settings}, 1, **search)
@@ -96,24 +94,25 @@ FILTERS = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids"
         pytest.param("galactica", FILTERS, marks=pytest.mark.slow),
     ],
 )
-def test_a_padded_batch_of_beams_is_its_rows(backend, folder, variant, filters):
+def test_a_padded_batch_of_beams_is_its_rows(backend, load, variant, filters):
     lengths = [9, 4, 1]
     ids, mask = make_prompts(CONFIGS[variant], 3, 9), make_mask("left", lengths)
-    model = backend.load(folder(variant))
+    model = load(variant)
     search = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 12, "eos_token_id": EOS}
     search |= filters
     together = backend.generate(model, ids, attention_mask=mask, **search)
     together = list(without_padding(together[:, 9:], EOS))
     for row, length in enumerate(lengths):
-        alone = backend.generate(model, ids[row : row + 1, -length:], **search)
-        alone = list(without_padding(alone[:, length:], EOS))
+        # Three copies of it: rows of another number would be another program.
+        alone = backend.generate(model, ids[[row] * 3, -length:], **search)
+        alone = list(without_padding(alone[:2, length:], EOS))
         assert together[2 * row : 2 * row + 2] == alone
 
 
-def test_wide_beams_find_the_best_of_all(backend, folder):
+def test_wide_beams_find_the_best_of_all(backend, load):
     """Brute force over a tiny vocabulary; the beam is as wide as there are continuations."""
     config = CONFIGS["pre_ln"].replace(vocab_size=5)
-    model = backend.load(folder(config))
+    model = load(config)
     prompt = np.array([[2, 3, 4]])
     best = oracle_generation.exhaustive_search(
         oracle.random_params(config), config, prompt[0], max_new_tokens=3
@@ -124,9 +123,9 @@ def test_wide_beams_find_the_best_of_all(backend, folder):
     assert [tuple(row) for row in out[:, 3:].tolist()] == [beam.tokens for beam in best]
 
 
-def test_without_an_end_all_beams_are_full(backend, folder):
+def test_without_an_end_all_beams_are_full(backend, load):
     ids = make_prompts(CONFIGS["galactica"], 2, 4)
-    model = backend.load(folder("galactica"))
+    model = load("galactica")
     out = backend.generate(
         model, ids, num_beams=3, num_return_sequences=3, max_new_tokens=7, eos_token_id=None
     )

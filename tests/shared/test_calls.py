@@ -31,8 +31,8 @@ def right():
 
 
 @pytest.fixture
-def model(backend, folder):
-    return backend.load(folder("pre_ln"))
+def model(load):
+    return load("pre_ln")
 
 
 def close(ours, theirs):

@@ -22,8 +22,8 @@ COMMON = {"pad_token_id": 1, "eos_token_id": EOS, "max_new_tokens": 8}
 
 
 @pytest.fixture
-def model(backend, folder):
-    return backend.load(folder(CONFIG))
+def model(load):
+    return load(CONFIG)
 
 
 @pytest.fixture
@@ -174,9 +174,9 @@ def test_guidance(backend, model, theirs):
         np.testing.assert_array_equal(ours, other.numpy())
 
 
-def test_beams_that_are_drawn(backend, folder):
+def test_beams_that_are_drawn(backend, load):
     """With top_k=1 a draw has no choice; otherwise seeds differ, and the same one repeats."""
-    model = backend.load(folder("pre_ln"))  # whose likeliest tokens stand out
+    model = load("pre_ln")  # whose likeliest tokens stand out
     settings = {**COMMON, "num_beams": 3, "do_sample": True}
     forced = backend.generate(model, IDS, top_k=0, temperature=0.01, seed=1, **settings)
     greedy = backend.generate(model, IDS, **{**COMMON, "num_beams": 1})

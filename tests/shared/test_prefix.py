@@ -57,8 +57,8 @@ ROWS = {mode: 2 + i for i, mode in enumerate(MODES)}
 
 
 @pytest.mark.parametrize("mode", tiered(MODES, lambda mode: mode in ("greedy", "beams")))
-def test_prompts_read_in_chunks(backend, folder, widths, mode):
-    model, ids = backend.load(folder(CONFIG)), make_prompts(CONFIG, ROWS[mode], 40)
+def test_prompts_read_in_chunks(backend, load, widths, mode):
+    model, ids = load(CONFIG), make_prompts(CONFIG, ROWS[mode], 40)
     mask = make_mask("left", [40, 23, 40, 31, 40][: ROWS[mode]])
     settings = {**PLAIN, **MODES[mode], "attention_mask": mask}
     whole = backend.generate(model, ids, **settings)
@@ -75,9 +75,9 @@ def test_prompts_read_in_chunks(backend, folder, widths, mode):
 
 
 @pytest.mark.parametrize("mode", tiered(MODES, lambda mode: mode == "sampled"))
-def test_a_shared_prefix_is_read_once(backend, folder, widths, mode):
+def test_a_shared_prefix_is_read_once(backend, load, widths, mode):
     """A prompt's cache serves any number of endings, of different lengths, again and again."""
-    model, ids = backend.load(folder(CONFIG)), make_prompts(CONFIG, ROWS[mode], 60)
+    model, ids = load(CONFIG), make_prompts(CONFIG, ROWS[mode], 60)
     ids[:, :50] = ids[0, :50]
     lengths = [10, 4, 1, 7, 10][: ROWS[mode]]
     mask = np.concatenate([np.ones((len(ids), 50), int), make_mask("left", lengths)], 1)
@@ -94,8 +94,8 @@ def test_a_shared_prefix_is_read_once(backend, folder, widths, mode):
         assert max(widths) <= 32
 
 
-def test_prefixes_may_be_padded_and_of_one_row_each(backend, folder):
-    model, ids = backend.load(folder("post_ln")), make_prompts(CONFIGS["post_ln"], 3, 20)
+def test_prefixes_may_be_padded_and_of_one_row_each(backend, load):
+    model, ids = load("post_ln"), make_prompts(CONFIGS["post_ln"], 3, 20)
     mask = make_mask("left", [20, 13, 8])
     cache = read(model, ids[:, :15], 70, attention_mask=mask[:, :15])
     whole = backend.generate(model, ids, attention_mask=mask, **PLAIN)
@@ -106,8 +106,8 @@ def test_prefixes_may_be_padded_and_of_one_row_each(backend, folder):
     np.testing.assert_array_equal(np.stack([backend.numpy(t) for t in tokens], 1), whole[:, 20:])
 
 
-def test_prefixes_that_do_not_fit(backend, folder):
-    model, ids = backend.load(folder(CONFIG)), make_prompts(CONFIG, 3, 8)
+def test_prefixes_that_do_not_fit(backend, folder, load):
+    model, ids = load(CONFIG), make_prompts(CONFIG, 3, 8)
     padded = make_mask("left", [8, 8, 7])
     two = read(model, ids[:2, :5], 9)
     deep = backend.load(folder(CONFIG.replace(num_hidden_layers=3)))
@@ -123,9 +123,9 @@ def test_prefixes_that_do_not_fit(backend, folder):
 
 
 @pytest.mark.parametrize("mask", [None, make_mask("left", [9, 5])], ids=["bare", "left"])
-def test_a_cache_goes_back(backend, folder, mask):
+def test_a_cache_goes_back(backend, load, mask):
     """Another ending after the same prefix: as if the first had never been."""
-    model, ids = backend.load(folder(CONFIG)), make_prompts(CONFIG, 2, 9)
+    model, ids = load(CONFIG), make_prompts(CONFIG, 2, 9)
     other = make_prompts(CONFIG, 2, 9, seed=1)
     masks = {} if mask is None else {"attention_mask": mask[:, :4]}
     cache = read(model, ids[:, :4], 12, **masks)

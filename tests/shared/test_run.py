@@ -44,7 +44,7 @@ def train(backend, model, folder, config, examples, stop=None, **options):
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["all", "adapters"])
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(backend, folder, tmp_path, rank):
-    """With dropout on, in parts, and interrupted twice; with adapters, made longer instead."""
+    """With dropout on, in parts, and again and again; with adapters, made longer instead."""
     config = TRAIN.replace(lora_rank=rank, lr_schedule="constant" if rank else "cosine")
     examples = list(make_prompts(SMALL, 18, 12))
 
@@ -52,14 +52,13 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(backend, folder, tm
         return backend.load(folder(SMALL))
 
     train(backend, load(), tmp_path / "whole", config, examples)
-    with pytest.raises(Stopped):
-        train(backend, load(), tmp_path / "parts", config, examples, 2, resume=True)
     if rank:
         shorter = config.replace(max_steps=5)
         train(backend, load(), tmp_path / "parts", shorter, examples, resume=True)
-    else:
+    # What follows from a second time is core's: once where every run is compiled anew.
+    for stop in () if rank else (2, 5) if backend.name == "torch" else (5,):
         with pytest.raises(Stopped):
-            train(backend, load(), tmp_path / "parts", config, examples, 5, resume=True)
+            train(backend, load(), tmp_path / "parts", config, examples, stop, resume=True)
     model = load()
     train(backend, model, tmp_path / "parts", config, examples, resume=True)
     losses = [

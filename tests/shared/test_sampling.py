@@ -74,11 +74,11 @@ def test_a_top_k_beyond_the_vocabulary_keeps_everything(backend):
     ],
     ids=str,
 )
-def test_frequencies_follow_the_distribution(backend, folder, settings):
+def test_frequencies_follow_the_distribution(backend, load, settings):
     config = CONFIGS["pre_ln"]
     ids = make_prompts(config, 1, 5, seed=3)
     out = backend.generate(
-        backend.load(folder("pre_ln")), ids, do_sample=True, seed=11, max_new_tokens=1,
+        load("pre_ln"), ids, do_sample=True, seed=11, max_new_tokens=1,
         num_return_sequences=DRAWS, eos_token_id=None, **settings,
     )  # fmt: skip
     counts = np.bincount(out[:, -1], minlength=99)
@@ -93,10 +93,10 @@ def test_frequencies_follow_the_distribution(backend, folder, settings):
 
 
 @pytest.mark.xla
-def test_rows_are_drawn_independently(backend, folder):
+def test_rows_are_drawn_independently(backend, load):
     ids = make_prompts(CONFIGS["pre_ln"], 1, 5)
     out = backend.generate(
-        backend.load(folder("pre_ln")), ids, do_sample=True, temperature=5.0, top_k=0,
+        load("pre_ln"), ids, do_sample=True, temperature=5.0, top_k=0,
         max_new_tokens=8, num_return_sequences=50, eos_token_id=None,
     )  # fmt: skip
     assert len({tuple(row) for row in out.tolist()}) == 50

@@ -34,9 +34,9 @@ def close(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["pre_ln", "post_ln"])
-def test_token_scores_equal_the_oracle(backend: Backend, folder: Any, name: str):
+def test_token_scores_equal_the_oracle(backend: Backend, load: Any, name: str):
     config, module = TINY[name], scoring(backend)
-    model = backend.load(folder(config))
+    model = load(config)
     ids = make_prompts(config, 3, 37)
     ids[0, 20:] = backend.generate(model, ids[:1, :20], max_new_tokens=17, eos_token_id=())[0, 20:]
     scores, likeliest = module.token_scores(model, ids)
@@ -49,9 +49,9 @@ def test_token_scores_equal_the_oracle(backend: Backend, folder: Any, name: str)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_scores_nothing_and_changes_nothing(backend: Backend, folder: Any, side: str):
+def test_padding_scores_nothing_and_changes_nothing(backend: Backend, load: Any, side: str):
     config, module = TINY["pre_ln"], scoring(backend)
-    model = backend.load(folder(config))
+    model = load(config)
     ids, mask = make_prompts(config, 3, 9), make_mask(side, [9, 5, 2])
     ids[mask == 0] = config.pad_token_id or 0
     scores, likeliest = module.token_scores(model, ids, mask)
@@ -64,10 +64,10 @@ def test_padding_scores_nothing_and_changes_nothing(backend: Backend, folder: An
 
 
 def test_logits_of_few_tokens_are_held_at_a_time(
-    backend: Backend, folder: Any, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, load: Any, monkeypatch: pytest.MonkeyPatch
 ):
     config, module = TINY["pre_ln"], scoring(backend)
-    model = backend.load(folder(config))
+    model = load(config)
     ids = make_prompts(config, 2, 33)
     whole = module.token_scores(model, ids)
     for limit in (5 * 2 * config.vocab_size, 1):
@@ -77,17 +77,17 @@ def test_logits_of_few_tokens_are_held_at_a_time(
         assert np.array_equal(likeliest, whole[1])
 
 
-def test_other_heads_equal_the_oracle(backend: Backend, folder: Any):
+def test_other_heads_equal_the_oracle(backend: Backend, load: Any):
     config, module = TINY["post_ln"], scoring(backend)
     ids, mask = make_prompts(config, 3, 9), make_mask("right", [9, 5, 2])
     ids[mask == 0] = config.pad_token_id or 0
     head = "sequence_classification"
     params = oracle.random_params(config, head)
-    logits = module.class_logits(backend.load(folder(config, head), head), ids, mask)
+    logits = module.class_logits(load(config, head), ids, mask)
     close(logits, oracle.classify(params, config, ids, attention_mask=mask))
     head = "question_answering"
     params = oracle.random_params(config, head)
-    model = backend.load(folder(config, head), head)
+    model = load(config, head)
     for ours, theirs in zip(
         module.span_logits(model, ids, mask),
         oracle.answer_span(params, config, ids, attention_mask=mask),
@@ -97,9 +97,9 @@ def test_other_heads_equal_the_oracle(backend: Backend, folder: Any):
         close(ours[mask == 1], theirs[mask == 1])
 
 
-def test_a_full_window_is_scored_and_a_longer_one_refused(backend: Backend, folder: Any):
+def test_a_full_window_is_scored_and_a_longer_one_refused(backend: Backend, load: Any):
     config = TINY["pre_ln"].replace(max_position_embeddings=33)
-    model = backend.load(folder(config))
+    model = load(config)
     ids = make_prompts(config, 1, 34)
     close(
         scoring(backend).token_log_likelihoods(model, ids[:, :33]), expected(config, ids[:, :33])[0]

@@ -51,11 +51,11 @@ FILTERS = {
 }  # fmt: skip
 
 
-def test_greedy_texts_stay_the_same(backend, folder, passes):
+def test_greedy_texts_stay_the_same(backend, load, passes):
     """Rows of different lengths, drafts of every quality, everything that filters tokens."""
-    model, ids = backend.load(folder(PRE_LN)), make_prompts(PRE_LN, 3, 9)
+    model, ids = load(PRE_LN), make_prompts(PRE_LN, 3, 9)
     settings = {"attention_mask": make_mask("left", [9, 4, 1]), **FILTERS}
-    near = backend.load(folder(PRE_LN), dtype="bfloat16")
+    near = load(PRE_LN, dtype="bfloat16")
     same(backend, model, ids, {"assistant_model": near, "num_assistant_tokens": 3}, **settings)
     gained = np.array(passes[1:])
     assert gained.max() == 4, "no draft was right: this test proves nothing"
@@ -63,10 +63,10 @@ def test_greedy_texts_stay_the_same(backend, folder, passes):
     same(backend, model, ids, {"prompt_lookup_num_tokens": 3}, **settings)
 
 
-def test_repeated_text_takes_few_passes(backend, folder, passes):
+def test_repeated_text_takes_few_passes(backend, load, passes):
     """A window filled to its last place by a text that is stuck; the last run is cut short."""
     config = CONFIGS["post_ln"].replace(max_position_embeddings=128)
-    model, ids = backend.load(folder(config)), make_prompts(config, 1, 96)
+    model, ids = load(config), make_prompts(config, 1, 96)
     settings = {"eos_token_id": None, "max_new_tokens": 33, "suppress_tokens": range(8, 99)}
     same(backend, model, ids, {"prompt_lookup_num_tokens": 7}, **settings)
     assert sum(n for (n,) in passes) == 33
@@ -74,19 +74,19 @@ def test_repeated_text_takes_few_passes(backend, folder, passes):
     assert max(n for (n,) in passes) == 8
 
 
-def test_a_draft_that_is_the_model_is_always_right(backend, folder, passes):
-    model, ids = backend.load(folder(PRE_LN)), make_prompts(PRE_LN, 1, 1)
+def test_a_draft_that_is_the_model_is_always_right(backend, load, passes):
+    model, ids = load(PRE_LN), make_prompts(PRE_LN, 1, 1)
     drafts = {"assistant_model": model, "num_assistant_tokens": 4}
     same(backend, model, ids, drafts, **PLAIN)
     assert passes == [[1], [5], [5], [5], [5], [3]]
 
 
-def test_gaps_can_be_closed_at_any_time(backend, folder, monkeypatch):
+def test_gaps_can_be_closed_at_any_time(backend, load, monkeypatch):
     packed, pack = [], Slots.pack
     monkeypatch.setattr(Slots, "has_room", lambda self, count: False)
     monkeypatch.setattr(Slots, "pack", lambda self: packed.append(1) or pack(self))
-    model, ids = backend.load(folder(PRE_LN)), make_prompts(PRE_LN, 3, 9)
-    drafts = {"assistant_model": backend.load(folder(PRE_LN), dtype="bfloat16")}
+    model, ids = load(PRE_LN), make_prompts(PRE_LN, 3, 9)
+    drafts = {"assistant_model": load(PRE_LN, dtype="bfloat16")}
     drafts["num_assistant_tokens"] = 3
     same(
         backend, model, ids, drafts, **{**PLAIN, "eos_token_id": [15, 32, 49, 59]},
@@ -95,8 +95,8 @@ def test_gaps_can_be_closed_at_any_time(backend, folder, monkeypatch):
     assert len(packed) > 4
 
 
-def test_stream_equals_generate(backend, folder):
-    model, ids = backend.load(folder(PRE_LN)), make_prompts(PRE_LN, 2, 5)
+def test_stream_equals_generate(backend, load):
+    model, ids = load(PRE_LN), make_prompts(PRE_LN, 2, 5)
     settings = {
         **PLAIN, "do_sample": True, "seed": 5, "num_return_sequences": 2, "temperature": 0.5,
         "eos_token_id": list(range(50, 60)), "prompt_lookup_num_tokens": 3,
@@ -167,15 +167,15 @@ def check_frequencies(counts, p):
 
 
 @pytest.mark.parametrize("drafts", ["lookup", "assistant"])
-def test_sampled_texts_follow_the_models_distribution(backend, folder, drafts):
+def test_sampled_texts_follow_the_models_distribution(backend, load, drafts):
     """The third token, all ways to get there summed: it often comes in one run with the second."""
     words = [4, 5, 6, 7]
     others = [i for i in range(99) if i not in words]
     settings = {"top_k": 0, "temperature": 2.0, "suppress_tokens": others}
-    model, ids = backend.load(folder(PRE_LN)), np.array([[2, 4, 5, 6, 7, 4]])
+    model, ids = load(PRE_LN), np.array([[2, 4, 5, 6, 7, 4]])
     given = {"prompt_lookup_num_tokens": 2}
     if drafts == "assistant":
-        given = {"assistant_model": backend.load(folder(PRE_LN, seed=1))}
+        given = {"assistant_model": load(PRE_LN, seed=1)}
         given["num_assistant_tokens"] = 2
     out = backend.generate(
         model, ids, do_sample=True, seed=1, max_new_tokens=3, num_return_sequences=4000,
@@ -203,21 +203,21 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_settings_raise_one_clear_line(backend, folder, case):
+def test_bad_settings_raise_one_clear_line(load, case):
     settings, message = BAD[case]
     with pytest.raises(GenerationError, match=message):
-        backend.load(folder(PRE_LN)).generate([[2, 5]], max_new_tokens=2, **settings)
+        load(PRE_LN).generate([[2, 5]], max_new_tokens=2, **settings)
 
 
-def test_assistants_that_cannot_help(backend, folder):
-    model, call = backend.load(folder(PRE_LN)), {"max_new_tokens": 2}
+def test_assistants_that_cannot_help(backend, folder, load):
+    model, call = load(PRE_LN), {"max_new_tokens": 2}
     other = backend.load(folder(PRE_LN.replace(vocab_size=98)))
     short = backend.load(folder(PRE_LN.replace(max_position_embeddings=64)))
     for assistant, extra, message in (
         (other, {}, "assistant_model: expected the model's vocab_size=99, received 98"),
         (short, {}, "at least the model's max_position_embeddings=512, received 64"),
         ("opt-125m", {}, "assistant_model: expected an .*OPTForCausalLM, received str"),
-        (backend.load(folder(PRE_LN), "none"), {}, "expected an .*OPTForCausalLM, received"),
+        (load(PRE_LN, "none"), {}, "expected an .*OPTForCausalLM, received"),
         (model, {"num_beams": 2}, "num_beams > 1 with assistant_model is not supported"),
         (model, {"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens both draft; choose one"),
     ):
@@ -227,8 +227,8 @@ def test_assistants_that_cannot_help(backend, folder):
             assert "\n" not in str(error.value)
 
 
-def test_a_row_without_a_possible_token_is_an_error(backend, folder):
+def test_a_row_without_a_possible_token_is_an_error(load):
     with pytest.raises(GenerationError, match="row 0: no token can be generated: every token"):
-        backend.load(folder(PRE_LN)).generate(
+        load(PRE_LN).generate(
             [[2, 5]], max_new_tokens=2, suppress_tokens=range(99), prompt_lookup_num_tokens=2
         )

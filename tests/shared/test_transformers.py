@@ -100,7 +100,7 @@ FAST = {
     ("variant", "name", "padded"),
     tiered(itertools.product(CONFIGS, SETTINGS, [False, True]), lambda *case: case in FAST),
 )
-def test_generated_ids_are_identical(backend, folder, variant, name, padded):
+def test_generated_ids_are_identical(backend, folder, load, variant, name, padded):
     path, settings = folder(variant), {"pad_token_id": 1, "eos_token_id": None, **SETTINGS[name]}
     ids = make_prompts(CONFIGS[variant], 3, 8, seed=7)
     mask = make_mask("left", [8, 3, 6]) if padded else np.ones_like(ids)
@@ -110,7 +110,7 @@ def test_generated_ids_are_identical(backend, folder, variant, name, padded):
     ids = np.where(mask, ids, 1)
     length = 40 if "num_beams" in settings else 256
     ours = backend.generate(
-        backend.load(path), ids, attention_mask=mask, max_new_tokens=length, **settings
+        load(variant), ids, attention_mask=mask, max_new_tokens=length, **settings
     )
     theirs = theirs_from(path)
     theirs.generation_config.eos_token_id = settings["eos_token_id"]

@@ -1,18 +1,24 @@
 """JAX and Flax behind the interface of `tests.support.backends`."""
 
 import importlib
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax._src.interpreters import mlir
 
 from opt_core.params import Head, param_specs
 from tests.support.backends import Backend
 from tests.support.oracle import Array
 
 jax.config.update("jax_default_matmul_precision", "highest")
+if hasattr(mlir, "make_ir_context"):  # JAX does not document it
+    # One context for all that is compiled: loading every dialect into a new one takes a fifth of
+    # the time of compiling an operation, and there are thousands of them.
+    mlir.make_ir_context = lru_cache(maxsize=None)(mlir.make_ir_context)
 
 
 class FlaxBackend(Backend):

@@ -8,6 +8,7 @@ from flax import nnx
 
 import opt_flax
 from opt_core.config import OPTConfig
+from tests.support import backend_flax  # noqa: F401  it has programs compiled sooner
 from tests.support.backends import GRADIENT_TOLERANCE, ORACLE_TOLERANCE
 
 SILENT = {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}

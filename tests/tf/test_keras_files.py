@@ -40,12 +40,14 @@ def test_training_resumes_where_a_model_was_saved(folder, tmp_path):
     """The optimizer's state and rules travel in the .keras file."""
     ids = make_prompts(QUIET, 8, 9)
     model = model_of(folder, QUIET)
-    model.compile(optimizer=training.make_optimizer(model, TrainConfig(learning_rate=1e-3)))
-    model.fit(ids, batch_size=4, verbose=0, shuffle=False)
+    optimizer = training.make_optimizer(model, TrainConfig(learning_rate=1e-3))
+    model.compile(optimizer=optimizer, run_eagerly=True)
+    model.fit(ids, batch_size=8, verbose=0, shuffle=False)
     model.save(tmp_path / "model.keras")
     loaded: Any = keras.models.load_model(tmp_path / "model.keras")
     for each in (model, loaded):
-        each.fit(ids, batch_size=4, verbose=0, shuffle=False)
+        each.run_eagerly = True
+        each.fit(ids, batch_size=8, verbose=0, shuffle=False)
     for a, b in zip(loaded.trainable_variables, model.trainable_variables, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6, err_msg=a.path)
 

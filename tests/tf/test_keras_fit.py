@@ -38,11 +38,12 @@ def test_ids_alone_are_labels_too(folder):
         model = model_of(folder, QUIET)
         model.compile(optimizer=keras.optimizers.Adam(3e-3), run_eagerly=len(histories) > 0)
         batch = {} if isinstance(data[0], tf.data.Dataset) else {"batch_size": 4}
-        fitted = model.fit(*data, epochs=2, verbose=0, shuffle=False, **batch)
+        epochs = 1 if histories else 2
+        fitted = model.fit(*data, epochs=epochs, verbose=0, shuffle=False, **batch)
         histories.append(fitted.history["loss"])
     assert histories[0][-1] < histories[0][0] - 0.05
     for history in histories[1:]:
-        np.testing.assert_allclose(history, histories[0], rtol=1e-5)
+        np.testing.assert_allclose(history, histories[0][:1], rtol=1e-5)
 
 
 def test_padding_is_no_label(folder):
@@ -63,8 +64,10 @@ def test_a_loss_of_keras_sees_the_logits(folder):
         optimizer="adam",
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
+        run_eagerly=True,  # two steps take less time than a program
     )
-    history = history_of(model, ids, following, sample_weight=np.ones((8, 12)))
+    weights = np.ones((8, 12))
+    history = history_of(model, ids, following, sample_weight=weights, batch_size=8, epochs=2)
     assert history["loss"][-1] < history["loss"][0]
     assert 0 <= history["accuracy"][-1] <= 1
 
@@ -83,10 +86,10 @@ def test_heads_are_fitted(folder):
     answers: Any = opt_tf.TFOPTForQuestionAnswering.from_pretrained(
         folder(QUIET, "question_answering")
     )
-    answers.compile(optimizer=keras.optimizers.Adam(1e-3))
+    answers.compile(optimizer=keras.optimizers.Adam(1e-3), run_eagerly=True)
     starts = ids[:, 3] % 9
     inputs = {"input_ids": ids, "start_positions": starts, "end_positions": starts}
-    history = history_of(answers, inputs)
+    history = history_of(answers, inputs, batch_size=16, epochs=2)
     assert history["loss"][-1] < history["loss"][0]
     np.testing.assert_allclose(
         answers.evaluate(ids, (starts, starts), verbose=0),

@@ -1,5 +1,7 @@
 """Undocumented names of Keras: they are there, and where one is not, results are the same."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
@@ -86,6 +88,15 @@ def test_layers_cannot_be_replaced_without_a_tracker(monkeypatch):
     assert model_of()(IDS).logits is not None
 
 
+@pytest.fixture
+def eagerly() -> Iterator[None]:
+    """Operation by operation: for a step or three tokens that takes less time than a program."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.mark.usefixtures("eagerly")
 def test_a_step_is_the_same_without_keras_lists_of_moments(monkeypatch):
     losses, weights = [], []
     for hidden in ((), ("_get_variable_index",), ("_momentums", "_velocities")):
@@ -107,16 +118,17 @@ def test_a_step_is_the_same_without_keras_lists_of_moments(monkeypatch):
 def test_fit_knows_whether_it_was_given_a_loss(monkeypatch, hidden):
     without(monkeypatch, *hidden)
     model = model_of()
-    model.compile(training.make_optimizer(model, TRAIN))
+    model.compile(training.make_optimizer(model, TRAIN), run_eagerly=True)
     own = model.fit(IDS, epochs=1, verbose=0).history["loss"][0]
     model = model_of()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(), loss=loss)
+    model.compile(keras.optimizers.SGD(), loss=loss, run_eagerly=True)
     given = model.fit(IDS, IDS, epochs=1, verbose=0).history["loss"][0]
     assert own != given
     assert model.predict(IDS, verbose=0).shape == (2, 5, CONFIG.vocab_size)
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_inputs_that_keras_converts_give_the_same(monkeypatch):
     expected = model_of()(IDS, labels=IDS.tolist())
     monkeypatch.setattr(_private, "keep_inputs", lambda model: None)

@@ -36,7 +36,7 @@ def test_dropout_is_on_in_training_only(folder):
 )
 def test_each_dropout_field_acts(folder, where, attention):
     silent = {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
-    config = CONFIGS["pre_ln"].replace(**{**silent, where: 0.5})
+    config = CONFIGS["pre_ln"].replace(num_hidden_layers=1, **{**silent, where: 0.5})
     model = model_of(folder, config, attn_implementation=attention)
     ids = make_prompts(config, 1, 9)
     model.get_decoder().dropout_seeds.state.assign([1, 0])
