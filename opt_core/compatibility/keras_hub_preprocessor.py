@@ -14,7 +14,6 @@ from opt_core.json_files import read_json, write_json
 from opt_core.text import tensors
 from opt_core.text.tokenizer import OPTTokenizer
 
-
 SETTINGS_FILE = "preprocessor.json"
 """KerasHub's name for it."""
 
@@ -136,7 +135,7 @@ class OPTCausalLMPreprocessor:
 
 
 def read_preprocessor(folder: str | PathLike[str]) -> OPTTokenizer | OPTCausalLMPreprocessor:
-    """What `save_pretrained` has written: a tokenizer or, where settings lie beside it, more."""
+    """The tokenizer of a folder or, where settings lie beside it, the preprocessor with it."""
     tokenizer, settings = OPTTokenizer.from_pretrained(folder), Path(folder) / SETTINGS_FILE
     if not settings.exists():
         return tokenizer
