@@ -111,7 +111,9 @@ def compiled_programs_are_dropped() -> Iterator[None]:
     if memory_in_use() > PROGRAMS_LIMIT:
         if "jax" in sys.modules:
             sys.modules["jax"].clear_caches()
+        gc.unfreeze()
         gc.collect()
+    gc.freeze()  # what is left is not gone through again with all that comes
 
 
 PROGRAMS_LIMIT = 3 << 30

@@ -22,7 +22,7 @@ from tests.support.hostile.corpus import FILES, SECONDS, used
 
 EXAMPLES = int(os.environ.get("OPT_FUZZ_EXAMPLES", "0"))
 # An HDF5 file takes a process.
-USUAL = {"tf-h5": 15, "keras-hub": 15}
+USUAL = {"tf-h5": 8, "keras-hub": 8}
 
 EXTREMES = [
     b"\0",

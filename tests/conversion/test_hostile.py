@@ -37,6 +37,13 @@ def test_the_corpus_is_large():
     assert len(CORPUS) >= 200
 
 
+def is_described(name: str) -> bool:
+    """Whether `describe` has to see it too: not what lies behind the header, and of HDF5's files,
+    which each take a process, every fourth."""
+    is_hdf5 = name.lower().startswith(("h5", "kerashub"))
+    return " cut to " not in name and not (is_hdf5 and list(CORPUS).index(name) % 4)
+
+
 @pytest.mark.parametrize("name", CORPUS)
 def test_what_is_broken_is_refused_in_one_line(
     name: str, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -52,11 +59,12 @@ def test_what_is_broken_is_refused_in_one_line(
     began, memory = used(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(OPTError) as caught:
         conversion.convert(folder, tmp_path / "new")
-    try:
-        told = conversion.describe(folder).problems if " cut to " not in name else (str(folder),)
-    except OPTError as error:
-        told = (str(error),)
-    assert any(str(folder) in problem for problem in told)
+    if is_described(name):
+        try:
+            told = conversion.describe(folder).problems
+        except OPTError as error:
+            told = (str(error),)
+        assert any(str(folder) in problem for problem in told)
     message = str(caught.value)
     assert str(folder) in message, message
     assert message.isprintable(), message
