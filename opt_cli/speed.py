@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from conversion.backends import to_numpy
+from conversion.backends import inference, to_numpy
 from opt_core import OPTConfig, TrainConfig
 from opt_core.adapters.folders import split_adapter
 from opt_core.errors import InputError
@@ -76,7 +76,7 @@ def torch_work(path: Path, dtype: str, ids: np.ndarray, **options: Any) -> Work:
     optimizer: Any = None
 
     def prefill() -> float:
-        with torch.inference_mode():
+        with inference("torch"):
             return model(batch, attention_mask=mask).logits[0, -1, 0].item()
 
     def generate(new: int, lookup: int | None) -> np.ndarray:
