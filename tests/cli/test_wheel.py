@@ -85,10 +85,5 @@ def test_its_own_modules_are_those_that_run(installed: Path):
 def test_the_command_works(installed: Path):
     command = installed / "bin" / "opt-lm"
     assert "safetensors, 1 file" in python(installed, command, "info", "mini")
-    told = json.loads(
-        python(
-            installed, command, "bench", "mini", "--task", "decode", "--reps", 1, "-n", 2, "--json"
-        )
-    )
-    assert told.keys() >= {"load_s", "first_s", "tok_s", "best", "rss_gib"}
-    assert told["tok_s"] > 0
+    text = python(installed, command, "generate", "ROMEO:", "-m", "mini", "--greedy", "-n", 2)
+    assert text.startswith("ROMEO:")
