@@ -134,8 +134,8 @@ def close_gradients(model, gradients, expected):
 @pytest.mark.parametrize("name", tiered(MESHES, lambda name: name == "mixed"))
 def test_generation_is_that_of_one_device(load, expected, name):
     model = load(name)
-    for kind, settings in SETTINGS.items():
-        found = model.generate(IDS, MASK, seed=3, **settings)
+    for kind in ("sampled", "beams"):
+        found = model.generate(IDS, MASK, seed=3, **SETTINGS[kind])
         np.testing.assert_array_equal(found, expected[kind], err_msg=kind)
     streamed = np.stack(list(model.stream(IDS, MASK, **SETTINGS["greedy"])), 1)
     np.testing.assert_array_equal(streamed, expected["greedy"][:, 9 : 9 + streamed.shape[1]])

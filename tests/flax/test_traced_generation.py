@@ -55,11 +55,10 @@ def test_a_seed_may_be_traced(model):
 
 
 def test_jit_of_the_method_itself(model):
-    model.generation_config.update(max_new_tokens=3, eos_token_id=None)
-    plain = np.asarray(model.generate(IDS))
-    np.testing.assert_array_equal(np.asarray(jax.jit(model.generate)(IDS)), plain)
-    np.testing.assert_array_equal(
-        np.asarray(nnx.jit(lambda model, ids: model.generate(ids))(model, IDS)), plain
-    )
+    model.generation_config.update(max_new_tokens=6, eos_token_id=None)
+    plain = np.asarray(model.generate(IDS, MASK))
+    np.testing.assert_array_equal(np.asarray(jax.jit(model.generate)(IDS, MASK)), plain)
+    jitted = nnx.jit(lambda model, ids, mask: model.generate(ids, mask))
+    np.testing.assert_array_equal(np.asarray(jitted(model, IDS, MASK)), plain)
     with pytest.raises(GenerationError, match=r"inside jax\.jit or tf.function nothing can run"):
         jax.jit(lambda ids: model.generate(ids, logits_processor=[lambda i, s: s]))(IDS)
