@@ -84,6 +84,7 @@ def test_drafts_need_no_other_program(folder):
     assert counts() == after
 
 
+@pytest.mark.slow  # the same of a mesh: tests/flax/test_sharding.py
 def test_a_training_step_updates_in_place(folder):
     """The compiled step takes the model's arrays over and puts new ones in their places."""
     model, ids = model_of(folder, CONFIG), make_prompts(CONFIG, 2, 9)
