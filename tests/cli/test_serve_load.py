@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from opt_cli.serving.command import _GRACE_SECONDS as STOPPED_WITHIN
 from tests.support.serving import Limits, Metrics, Server, make_worker, serving, wait_until
 
 FIELDS: dict[str, Any] = {"model": "mini", "prompt": "ROMEO:", "max_tokens": 240, "seed": 1,
@@ -174,10 +175,21 @@ def test_clients_that_go_before_their_stream_begins(served):
     assert served.worker._rows == 0
 
 
+IMPATIENT = """
+from functools import partial
+from opt_cli.main import main
+from opt_cli.serving import app
+app.Limits = partial(app.Limits, body_seconds=3)
+main()
+"""
+"""`opt-lm`, whose server waits for a body for three seconds."""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 def test_a_server_that_is_stopped_finishes_first():
     """Streams that run and wait are all finished; a body that never comes keeps nobody."""
-    command = [sys.executable, "-m", "opt_cli", "serve", "mini", "--port", "0", "--slots", "2"]
+    assert Limits().body_seconds < STOPPED_WITHIN  # of which it has a shorter one here
+    command = [sys.executable, "-c", IMPATIENT, "serve", "mini", "--port", "0", "--slots", "2"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path.cwd()) as process:
         assert process.stderr is not None
         line = process.stderr.readline()

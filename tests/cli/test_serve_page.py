@@ -117,7 +117,7 @@ def test_stop_stops(page):
 def test_two_texts_side_by_side(page):
     """The same model is told twice, once behind another seed's text: they must part."""
     page.get_by_label("Compare with").select_option("mini again")
-    page.get_by_label("New tokens").fill("40")
+    page.get_by_label("New tokens").fill("16")
     page.get_by_role("button", name="Write").click()
     ends(page)
     notes = page.locator(".note")

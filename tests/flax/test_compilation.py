@@ -50,13 +50,13 @@ def test_one_program_per_bucket(folder, padded):
         model.generate(ids, mask, seed=seed, **SAMPLED, **settings)
         model.generate(ids, mask, num_beams=2, max_new_tokens=settings["max_new_tokens"])
 
+    none = compiled()
     run(5, 1, temperature=0.5, max_new_tokens=6, min_new_tokens=2)
     before = compiled()
+    assert all(before[name] > count for name, count in none.items())
     run(9, 2, temperature=1.5, max_new_tokens=11, min_new_tokens=3)
     run(20, 2**40, temperature=1.0001, max_new_tokens=2, min_new_tokens=1)
     assert compiled() == before
-    run(30, 3, temperature=2.0, max_new_tokens=40, min_new_tokens=1)  # the next bucket
-    assert compiled() == {name: count + 1 for name, count in before.items()}
 
 
 def test_drafts_need_no_other_program(folder):
@@ -84,6 +84,7 @@ def test_drafts_need_no_other_program(folder):
     assert counts() == after
 
 
+@pytest.mark.slow  # the same of a mesh: tests/flax/test_sharding.py
 def test_a_training_step_updates_in_place(folder):
     """The compiled step takes the model's arrays over and puts new ones in their places."""
     model, ids = model_of(folder, CONFIG), make_prompts(CONFIG, 2, 9)

@@ -88,29 +88,37 @@ def test_an_exported_program_computes_what_the_model_does(folder, case, tmp_path
         np.testing.assert_array_equal(found, expected(model, ids, mask, settings))
 
 
-def test_an_exported_program_needs_nothing_of_ours(folder, tmp_path):
-    model = LOAD(folder(ONE_LAYER["pre_ln"]))
-    settings = {"max_new_tokens": 10, "eos_token_id": None}
-    export_stablehlo(model, tmp_path, max_prompt=12, **settings)
+PLAIN = {"max_new_tokens": 10, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def exported(folder, tmp_path_factory):
+    """A model, and the folder of its greedy program, which stands in an earlier one's place."""
+    model, home = LOAD(folder(ONE_LAYER["pre_ln"])), tmp_path_factory.mktemp("exported")
+    (home / "generate.jax").write_bytes(b"an earlier export")
+    export_stablehlo(model, home, max_prompt=12, **PLAIN)
+    names = sorted(path.name for path in home.iterdir())
+    assert names == ["forward.jax", "generate.jax", "weights.safetensors"]
+    return model, home
+
+
+def test_an_exported_program_needs_nothing_of_ours(exported):
+    model, home = exported
     ids, mask = prompts(model.config, [2, 7])
-    np.savez(tmp_path / "in.npz", ids=ids, mask=mask)
+    np.savez(home / "in.npz", ids=ids, mask=mask)
     code = "\n".join(line[4:] for line in SERVE.splitlines())
     command = [sys.executable, "-I", "-c", code]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    out = np.load(tmp_path / "out.npz")
-    np.testing.assert_array_equal(out["ids"], expected(model, ids, mask, settings))
+    subprocess.run(command, cwd=home, check=True, capture_output=True)
+    out = np.load(home / "out.npz")
+    np.testing.assert_array_equal(out["ids"], expected(model, ids, mask, PLAIN))
     seen = np.cumsum(mask, 1) > 0
     logits = np.asarray(model(ids, attention_mask=mask).logits)
     np.testing.assert_allclose(out["logits"][seen], logits[seen], rtol=0, atol=ORACLE_TOLERANCE)
 
 
-def test_an_exported_program_refuses_what_it_cannot_take(folder, tmp_path):
-    model = LOAD(folder(ONE_LAYER["pre_ln"]))
-    (tmp_path / "generate.jax").write_bytes(b"an earlier export")
-    export_stablehlo(model, tmp_path, max_prompt=9, max_new_tokens=3)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["forward.jax", "generate.jax", "weights.safetensors"]
-    generate, forward = (program(tmp_path, name) for name in ("generate", "forward"))
+def test_an_exported_program_refuses_what_it_cannot_take(exported):
+    model, home = exported
+    generate, forward = (program(home, name) for name in ("generate", "forward"))
     ids, mask = prompts(model.config, [9, 5, 9, 9])
     good = np.array(generate(ids, mask)["sequences"])
     assert (good >= 0).all()
@@ -122,7 +130,7 @@ def test_an_exported_program_refuses_what_it_cannot_take(folder, tmp_path):
     assert np.isnan(logits[0, 4]).all()
     assert np.isnan(logits[2, 8]).all()
     assert np.isfinite(logits[3]).all()
-    for length in (1, 10):
+    for length in (1, 13):
         with pytest.raises(ValueError, match=r"refining shapes|constraint"):
             generate(np.full((1, length), 5, np.int32), np.ones((1, length), np.int32))
 

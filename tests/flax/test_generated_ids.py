@@ -62,16 +62,19 @@ def test_they_have_themselves(model, ids):
     assert not hasattr(ids, "scores")
 
 
-def test_a_key_means_the_same_traced(model):
-    def draw(key):
-        return model.generate(IDS, do_sample=True, prng_key=key, **FOUR)
+def test_a_key_and_a_seed_mean_the_same_traced(model):
+    def draw(**given):
+        return model.generate(IDS, do_sample=True, **given, **FOUR)
 
-    traced, found = jax.jit(draw), set[bytes]()
-    for seed in (0, 5):
-        plain = np.asarray(draw(jax.random.key(seed)))
-        np.testing.assert_array_equal(traced(jax.random.PRNGKey(seed)), plain)
-        found.add(plain.tobytes())
-    assert len(found) == 2
+    traced = jax.jit(draw)
+    for name, key in (("prng_key", jax.random.key), ("seed", int)):
+        found = set[bytes]()
+        for seed in (0, 5):
+            plain = np.asarray(draw(**{name: key(seed)}))
+            given = jax.random.PRNGKey(seed) if name == "prng_key" else seed
+            np.testing.assert_array_equal(traced(**{name: given}), plain)
+            found.add(plain.tobytes())
+        assert len(found) == 2
 
 
 def test_a_loop_that_passes_what_is_none_so_far(model):

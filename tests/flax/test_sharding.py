@@ -45,10 +45,6 @@ MESHES = {
     "mixed": {"data": 2, "fsdp": 2, "model": 2},
     "mixed, stacked layers": {"data": 2, "fsdp": 2, "model": 2, "scan_layers": True},
 }
-TYPICAL = tiered(
-    MESHES, lambda name: name in ("heads that do not divide", "mixed", "mixed, stacked layers")
-)
-"""All axes at once, and what does not divide; then each axis alone."""
 TRAIN = TrainConfig(max_steps=4, learning_rate=1e-2)
 IDS, MASK = make_prompts(CONFIG, 4, 9), make_mask("left", [9, 5, 2, 7])
 SETTINGS = {
@@ -116,7 +112,8 @@ def expected(load):
     return found
 
 
-@pytest.mark.parametrize("name", TYPICAL)
+# What does not divide is shown with padded rows below, stacked layers with training.
+@pytest.mark.parametrize("name", tiered(MESHES, lambda name: name == "mixed"))
 def test_logits_losses_and_gradients_are_those_of_one_device(load, expected, name):
     model = load(name)
     model.train()
@@ -124,6 +121,10 @@ def test_logits_losses_and_gradients_are_those_of_one_device(load, expected, nam
     assert logits.shape == (4, 9, CONFIG.vocab_size)
     close(logits, expected["logits"])
     close(loss, expected["loss"])
+    close_gradients(model, gradients, expected)
+
+
+def close_gradients(model, gradients, expected):
     for key, value in by_name(model, gradients).items():
         theirs = expected["gradients"][key]
         # The gradient of k_proj.bias is zero: what is there is rounding noise of 1e-7.
@@ -133,8 +134,8 @@ def test_logits_losses_and_gradients_are_those_of_one_device(load, expected, nam
 @pytest.mark.parametrize("name", tiered(MESHES, lambda name: name == "mixed"))
 def test_generation_is_that_of_one_device(load, expected, name):
     model = load(name)
-    for kind, settings in SETTINGS.items():
-        found = model.generate(IDS, MASK, seed=3, **settings)
+    for kind in ("sampled", "beams"):
+        found = model.generate(IDS, MASK, seed=3, **SETTINGS[kind])
         np.testing.assert_array_equal(found, expected[kind], err_msg=kind)
     streamed = np.stack(list(model.stream(IDS, MASK, **SETTINGS["greedy"])), 1)
     np.testing.assert_array_equal(streamed, expected["greedy"][:, 9 : 9 + streamed.shape[1]])
@@ -262,16 +263,19 @@ def test_padded_rows_of_the_vocabulary_are_never_seen(load, expected, tmp_path):
     table.set_value(jax.device_put(loud, table[...].sharding))
     found = model.generate(IDS, MASK, seed=3, **SETTINGS["sampled"])
     np.testing.assert_array_equal(found, expected["sampled"])
-    # An id there is as wrong as any other that is none.
-    outside = nnx.jit(lambda model, ids: model(ids).logits)(model, jnp.array([[2, 99]]))
-    assert outside.shape == (1, 2, 99)
-    assert jnp.isnan(outside[0, 1]).all()
     model.train()
     loss, logits, gradients = learn(model, IDS, MASK)
     assert logits.shape == (4, 9, 99)
     close(logits, expected["logits"])
     close(loss, expected["loss"])
     assert not gradients.model.decoder.embed_tokens.embedding[...][99:].any()
+    close_gradients(model, gradients, expected)
+    # An id there is as wrong as any other that is none.
+    ids = np.array(IDS)
+    ids[0, 8] = 99
+    outside = np.asarray(learn(model, ids, MASK)[1])
+    assert np.isnan(outside[0, 8]).all()
+    assert np.isfinite(outside[1:, 8]).all()
     for one, name in ((model, "sharded"), (load(), "plain")):
         one.save_pretrained(tmp_path / name)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("sharded", "plain")]

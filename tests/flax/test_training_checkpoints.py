@@ -51,8 +51,8 @@ def values(model, optimizer):
 
 
 def test_training_resumes_on_another_mesh(fresh, tmp_path):
-    """With dropout on: the random state is resumed too."""
-    model, optimizer = fresh(2, 2, 2)
+    """From one device to a mesh, and from there to one device. Dropout is on, and resumed too."""
+    model, optimizer = fresh()
     training.train_step(model, optimizer, IDS, TRAIN, 0)
     saved = values(model, optimizer)
     with TrainingCheckpoints(tmp_path / "run") as checkpoints:
@@ -60,23 +60,26 @@ def test_training_resumes_on_another_mesh(fresh, tmp_path):
         # The step takes the model's arrays over while they are being written.
         losses = [training.train_step(model, optimizer, IDS, TRAIN, step) for step in (1, 2)]
         checkpoints.wait()
-        for sizes in ((), (1, 1, 8)):
+        for step, (sizes, rows, share) in enumerate(
+            (((2, 2, 2), 100, (28, 16)), ((), 99, (56, 32))), start=1
+        ):
             other, its = fresh(*sizes)
-            assert checkpoints.restore_latest(other, its) == 1
+            other.get_decoder().rngs = nnx.Rngs(dropout=7)  # not those that are resumed
+            assert checkpoints.restore_latest(other, its) == step
             table = other.get_decoder().embed_tokens.embedding[...]
-            assert table.shape[0] == {(): 99, (1, 1, 8): 104}[sizes]
+            assert table.shape[0] == rows
             assert not table[99:].any()
             found = values(other, its)
             assert found.keys() == saved.keys()
             for key, value in found.items():
                 np.testing.assert_array_equal(value, saved[key], err_msg=key)
             layer = other.get_decoder().layers[0].fc1.weight[...]
-            assert {shard.data.shape for shard in layer.addressable_shards} == {
-                (56 // (other.mesh.shape["model"] if other.mesh else 1), 32)
-            }
-            if not sizes:  # of meshes, tests/flax/test_sharding.py shows that steps are the same
-                again = [training.train_step(other, its, IDS, TRAIN, step) for step in (1, 2)]
-                np.testing.assert_allclose(again, losses, rtol=0, atol=1e-5)
+            assert {shard.data.shape for shard in layer.addressable_shards} == {share}
+            if sizes:  # steps there are those of one device: tests/flax/test_sharding.py
+                checkpoints.save(2, other, its)
+                checkpoints.wait()
+        again = [training.train_step(other, its, IDS, TRAIN, step) for step in (1, 2)]
+        np.testing.assert_allclose(again, losses, rtol=0, atol=1e-5)
 
 
 def test_the_newest_few_are_kept(fresh, tmp_path):

@@ -15,9 +15,11 @@ from tests.support.flax_models import SILENT, close, close_gradients, model_of
 from tests.support.reference import make_prompts
 from tests.support.tiers import tiered
 
+CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=1)
+
 
 def test_dropout_is_on_in_training_mode_only(folder):
-    model, ids = model_of(folder), make_prompts(CONFIGS["pre_ln"], 1, 9)
+    model, ids = model_of(folder, CONFIG), make_prompts(CONFIG, 1, 9)
     still = model(ids).logits
     close(model(ids).logits, still, 0)
     model.train()
@@ -40,7 +42,7 @@ def test_dropout_is_on_in_training_mode_only(folder):
     ),
 )
 def test_each_dropout_field_acts(folder, where, attention_implementation):
-    config = CONFIGS["pre_ln"].replace(**{**SILENT, where: 0.5})
+    config = CONFIG.replace(**{**SILENT, where: 0.5})
     model = model_of(folder, config, attn_implementation=attention_implementation)
     model.train()
     ids = make_prompts(config, 1, 9)
@@ -85,7 +87,7 @@ def test_gradient_checkpointing_changes_no_gradient(folder, variant, scan):
 
 
 def test_generation_never_drops(folder):
-    model, ids = model_of(folder), make_prompts(CONFIGS["pre_ln"], 1, 5)
+    model, ids = model_of(folder, CONFIG), make_prompts(CONFIG, 1, 5)
     expected = model.generate(ids, max_new_tokens=12)
     model.train()
     np.testing.assert_array_equal(model.generate(ids, max_new_tokens=12), expected)

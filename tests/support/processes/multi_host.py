@@ -1,6 +1,6 @@
 """One process of several that share a model; `tests/flax/test_sharding.py` starts two of them.
 
-Each is a program of its own with four emulated devices, as a host of a pod has its chips. What it
+Each is a program of its own with two emulated devices, as a host of a pod has its chips. What it
 computes goes into a file, for the test to compare with what a single process computes.
 """
 
@@ -18,7 +18,7 @@ BATCH, LENGTH, PADDED = 4, 9, [9, 5, 2, 7]
 def main(index: int, count: int, port: int, model_folder: Path, out: Path) -> None:
     # As in tests/conftest.py, but for the number of devices.
     flags = os.environ.get("XLA_FLAGS", "").split()
-    flags.append("--xla_force_host_platform_device_count=4")
+    flags.append("--xla_force_host_platform_device_count=2")
     os.environ["XLA_FLAGS"] = " ".join(flags)
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
@@ -34,17 +34,17 @@ def main(index: int, count: int, port: int, model_folder: Path, out: Path) -> No
     from opt_flax import checkpoint, sharding, training, training_checkpoints
     from tests.support.reference import make_mask, make_prompts
 
-    assert len(jax.local_devices()) == 4
-    assert len(jax.devices()) == 4 * count
+    assert len(jax.local_devices()) == 2
+    assert len(jax.devices()) == 2 * count
     read: list[int] = []
     cast = checkpoint.cast_array
     checkpoint.cast_array = lambda *args: (read.append(args[1].nbytes), cast(*args))[1]
     # "fsdp" lies across the processes, "model" within each.
-    mesh = sharding.make_mesh(fsdp=count, model=4)
+    mesh = sharding.make_mesh(fsdp=count, model=2)
     model = opt_flax.FlaxOPTForCausalLM.from_pretrained(model_folder, mesh=mesh)
     facts: dict[str, object] = {"read": sum(read), "largest": max(read)}
     try:
-        sharding.make_mesh(model=4, devices=[d for d in jax.devices() if d.process_index == 0])
+        sharding.make_mesh(model=2, devices=[d for d in jax.devices() if d.process_index == 0])
     except ConfigError as error:
         facts["foreign mesh"] = str(error)
 
