@@ -70,7 +70,5 @@ def test_the_tokenizer_is_in_the_file(texts, tmp_path):
         again: Any = keras.saving.load_model(tmp_path / "model.keras")
         assert type(again.preprocessor) is type(given)
         assert getattr(again.preprocessor, "sequence_length", None) == length
-        if given is not None:
-            assert again.generate("the dog", max_length=8) == model.generate(
-                "the dog", max_length=8
-            )
+        read = getattr(again.preprocessor, "tokenizer", again.preprocessor)
+        assert given is None or read.get_vocab() == tokenizer.get_vocab()
