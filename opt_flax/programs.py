@@ -1,7 +1,8 @@
 """Functions that XLA compiles: well, or quickly where there is next to nothing to compute."""
 
+import contextlib
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import cache, cached_property, update_wrapper
 from typing import Any
 
 import jax
@@ -28,8 +29,8 @@ class Program:
 
     def __init__(self, function: Callable[..., Any], **options: Any):
         """Compiles nothing yet; the options are those of `jax.jit`."""
+        self._options = options
         self._well: Any = jax.jit(function, **options)
-        self._quickly: Any = jax.jit(function, compiler_options=QUICKLY, **options)
         self.lower = self._well.lower
         update_wrapper(self, function)
 
@@ -37,9 +38,25 @@ class Program:
         """Runs it."""
         return (self._quickly if _is_small(args) else self._well)(*args)
 
+    @cached_property
+    def _quickly(self) -> Any:
+        function: Any = self.__dict__["__wrapped__"]
+        return jax.jit(function, compiler_options=known_options(), **self._options)
+
     def _cache_size(self) -> int:
         """Programs made so far, named as `jax.jit` has it."""
         return self._well._cache_size() + self._quickly._cache_size()
+
+
+@cache
+def known_options() -> dict[str, Any]:
+    """Those of `QUICKLY` that this version of XLA has: it refuses a program with any other."""
+    known: dict[str, Any] = {}
+    for name, value in QUICKLY.items():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+            known[name] = value
+    return known
 
 
 def _is_small(args: Any) -> bool:

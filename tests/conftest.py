@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -26,15 +27,23 @@ XLA_FLAGS = (
     # itself makes of a program (fusion, buffers, collectives) stays as it is for users.
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
-    # Loops written in LLVM's language at once, not by way of MLIR; and no more of them side by side
-    # than a worker has threads for.
-    "--xla_cpu_use_fusion_emitters=false",
+    # No more of it side by side than a worker has threads for.
     "--xla_cpu_parallel_codegen_split_count=1",
 )
+OLD_XLA_FLAGS = ("--xla_cpu_use_fusion_emitters=false",)
+"""Loops are written in LLVM's language at once, not by way of MLIR. jaxlib 0.12 ends a process that
+is told so; 0.10 is what was tried."""
+
+
+def xla_flags() -> tuple[str, ...]:
+    """The flags that the XLA of this environment knows."""
+    version = metadata.version("jaxlib") if importlib.util.find_spec("jaxlib") else "0"
+    is_old = tuple(map(int, version.split(".")[:2])) <= (0, 10)
+    return (*XLA_FLAGS, *OLD_XLA_FLAGS) if is_old else XLA_FLAGS
 
 
 # Before any framework is imported: JAX and TensorFlow read these once.
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS]).strip()
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *xla_flags()]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Tiny tensors gain nothing from more threads, which wait for one another.

@@ -10,7 +10,7 @@ pytest.importorskip("jax")
 import jax
 
 from opt_core.training.config import TrainConfig
-from opt_flax import compilation, training
+from opt_flax import compilation, programs, training
 from opt_flax.generation import beam, loop, speculative
 from opt_flax.programs import SMALL, Program
 from tests.support.configs import CONFIGS
@@ -97,6 +97,14 @@ def test_a_training_step_updates_in_place(folder):
     assert STEP._cache_size() == compiled + 1
     model.eval()
     assert np.isfinite(logits_of(model, ids)).all()
+
+
+def test_options_of_another_version_are_left_out(monkeypatch):
+    """XLA drops options from one version to the next: `xla_cpu_use_fusion_emitters` was one."""
+    known = programs.known_options.__wrapped__()
+    assert {"xla_backend_optimization_level", "xla_llvm_disable_expensive_passes"} <= known.keys()
+    monkeypatch.setattr(programs, "QUICKLY", {"xla_of_another_version": True, **known})
+    assert programs.known_options.__wrapped__() == known
 
 
 def test_little_is_compiled_quickly():
