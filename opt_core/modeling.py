@@ -295,8 +295,9 @@ class CausalLMMixin(GenerationMixin):
         logits, loss = self.compute_logits(kept), None
         if labels is not None:
             loss = self._token_loss(logits, labels, options.get("num_items_in_batch"))
-        base: Any = super()
-        return base._finish(out.headed(loss=loss, logits=logits), options)
+        out = out.headed(loss=loss, logits=logits)
+        # From Python 3.12 on PyTorch's compiler knows `super()` only together with its method.
+        return super()._finish(out, options)  # pyright: ignore
 
     def _token_loss(self, logits: Any, labels: Any, items: Any) -> Any:
         return self.backend.losses.causal_lm(logits, labels, items=items)
@@ -322,8 +323,8 @@ class SequenceClassificationMixin:
         logits, loss = self.score(self._pick(hidden_BTP, last_B)), None
         if labels is not None:
             loss = losses.classification(logits, labels, self.config)
-        base: Any = super()
-        return base._finish(out.headed(loss=loss, logits=logits), options)
+        out = out.headed(loss=loss, logits=logits)
+        return super()._finish(out, options)  # pyright: ignore
 
     def _pick(self, hidden_BTP: Any, index_B: Any) -> Any:
         """One state of each row, (B, P)."""
@@ -354,5 +355,5 @@ class QuestionAnsweringMixin:
             loss = question_answering(
                 self.backend.losses, start, end, start_positions, end_positions
             )
-        base: Any = super()
-        return base._finish(out.headed(loss=loss, start_logits=start, end_logits=end), options)
+        out = out.headed(loss=loss, start_logits=start, end_logits=end)
+        return super()._finish(out, options)  # pyright: ignore
