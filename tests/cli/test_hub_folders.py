@@ -6,7 +6,7 @@ import shutil
 from typing import Any
 
 import pytest
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants
 
 from opt_core.hub import TOKENIZER_FILES
 from tests.support.files.hub_here import lead
@@ -112,7 +112,7 @@ def test_download_goes_on_where_it_was_broken_off(opt_lm, theirs, tmp_path, monk
     Which is what huggingface_hub keeps: it throws half a file away at its end.
     """
     # What is tried again is so at once: their client would wait for a second before each time.
-    monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     half = (theirs / "model.safetensors").stat().st_size // 2000 * 1000
     Hub.breaks = 1
     with monkeypatch.context() as patch:
