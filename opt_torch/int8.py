@@ -1,22 +1,20 @@
 """Products with 8-bit weights on the CPU, in integers: FBGEMM's, faster than float32.
 
-The input is quantised too, each row by itself, to 7 bits: processors without instructions for such
-products add pairs of them up in 16 bits, which 8 bits would overflow. Every sum is exact, so a
-row's result depends on nothing but the row, and layers with one input can share one product.
+The input is quantised too, each row by itself: to 8 bits where the processor adds products up in 32
+bits (VNNI, AMX), else to 7, as pairs of them are added up in 16 there, which 8 bits would overflow.
+Every sum is exact, so a row's result depends on nothing but the row, and layers with one input can
+share one product.
 """
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from opt_torch import _private
 
-_SIGNED = 1 / 63, 64
-"""Step of an input within -1..1, and the number that stands for 0 in 0..127."""
-_UNSIGNED = 1 / 127, 0
-"""The same for 0..1."""
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -48,15 +46,32 @@ class Int8Order:
             is_unsigned: Whether no input is ever negative.
         """
         call, order = _private.overload(_private.int8_linear), self.packed
-        step, zero = _UNSIGNED if is_unsigned else _SIGNED
+        step, zero = _grid(input_bits(), is_unsigned)
 
         def multiply(input: Tensor) -> Tensor:
             rows, size = _scaled(input)
             out: Tensor = call(rows, step, zero, order)
-            out = out.mul_(size) if bias is None else torch.addcmul(bias, out, size)
+            # In place: new memory for the logits of a prompt costs a fifth of the product.
+            out = out.mul_(size) if bias is None else torch.addcmul(bias, out, size, out=out)
             return out.to(input.dtype)
 
         return multiply
+
+
+@cache
+def input_bits() -> int:
+    """Bits of an input that no sum of this processor's overflows, 7 or 8: the largest is tried."""
+    width = 64
+    weights = Int8Order(torch.full((32, width), 127, dtype=torch.int8), torch.ones(32))
+    step, zero = _grid(8, is_unsigned=True)
+    sums = _private.int8_linear(torch.ones(2, width), step, zero, weights.packed)
+    return 8 if torch.allclose(sums, torch.full_like(sums, 127 * width)) else 7
+
+
+def _grid(bits: int, is_unsigned: bool) -> tuple[float, int]:
+    """The step of inputs within -1..1 (0..1 unsigned), and the number that stands for 0."""
+    largest = 2**bits - 1
+    return (1 / largest, 0) if is_unsigned else (2 / (largest - 1), (largest + 1) // 2)
 
 
 def _scaled(input: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,11 @@
 """PyTorch's products in integers: what they are, and that a row depends on nothing but the row."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +17,7 @@ import opt_torch  # noqa: E402
 from conversion.smoothquant import calibration_rows, smooth  # noqa: E402
 from opt_core import OPTTokenizer  # noqa: E402
 from opt_core.quantization import quantize_array  # noqa: E402
-from opt_torch import _private  # noqa: E402
+from opt_torch import _private, int8  # noqa: E402
 from opt_torch.quantization import QuantizedLinear, QuantizedWeight  # noqa: E402
 from tests.support.configs import CONFIGS  # noqa: E402
 from tests.support.reference import make_mask, make_prompts  # noqa: E402
@@ -27,6 +31,13 @@ MINI_ERROR = 0.04
 """Of `mini`'s logits in int8 against float32: root mean square, relative to their spread."""
 
 
+def cpu_flags():
+    """Names of the processor's instructions; none where the system does not say."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split() for line in lines if line.startswith("flags")), [])
+
+
 def make_linear(out, width, is_unsigned=False, has_bias=True, seed=0):
     rng = np.random.default_rng(seed)
     tensor = quantize_array("w", rng.standard_normal((out, width)).astype(np.float32), "int8")
@@ -36,16 +47,18 @@ def make_linear(out, width, is_unsigned=False, has_bias=True, seed=0):
     return layer.eval(), tensor
 
 
+@pytest.mark.parametrize("bits", sorted({7, int8.input_bits()}))
 @pytest.mark.parametrize("is_unsigned", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("width", [1, 33, 768])
-def test_rows_are_rounded_to_seven_bits(width, has_bias, is_unsigned):
+def test_rows_are_rounded_as_the_processor_allows(width, has_bias, is_unsigned, bits, monkeypatch):
+    monkeypatch.setattr(int8, "input_bits", lambda: bits)
     layer, tensor = make_linear(37, width, is_unsigned, has_bias)
     rows = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(1))
     rows[0, 0] *= 1000
     rows[1, 1] = 1  # with weights of one sign, the largest sums there are
     rows = rows.abs() if is_unsigned else rows
-    steps = 127 if is_unsigned else 63
+    steps = 2**bits - 1 if is_unsigned else 2 ** (bits - 1) - 1
     wide = rows.double()
     size = wide.abs().amax(-1, keepdim=True)
     rounded = torch.round((rows / rows.abs().amax(-1, keepdim=True)).double() * steps) / steps
@@ -55,6 +68,17 @@ def test_rows_are_rounded_to_seven_bits(width, has_bias, is_unsigned):
         expected += layer.bias
     error = (layer(rows) - expected).abs().amax(-1) / expected.abs().amax(-1)
     assert float(error.max()) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_inputs_have_the_bits_that_fbgemms_instructions_can_add_up():
+    """FBGEMM can be told to do without what newer processors have."""
+    program = "from opt_torch import int8; print(int8.input_bits())"
+    env = os.environ | {"FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.stdout == "7\n", done.stderr
+    has_vnni = bool({"avx512_vnni", "amx_int8"} & set(cpu_flags()))
+    assert int8.input_bits() == 8 or not has_vnni
 
 
 def test_sums_do_not_overflow():
