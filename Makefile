@@ -42,7 +42,7 @@ lint: $(VENV)/.installed-test $(VENV)/.installed-lint ## Check style, spelling a
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/codespell
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --threads 2
 
 docs: $(VENV)/.installed-test $(VENV)/.installed-docs ## Build the site into build/site, any warning an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
