@@ -16,15 +16,18 @@ from conversion.writers import WRITERS, write_weights
 from opt_core.checkpoints.atomic import check_is_new, new_folder
 from opt_core.checkpoints.load import LoadPlan
 from opt_core.checkpoints.quantized.tensor import PackedTensor, numbers_of
-from opt_core.checkpoints.quantized.writing import Fetch
+from opt_core.checkpoints.quantized.writing import Fetch, written_scheme
 from opt_core.checkpoints.save import save_quantized_checkpoint
 from opt_core.checkpoints.tensors import float_dtype
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.hub import resolve
 from opt_core.json_files import write_json
 from opt_core.params import Head, ParamSpec
-from opt_core.quantization import check_scheme, scheme_of
+from opt_core.quantization import check_scheme
 
+QUANTIZED = ("safetensors", "gptq")
+"""Formats that hold quantised weights."""
+_BITS = {"int8": 8, "int4": 4}
 _ARCHITECTURES: dict[Head, str] = {
     "none": "OPTModel",
     "causal_lm": "OPTForCausalLM",
@@ -76,7 +79,8 @@ def convert(
         source: Folder, weight file, index of shards, hub id, or "mini". Its format is found from
             its files. An adapter's folder is merged into the model that it names.
         destination: A new folder.
-        to: "safetensors", "torch-bin", "tf-h5", "flax-msgpack", "metaseq" or "keras-hub".
+        to: "safetensors", "torch-bin", "tf-h5", "flax-msgpack", "metaseq" or "keras-hub"; or
+            "gptq", safetensors with the layers in GPTQ's layout, with `quantize`.
         dtype: Type to store, such as "float16"; None keeps each tensor's own.
         max_shard_size: Most bytes of tensors per file, as a number or as "5GB", "10GiB"; metaseq
             and KerasHub have one file.
@@ -85,8 +89,8 @@ def convert(
             for the OPT inside BLIP-2 and InstructBLIP, whose config.json has it as text_config.
         adapter: A PEFT adapter's folder or hub id, which is merged into `source`.
         quantize: Writes the weights as "int8" or "int4" (`opt_core.quantization`), in the files of
-            compressed-tensors; with `to="safetensors"` only. Weights that the source has quantised
-            in numbers that fit are not rounded again.
+            compressed-tensors or, with `to="gptq"`, in GPTQ's. Weights that the source has
+            quantised in numbers that fit are not rounded again.
         **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
 
     Raises:
@@ -95,11 +99,13 @@ def convert(
         ConfigError: The format cannot hold this model, or no quantised weights.
         TokenizerError: The tokenizer's files contradict one another.
     """
-    if to not in WRITERS:
-        raise CheckpointError(f"to: expected one of {', '.join(WRITERS)}, received {to!r}")
+    formats = (*WRITERS, "gptq")
+    if to not in formats:
+        raise CheckpointError(f"to: expected one of {', '.join(formats)}, received {to!r}")
     check_scheme(quantize)
-    if quantize is not None and to != "safetensors":
-        raise ConfigError(f"quantize: expected None with to={to!r}, received {quantize!r}")
+    if to not in QUANTIZED if quantize else to == "gptq":
+        expected = "int4 or int8" if to == "gptq" else "None"
+        raise ConfigError(f"quantize: expected {expected} with to={to!r}, received {quantize!r}")
     wanted = None if dtype is None else float_dtype(dtype)
     new = Path(os.path.abspath(Path(destination).expanduser()))
     check_is_new(new)  # before anything is downloaded
@@ -112,8 +118,11 @@ def convert(
     if quantize is None:
         files, notes = write_checkpoint(found, plan, new, to, wanted, max_shard_size, progress)
     else:
-        fetch = _rounded(plan, quantize, progress)
-        files = write_quantized(found, plan, new, quantize, wanted, max_shard_size, fetch)
+        gptq_bits = _BITS[quantize] if to == "gptq" else None
+        fetch = _rounded(plan, quantize, gptq_bits, progress)
+        files = write_quantized(
+            found, plan, new, quantize, wanted, max_shard_size, fetch, gptq_bits
+        )
         notes = found.notes
     return Conversion(
         new,
@@ -186,6 +195,7 @@ def write_quantized(
     dtype: np.dtype[Any] | None,
     max_shard_size: int | str,
     fetch: Fetch,
+    gptq_bits: int | None = None,
 ) -> dict[str, int]:
     """Writes a quantised model and all that belongs to it, as `convert` does.
 
@@ -197,6 +207,7 @@ def write_quantized(
         dtype: Type of what is stored in floating point; None: that of the source.
         max_shard_size: Most bytes of tensors per file.
         fetch: Gives a parameter's values, or its `QuantizedTensor` where it has one.
+        gptq_bits: Bits of a number in GPTQ's layout, which they are written in then.
 
     Returns:
         Name and bytes of each weight file.
@@ -213,17 +224,23 @@ def write_quantized(
             scheme,
             max_shard_size,
             _ARCHITECTURES[found.head],
+            gptq_bits,
         )
         return {path.name: path.stat().st_size for path in sorted(stage.glob("*.safetensors"))}
 
 
-def _rounded(plan: LoadPlan, scheme: str, progress: Callable[[int, int], None] | None) -> Fetch:
+def _rounded(
+    plan: LoadPlan,
+    scheme: str,
+    gptq_bits: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> Fetch:
     """The parameters of a plan, each weight rounded to nearest when it is asked for."""
     tensors = {spec.name: tensor for spec, tensor in plan.entries}
     total, read = sum(tensor.nbytes for tensor in tensors.values()), set[str]()
 
     def fetch(spec: ParamSpec) -> Any:
-        tensor, kept = tensors[spec.name], scheme_of(spec, scheme)
+        tensor, kept = tensors[spec.name], written_scheme(spec, scheme, gptq_bits)
         read.add(spec.name)
         if progress is not None:
             progress(sum(tensors[name].nbytes for name in read), total)

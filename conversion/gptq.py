@@ -5,8 +5,9 @@ other, and what rounding one has changed in the output is made up for by those t
 yet, as the Hessian of the squared error, `X.T @ X` of the layer's inputs on the text, says. The
 layers are gone through in order, each with the inputs that the rounded ones before it give.
 
-The numbers are stored as those of `opt_core.quantization`. The grids of "int4" are not the min-max
-ones: of some narrower ones, each group gets the one that loses least.
+The numbers are stored as those of `opt_core.quantization`; those of 3 bits are "int4" that ends at
+7. The grids of both are not the min-max ones: of some narrower ones, each group gets the one that
+loses least.
 """
 
 import os
@@ -20,20 +21,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conversion.calibration import perplexity, run_layers
-from conversion.convert import enough_memory, write_quantized
+from conversion.convert import QUANTIZED, enough_memory, write_quantized
 from conversion.readers import open_any_checkpoint
 from conversion.smoothquant import check_text
 from conversion.streaming.lazy_tensors import MemoryTensor
 from opt_core.checkpoints.atomic import check_is_new
 from opt_core.checkpoints.load import LoadPlan, open_checkpoint, plan_load
 from opt_core.checkpoints.quantized.tensor import numbers_of
+from opt_core.checkpoints.quantized.writing import written_scheme
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.hub import resolve
 from opt_core.params import ParamSpec
-from opt_core.quantization import GROUP, QuantizedTensor, quantize_array, scheme_of
+from opt_core.quantization import GROUP, QuantizedTensor, quantize_array
 
-SCHEMES = {4: "int4", 8: "int8"}
-"""Bits -> scheme of `opt_core.quantization`."""
+SCHEMES = {3: "int4", 4: "int4", 8: "int8"}
+"""Bits -> scheme of `opt_core.quantization` that holds such numbers."""
 
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in the paper
 _SHARES = [share / 40 for share in range(39, 27, -1)]  # of the min-max grid: 0.975 to 0.7
@@ -67,9 +69,10 @@ def quantize(
     held_BT: NDArray[Any] | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int, int], None] | None = None,
+    to: str = "safetensors",
     **hub: Any,
 ) -> Rounded:
-    """Writes a copy of a model in "int4" or "int8", rounded by GPTQ.
+    """Writes a copy of a model with weights of 3, 4 or 8 bits, rounded by GPTQ.
 
     No framework is needed, and no more memory than one layer, the Hessian of its widest input and
     the text's activations take.
@@ -78,10 +81,11 @@ def quantize(
         source: As for `convert`.
         destination: A new folder.
         ids_BT: Rows of a text such as the model will see, without padding.
-        bits: 4 or 8.
+        bits: 4 or 8; or 3, with `to="gptq"`.
         held_BT: Other rows, to measure perplexity on before and after; None: it is not measured.
         max_shard_size: Most bytes of tensors per file.
         progress: Called with the layers rounded and in all.
+        to: "safetensors" (compressed-tensors), or "gptq" for GPTQ's own layout.
         **hub: `revision`, `token`, `local_files_only`, as in `opt_core.hub.resolve`.
 
     Raises:
@@ -89,7 +93,12 @@ def quantize(
         ConfigError: The bits or the text do not fit.
     """
     if bits not in SCHEMES:
-        raise ConfigError(f"bits: expected 4 or 8, received {bits!r}")
+        raise ConfigError(f"bits: expected 3, 4 or 8, received {bits!r}")
+    if to not in QUANTIZED:
+        raise ConfigError(f"to: expected {' or '.join(QUANTIZED)}, received {to!r}")
+    if bits == 3 and to != "gptq":
+        raise ConfigError(f"bits: expected 4 or 8 with to={to!r}, received 3; to='gptq' holds them")
+    gptq_bits = bits if to == "gptq" else None
     new = Path(os.path.abspath(Path(destination).expanduser()))
     check_is_new(new)
     found = open_any_checkpoint(resolve(source, convertible=True, **hub), **hub)
@@ -100,8 +109,10 @@ def quantize(
     floats = {spec.name: tensor for spec, tensor in plan.entries}
     with enough_memory(found):
         before = None if held_BT is None else perplexity(plan.config, floats, held_BT)
-        fetch = _Rounding(plan, ids_BT, SCHEMES[bits], progress)
-        files = write_quantized(found, plan, new, SCHEMES[bits], None, max_shard_size, fetch)
+        fetch = _Rounding(plan, ids_BT, bits, gptq_bits, progress)
+        files = write_quantized(
+            found, plan, new, SCHEMES[bits], None, max_shard_size, fetch, gptq_bits
+        )
         measured = None
         if before is not None and held_BT is not None:
             stored = plan_load(open_checkpoint(new), plan.config, found.head).entries
@@ -116,7 +127,8 @@ class _Rounding:
     Args:
         plan: The model's tensors.
         ids_BT: The text.
-        scheme: What to round to.
+        bits: Of a number.
+        gptq_bits: Of a number in GPTQ's layout, if that is written.
         progress: Called with the layers rounded and in all.
     """
 
@@ -124,18 +136,20 @@ class _Rounding:
         self,
         plan: LoadPlan,
         ids_BT: NDArray[Any],
-        scheme: str,
+        bits: int,
+        gptq_bits: int | None,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self._stored = {spec.name: tensor for spec, tensor in plan.entries}
         self._tensors = dict(self._stored)
-        self._scheme, self._count = scheme, plan.config.num_hidden_layers
+        self._bits, self._gptq_bits, self._count = bits, gptq_bits, plan.config.num_hidden_layers
         self._numbers: dict[str, QuantizedTensor] = {}
         self._layers: Iterator[Any] = run_layers(plan.config, self._tensors, ids_BT, self._see)
         self._progress = progress
 
     def __call__(self, spec: ParamSpec) -> Any:
-        stored, kept = self._stored[spec.name], scheme_of(spec, self._scheme)
+        stored = self._stored[spec.name]
+        kept = written_scheme(spec, SCHEMES[self._bits], self._gptq_bits)
         if kept is None:
             return stored.read()
         if ".layers." not in spec.name:
@@ -163,7 +177,7 @@ class _Rounding:
         for name in names:
             stored = self._stored[name]
             weight = stored.read().astype(np.float32)
-            numbers = _round(name, weight, hessian, factor, self._scheme)
+            numbers = _round(name, weight, hessian, factor, self._bits)
             self._numbers[name] = numbers
             self._tensors[name] = MemoryTensor(name, numbers.dequantize(), stored.file)
 
@@ -185,8 +199,8 @@ def _factor(hessian: Matrix) -> Matrix:
             damping *= 10
 
 
-def _grids(name: str, weight: Matrix, importance: Matrix, scheme: str) -> QuantizedTensor:
-    """The weight's numbers in the scheme; of "int4" on the grids that lose least.
+def _grids(name: str, weight: Matrix, importance: Matrix, bits: int) -> QuantizedTensor:
+    """The weight's numbers; of less than 8 bits on the grids that lose least.
 
     A grid that leaves the extremes of its group out has smaller steps for all the others.
 
@@ -194,44 +208,45 @@ def _grids(name: str, weight: Matrix, importance: Matrix, scheme: str) -> Quanti
         name: The weight's name, for messages.
         weight: (O, I).
         importance: What the square of an input's error counts (I,).
-        scheme: "int8" or "int4".
+        bits: Of a number.
     """
-    numbers = quantize_array(name, weight, scheme)
+    numbers, last = quantize_array(name, weight, SCHEMES[bits]), 2**bits - 1
     if numbers.zeros is None:
         return numbers
     free = numbers.scales.shape[1] * GROUP - numbers.width
     grouped = np.pad(weight, ((0, 0), (0, free))).reshape(*numbers.scales.shape, GROUP)
     counts = np.pad(importance, (0, free)).reshape(-1, GROUP)
     low, high = grouped.min(-1, initial=0), grouped.max(-1, initial=0)
-    scales, zeros = numbers.scales, numbers.zeros.astype(np.float32)
-    least = _loss(grouped, scales, zeros, counts)
+    scales: Matrix = numbers.scales * np.float32(15 / last)
+    zeros: Matrix = np.clip(np.rint(-low / scales), 0, last)
+    least = _loss(grouped, scales, zeros, counts, last)
     for share in _SHARES:
-        step = np.maximum((high - low) * np.float32(share / 15), numbers.scales.min())
-        zero = np.clip(np.rint(-low * np.float32(share) / step), 0, 15)
-        loss = _loss(grouped, step, zero, counts)
+        step = np.maximum((high - low) * np.float32(share / last), numbers.scales.min())
+        zero = np.clip(np.rint(-low * np.float32(share) / step), 0, last)
+        loss = _loss(grouped, step, zero, counts, last)
         better = loss < least
         least = np.where(better, loss, least)
         scales, zeros = np.where(better, step, scales), np.where(better, zero, zeros)
     return replace(numbers, scales=scales, zeros=zeros.astype(np.uint8))
 
 
-def _loss(grouped: Matrix, scales: Matrix, zeros: Matrix, counts: Matrix) -> Matrix:
-    """Losses of the groups (O, G) whose weights are rounded to nearest."""
-    steps = np.clip(np.rint(grouped / scales[..., None]) + zeros[..., None], 0, 15)
+def _loss(grouped: Matrix, scales: Matrix, zeros: Matrix, counts: Matrix, last: int) -> Matrix:
+    """Losses of the groups (O, G) whose weights are rounded to nearest, steps 0 to `last`."""
+    steps = np.clip(np.rint(grouped / scales[..., None]) + zeros[..., None], 0, last)
     off = (steps - zeros[..., None]) * scales[..., None] - grouped
     loss: Matrix = (off * off * counts).sum(-1)
     return loss
 
 
-def _round(name: str, weight: Matrix, hessian: Matrix, factor: Matrix, scheme: str) -> Any:
+def _round(name: str, weight: Matrix, hessian: Matrix, factor: Matrix, bits: int) -> Any:
     """Rounds a weight (O, I), one input after the other."""
-    numbers = _grids(name, weight, hessian.diagonal(), scheme)
+    numbers = _grids(name, weight, hessian.diagonal(), bits)
     outputs, width = weight.shape
-    size = GROUP if scheme == "int4" else width
+    size = width if numbers.zeros is None else GROUP
     groups = [i // size for i in range(width)]
     scales = numbers.scales.reshape(outputs, -1)
     zeros = np.zeros_like(scales) if numbers.zeros is None else numbers.zeros.astype(np.float32)
-    low, high = (-127, 127) if numbers.zeros is None else (0, 15)
+    low, high = (-127, 127) if numbers.zeros is None else (0, 2**bits - 1)
     steps: NDArray[np.int16] = np.empty(weight.shape, np.int16)
     left = weight.copy()
     for start in range(0, width, _BLOCK):

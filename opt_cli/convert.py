@@ -20,7 +20,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="safetensors, torch-bin, tf-h5, flax-msgpack, metaseq or keras-hub.",
+            help="safetensors, torch-bin, tf-h5, flax-msgpack, metaseq or keras-hub; gptq with "
+            "--quantize.",
             metavar="NAME",
         ),
     ] = "safetensors",
@@ -34,7 +35,8 @@ def convert(
     quantize: Annotated[
         str | None,
         typer.Option(
-            help="int8 or int4: small weights, in the files of compressed-tensors.", metavar="NAME"
+            help="int8 or int4: small weights, in the files of compressed-tensors, or --to gptq.",
+            metavar="NAME",
         ),
     ] = None,
     max_shard_size: Annotated[

@@ -22,7 +22,13 @@ def quantize(
     text: Annotated[
         Path, typer.Option(help="A text such as the model will see, UTF-8.", metavar="FILE")
     ],
-    bits: Annotated[int, typer.Option(help="4 or 8.", metavar="N")] = 4,
+    bits: Annotated[int, typer.Option(help="4, 8, or 3 (with --to gptq).", metavar="N")] = 4,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="safetensors (compressed-tensors), or gptq for GPTQ's layout.", metavar="NAME"
+        ),
+    ] = "safetensors",
     rows: Annotated[
         int, typer.Option(help="Rows of the text to round by.", min=1, metavar="N")
     ] = 64,
@@ -32,7 +38,7 @@ def quantize(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Write a model with weights of 4 or 8 bits, rounded by what they do to a text (GPTQ).
+    """Write a model with weights of 3, 4 or 8 bits, rounded by what they do to a text (GPTQ).
 
     It loses less than `convert --quantize`, which rounds to nearest, and takes as little room.
     Perplexity before and after is that of the last fifth of the text, which nothing is rounded by.
@@ -56,6 +62,7 @@ def quantize(
             bits,
             calibration_rows(ids[len(ids) - kept :], rows, length),
             progress=progress,
+            to=to,
             revision=revision,
         )
     if json:

@@ -76,6 +76,7 @@ def save_quantized_checkpoint(
     scheme: str,
     max_shard_size: int | str = "5GB",
     architecture: str = "OPTForCausalLM",
+    gptq_bits: int | None = None,
 ) -> None:
     """Writes config.json and the weights of a quantised model, as compressed-tensors has them.
 
@@ -88,11 +89,13 @@ def save_quantized_checkpoint(
         scheme: "int8" or "int4".
         max_shard_size: As in `save_checkpoint`.
         architecture: Class name for `transformers`.
+        gptq_bits: Bits of a number in GPTQ's layout, which they are written in then.
 
     Raises:
         CheckpointError: The size is malformed, or the disk refuses.
+        ConfigError: GPTQ's layout has no place for weights of these sizes.
     """
-    files = quantized_files(specs, fetch, scheme, float_dtype(dtype))
+    files = quantized_files(specs, fetch, scheme, float_dtype(dtype), gptq_bits)
     values = config.replace(dtype=dtype).to_dict() | {"architectures": [architecture]}
     values |= {"quantization_config": files.config}
     write_folder(folder, files.main, values, max_shard_size, files.side)

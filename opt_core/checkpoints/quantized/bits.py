@@ -43,3 +43,28 @@ def unpack_bits(words: NDArray[Any], bits: int, count: int) -> NDArray[np.uint8]
             value |= grouped[:, word + 1] << np.uint32(WORD - start)
         out[:, k] = value & mask
     return out.reshape(turns * in_turn, -1)[:count]
+
+
+def pack_bits(numbers: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
+    """The inverse of `unpack_bits`.
+
+    Args:
+        numbers: uint8 (count, N), each below `2 ** bits`.
+        bits: Of a number, 1 to 8.
+
+    Returns:
+        int32 (W, N), zeros behind the last number.
+    """
+    in_turn = WORD // math.gcd(bits, WORD)
+    turns, size = -(-len(numbers) // in_turn), in_turn * bits // WORD
+    padded = np.pad(numbers, ((0, turns * in_turn - len(numbers)), (0, 0)))
+    grouped = padded.reshape(turns, in_turn, -1)
+    words: NDArray[np.uint32] = np.zeros((turns, size, grouped.shape[-1]), np.uint32)
+    for k in range(in_turn):
+        word, start = divmod(k * bits, WORD)
+        value = grouped[:, k].astype(np.uint32)
+        words[:, word] |= value << np.uint32(start)
+        if start + bits > WORD:
+            words[:, word + 1] |= value >> np.uint32(WORD - start)
+    flat = words.reshape(turns * size, -1)[: words_for(len(numbers), bits)]
+    return np.ascontiguousarray(flat).view(np.int32)

@@ -4,6 +4,8 @@ The layers' weights are "pack-quantized": "int4" in groups with zero points, "in
 one scale to a channel. Neither program keeps an embedding, or the projections around the layers, or
 a head in 8 bits as we do: for them these are in floating point as everywhere, and our own numbers
 are in a file beside, which no index names, as int8 and scales.
+
+In GPTQ's layout (`gptq_writing`) the layers alone are quantised.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.checkpoints.quantized.bits import WORD, words_for
+from opt_core.checkpoints.quantized.gptq_writing import gptq_config, gptq_layer
 from opt_core.checkpoints.safetensors_format import PendingTensor
 from opt_core.checkpoints.tensors import cast_array
 from opt_core.params import ParamSpec
@@ -40,7 +43,11 @@ class QuantizedFiles(NamedTuple):
 
 
 def quantized_files(
-    specs: Sequence[ParamSpec], fetch: Fetch, scheme: str, dtype: np.dtype[Any]
+    specs: Sequence[ParamSpec],
+    fetch: Fetch,
+    scheme: str,
+    dtype: np.dtype[Any],
+    gptq_bits: int | None = None,
 ) -> QuantizedFiles:
     """The tensors that a quantised model is written as.
 
@@ -50,19 +57,30 @@ def quantized_files(
             called several times for one.
         scheme: "int8" or "int4".
         dtype: Type of what is stored in floating point.
+        gptq_bits: Bits of a number in GPTQ's layout; None: as compressed-tensors has it.
+
+    Raises:
+        ConfigError: GPTQ's layout has no place for weights of these sizes.
     """
     main: list[PendingTensor] = []
     side: list[PendingTensor] = []
     last = _Last(fetch)
     for spec in specs:
-        kept = scheme_of(spec, scheme)
+        kept = written_scheme(spec, scheme, gptq_bits)
         if kept is not None and _is_packed(spec):
-            main += _packed(spec, kept, last)
+            is_gptq = gptq_bits is not None
+            main += gptq_layer(spec, gptq_bits, last) if is_gptq else _packed(spec, kept, last)
             continue
         main.append(_plain(spec, last, dtype))
         if kept is not None:
             side += _beside(spec, last)
-    return QuantizedFiles(main, side, _config(specs, scheme))
+    config = _config(specs, scheme) if gptq_bits is None else gptq_config(gptq_bits)
+    return QuantizedFiles(main, side, config)
+
+
+def written_scheme(spec: ParamSpec, scheme: str, gptq_bits: int | None) -> str | None:
+    """How a parameter is stored: `scheme_of` it; in GPTQ's layout, layers' weights alone."""
+    return scheme_of(spec, scheme) if gptq_bits is None or _is_packed(spec) else None
 
 
 def _is_packed(spec: ParamSpec) -> bool:

@@ -1,6 +1,7 @@
 """Our quantised weights in compressed-tensors' files: the very numbers, for others and for us."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from safetensors import safe_open
 
 from opt_core.checkpoints.load import open_checkpoint, plan_load
 from opt_core.checkpoints.pretrained import open_pretrained
+from opt_core.checkpoints.quantized.bits import pack_bits, unpack_bits
 from opt_core.checkpoints.quantized.settings import (
+    GPTQ,
     SIDE_FILE,
     CompressedTensors,
     WeightArguments,
@@ -22,10 +25,16 @@ from opt_core.checkpoints.tensors import float_dtype
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.params import ParamSpec, param_specs
-from opt_core.quantization import SCHEMES, QuantizedTensor, quantize_array, scheme_of
+from opt_core.quantization import (
+    SCHEMES,
+    QuantizedTensor,
+    quantize_array,
+    scheme_of,
+    unpack,
+)
 from tests.support.configs import CONFIGS
 from tests.support.files.checkpoint_fixtures import random_weights
-from tests.support.files.quantized_fixtures import words
+from tests.support.files.quantized_fixtures import CONFIG, is_layer, rows_of_words, words
 
 VARIANTS = {
     **CONFIGS,
@@ -122,6 +131,69 @@ def test_others_find_each_number_where_compressed_tensors_has_it(
                 value = np.float32(step - int(zeros[o, g])) * scales[o, g]
                 assert value == weight[o, i]
     assert not stored
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_others_find_each_number_where_gptq_has_it(bits: int, tmp_path: Path):
+    config = CONFIG.replace(ffn_dim=160)  # two groups of 64 and a part of one
+    scheme, size = ("int8", None) if bits == 8 else ("int4", 64)
+    kept: dict[str, Any] = dict(random_weights(config))
+    for spec in param_specs(config):
+        if is_layer(spec):
+            numbers = quantize_array(spec.name, kept[spec.name], scheme)
+            kept[spec.name] = numbers if bits != 3 else of_three_bits(numbers)
+    save_quantized_checkpoint(
+        tmp_path, config, lambda s: kept[s.name], param_specs(config), "float32", scheme,
+        gptq_bits=bits,
+    )  # fmt: skip
+    settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert read_settings(settings) == GPTQ(bits, size, is_v2=True)
+    stored = raw(tmp_path / "model.safetensors")
+    for spec in param_specs(config):
+        if not is_layer(spec):
+            np.testing.assert_array_equal(stored.pop(spec.name), kept[spec.name])
+            continue
+        layer, (outputs, width) = spec.name.removesuffix(".weight"), spec.shape
+        steps = np.array([_numbers(c, bits, width) for c in stored.pop(f"{layer}.qweight").T])
+        zeros = np.array([_numbers(r, bits, outputs) for r in stored.pop(f"{layer}.qzeros")])
+        groups, scales = stored.pop(f"{layer}.g_idx"), stored.pop(f"{layer}.scales")
+        assert groups.tolist() == [i // (size or width) for i in range(width)]
+        weight = (steps - zeros[groups].T).astype(np.float32) * scales[groups].T
+        np.testing.assert_array_equal(weight, kept[spec.name].dequantize())
+    assert not stored
+    read = open_checkpoint(tmp_path).tensors
+    for spec in filter(is_layer, param_specs(config)):
+        weight = read[spec.name]
+        assert isinstance(weight, PackedTensor)
+        assert_same(weight.numbers(scheme), kept[spec.name])
+
+
+def of_three_bits(numbers: QuantizedTensor) -> QuantizedTensor:
+    """The same numbers, those above 7 halved."""
+    assert numbers.zeros is not None
+    steps = unpack(numbers.values)[:, : numbers.width]
+    low = replace(numbers, zeros=numbers.zeros // 2)
+    return low.rounded(np.where(steps > 7, steps // 2, steps))
+
+
+def test_gptqs_words_are_filled_or_refused(tmp_path: Path):
+    odd = VARIANTS["odd"]
+    specs, weights = param_specs(odd), random_weights(odd)
+    with pytest.raises(ConfigError, match=r"k_proj.weight: GPTQ's words .* received \[33, 33\]"):
+        save_quantized_checkpoint(
+            *(tmp_path / "new", odd, lambda s: weights[s.name], specs, "float32", "int4"),
+            gptq_bits=4,
+        )
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [1, 31, 32, 75])
+def test_what_is_packed_into_words_can_be_had_back(bits: int, count: int):
+    numbers = np.random.default_rng(bits).integers(0, 1 << bits, (count, 3)).astype(np.uint8)
+    packed = pack_bits(numbers, bits)
+    assert packed.T.tolist() == rows_of_words(numbers.T, bits).tolist()
+    np.testing.assert_array_equal(unpack_bits(packed, bits, count), numbers)
 
 
 def _numbers(row: Any, bits: int, count: int) -> list[int]:
