@@ -84,6 +84,13 @@ def prepare(
     processes: Annotated[
         int | None, typer.Option(help="Processes (default: one per core).", min=1, metavar="N")
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="processes, or ray: the cluster of RAY_ADDRESS, or this machine's.",
+            metavar="NAME",
+        ),
+    ] = "processes",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Turn text into token blocks for `opt-lm train`: DIR/train, DIR/validation, DIR/report.json.
@@ -95,6 +102,8 @@ def prepare(
     from opt_core.data import Cleaning, DataConfig, prepare
     from opt_core.errors import DataError
 
+    if processes is not None and engine == "ray":
+        raise DataError("--processes has no effect with --engine ray: it takes all of its cluster")
     if len(paths) < 2:
         raise DataError("expected files to read and, last, a folder to write")
     cleaning = Cleaning(
@@ -115,7 +124,8 @@ def prepare(
     start = time.monotonic()
     with console.progress("preparing") as progress:
         report = prepare(
-            paths[:-1], paths[-1], tokenizer, config, processes or os.cpu_count() or 1, progress
+            *(paths[:-1], paths[-1], tokenizer, config, processes or os.cpu_count() or 1, progress),
+            engine=engine,
         )
     seconds = time.monotonic() - start
     if json:

@@ -1,32 +1,29 @@
 """Prepares text for training: read, clean, drop duplicates, split, tokenise, write token blocks.
 
-Documents are cleaned and tokenised in several processes, a chunk at a time, and come back in the
-order they were read in: the result does not depend on the number of processes.
+Documents are cleaned and tokenised a chunk at a time, by `chunks` or on a cluster, and come back in
+the order they were read in: the result does not depend on where that was.
 """
 
 import math
 import os
-import signal
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from opt_core.checkpoints.atomic import new_folder
-from opt_core.data.cleaning import Cleaning, clean, length_problem
-from opt_core.data.deduplication import DuplicateFilter, Fingerprints, fingerprints
+from opt_core.data.chunks import Chunk, open_processes, process_chunks
+from opt_core.data.cleaning import Cleaning
+from opt_core.data.deduplication import DuplicateFilter
 from opt_core.data.mixing import SourceReport, in_turn
+from opt_core.data.ray_cluster import open_cluster
 from opt_core.data.readers import Document, find_files, read_documents, refuse
 from opt_core.data.token_blocks import BlockWriter
-from opt_core.data.tokenization import BulkTokenizer, end_token, start_tokens
+from opt_core.data.tokenization import end_token, start_tokens
 from opt_core.errors import DataError
 from opt_core.json_files import write_json
 from opt_core.text.adapter import as_tokenizer
@@ -36,7 +33,8 @@ TRAIN, VALIDATION = "train", "validation"
 REPORT_FILE = "report.json"
 _CHUNK = 1 << 19  # characters
 _EXAMPLES = 3  # places named per reason
-_Chunk = list[tuple[int, Document]]  # documents, each with the number of its source
+ENGINES = ("processes", "ray")
+"""Places where documents are cleaned and tokenised: this machine, or a cluster."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +142,7 @@ def prepare(
     config: DataConfig | None = None,
     processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    engine: str = "processes",
 ) -> DataReport:
     """Writes a folder with `train` and `validation`, token blocks each, and `report.json`.
 
@@ -158,14 +157,19 @@ def prepare(
         processes: How many processes clean and tokenise. With more than one, a script must keep its
             own work under `if __name__ == "__main__":`, as Python's multiprocessing asks.
         progress: Called with (bytes of the files read, bytes in all).
+        engine: "processes", or "ray": all processors of the Ray cluster that RAY_ADDRESS names, or
+            that this machine belongs to, or else of this machine; `processes` is not looked at
+            then.
 
     Raises:
-        DataError: A source cannot be read, nothing is left, or less than one block is, or the
-            destination exists or cannot be written.
+        DataError: A source cannot be read, the engine is not there, nothing is left, or less than
+            one block is, or the destination exists or cannot be written.
     """
     config = config or DataConfig()
     if processes < 1:
         raise DataError(f"processes: expected at least 1, received {processes}")
+    if engine not in ENGINES:
+        raise DataError(f"engine: expected {' or '.join(ENGINES)}, received {engine!r}")
     names = [os.fspath(source) for source in sources]
     files = [find_files([name]) for name in names]
     if config.weights is not None and (len(config.weights), len({*names})) != (len(names),) * 2:
@@ -190,7 +194,12 @@ def prepare(
             writers[name] = stack.enter_context(closing(writer))
             writer.write(start_tokens(tokenizer))
         documents = _read_documents(names, files, config, report, progress)
-        for chunk, result in _process_chunks(_chunks(documents), tokenizer, config, processes):
+        workers = stack.enter_context(
+            open_cluster(tokenizer, config.cleaning)
+            if engine == "ray"
+            else open_processes(tokenizer, config.cleaning, processes)
+        )
+        for chunk, result in process_chunks(_chunks(documents), workers):
             kept: dict[str, list[bytes]] = {name: [] for name in sides}
             report.removed_characters += result.removed
             report.bytes += sum(result.sizes)
@@ -222,81 +231,6 @@ def prepare(
             origin.share = round(origin.tokens / tokens, 4)
         write_json(stage / REPORT_FILE, report.to_dict())
     return report
-
-
-class _ChunkResult(NamedTuple):
-    """A processed chunk: a value per document, or one in all."""
-
-    problems: list[str | None]
-    ids: list[bytes]
-    fingerprints: Fingerprints
-    dtype: str
-    removed: int
-    sizes: list[int]
-
-
-class _ChunkWorker:
-    """Cleans and tokenises chunks; every process has one."""
-
-    current: "_ChunkWorker"
-
-    def __init__(self, tokenizer: OPTTokenizer, cleaning: Cleaning) -> None:
-        self._tokenize, self._cleaning = BulkTokenizer(tokenizer), cleaning
-
-    def __call__(self, texts: list[str]) -> _ChunkResult:
-        cleaned = [clean(text, self._cleaning) for text in texts]
-        problems = [length_problem(text, self._cleaning) for text, _ in cleaned]
-        found = fingerprints([text for text, _ in cleaned])
-        for i, share in enumerate(found.repetition):
-            if problems[i] is None and share > self._cleaning.max_repetition:
-                problems[i] = "repetitive"
-        ids = [
-            self._tokenize(text) if problem is None else b""
-            for (text, _), problem in zip(cleaned, problems, strict=True)
-        ]
-        removed = sum(count for _, count in cleaned)
-        sizes = [len(text.encode(errors="surrogatepass")) for text in texts]
-        return _ChunkResult(problems, ids, found, self._tokenize.dtype.str, removed, sizes)
-
-
-def _start_worker(tokenizer: OPTTokenizer, cleaning: Cleaning) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
-    _ChunkWorker.current = _ChunkWorker(tokenizer, cleaning)
-
-
-def _process_chunk(texts: list[str]) -> _ChunkResult:
-    return _ChunkWorker.current(texts)
-
-
-def _process_chunks(
-    chunks: Iterator[_Chunk], tokenizer: OPTTokenizer, config: DataConfig, processes: int
-) -> Iterator[tuple[_Chunk, _ChunkResult]]:
-    """Each chunk with what became of it, in order."""
-    if processes == 1:
-        work = _ChunkWorker(tokenizer, config.cleaning)
-        for chunk in chunks:
-            yield chunk, work([document.text for _, document in chunk])
-        return
-    pool = ProcessPoolExecutor(
-        processes, get_context("spawn"), _start_worker, (tokenizer, config.cleaning)
-    )
-    waiting: deque[tuple[_Chunk, Future[_ChunkResult]]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append(
-                (chunk, pool.submit(_process_chunk, [document.text for _, document in chunk]))
-            )
-            if len(waiting) > 2 * processes:  # enough to keep them busy, and no more in memory
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process ended by itself, perhaps for lack of memory; try fewer processes"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _read_documents(
@@ -335,9 +269,9 @@ def _read_documents(
         yield found
 
 
-def _chunks(documents: Iterable[tuple[int, Document]]) -> Iterator[_Chunk]:
+def _chunks(documents: Iterable[tuple[int, Document]]) -> Iterator[Chunk]:
     """Documents in groups of some hundred kilobytes."""
-    group: _Chunk = []
+    group: Chunk = []
     size = 0
     for source, document in documents:
         group.append((source, document))

@@ -178,6 +178,11 @@ def interactive() -> None:
     os.close(end)
 
 
+def ray() -> None:
+    """A text, prepared by a cluster that is started for it."""
+    opt_lm("prepare", "text.txt", "by-ray", "--sequence-length", 16, "--engine", "ray")
+
+
 FURTHER = {
     "formats": formats,
     "plots": plots,
@@ -186,6 +191,7 @@ FURTHER = {
     "lm-eval": lm_eval,
     "serve": serve,
     "interactive": interactive,
+    "ray": ray,
 }
 """Extras on top of a backend, each with a check."""
 

@@ -32,7 +32,7 @@ NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pyca
 PYTHONS = "python3.11 python3.12 python3.13"
 OLDEST_PYTHON = (3, 11)
 BACKENDS = ("torch", "tf", "flax")
-FURTHER = ("formats", "plots", "data", "tensorboard", "lm-eval", "serve", "interactive")
+FURTHER = ("formats", "plots", "data", "tensorboard", "lm-eval", "serve", "interactive", "ray")
 SHOWN = (
     "numpy", "torch", "tensorflow", "keras", "jax", "flax", "orbax-checkpoint", "optax",
     "transformers", "h5py", "pyarrow", "lm_eval",
