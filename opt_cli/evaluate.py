@@ -368,9 +368,9 @@ def load(
     from opt_core.hub import resolve
 
     path = resolve(model)
-    options = {} if devices is None else {"mesh": devices}
+    options: dict[str, Any] = {"offload": "auto"} if devices is None else {"mesh": devices}
     tokenizer = OPTTokenizer.from_pretrained(tokenizer_folder(path, adapter))
-    with console.progress(f"loading {model}") as progress:
+    with console.progress(f"loading {model}") as progress, console.notices("offload: "):
         made = load_backend(backend, kind).from_pretrained(
             path, dtype=dtype, quantize=quantize, progress=progress, adapter=adapter, **options
         )

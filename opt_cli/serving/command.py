@@ -134,9 +134,9 @@ def _load(
 
     path = resolve(model, revision=revision)
     tokenizer = OPTTokenizer.from_pretrained(tokenizer_folder(path, adapter))
-    with console.progress(f"loading {model}") as progress:
+    with console.progress(f"loading {model}") as progress, console.notices("offload: "):
         made = load_backend(backend).from_pretrained(
-            path, progress=progress, adapter=adapter, **options
+            path, progress=progress, adapter=adapter, offload="auto", **options
         )
     name = f"{model}@{backend}" if is_named else model
     worker = Worker(name, made, tokenizer, backend, slots, queue, metrics)

@@ -84,6 +84,14 @@ def test_a_model_larger_than_memory_is_read_layer_by_layer(
         told = [line for line in err.splitlines() if "do not fit into 0.0 GiB" in line]
         assert len(told) == is_told
         assert len(err.splitlines()) == 1 + is_told
+    text = tiny.parent / "text.txt"
+    text.write_text("Now is the winter of our discontent. " * 20)
+    measured = opt_lm("eval", "perplexity", text, "-m", tiny, "--window", 16)
+    assert measured.code == 0
+    assert "do not fit into 0.0 GiB" in measured.err
+    monkeypatch.undo()
+    again = opt_lm("eval", "perplexity", text, "-m", tiny, "--window", 16)
+    assert (again.out, "do not fit" in again.err) == (measured.out, False)
     code, _, err = opt_lm(*given, "--offload", "--quantize", "int8")
     assert (code, err) == (2, "error: offload: expected quantize=None, received 'int8'\n")
 

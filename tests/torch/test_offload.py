@@ -19,8 +19,12 @@ from opt_core.checkpoints import save_checkpoint
 from opt_core.checkpoints.tensor_file import TensorFile
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError
+from opt_core.generation.mixin import make_request
 from opt_core.params import param_specs
+from opt_core.serving.row import Row
+from opt_core.serving.scheduler import Scheduler
 from opt_torch import OPTForCausalLM, OPTForSequenceClassification, OPTModel
+from opt_torch.serving.engine import Engine
 from tests.support.configs import CONFIGS
 from tests.support.oracle import random_params
 from tests.support.reference import make_prompts
@@ -48,6 +52,25 @@ def resident(kind: str) -> int:
     """Bytes of this process' memory: "RssAnon" its own, "RssFile" pages of mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+
+
+def test_rows_of_a_server_are_those_of_a_model_in_memory(tmp_path):
+    save(tmp_path, CONFIGS["pre_ln"], "float16")
+    found = []
+    for offload in (False, True):
+        model = OPTForCausalLM.from_pretrained(tmp_path, dtype="float32", offload=offload)
+        scheduler = Scheduler(Engine(model, 2), 4)
+        rows = [
+            Row(make_request(model, input_ids=[ids], max_new_tokens=5, do_sample=False))
+            for ids in ([2, 7, 9, 11, 30, 8], [2, 40], [2, 5, 6])
+        ]
+        for row in rows:
+            scheduler.submit(row)
+        while not scheduler.is_idle:
+            scheduler.step()
+        found.append([row.made for row in rows])
+    assert found[0] == found[1]
+    assert all(len(tokens) == 5 for tokens in found[0])
 
 
 @pytest.mark.parametrize("variant", ["pre_ln", "post_ln"])
