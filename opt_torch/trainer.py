@@ -9,13 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.params import ParamSpec
@@ -96,12 +89,19 @@ class Trainer(BaseTrainer):
 
     def save_parts(self, folder: Path) -> None:
         """Writes the tensors of a checkpoint, every process the parts that it has."""
+        # Here, because the import takes most of a second and a run on one device needs none of it.
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         with _told("cannot be written"):
             save(self._tensors(), storage_writer=writer)
 
     def load_parts(self, folder: Path) -> None:
         """Reads them back, on any mesh or none."""
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+        from torch.distributed.checkpoint.state_dict_loader import load
+
         tensors = self._tensors()
         with _told("cannot be read"):
             reader = HuggingFaceStorageReader(str(folder))
@@ -135,6 +135,8 @@ class Trainer(BaseTrainer):
 @contextmanager
 def _told(what: str) -> Iterator[None]:
     """Makes a failure of PyTorch's Distributed Checkpoint one line."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         yield
     except (CheckpointException, OSError, ValueError, KeyError, RuntimeError) as error:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from opt_core import mesh as rules
@@ -34,7 +33,7 @@ def make_optimizer(model: "OPTPreTrainedModel", config: TrainConfig) -> AdamW:
     for spec in trained:
         parameter: Any = locate(model, spec).requires_grad_(True)
         # One group for each mesh that DTensors lie on: AdamW computes a group at once.
-        where = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        where = parameter.device_mesh if sharding.is_spread(parameter) else None
         groups.setdefault((spec.decays, where), []).append(parameter)
     return AdamW(
         [
