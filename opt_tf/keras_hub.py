@@ -10,7 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from opt_core.compatibility import keras_hub
-from opt_core.compatibility.keras_hub_preprocessor import read_preprocessor
+from opt_core.compatibility.keras_hub_preprocessor import (
+    OPTCausalLMPreprocessor,
+    read_preprocessor,
+)
 from opt_core.compatibility.refusals import refuse_attributes
 from opt_core.config import OPTConfig
 from opt_core.errors import UnsupportedError
@@ -255,3 +258,5 @@ def _field(name: str) -> property:
 for _name, _own in keras_hub.FIELDS.items():
     setattr(KerasHubMethods, _name, _field(_own))
 refuse_attributes(KerasHubMethods, keras_hub.REFUSED)
+for _kind in (OPTTokenizer, OPTCausalLMPreprocessor):  # Keras makes no others of a configuration
+    keras.saving.register_keras_serializable("opt")(_kind)

@@ -99,6 +99,8 @@ def serve_trainer(module: Any, state: dict[str, Any], prefix: str, metadata: Any
         Path(folder).mkdir(parents=True, exist_ok=True)
         dtype = str(module.dtype).removeprefix("torch.")
         values = module.config.replace(dtype=dtype).to_dict()
+        # It warns of weights that another version has trained.
+        values["transformers_version"] = sys.modules["transformers"].__version__
         name = type(module).__name__
         write_json(Path(folder, "config.json"), values | {"architectures": [name]})
         if module.can_generate():

@@ -1,5 +1,6 @@
 """KerasHub's preprocessor of a causal language model: texts into rows of one length, and back."""
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.compatibility.keras_hub import texts_of
-from opt_core.compatibility.refusals import refuse_attributes
 from opt_core.errors import InputError
 from opt_core.json_files import read_json, write_json
 from opt_core.text import tensors
+from opt_core.text.adapter import as_tokenizer
 from opt_core.text.tokenizer import OPTTokenizer
 
 SETTINGS_FILE = "preprocessor.json"
@@ -47,13 +48,22 @@ class OPTCausalLMPreprocessor:
         return cls(OPTTokenizer.from_preset(preset), **settings)
 
     def get_config(self) -> dict[str, Any]:
-        """The settings, without the tokenizer."""
+        """The settings, and all of the tokenizer, as `keras.saving` writes them."""
+        return {"tokenizer": as_tokenizer(self.tokenizer).get_config(), **self._settings()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "OPTCausalLMPreprocessor":
+        """Makes the preprocessor that `get_config` describes."""
+        settings = dict(config)
+        return cls(OPTTokenizer.from_config(settings.pop("tokenizer")), **settings)
+
+    def _settings(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "tokenizer"}
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Writes the tokenizer's files, and the settings beside them."""
         self.tokenizer.save_pretrained(folder)
-        write_json(Path(folder) / SETTINGS_FILE, self.get_config())
+        write_json(Path(folder) / SETTINGS_FILE, self._settings())
 
     save_to_preset = save_pretrained
 
@@ -140,9 +150,3 @@ def read_preprocessor(folder: str | PathLike[str]) -> OPTTokenizer | OPTCausalLM
     if not settings.exists():
         return tokenizer
     return OPTCausalLMPreprocessor(tokenizer, **read_json(settings))
-
-
-refuse_attributes(
-    OPTCausalLMPreprocessor,
-    {"from_config": "make it anew of its tokenizer: OPTCausalLMPreprocessor(tokenizer, ...)"},
-)
