@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from opt_core.compatibility.config_keys import near_miss
+from opt_core.compatibility.config_keys import SPELLED_AS, near_miss
 from opt_core.compatibility.notices import notice
 from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
@@ -243,7 +243,7 @@ class GenerationConfig(SettingsMethods):
     def to_dict(self) -> dict[str, Any]:
         """All settings by name."""
         kept = {name: getattr(self, name) for name in _FIELDS if name not in _INNER}
-        return kept | dict(self.others)
+        return kept | dict(self.others) | {"transformers_version": SPELLED_AS}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The settings that differ from the defaults."""

@@ -265,7 +265,7 @@ def make_request(
         given = cast(Mapping[str, Any], input_ids)
         attention_mask = given.get("attention_mask", attention_mask)
         input_ids = given["input_ids"]
-    if isinstance(attention_mask, GenerationConfig):  # by place, where transformers has it second
+    if hasattr(attention_mask, "to_diff_dict"):  # by place, where transformers has it second
         attention_mask, generation_config = None, attention_mask
     is_bare = input_ids is None and embeds is not None
     if is_bare:

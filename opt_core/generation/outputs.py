@@ -54,7 +54,7 @@ class GenerateOutput(ModelOutput[Any, Any]):
 
     @classmethod
     def _fields(cls) -> dict[str, Any]:
-        return ModelOutput.__annotations__ | cls.__annotations__
+        return ModelOutput.__annotations__ | GenerateOutput.__annotations__
 
 
 class GenerateBeamOutput(GenerateOutput):
