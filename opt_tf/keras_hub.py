@@ -215,8 +215,6 @@ class GenerationMethods:
         if isinstance(input_ids, tf.data.Dataset):
             found = [self.generate(batch, *args, **options) for batch in input_ids]
             return [text for texts in found for text in texts]
-        if tf.is_tensor(input_ids) and input_ids.dtype == tf.string:
-            input_ids = input_ids.numpy()
         texts = keras_hub.texts_of([input_ids] if isinstance(input_ids, str) else input_ids)
         if texts is None:
             return base.generate(input_ids, *args, **options)

@@ -27,6 +27,7 @@ class OPTCausalLMPreprocessor:
         sequence_length: Tokens of a row; longer texts are cut.
         add_start_token: Put `bos_token_id` before each text.
         add_end_token: Put `eos_token_id` behind each text.
+        name: What Keras calls it.
     """
 
     def __init__(
@@ -35,12 +36,27 @@ class OPTCausalLMPreprocessor:
         sequence_length: int = 1024,
         add_start_token: bool = True,
         add_end_token: bool = True,
+        name: str = "opt_causal_lm_preprocessor",
+        **keras_options: Any,
     ):
-        """Takes the settings over."""
+        """Takes the settings over.
+
+        Args:
+            tokenizer: See the attributes, also for the next ones.
+            sequence_length: See there.
+            add_start_token: See there.
+            add_end_token: See there.
+            name: What Keras calls it.
+            **keras_options: `dtype` and `trainable`, without effect: it has no weights.
+        """
+        if unknown := keras_options.keys() - {"dtype", "trainable"}:
+            names = ", ".join(sorted(unknown))
+            raise InputError(f"{names}: no argument of a preprocessor; see its attributes")
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.add_start_token = add_start_token
         self.add_end_token = add_end_token
+        self.name = name
 
     @classmethod
     def from_preset(cls, preset: str | PathLike[str], **settings: Any) -> "OPTCausalLMPreprocessor":
@@ -58,7 +74,8 @@ class OPTCausalLMPreprocessor:
         return cls(OPTTokenizer.from_config(settings.pop("tokenizer")), **settings)
 
     def _settings(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "tokenizer"}
+        names = ("sequence_length", "add_start_token", "add_end_token")
+        return {name: getattr(self, name) for name in names}
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Writes the tokenizer's files, and the settings beside them."""

@@ -69,6 +69,9 @@ def test_configurations_hold_the_vocabulary(tokenizer):
     assert (again.padding_side, again.add_bos_token) == ("left", False)
     assert (again.start_token, again.end_token) == (given.bos_token, given.eos_token)
     made = OPTCausalLMPreprocessor(tokenizer, sequence_length=5)
+    assert OPTCausalLMPreprocessor(tokenizer, name="mine", dtype="float32").name == "mine"
+    with pytest.raises(InputError, match="length: no argument of a preprocessor"):
+        OPTCausalLMPreprocessor(tokenizer, length=5)
     copied = OPTCausalLMPreprocessor.from_config(made.get_config())
     np.testing.assert_array_equal(copied(TEXTS)[1], made(TEXTS)[1])
     with pytest.raises(TokenizerError, match="from_config: this configuration has no vocabulary"):
