@@ -233,6 +233,9 @@ class ModelMethods(MethodsMixin):
     def _decoder_layers(self) -> Iterator[Any]:
         return iter(self._decoder.layers)
 
+    def _parameter_paths(self: Any) -> Iterator[str]:
+        return (name for name, _ in self.named_parameters())
+
     def _as_tensor(self: Any, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).long().to(self.device)
 
@@ -349,6 +352,10 @@ class GenerationMethods:
         if mask is not None:
             made["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         return made
+
+    @staticmethod
+    def _for_streamer(ids: Any) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long)
 
     @staticmethod
     def _reorder_cache(past_key_values: Any, beam_idx: Tensor) -> Any:

@@ -280,6 +280,10 @@ class MethodsMixin(ModelNames, UploadMixin):
         """The decoder's layers."""
         raise NotImplementedError
 
+    def _parameter_paths(self) -> Iterator[str]:
+        """Where each parameter is, by attributes of this model, with dots between."""
+        raise NotImplementedError
+
     def _as_tensor(self, array: NDArray[Any]) -> Any:
         """The framework's tensor."""
         raise NotImplementedError

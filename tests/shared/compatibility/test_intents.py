@@ -1,5 +1,6 @@
 """Intents of the tests of `transformers`' OPT, in words of our own, on every backend."""
 
+import importlib
 import json
 
 import numpy as np
@@ -269,3 +270,38 @@ def test_a_legacy_cache_is_there_when_it_is_asked_for(model):
     out = model.generate(IDS, return_dict_in_generate=True, return_legacy_cache=True, **SETTINGS)
     assert len(out.past_key_values) == CONFIG.num_hidden_layers
     assert [type(layer) for layer in out.past_key_values] == [tuple]
+
+
+def test_layers_of_ones_own_are_named_where_files_leave_them_out(backend, folder, tmp_path):
+    base = type(backend.load(folder(CONFIG)))
+
+    class Scored(base):
+        def __init__(self, config, **options):
+            super().__init__(config, **options)
+            self.scores = OWN_LAYERS[backend.name](config.hidden_size)
+
+    with pytest.warns(UserWarning, match=r"Scored: layers of its own are not read, only OPT's: sc"):
+        made = Scored.from_pretrained(folder(CONFIG))
+    with pytest.warns(UserWarning, match="Scored: layers of its own are not written"):
+        made.save_pretrained(tmp_path)
+    expected = backend.run(made, input_ids=IDS).logits
+    found = backend.run(base.from_pretrained(tmp_path), input_ids=IDS).logits
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def _torch_layer(width):
+    return importlib.import_module("torch").nn.Linear(width, 2)
+
+
+def _tf_layer(width):
+    layer = importlib.import_module("keras").layers.Dense(2)
+    layer.build((None, width))
+    return layer
+
+
+def _flax_layer(width):
+    nnx = importlib.import_module("flax").nnx
+    return nnx.Linear(width, 2, rngs=nnx.Rngs(0))
+
+
+OWN_LAYERS = {"torch": _torch_layer, "tf": _tf_layer, "flax": _flax_layer}
