@@ -113,7 +113,7 @@ class GenerationMixin:
         else:
             found = self._module_for(request).generate(self, request)
         if settings.return_dict_in_generate and not isinstance(found, GenerateOutput):
-            return observed.wrap(self, request, found)
+            return observed.wrap(self, request, found, host_beams.search)
         cache: Any = getattr(found, "past_key_values", None)
         if settings.return_legacy_cache and cache is not None:
             found.past_key_values = cache.to_legacy_cache()

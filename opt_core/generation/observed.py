@@ -184,10 +184,22 @@ class Steps:
         return make_output(self.settings, **kept | more)
 
 
-def wrap(model: Any, request: Request, sequences: Any) -> GenerateOutput:
-    """Ids (R, L) that a compiled loop returned, as a `GenerateOutput`, its cache made when read."""
-    later = Later(partial(_read_again, model, request, sequences))
-    return make_output(request.settings, sequences=sequences, past_key_values=later)
+def wrap(
+    model: Any, request: Request, sequences: Any, search: Callable[..., Any]
+) -> GenerateOutput:
+    """A `GenerateOutput` of what a compiled loop returned: the rest of it is made when it is read.
+
+    Args:
+        model: The language model.
+        request: What was generated.
+        sequences: (R, L) ids.
+        search: Beam search on the host, which keeps the beams' ways.
+    """
+    fields: dict[str, Any] = {"sequences": sequences}
+    if request.settings.is_beam_search:
+        fields["beam_indices"] = Later(lambda: search(model, request).beam_indices)
+    fields["past_key_values"] = Later(partial(_read_again, model, request, sequences))
+    return make_output(request.settings, **fields)
 
 
 def _read_again(model: Any, request: Request, sequences: Any) -> Any:

@@ -26,6 +26,7 @@ class GenerateOutput(ModelOutput[Any, Any]):
         scores: For each new token (R, V) its filtered scores; of all beams in beam search.
         logits: For each new token (R, V) its logits.
         beam_indices: (R, new) rows of `scores` that the tokens came from, -1 behind a row's end.
+            Where no scores are kept, they are found by searching again, when they are read.
         attentions: For each step the attention weights of each layer.
         hidden_states: For each step the hidden states.
         past_key_values: The cache that holds all tokens but the newest. Compiled loops keep none:

@@ -245,7 +245,11 @@ def test_a_result_has_the_cache_of_its_rows(backend, model, options):
     settings = {**SETTINGS, **options, "return_dict_in_generate": True}
     out = model.generate(ids, attention_mask=mask, **settings)
     assert type(out).__name__ == ("GenerateBeamOutput" if options else "GenerateOutput")
-    assert [*out] == ["sequences", "past_key_values"]
+    assert [*out] == ["sequences", *(["beam_indices"] if options else []), "past_key_values"]
+    if options:
+        kept = model.generate(ids, attention_mask=mask, output_scores=True, **settings)
+        found = backend.to_array(out.beam_indices)
+        np.testing.assert_array_equal(found, backend.to_array(kept.beam_indices))
     assert not any(isinstance(value, Later) for value in (*out.values(), *dict(out).values()))
     assert int(out.past_key_values.get_seq_length()) == 6 + NEW - 1
     rows = backend.to_array(out.sequences).astype(np.int32)
