@@ -114,7 +114,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         Raises:
             ConfigError: A field was changed that decides their shapes.
         """
-        if layers_follow(self.config, self._made_of, self._decoder_layers()):
+        if layers_follow(self.config, self._made_of, self._decoder_layers):
             for part in (self, self.base_model):  # the caller took layers out, and said so
                 part.note_structure()
         check_shapes(self.config, self._made_of, self.head)
