@@ -184,7 +184,8 @@ class GenerationConfig(SettingsMethods):
         self.keep(name, value, line)
 
     def __repr__(self) -> str:
-        values = json.dumps(self.to_diff_dict(), indent=2, sort_keys=True, default=str)
+        shown = {k: v for k, v in self.to_diff_dict().items() if k != "transformers_version"}
+        values = json.dumps(shown, indent=2, sort_keys=True, default=str)
         return f"{type(self).__name__} {values}"
 
     def __hash__(self) -> int:

@@ -107,6 +107,7 @@ def test_settings_as_dictionaries():
     assert settings.to_diff_dict() == {"top_k": 5, "bad_words_ids": ((3,),), **version}
     assert GenerationConfig.from_dict(settings.to_dict()) == settings
     assert json.loads(settings.to_json_string()) == {"top_k": 5, "bad_words_ids": [[3]], **version}
+    assert SPELLED_AS not in settings.to_json_string(ignore_metadata=True)
     assert settings.update(top_k=7, other=1) == {"other": 1}
     assert settings.top_k == 7
 
