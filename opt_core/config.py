@@ -14,6 +14,7 @@ from typing import Any, cast, get_type_hints
 
 from opt_core.compatibility.config_keys import (
     ALIASES,
+    SPELLED_AS,
     check_synonyms,
     is_known,
     near_miss,
@@ -338,6 +339,7 @@ class OPTConfig(ConfigMethods):
         values["id2label"] = {str(k): v for k, v in labels.items()}
         values["label2id"] = self.label2id
         values["torch_dtype"] = values.pop("dtype")
+        values["transformers_version"] = SPELLED_AS
         if isinstance(self.eos_token_id, tuple):
             values["eos_token_id"] = list(self.eos_token_id)
         values |= {k: v for k, v in self.extras().items() if k not in values}

@@ -16,9 +16,10 @@ from opt_core.compatibility.calls import (
     kept_tokens,
 )
 from opt_core.compatibility.config_keys import check_fixed
-from opt_core.compatibility.live_config import check_shapes, shapes_of
+from opt_core.compatibility.live_config import check_shapes, layers_follow, shapes_of
 from opt_core.compatibility.methods import MethodsMixin
 from opt_core.compatibility.saving import read_saving, refuse_of_quantized
+from opt_core.compatibility.subclasses import warn_of_own_layers
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, InputError, UnsupportedError
 from opt_core.generation.config import GenerationConfig
@@ -113,6 +114,9 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         Raises:
             ConfigError: A field was changed that decides their shapes.
         """
+        if layers_follow(self.config, self._made_of, self._decoder_layers):
+            for part in (self, self.base_model):  # the caller took layers out, and said so
+                part.note_structure()
         check_shapes(self.config, self._made_of, self.head)
 
     def get_decoder(self) -> Decoder:
@@ -171,6 +175,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         """
         self.check_config()
         self.config.validate()
+        warn_of_own_layers(self, "written")
         options = read_saving(folder, max_shard_size, arguments)
         if is_quantized(self):
             refuse_of_quantized(options)

@@ -206,6 +206,10 @@ class ModelMethods(MethodsMixin):
         layers = self._decoder.layers
         return iter([layers] if self._decoder.scan_layers else layers)
 
+    def _parameter_paths(self: Any) -> Iterator[str]:
+        for path, _ in nnx.to_flat_state(nnx.state(self, nnx.Param)):
+            yield ".".join(map(str, path))
+
     def _as_tensor(self, array: NDArray[Any]) -> Array:
         return jnp.asarray(array)
 

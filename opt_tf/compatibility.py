@@ -334,6 +334,11 @@ class ModelMethods(KerasHubMethods, MethodsMixin):
     def _decoder_layers(self) -> Iterator[Any]:
         return iter(self._decoder.blocks)
 
+    def _parameter_paths(self) -> Iterator[str]:
+        for name, part in vars(self).items():
+            if isinstance(part, keras.layers.Layer):
+                yield from (f"{name}.{variable.name}" for variable in part.variables)
+
     def _as_tensor(self, array: NDArray[Any]) -> tf.Tensor:
         return tf.constant(array)
 

@@ -10,7 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from opt_core.compatibility import keras_hub
-from opt_core.compatibility.keras_hub_preprocessor import read_preprocessor
+from opt_core.compatibility.keras_hub_preprocessor import (
+    OPTCausalLMPreprocessor,
+    read_preprocessor,
+)
 from opt_core.compatibility.refusals import refuse_attributes
 from opt_core.config import OPTConfig
 from opt_core.errors import UnsupportedError
@@ -212,8 +215,6 @@ class GenerationMethods:
         if isinstance(input_ids, tf.data.Dataset):
             found = [self.generate(batch, *args, **options) for batch in input_ids]
             return [text for texts in found for text in texts]
-        if tf.is_tensor(input_ids) and input_ids.dtype == tf.string:
-            input_ids = input_ids.numpy()
         texts = keras_hub.texts_of([input_ids] if isinstance(input_ids, str) else input_ids)
         if texts is None:
             return base.generate(input_ids, *args, **options)
@@ -255,3 +256,5 @@ def _field(name: str) -> property:
 for _name, _own in keras_hub.FIELDS.items():
     setattr(KerasHubMethods, _name, _field(_own))
 refuse_attributes(KerasHubMethods, keras_hub.REFUSED)
+for _kind in (OPTTokenizer, OPTCausalLMPreprocessor):  # Keras makes no others of a configuration
+    keras.saving.register_keras_serializable("opt")(_kind)

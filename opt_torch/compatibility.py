@@ -99,6 +99,8 @@ def serve_trainer(module: Any, state: dict[str, Any], prefix: str, metadata: Any
         Path(folder).mkdir(parents=True, exist_ok=True)
         dtype = str(module.dtype).removeprefix("torch.")
         values = module.config.replace(dtype=dtype).to_dict()
+        # It warns of weights that another version has trained.
+        values["transformers_version"] = sys.modules["transformers"].__version__
         name = type(module).__name__
         write_json(Path(folder, "config.json"), values | {"architectures": [name]})
         if module.can_generate():
@@ -231,6 +233,9 @@ class ModelMethods(MethodsMixin):
     def _decoder_layers(self) -> Iterator[Any]:
         return iter(self._decoder.layers)
 
+    def _parameter_paths(self: Any) -> Iterator[str]:
+        return (name for name, _ in self.named_parameters())
+
     def _as_tensor(self: Any, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).long().to(self.device)
 
@@ -347,6 +352,10 @@ class GenerationMethods:
         if mask is not None:
             made["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         return made
+
+    @staticmethod
+    def _for_streamer(ids: Any) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long)
 
     @staticmethod
     def _reorder_cache(past_key_values: Any, beam_idx: Tensor) -> Any:

@@ -182,10 +182,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def is_known(value: Any) -> bool:
-    """Whether values can be read now: not while tracing or capturing, nor on the meta device."""
+    """Whether values can be read now: not while tracing, transforming or on the meta device."""
     if not isinstance(value, Tensor):
         return True
     if torch.compiler.is_compiling() or _private.is_jit_tracing() or value.is_meta:
+        return False
+    if _private.in_transform():
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -25,6 +25,7 @@ from opt_core.checkpoints.sources import held_checkpoint, open_any
 from opt_core.compatibility.loading import LoadOptions, choose_file, read_arguments
 from opt_core.compatibility.notices import notice
 from opt_core.compatibility.saving import SaveOptions
+from opt_core.compatibility.subclasses import warn_of_own_layers
 from opt_core.config import OPTConfig
 from opt_core.config_checks import DTYPES
 from opt_core.config_values import dtype_name
@@ -141,6 +142,7 @@ class Pretrained:
             The model; with `output_loading_info`, it and a dict; with `_do_init=False`, it and its
             parameters.
         """
+        warn_of_own_layers(model, "read")
         home, given = _home(self.path), self.options.generation_config
         if given is not None:
             model.generation_config = GenerationConfig.from_any(given)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from opt_core import inputs as rules
 from opt_core.compatibility.refusals import refuse_methods
@@ -84,6 +84,10 @@ class CacheMixin:
             return self
         slots = max(FEWEST_SLOTS, 1 << (needed - 1).bit_length())  # so, few shapes are seen
         return replace(cache.resize(self.keys[0].shape[0], slots), grows=True)
+
+    def growing(self) -> Self:
+        """The same tokens, to go on from with any number of others."""
+        return replace(cast(Any, self), length=self.known_length, grows=True)
 
     def _is_writable(self) -> bool:
         """Whether more may be written into these very buffers."""

@@ -14,6 +14,9 @@ from typing import Any, cast
 from opt_core.checkpoints.quantized.settings import read_settings
 from opt_core.errors import ConfigError
 
+SPELLED_AS = "4.57.6"
+"""Version of `transformers` whose names the files have: newer ones read them too."""
+
 ALIASES = {
     # Older conversions wrote these (the hub's config.json files of May 2022).
     "d_model": "hidden_size",

@@ -13,6 +13,7 @@ from opt_core.errors import ArgumentError, ConfigError
 from opt_core.json_files import read_json, write_json
 
 _SWITCH = {"true": True, "1": True, "yes": True, "y": True, "false": False, "0": False, "no": False}
+_ALWAYS = ("model_type", "transformers_version")
 _SHOWN = ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "num_attention_heads")
 
 
@@ -135,7 +136,7 @@ class ConfigMethods(UploadMixin):
         return {
             name: value
             for name, value in self.to_dict().items()
-            if name == "model_type" or name not in default or value != default[name]
+            if name in _ALWAYS or name not in default or value != default[name]
         }
 
     def to_json_string(self, use_diff: bool = True) -> str:

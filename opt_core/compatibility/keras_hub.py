@@ -169,7 +169,9 @@ def sampler_settings(sampler: Any) -> Mapping[str, Any]:
 
 
 def texts_of(values: Any) -> list[str] | None:
-    """The texts of a list, a tuple or an array of them; None for anything else."""
+    """The texts of a list, a tuple, an array or a tensor of them; None for anything else."""
+    if getattr(getattr(values, "dtype", None), "name", "") == "string":  # TensorFlow's
+        values = values.numpy()
     if isinstance(values, np.ndarray) and values.ndim == 1:
         values = cast(list[Any], values.tolist())
     if not isinstance(values, list | tuple) or not values:

@@ -1,5 +1,6 @@
 """KerasHub's preprocessor of a causal language model: texts into rows of one length, and back."""
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.compatibility.keras_hub import texts_of
-from opt_core.compatibility.refusals import refuse_attributes
 from opt_core.errors import InputError
 from opt_core.json_files import read_json, write_json
 from opt_core.text import tensors
+from opt_core.text.adapter import as_tokenizer
 from opt_core.text.tokenizer import OPTTokenizer
 
 SETTINGS_FILE = "preprocessor.json"
@@ -26,6 +27,7 @@ class OPTCausalLMPreprocessor:
         sequence_length: Tokens of a row; longer texts are cut.
         add_start_token: Put `bos_token_id` before each text.
         add_end_token: Put `eos_token_id` behind each text.
+        name: What Keras calls it.
     """
 
     def __init__(
@@ -34,12 +36,27 @@ class OPTCausalLMPreprocessor:
         sequence_length: int = 1024,
         add_start_token: bool = True,
         add_end_token: bool = True,
+        name: str = "opt_causal_lm_preprocessor",
+        **keras_options: Any,
     ):
-        """Takes the settings over."""
+        """Takes the settings over.
+
+        Args:
+            tokenizer: See the attributes, also for the next ones.
+            sequence_length: See there.
+            add_start_token: See there.
+            add_end_token: See there.
+            name: What Keras calls it.
+            **keras_options: `dtype` and `trainable`, without effect: it has no weights.
+        """
+        if unknown := keras_options.keys() - {"dtype", "trainable"}:
+            names = ", ".join(sorted(unknown))
+            raise InputError(f"{names}: no argument of a preprocessor; see its attributes")
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.add_start_token = add_start_token
         self.add_end_token = add_end_token
+        self.name = name
 
     @classmethod
     def from_preset(cls, preset: str | PathLike[str], **settings: Any) -> "OPTCausalLMPreprocessor":
@@ -47,13 +64,23 @@ class OPTCausalLMPreprocessor:
         return cls(OPTTokenizer.from_preset(preset), **settings)
 
     def get_config(self) -> dict[str, Any]:
-        """The settings, without the tokenizer."""
-        return {name: value for name, value in vars(self).items() if name != "tokenizer"}
+        """The settings, and all of the tokenizer, as `keras.saving` writes them."""
+        return {"tokenizer": as_tokenizer(self.tokenizer).get_config(), **self._settings()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "OPTCausalLMPreprocessor":
+        """Makes the preprocessor that `get_config` describes."""
+        settings = dict(config)
+        return cls(OPTTokenizer.from_config(settings.pop("tokenizer")), **settings)
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("sequence_length", "add_start_token", "add_end_token")
+        return {name: getattr(self, name) for name in names}
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Writes the tokenizer's files, and the settings beside them."""
         self.tokenizer.save_pretrained(folder)
-        write_json(Path(folder) / SETTINGS_FILE, self.get_config())
+        write_json(Path(folder) / SETTINGS_FILE, self._settings())
 
     save_to_preset = save_pretrained
 
@@ -140,9 +167,3 @@ def read_preprocessor(folder: str | PathLike[str]) -> OPTTokenizer | OPTCausalLM
     if not settings.exists():
         return tokenizer
     return OPTCausalLMPreprocessor(tokenizer, **read_json(settings))
-
-
-refuse_attributes(
-    OPTCausalLMPreprocessor,
-    {"from_config": "make it anew of its tokenizer: OPTCausalLMPreprocessor(tokenizer, ...)"},
-)

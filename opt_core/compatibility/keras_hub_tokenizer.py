@@ -7,8 +7,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from opt_core.compatibility.refusals import refuse_attributes
+from opt_core.errors import TokenizerError
 from opt_core.json_files import write_json
+from opt_core.text import tokenizer_files
 from opt_core.text.decoding import Decoding
 
 
@@ -27,6 +28,45 @@ class KerasHubTokenizer(Decoding):
         if not files.is_dir():
             return made.from_pretrained(preset, **settings)
         return made(files / "vocabulary.json", files / "merges.txt", **settings)
+
+    def get_config(self) -> dict[str, Any]:
+        """All of the tokenizer, its vocabulary too, as `keras.saving` writes it."""
+        loaded = self.loaded
+        return {
+            **loaded.named,
+            **loaded.kept,
+            "additional_special_tokens": list(loaded.extra),
+            "add_bos_token": loaded.add_bos,
+            "tokenizer_object": loaded.backend.to_str(),
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Any:
+        """Makes the tokenizer that `get_config` describes.
+
+        Raises:
+            TokenizerError: It is a configuration of KerasHub, which has no vocabulary.
+        """
+        from tokenizers import Tokenizer
+
+        settings = dict(config)
+        if "tokenizer_object" not in settings:
+            raise TokenizerError(
+                "from_config: this configuration has no vocabulary; use from_pretrained, "
+                "from_preset, or vocabulary= and merges="
+            )
+        backend = Tokenizer.from_str(settings.pop("tokenizer_object"))
+        return cast(Any, cls).from_loaded(tokenizer_files.adopt(backend, settings, "from_config"))
+
+    @property
+    def start_token(self) -> str | None:
+        """KerasHub's name of `bos_token`."""
+        return cast(Any, self).bos_token
+
+    @property
+    def end_token(self) -> str | None:
+        """KerasHub's name of `eos_token`."""
+        return cast(Any, self).eos_token
 
     @property
     def start_token_id(self) -> int | None:
@@ -76,12 +116,3 @@ class KerasHubTokenizer(Decoding):
     def token_to_id(self, token: str) -> int | None:
         """The id of a token; None where it is none."""
         return self.loaded.backend.token_to_id(token)
-
-
-refuse_attributes(
-    KerasHubTokenizer,
-    {
-        "from_config": "a configuration has no vocabulary; use from_pretrained or from_preset",
-        "get_config": "a configuration has no vocabulary; use save_pretrained or save_assets",
-    },
-)

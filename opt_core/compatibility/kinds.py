@@ -1,7 +1,8 @@
-"""Outputs and tokenizers that `isinstance` takes for ones of `transformers`.
+"""Outputs, tokenizers and encodings that `isinstance` takes for ones of `transformers`.
 
 They keep every promise of those classes. Models and configurations are none: code that is told so
-goes on to inner steps of `transformers` that they do not have.
+goes on to inner steps of `transformers` that they do not have; and PyTorch's own code (FSDP's
+`fully_shard`, parametrizations) sets the `__class__` of a module.
 
 `isinstance` asks an object for its `__class__` where its type does not say yes already. Nothing is
 imported: a class that nobody has imported cannot be asked for.
@@ -16,6 +17,11 @@ _TOKENIZERS = (
     ("transformers.tokenization_utils_fast", "PreTrainedTokenizerFast"),  # before version 5
     ("transformers.tokenization_utils_base", "PreTrainedTokenizerBase"),
 )
+
+_GENERATED = {
+    "GenerateOutput": "GenerateDecoderOnlyOutput",
+    "GenerateBeamOutput": "GenerateBeamDecoderOnlyOutput",
+}
 
 
 class OutputKind:
@@ -50,6 +56,15 @@ class TokenizerKind:
         return _restore, (type(self), vars(self))  # pickle's own way compares `__class__`
 
 
+class EncodingKind:
+    """The result of a tokenizer's call counts as `transformers`' `BatchEncoding`."""
+
+    @property
+    def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`BatchEncoding`, if it is there."""
+        return _theirs("transformers.tokenization_utils_base", "BatchEncoding") or type(self)
+
+
 def _restore(kind: Any, attributes: dict[str, Any]) -> Any:
     made: Any = kind.__new__(kind)
     made.__dict__.update(attributes)
@@ -63,10 +78,8 @@ def _theirs(module: str, name: str) -> type[Any] | None:
 def _output_names(out: Any) -> tuple[str, str]:
     """Module and class of `transformers` for an output of PyTorch's models or of `generate`."""
     kind = type(out).__name__
-    if kind == "GenerateOutput":
-        is_beams = "beam_indices" in out or "sequences_scores" in out
-        name = "GenerateBeamDecoderOnlyOutput" if is_beams else "GenerateDecoderOnlyOutput"
-        return "transformers.generation.utils", name
+    if kind in _GENERATED:
+        return "transformers.generation.utils", _GENERATED[kind]
     if kind != "OPTOutput":
         return _OUTPUTS, ""  # TensorFlow's and Flax' are gone from `transformers`
     if "start_logits" in out:

@@ -1,5 +1,6 @@
 """Configurations of live models: they can be set, but parameters do not follow."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from opt_core.config import STRUCTURE, OPTConfig
@@ -12,6 +13,21 @@ Shapes = tuple[tuple[Any, ...], int]
 def shapes_of(config: OPTConfig) -> Shapes:
     """Fields that a model of a configuration keeps, to see later whether they still are its own."""
     return config.structure, config.num_labels
+
+
+def layers_follow(config: OPTConfig, shapes: Shapes, layers: Callable[[], Iterable[Any]]) -> bool:
+    """Whether nothing but the number of layers was changed, and there are that many now.
+
+    Args:
+        config: The configuration as it is now.
+        shapes: What the model was made with.
+        layers: Gives the decoder's layers.
+    """
+    if config.structure is shapes[0] or config.structure == shapes[0]:
+        return False
+    pairs = zip(STRUCTURE, shapes[0], config.structure, strict=True)
+    changed = [name for name, old, new in pairs if old != new]
+    return changed == ["num_hidden_layers"] and len([*layers()]) == config.num_hidden_layers
 
 
 def check_shapes(config: OPTConfig, shapes: Shapes, head: Head) -> None:

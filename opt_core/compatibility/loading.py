@@ -97,7 +97,8 @@ def read_arguments(
     for name in options.unused:
         names = [*own, *fields, *HUB, *_HANDLED, *WITHOUT_EFFECT]
         near = near_miss(name, names) or next(iter(difflib.get_close_matches(name, names, 1)), None)
-        hint = f"did you mean {near!r}?" if near else f"its own are {', '.join(own)}"
+        hint = f"its own are {', '.join(own)}" if own else "it is no field of the configuration"
+        hint = f"did you mean {near!r}?" if near else hint
         raise ArgumentError(f"from_pretrained: unknown argument {name!r}; {hint}")
     return options
 

@@ -66,16 +66,20 @@ class MethodsMixin(ModelNames, UploadMixin):
         return cls.head == "causal_lm"
 
     @classmethod
-    def _from_config(cls, config: OPTConfig, **options: Any) -> Any:
+    def from_config(cls, config: OPTConfig, **options: Any) -> Any:
         """A freshly initialised model, as `AutoModel.from_config` makes one.
 
         Args:
             config: The model's configuration.
-            **options: Those of the constructor, and `dtype` or `torch_dtype`.
+            **options: Those of the constructor, and `dtype` or `torch_dtype`;
+                `trust_remote_code` is without effect.
         """
+        options.pop("trust_remote_code", None)
         dtype = options.pop("torch_dtype", None) or options.pop("dtype", None) or config.dtype
         model: Any = cls(config, **options)  # type: ignore[call-arg]
         return model if dtype is None else model._cast(dtype)
+
+    _from_config = from_config
 
     def set_decoder(self, decoder: Any) -> None:
         """Replaces the decoder."""
@@ -274,6 +278,10 @@ class MethodsMixin(ModelNames, UploadMixin):
 
     def _decoder_layers(self) -> Iterator[Any]:
         """The decoder's layers."""
+        raise NotImplementedError
+
+    def _parameter_paths(self) -> Iterator[str]:
+        """Where each parameter is, by attributes of this model, with dots between."""
         raise NotImplementedError
 
     def _as_tensor(self, array: NDArray[Any]) -> Any:

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+from opt_core.compatibility.notices import notice
 from opt_core.config import OPTConfig
 from opt_core.errors import ArgumentError
 
@@ -35,3 +36,23 @@ def make_model(cls: Any, config: OPTConfig, **options: Any) -> Any:
         config = config.copy()
         config.attn_implementation = name
     return cls(config, **{k: v for k, v in options.items() if k in parameters})
+
+
+_PARTS = ("model", "decoder", "lm_head", "score", "qa_outputs")
+"""Attributes that hold OPT's own parameters."""
+
+
+def warn_of_own_layers(model: Any, what: str) -> None:
+    """Names layers that a class of the caller's adds: files hold OPT's parameters alone.
+
+    Args:
+        model: The model.
+        what: What they are not: "written", "read".
+    """
+    own = [name for name in model._parameter_paths() if name.partition(".")[0] not in _PARTS]
+    if own:
+        names = ", ".join(own[:4]) + (f" and {len(own) - 4} more" if len(own) > 4 else "")
+        notice(
+            f"{type(model).__name__}: layers of its own are not {what}, only OPT's: {names}; keep "
+            "them in a file of their own"
+        )

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from opt_core.compatibility.config_keys import near_miss
+from opt_core.compatibility.notices import notice
 from opt_core.compatibility.tokenizer_extras import TokenizerExtras
 from opt_core.errors import TokenizerError
 from opt_core.json_files import write_json
 from opt_core.text import assembly, byte_level, tokenizer_files
+from opt_core.text.chat_templates import render
 from opt_core.text.encoding import Encoding
 from opt_core.text.texts import rows_of
 from opt_core.text.tokenizer_files import NAMES
@@ -21,6 +24,13 @@ if TYPE_CHECKING:
     from opt_core.text.tokenizer import OPTTokenizer
 
 _WITHOUT_EFFECT = {"verbose", "tokenizer_kwargs", "return_dict"}
+_OF_A_CALL = (
+    *("text_pair", "add_special_tokens", "padding", "truncation", "max_length", "stride"),
+    *("is_split_into_words", "pad_to_multiple_of", "padding_side", "return_tensors"),
+    *("return_token_type_ids", "return_attention_mask", "return_overflowing_tokens"),
+    *("return_special_tokens_mask", "return_offsets_mapping", "return_length"),
+    *("add_prefix_space", "split_special_tokens"),
+)
 
 
 class TokenizerCompatibility(TokenizerExtras):
@@ -86,15 +96,18 @@ class TokenizerCompatibility(TokenizerExtras):
 
     @staticmethod
     def check_call_options(options: Mapping[str, Any]) -> None:
-        """Refuses arguments of a call that this tokenizer has no use for."""
+        """Refuses slips, and texts to learn; what has no meaning is named in a warning."""
         for name, value in options.items():
             if value is not None and name in ("text_target", "text_pair_target"):
                 raise TokenizerError(
                     f"{name}: a causal language model has no texts of its own to learn; its labels "
                     "are the input ids"
                 )
-            if name not in _WITHOUT_EFFECT and value is not None:
-                raise TokenizerError(f"{name}: no argument of a tokenizer; see help(OPTTokenizer)")
+            if name in _WITHOUT_EFFECT or value is None:
+                continue
+            if near := near_miss(name, _OF_A_CALL):
+                raise TokenizerError(f"{name}: no argument of a tokenizer; did you mean {near!r}?")
+            notice(f"{name}={value!r}: no argument of a tokenizer, without effect")
 
     def encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> Any:
         """The same as calling the tokenizer."""
@@ -125,13 +138,14 @@ class TokenizerCompatibility(TokenizerExtras):
             pad_to_multiple_of: As there.
             padding_side: As there.
             return_attention_mask: False makes no mask where there is none.
-            return_tensors: As there.
+            return_tensors: As there; None: tensors of those that were given, if they were.
             verbose: Without effect.
 
         Raises:
             TokenizerError: There are no ids, or no padding token.
         """
-        given, is_batch = rows_of(encoded_inputs)
+        given, is_batch, kind = rows_of(encoded_inputs)
+        return_tensors = return_tensors or kind
         if "input_ids" not in given:
             there = ", ".join(map(str, given)) or "nothing"
             raise TokenizerError(f"pad: expected rows with input_ids, received {there}")
@@ -179,6 +193,10 @@ class TokenizerCompatibility(TokenizerExtras):
             for i in row
             if not (skip_special_tokens and self.is_special(i))
         ]
+
+    def _convert_id_to_token(self, index: int) -> str | None:
+        """The token of an id: `transformers`' `StopStringCriteria` asks for it so."""
+        return self.convert_ids_to_tokens(index)
 
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
         """The text of tokens as the vocabulary spells them."""
@@ -293,16 +311,12 @@ class TokenizerCompatibility(TokenizerExtras):
             TokenizerError: There is no template: OPT was not trained on conversations.
         """
         template = self.get_chat_template(chat_template, tools)
-        try:
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            raise TokenizerError("apply_chat_template needs jinja2: pip install jinja2") from None
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         given = list(conversation)
         is_batch = bool(given) and isinstance(given[0], list | tuple)
         texts: list[str] = []
         for messages in given if is_batch else [given]:
-            text = environment.from_string(template).render(
+            text = render(
+                template,
                 messages=messages,
                 tools=tools,
                 documents=documents,

@@ -39,6 +39,11 @@ class TokenizerExtras(Decoding):
     deprecation_warnings: ClassVar[dict[str, bool]] = {}
     _auto_class: ClassVar[Any] = None
 
+    @property
+    def encoder(self) -> dict[str, int]:
+        """The id of every token, added ones left out."""
+        return self.loaded.backend.get_vocab(with_added_tokens=False)
+
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
         """Notes the name, as `transformers` does for classes of a user's own."""

@@ -235,9 +235,11 @@ class SettingsMethods(UploadMixin):
 
         Args:
             use_diff: Only those that differ from the defaults.
-            ignore_metadata: Without effect: the text holds settings alone.
+            ignore_metadata: Leave `transformers_version` out.
         """
         values = self.to_diff_dict() if use_diff else self.to_dict()
+        if ignore_metadata:
+            values.pop("transformers_version", None)
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     def to_json_file(

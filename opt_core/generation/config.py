@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from opt_core.compatibility.config_keys import near_miss
+from opt_core.compatibility.config_keys import SPELLED_AS, near_miss
 from opt_core.compatibility.notices import notice
 from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
@@ -184,7 +184,8 @@ class GenerationConfig(SettingsMethods):
         self.keep(name, value, line)
 
     def __repr__(self) -> str:
-        values = json.dumps(self.to_diff_dict(), indent=2, sort_keys=True, default=str)
+        shown = {k: v for k, v in self.to_diff_dict().items() if k != "transformers_version"}
+        values = json.dumps(shown, indent=2, sort_keys=True, default=str)
         return f"{type(self).__name__} {values}"
 
     def __hash__(self) -> int:
@@ -243,7 +244,7 @@ class GenerationConfig(SettingsMethods):
     def to_dict(self) -> dict[str, Any]:
         """All settings by name."""
         kept = {name: getattr(self, name) for name in _FIELDS if name not in _INNER}
-        return kept | dict(self.others)
+        return kept | dict(self.others) | {"transformers_version": SPELLED_AS}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The settings that differ from the defaults."""

@@ -173,8 +173,8 @@ def _result(steps: Steps, prompts: list[list[Group]], prompt: int) -> Any:
     for row, one in enumerate(best):
         ids[row, : prompt + one.length] = one.ids[: prompt + one.length]
         paths[row, : one.length] = one.path
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"beam_indices": steps.tensor(paths)}
     if steps.settings.output_scores:
         scores = np.array([one.score for one in best], np.float32)
-        more = {"sequences_scores": steps.tensor(scores), "beam_indices": steps.tensor(paths)}
+        more["sequences_scores"] = steps.tensor(scores)
     return steps.result(ids, **more)

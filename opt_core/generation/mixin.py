@@ -113,7 +113,7 @@ class GenerationMixin:
         else:
             found = self._module_for(request).generate(self, request)
         if settings.return_dict_in_generate and not isinstance(found, GenerateOutput):
-            return GenerateOutput(sequences=found)
+            return observed.wrap(self, request, found, host_beams.search)
         cache: Any = getattr(found, "past_key_values", None)
         if settings.return_legacy_cache and cache is not None:
             found.past_key_values = cache.to_legacy_cache()
@@ -215,11 +215,11 @@ class GenerationMixin:
             raise GenerationError("streamer: in beam search no token is certain before its end")
         deadline, columns = Deadline(settings.max_time), list[Any]()
         if streamer is not None:
-            streamer.put(_on_host(request.ids))
+            streamer.put(self._for_streamer(request.ids))
         for tokens in self._module_for(request).stream(self, request):
             columns.append(to_array(tokens))
             if streamer is not None:
-                streamer.put(_on_host(columns[-1]))
+                streamer.put(self._for_streamer(columns[-1]))
             if deadline.is_over:
                 break
         if streamer is not None:
@@ -227,10 +227,10 @@ class GenerationMixin:
         start = request.ids.shape[1] if request.is_bare else 0
         return self.backend.inputs.to_tensor(self, request.join(columns)[:, start:])
 
-
-def _on_host(ids: Any) -> Any:
-    """Ids for a streamer, which may keep them."""
-    return np.array(ids)
+    @staticmethod
+    def _for_streamer(ids: Any) -> Any:
+        """A copy of ids on the host for a streamer, which may keep them."""
+        return np.array(ids)
 
 
 def make_request(
@@ -265,7 +265,7 @@ def make_request(
         given = cast(Mapping[str, Any], input_ids)
         attention_mask = given.get("attention_mask", attention_mask)
         input_ids = given["input_ids"]
-    if isinstance(attention_mask, GenerationConfig):  # by place, where transformers has it second
+    if hasattr(attention_mask, "to_diff_dict"):  # by place, where transformers has it second
         attention_mask, generation_config = None, attention_mask
     is_bare = input_ids is None and embeds is not None
     if is_bare:

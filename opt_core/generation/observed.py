@@ -6,6 +6,7 @@ grouped or stopped by texts. Its texts are those of the compiled loops, which ar
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from opt_core.generation import filters
 from opt_core.generation.hooks import Deadline
-from opt_core.generation.outputs import GenerateOutput
+from opt_core.generation.outputs import GenerateOutput, Later, make_output
 from opt_core.generation.request import Ids, Mask, Request, allocate_tokens, check_logits
 from opt_core.generation.rules import Rules
 
@@ -178,8 +179,38 @@ class Steps:
         sequences = self.tensor(ids[:, self.prompt if self.request.is_bare else 0 :])
         if not self.settings.return_dict_in_generate:
             return sequences
-        kept = {name: tuple(values) or None for name, values in self.kept.items()}
-        return GenerateOutput(sequences=sequences, **kept | more, past_key_values=self._cache)
+        kept: dict[str, Any] = {name: tuple(values) or None for name, values in self.kept.items()}
+        kept |= {"sequences": sequences, "past_key_values": self._cache.growing()}
+        return make_output(self.settings, **kept | more)
+
+
+def wrap(
+    model: Any, request: Request, sequences: Any, search: Callable[..., Any]
+) -> GenerateOutput:
+    """A `GenerateOutput` of what a compiled loop returned: the rest of it is made when it is read.
+
+    Args:
+        model: The language model.
+        request: What was generated.
+        sequences: (R, L) ids.
+        search: Beam search on the host, which keeps the beams' ways.
+    """
+    fields: dict[str, Any] = {"sequences": sequences}
+    if request.settings.is_beam_search:
+        fields["beam_indices"] = Later(lambda: search(model, request).beam_indices)
+    fields["past_key_values"] = Later(partial(_read_again, model, request, sequences))
+    return make_output(request.settings, **fields)
+
+
+def _read_again(model: Any, request: Request, sequences: Any) -> Any:
+    """The cache of all tokens but the newest, as a loop that keeps one leaves it."""
+    ids = model.backend.inputs.to_array(sequences)[:, :-1].astype(np.int32)
+    mask = request.mask
+    if mask is not None:
+        copies, behind = len(ids) // len(mask), ids.shape[1] - mask.shape[1]
+        mask = np.pad(mask.repeat(copies, 0), ((0, 0), (0, behind)), constant_values=True)
+    observe = model.backend.prefill.observe
+    return observe(model, ids, None, 1, mask, None, request.slots, False, False)[1].growing()
 
 
 def generate(model: Any, request: Request) -> Any:

@@ -121,6 +121,20 @@ def limits(
     return Limits(cut, pad, max_length, stride)
 
 
+def check_multiple(limits: Limits, multiple: int | None) -> None:
+    """Refuses rows that are cut to a length and then padded beyond it.
+
+    Raises:
+        TokenizerError: They would be.
+    """
+    longest = limits.max_length
+    if multiple and longest and limits.truncation and limits.padding and longest % multiple:
+        raise TokenizerError(
+            f"pad_to_multiple_of={multiple}: rows are cut to max_length={longest}, which is no "
+            "multiple of it; pass one that is"
+        )
+
+
 def assemble(
     firsts: "Sequence[Encoding]",
     seconds: "Sequence[Encoding] | None",

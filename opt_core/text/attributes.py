@@ -145,6 +145,13 @@ class TokenizerAttributes:
         """Their ids."""
         return [i for i in map(self.loaded.backend.token_to_id, self.loaded.extra) if i is not None]
 
+    @additional_special_tokens_ids.setter
+    def additional_special_tokens_ids(self, ids: Iterable[int]) -> None:
+        tokens = [self.loaded.backend.id_to_token(int(i)) for i in ids]
+        if None in tokens:
+            raise TokenizerError(f"additional_special_tokens_ids: no token has one of {[*ids]}")
+        self.additional_special_tokens = tokens
+
     extra_special_tokens = additional_special_tokens
     extra_special_tokens_ids = additional_special_tokens_ids
 

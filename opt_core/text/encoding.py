@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.compatibility.kinds import EncodingKind
 from opt_core.errors import TokenizerError
 from opt_core.text import tensors
 from opt_core.text.assembly import NO_PAD_TOKEN
@@ -82,7 +83,7 @@ class TokenSpan(NamedTuple):
     end: int
 
 
-class Encoding(dict[str, Any]):
+class Encoding(EncodingKind, dict[str, Any]):
     """The ids of texts: a dictionary, as `model(**encoding)` and `map` take it.
 
     Its entries are attributes as well (`encoding.input_ids`). Which there are, and whether they

@@ -237,7 +237,8 @@ class OPTTokenizer(TokenizerKind, TokenizerCompatibility, KerasHubTokenizer):
             return_length: Whether to give the rows' lengths.
             add_prefix_space: Whether texts begin with a space, as words inside of one do.
             **others: `split_special_tokens`, whether special tokens in a text are text there;
-                `verbose`, without effect; anything else is refused.
+                `pad_to_max_length`, the older word for `padding="max_length"`. Anything else is
+                named in a warning, or refused where it nearly is one of these.
 
         Returns:
             "input_ids", "attention_mask" (1 for tokens, 0 for padding), and what was asked for.
@@ -247,6 +248,8 @@ class OPTTokenizer(TokenizerKind, TokenizerCompatibility, KerasHubTokenizer):
                 or cut as asked.
         """
         splits = bool(others.pop("split_special_tokens", False))
+        if others.pop("pad_to_max_length", False) and not padding:
+            padding = "max_length"
         self.check_call_options(others)
         as_arrays = padding_side is not None and padding is None and return_tensors is None
         side = assembly.side("padding_side", padding_side or self.padding_side)
@@ -257,9 +260,12 @@ class OPTTokenizer(TokenizerKind, TokenizerCompatibility, KerasHubTokenizer):
                 "pad_to_multiple_of": pad_to_multiple_of,
             }  # fmt: skip
             return Encoding(tensors.in_graph(lambda texts: self(texts, **options), text))
+        if isinstance(text, list) and not text and not (return_tensors or as_arrays):
+            return Encoding({"input_ids": [], "attention_mask": []})
         pad = self.pad_token_id
         firsts, seconds, is_batch = pairs_of(text, text_pair, is_split_into_words)
         limits = assembly.limits(padding, truncation, max_length, stride, self.model_max_length)
+        assembly.check_multiple(limits, pad_to_multiple_of)
         groups = assembly.assemble(
             self._encoded(firsts, is_split_into_words, add_prefix_space, splits),
             None

@@ -5,9 +5,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
+from opt_core.compatibility.config_keys import near_miss
+from opt_core.compatibility.notices import notice
 from opt_core.errors import TokenizerError
 from opt_core.json_files import read_json
 from opt_core.text import tokenizer_files
+from opt_core.text.assembly import side
 from opt_core.text.tokenizer_files import KEPT, NAMES, LoadedTokenizer
 from opt_core.text.vocabulary_files import check_vocabulary, parse_merges, read_merges
 
@@ -22,8 +25,8 @@ _SETTINGS = (
 )
 # Arguments that change nothing here: there is one kind of tokenizer, and nothing is run from files.
 _WITHOUT_EFFECT = {
-    "clean_up_tokenization_spaces", "config", "errors", "force_download", "from_slow", "legacy",
-    "mirror", "name", "dtype", "name_or_path", "proxies", "resume_download",
+    "clean_up_tokenization_spaces", "config", "do_lower_case", "errors", "force_download",
+    "from_slow", "legacy", "mirror", "name", "dtype", "name_or_path", "proxies", "resume_download",
     "tokenizer_class", "tokenizer_type", "trust_remote_code", "unsplittable_tokens", "use_fast",
     "verbose", "_from_auto", "_commit_hash", "use_auth_token", "local_files_only",
 }  # fmt: skip
@@ -40,9 +43,12 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             raise TokenizerError("add_eos_token: texts end as they are; append tokenizer.eos_token")
         if name == "add_eos_token":
             continue
+        if name in ("padding_side", "truncation_side"):
+            side(name, value)
         if name not in _SETTINGS and name not in _WITHOUT_EFFECT:
-            known = ", ".join(_SETTINGS)
-            raise TokenizerError(f"{name}: no setting of a tokenizer; expected one of {known}")
+            if near := near_miss(name, _SETTINGS):
+                raise TokenizerError(f"{name}: no setting of a tokenizer; did you mean {near!r}?")
+            notice(f"{name}={value!r}: no setting of a tokenizer, without effect")
     return {name: value for name, value in settings.items() if name in _SETTINGS}
 
 

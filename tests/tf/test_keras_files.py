@@ -1,5 +1,6 @@
 """Models in Keras' own files, and inside Keras' own models."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -72,3 +73,15 @@ def test_the_tokenizer_is_in_the_file(texts, tmp_path):
         assert getattr(again.preprocessor, "sequence_length", None) == length
         read = getattr(again.preprocessor, "tokenizer", again.preprocessor)
         assert given is None or read.get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_preprocessor_is_serialised_with_its_tokenizer(texts):
+    _, tokenizer = texts
+    made = opt_tf.OPTCausalLMPreprocessor(tokenizer, sequence_length=7, add_end_token=False)
+    text = json.dumps(keras.saving.serialize_keras_object(made))
+    again: Any = keras.saving.deserialize_keras_object(json.loads(text))
+    assert type(again) is opt_tf.OPTCausalLMPreprocessor
+    assert again.get_config() == made.get_config()
+    found, expected = again("hello there"), made("hello there")
+    np.testing.assert_array_equal(found[0]["token_ids"], expected[0]["token_ids"])
+    np.testing.assert_array_equal(found[1], expected[1])

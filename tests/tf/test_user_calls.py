@@ -141,7 +141,7 @@ def test_a_task_of_kerashub(preprocessor, tmp_path):
         task.compile("auto", given, weighted_metrics="auto", sampler="greedy", run_eagerly=True)
         found = [task.evaluate(inputs, labels, sample_weight=weights, verbose=0)]
         if given is not None:
-            found += [task.evaluate(x, verbose=0) for x in (TEXTS, data)]
+            found += [task.evaluate(x, verbose=0) for x in (TEXTS, tf.constant(TEXTS), data)]
         assert np.ravel(found)[::2] == pytest.approx([expected] * len(found), abs=1e-5)
     task.save_to_preset(tmp_path)
     again: Any = opt_tf.TFOPTForCausalLM.from_preset(tmp_path, preprocessor=None)

@@ -14,12 +14,13 @@ from torch import nn
 
 import opt_torch
 from opt_core import OPTConfig
-from opt_core.errors import UnsupportedError
+from opt_core.errors import ConfigError, UnsupportedError
 from opt_torch import OPTForCausalLM, OPTForSequenceClassification, OPTModel
 from opt_torch.modeling import OPTPreTrainedModel
 from tests.support.configs import CONFIGS
 
 transformers = pytest.importorskip("transformers")
+BaseStreamer: Any = transformers.generation.streamers.BaseStreamer
 CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=2, dropout=0.0)
 IDS = torch.tensor(np.random.default_rng(0).integers(4, 99, (2, 7)))
 MASK = torch.ones_like(IDS)
@@ -268,3 +269,52 @@ def test_programs_that_go_through_the_layers_one_by_one(model):
             states = layer(states, attention_mask=caught["mask"])[0]
         found = mine.lm_head(mine.model.decoder.final_layer_norm(states))
         close(found, model(IDS, attention_mask=given).logits)
+
+
+def test_layers_may_be_taken_out(tmp_path):
+    model = OPTForCausalLM(CONFIG).eval()
+    model.model.decoder.layers = model.model.decoder.layers[1:]
+    model.config.num_hidden_layers = 1
+    close(model(IDS).logits, as_transformers(model)(IDS).logits)
+    found = model.generate(IDS, **SETTINGS)
+    assert torch.equal(found, as_transformers(model).generate(IDS, **SETTINGS))
+    model.save_pretrained(tmp_path)
+    close(OPTForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
+    model.config.num_hidden_layers = 2
+    with pytest.raises(ConfigError, match="num_hidden_layers=2 was set on a model made with 1"):
+        model(IDS)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_row_by_torch_func(model):
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: Any, row: torch.Tensor) -> torch.Tensor:
+        inputs = {"labels": row[None], "use_cache": False}
+        return torch.func.functional_call(model, parameters, (row[None],), inputs).loss
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, IDS)
+    for i, row in enumerate(IDS):
+        model.zero_grad()
+        model(row[None], labels=row[None]).loss.backward()
+        for name, parameter in model.named_parameters():
+            close(found[name][i], parameter.grad)
+
+
+def test_streamers_are_given_tensors(model):
+    class Kept(BaseStreamer):
+        def __init__(self) -> None:
+            self.values: list[Any] = []
+
+        def put(self, value: Any) -> None:
+            self.values.append(value)
+
+        def end(self) -> None:
+            self.values.append(None)
+
+    kept = Kept()
+    found = model.generate(IDS[:1], streamer=kept, **SETTINGS)
+    prompt, *tokens, end = kept.values
+    assert end is None
+    assert all(value.dtype == torch.long for value in (prompt, *tokens))
+    assert torch.equal(torch.cat([prompt[0], *tokens]), found[0])

@@ -1,12 +1,12 @@
 """KerasHub's preprocessor: rows of one length, labels, and texts again."""
 
-from typing import Any
+import json
 
 import numpy as np
 import pytest
 
 from opt_core.compatibility.keras_hub_preprocessor import OPTCausalLMPreprocessor
-from opt_core.errors import AbsentError, InputError
+from opt_core.errors import InputError, TokenizerError
 from opt_core.text.tokenizer import OPTTokenizer
 
 TEXTS = ["What say you?", "No."]
@@ -46,18 +46,33 @@ def test_prompts_and_texts_again(tokenizer):
     )
     assert made.generate_postprocess(prompts) == TEXTS
     assert made.generate_postprocess(made.generate_preprocess(TEXTS[1])) == TEXTS[1]
-    assert made.get_config() == {
-        "sequence_length": 12, "add_start_token": True, "add_end_token": True
-    }  # fmt: skip
+    settings = {"sequence_length": 12, "add_start_token": True, "add_end_token": True}
+    assert made.get_config() == {"tokenizer": tokenizer.get_config()} | settings
     assert tokenizer.detokenize(tokenizer(TEXTS, add_special_tokens=False)) == TEXTS
 
 
-def test_assets_are_read_again_and_configurations_refused(tokenizer, tmp_path):
+def test_assets_are_read_again(tokenizer, tmp_path):
     tokenizer.save_assets(tmp_path)
     again = OPTTokenizer(vocabulary=tmp_path / "vocabulary.json", merges=tmp_path / "merges.txt")
     assert again.get_vocab() == tokenizer.get_vocab()
     assert again(TEXTS[0]).input_ids == tokenizer(TEXTS[0]).input_ids
-    owners: list[Any] = [OPTTokenizer, tokenizer, OPTCausalLMPreprocessor]
-    for owner in owners:
-        with pytest.raises(AbsentError, match=r"\w+\.from_config is not supported: \w+"):
-            owner.from_config({})
+
+
+def test_configurations_hold_the_vocabulary(tokenizer):
+    given = OPTTokenizer.from_pretrained("mini", add_bos_token=False, padding_side="left")
+    given.add_tokens(["<new>"])
+    given.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    again = OPTTokenizer.from_config(json.loads(json.dumps(given.get_config())))
+    text = "What <new> say<extra>"
+    assert again(text) == given(text)
+    assert again.get_config() == given.get_config()
+    assert (again.padding_side, again.add_bos_token) == ("left", False)
+    assert (again.start_token, again.end_token) == (given.bos_token, given.eos_token)
+    made = OPTCausalLMPreprocessor(tokenizer, sequence_length=5)
+    assert OPTCausalLMPreprocessor(tokenizer, name="mine", dtype="float32").name == "mine"
+    with pytest.raises(InputError, match="length: no argument of a preprocessor"):
+        OPTCausalLMPreprocessor(tokenizer, length=5)
+    copied = OPTCausalLMPreprocessor.from_config(made.get_config())
+    np.testing.assert_array_equal(copied(TEXTS)[1], made(TEXTS)[1])
+    with pytest.raises(TokenizerError, match="from_config: this configuration has no vocabulary"):
+        OPTTokenizer.from_config({"add_prefix_space": False})

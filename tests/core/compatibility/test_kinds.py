@@ -1,4 +1,4 @@
-"""Outputs and tokenizers that `isinstance` takes for ones of `transformers`."""
+"""Outputs, tokenizers and encodings that `isinstance` takes for ones of `transformers`."""
 
 import copy
 import pickle
@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from opt_core.generation.outputs import GenerateOutput
+from opt_core.generation.outputs import GenerateBeamOutput, GenerateOutput
 from opt_core.outputs import ModelOutput
+from opt_core.text.encoding import Encoding
 from opt_core.text.tokenizer import OPTTokenizer
 from opt_core.text.tokenizer_files import LoadedTokenizer
 
@@ -28,6 +29,7 @@ class TFOPTOutput(ModelOutput[Any, Any]):
 
 MODULES = {
     "transformers.utils.generic": ("ModelOutput",),
+    "transformers.tokenization_utils_base": ("BatchEncoding",),
     "transformers.tokenization_utils_tokenizers": ("TokenizersBackend",),
     "transformers.generation.utils": (
         "GenerateDecoderOnlyOutput",
@@ -49,7 +51,7 @@ def theirs(monkeypatch):
     for module, names in MODULES.items():
         stand_in: Any = ModuleType(module)
         for name in names:
-            bases = () if name in ("ModelOutput", "TokenizersBackend") else (Base,)
+            bases = (Base,) if module.endswith(("outputs", "generation.utils")) else ()
             made[name] = type(name, bases, {})
             setattr(stand_in, name, made[name])
         monkeypatch.setitem(sys.modules, module, stand_in)
@@ -68,7 +70,7 @@ def tensor(rank: int) -> Any:
         ("BaseModelOutputWithPast", OPTOutput(last_hidden_state=tensor(3))),
         ("QuestionAnsweringModelOutput", OPTOutput(start_logits=tensor(2), end_logits=tensor(2))),
         ("GenerateDecoderOnlyOutput", GenerateOutput(sequences=tensor(2))),
-        ("GenerateBeamDecoderOnlyOutput", GenerateOutput(sequences=tensor(2), beam_indices="b")),
+        ("GenerateBeamDecoderOnlyOutput", GenerateBeamOutput(sequences=tensor(2))),
         ("ModelOutput", TFOPTOutput(logits=tensor(3))),
     ],
 )
@@ -86,14 +88,18 @@ def test_without_transformers_an_output_is_what_it_is(monkeypatch):
     assert out.__class__ is type(out) is OPTOutput
 
 
-def test_outputs_and_tokenizers_are_copied_and_pickled_as_what_they_are(theirs):
+def test_outputs_tokenizers_and_encodings_are_copied_and_pickled_as_what_they_are(theirs):
     out = TFOPTOutput(logits=1.0)
     loaded = LoadedTokenizer(None, {"eos_token": "</s>"}, True, "here")  # type: ignore[arg-type]
     tokenizer = OPTTokenizer.from_loaded(loaded)
     assert isinstance(tokenizer, theirs["TokenizersBackend"])
+    encoding = Encoding({"input_ids": [2]})
+    assert isinstance(encoding, theirs["BatchEncoding"])
     for duplicate in (copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))):
         assert type(duplicate(out)) is TFOPTOutput
         assert duplicate(out) == out
+        assert type(duplicate(encoding)) is Encoding
+        assert duplicate(encoding) == {"input_ids": [2]}
         again = duplicate(tokenizer)
         assert type(again) is OPTTokenizer
         assert again.eos_token == "</s>"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from opt_core.compatibility.config_keys import SPELLED_AS
 from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
 from opt_core.generation.config import GenerationConfig
@@ -102,9 +103,11 @@ def test_fields_can_be_set_and_are_checked_when_used():
 
 def test_settings_as_dictionaries():
     settings = GenerationConfig(top_k=5, bad_words_ids=((3,),))
-    assert settings.to_diff_dict() == {"top_k": 5, "bad_words_ids": ((3,),)}
+    version = {"transformers_version": SPELLED_AS}
+    assert settings.to_diff_dict() == {"top_k": 5, "bad_words_ids": ((3,),), **version}
     assert GenerationConfig.from_dict(settings.to_dict()) == settings
-    assert json.loads(settings.to_json_string()) == {"top_k": 5, "bad_words_ids": [[3]]}
+    assert json.loads(settings.to_json_string()) == {"top_k": 5, "bad_words_ids": [[3]], **version}
+    assert SPELLED_AS not in settings.to_json_string(ignore_metadata=True)
     assert settings.update(top_k=7, other=1) == {"other": 1}
     assert settings.top_k == 7
 

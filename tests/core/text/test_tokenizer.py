@@ -161,7 +161,6 @@ def test_max_length(tokenizer):
     [
         ("a\ud800", r"text 0: character 1 .*surrogate"),
         (["a", 5], "text 1: expected a string, received int"),
-        ([], "at least one text"),
         (b"bytes", "received bytes"),
         (None, "received NoneType"),
     ],
@@ -171,7 +170,18 @@ def test_texts_that_are_none(tokenizer, text, message):
         tokenizer(text)
 
 
+def test_no_texts_are_no_rows(tokenizer):
+    assert tokenizer([]) == {"input_ids": [], "attention_mask": []}
+    with pytest.raises(TokenizerError, match="text: expected at least one text, received none"):
+        tokenizer([], return_tensors="np")
+
+
 def test_padding_side_is_checked(tokenizer):
+    settings: dict[str, Any]
+    for name in ("padding_side", "truncation_side"):
+        settings = {name: "middle"}
+        with pytest.raises(ValueError, match=f'{name}: expected "left" or "right", received'):
+            OPTTokenizer.from_pretrained("mini", **settings)
     with pytest.raises(TokenizerError, match="padding_side"):
         tokenizer("a", padding_side="both")
 

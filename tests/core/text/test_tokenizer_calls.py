@@ -325,7 +325,14 @@ def test_lists_that_are_arrays_where_one_is_wanted(ours):
         ({"truncation": True, "max_length": 4, "stride": -1}, "stride: expected at least 0"),
         ({"truncation": "only_second", "max_length": 2}, "text 0: cannot be cut"),
         ({"text_target": "x"}, "text_target: a causal language model"),
-        ({"return_everything": True}, "return_everything: no argument of a tokenizer"),
+        (
+            {"return_tensor": "np"},
+            "return_tensor: no argument of a tokenizer; did you mean",
+        ),
+        (
+            {"padding": True, "truncation": True, "max_length": 12, "pad_to_multiple_of": 8},
+            "pad_to_multiple_of=8: rows are cut to max_length=12, which is no multiple",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_honoured(ours, options, message):

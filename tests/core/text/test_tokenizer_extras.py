@@ -1,7 +1,9 @@
 """Rarer methods of `transformers`' tokenizers, and of what they return."""
 
+import copy
 from typing import Any
 
+import numpy as np
 import pytest
 
 from opt_core import OPTTokenizer
@@ -97,3 +99,58 @@ def test_settings_are_read(tokenizer):
 def test_refusals_say_what_to_do(tokenizer, name):
     with pytest.raises(TokenizerError, match=rf"{name} is not supported: \w+"):
         getattr(tokenizer, name)("text")
+
+
+def test_what_means_nothing_is_named_in_a_warning(tokenizer):
+    with pytest.warns(UserWarning, match="truncate=True: no argument of a tokenizer, without eff"):
+        assert tokenizer(TEXT, truncate=True) == tokenizer(TEXT)
+    with pytest.warns(UserWarning, match="colour='red': no setting of a tokenizer, without effect"):
+        made = OPTTokenizer.from_pretrained("mini", colour="red", do_lower_case=True)
+    assert made("Ab") == OPTTokenizer.from_pretrained("mini")("Ab")
+    with pytest.raises(TokenizerError, match=r"eos_tokens: no setting .* did you mean 'eos_token'"):
+        OPTTokenizer.from_pretrained("mini", eos_tokens="x")
+    length = len(tokenizer(TEXT).input_ids) + 3
+    padded = tokenizer(TEXT, max_length=length, pad_to_max_length=True)
+    assert padded == tokenizer(TEXT, max_length=length, padding="max_length")
+
+
+def test_padding_gives_back_the_tensors_it_was_given(tokenizer):
+    rows = [[5, 6, 7], [5]]
+    expected = tokenizer.pad({"input_ids": rows}).input_ids
+    for given in (
+        [{"input_ids": np.array(row)} for row in rows],
+        {"input_ids": [np.array(row) for row in rows]},
+    ):
+        found = tokenizer.pad(given).input_ids
+        assert isinstance(found, np.ndarray)
+        assert found.tolist() == expected
+    assert isinstance(tokenizer.pad([{"input_ids": row} for row in rows]).input_ids, list)
+
+
+def test_pairs_of_words_and_ids_of_additional_tokens(tokenizer):
+    words = ["some", "words"]
+    pair = tokenizer(words, words, is_split_into_words=True)
+    both = tokenizer([(words, words)] * 2, is_split_into_words=True)
+    assert both.input_ids == [pair.input_ids] * 2
+    copied = copy.deepcopy(tokenizer)
+    copied.additional_special_tokens_ids = [7]
+    assert copied.additional_special_tokens == [copied.convert_ids_to_tokens(7)]
+    with pytest.raises(TokenizerError, match="additional_special_tokens_ids: no token has one of"):
+        copied.additional_special_tokens_ids = [10**6]
+    assert tokenizer.encoder["t"] == tokenizer.convert_tokens_to_ids("t")
+
+
+def test_templates_have_what_transformers_gives_them(tokenizer):
+    messages = [{"role": "user", "content": "h<é"}, {"role": "user", "content": "no more"}]
+
+    def text(template: str) -> str:
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+
+    loop = "{% for m in messages %}{{ m.content }}{% break %}{% endfor %}"
+    assert text(loop) == "h<é"
+    assert text("{% generation %}{{ messages[0].content }}{% endgeneration %}") == "h<é"
+    assert text("{{ messages[0] | tojson }}") == '{"role": "user", "content": "h<é"}'
+    assert text("{{ strftime_now('%Y') }}").isdigit()
+    jinja2 = pytest.importorskip("jinja2")
+    with pytest.raises(jinja2.TemplateError, match="roles must alternate"):
+        text("{{ raise_exception('roles must alternate') }}")

@@ -1,5 +1,6 @@
 """Intents of the tests of `transformers`' OPT, in words of our own, on every backend."""
 
+import importlib
 import json
 
 import numpy as np
@@ -10,7 +11,9 @@ from opt_core.compatibility.caches import REFUSED as CACHE_REFUSED
 from opt_core.compatibility.names import REFUSED
 from opt_core.compatibility.subclasses import make_model
 from opt_core.errors import ArgumentError, GenerationError, InputError, UnsupportedError
+from opt_core.generation.outputs import Later
 from opt_core.params import POSITION_OFFSET
+from tests.support.backends import ORACLE_TOLERANCE
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_prompts
 
@@ -234,7 +237,75 @@ def test_a_class_of_ones_own_takes_the_configuration_alone(backend, folder):
         make_model(Scored, CONFIG, seed=None, quantize="int8")
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_a_result_has_the_cache_of_its_rows(backend, model, options):
+    """Also where a compiled loop made it, padding and all; `use_cache=False` has none."""
+    ids, mask = IDS.copy(), np.ones_like(IDS)
+    ids[0, :2], mask[0, :2] = CONFIG.pad_token_id or 0, 0
+    settings = {**SETTINGS, **options, "return_dict_in_generate": True}
+    out = model.generate(ids, attention_mask=mask, **settings)
+    assert type(out).__name__ == ("GenerateBeamOutput" if options else "GenerateOutput")
+    assert [*out] == ["sequences", *(["beam_indices"] if options else []), "past_key_values"]
+    if options:
+        kept = model.generate(ids, attention_mask=mask, output_scores=True, **settings)
+        found = backend.to_array(out.beam_indices)
+        np.testing.assert_array_equal(found, backend.to_array(kept.beam_indices))
+    assert not any(isinstance(value, Later) for value in (*out.values(), *dict(out).values()))
+    assert int(out.past_key_values.get_seq_length()) == 6 + NEW - 1
+    rows = backend.to_array(out.sequences).astype(np.int32)
+    whole = np.concatenate([mask, np.ones((2, NEW), mask.dtype)], 1)
+    found = backend.call(
+        model, input_ids=rows[:, -1:], attention_mask=whole, past_key_values=out.past_key_values
+    ).logits
+    expected = backend.run(model, input_ids=rows, attention_mask=whole).logits[:, -1:]
+    np.testing.assert_allclose(backend.to_array(found), expected, rtol=0, atol=ORACLE_TOLERANCE)
+    assert model.generate(ids, **settings, use_cache=False).past_key_values is None
+
+
+def test_models_are_made_of_a_configuration(backend, model):
+    kind = type(model)
+    for make in (kind.from_config, kind._from_config):
+        assert type(make(CONFIG)) is kind
+        assert "float16" in str(make(CONFIG, dtype="float16").dtype)
+        assert make(CONFIG, attn_implementation="eager").attn_implementation == "eager"
+
+
 def test_a_legacy_cache_is_there_when_it_is_asked_for(model):
     out = model.generate(IDS, return_dict_in_generate=True, return_legacy_cache=True, **SETTINGS)
     assert len(out.past_key_values) == CONFIG.num_hidden_layers
     assert [type(layer) for layer in out.past_key_values] == [tuple]
+
+
+def test_layers_of_ones_own_are_named_where_files_leave_them_out(backend, folder, tmp_path):
+    base = type(backend.load(folder(CONFIG)))
+
+    class Scored(base):
+        def __init__(self, config, **options):
+            super().__init__(config, **options)
+            self.scores = OWN_LAYERS[backend.name](config.hidden_size)
+
+    with pytest.warns(UserWarning, match=r"Scored: layers of its own are not read, only OPT's: sc"):
+        made = Scored.from_pretrained(folder(CONFIG))
+    with pytest.warns(UserWarning, match="Scored: layers of its own are not written"):
+        made.save_pretrained(tmp_path)
+    expected = backend.run(made, input_ids=IDS).logits
+    found = backend.run(base.from_pretrained(tmp_path), input_ids=IDS).logits
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def _torch_layer(width):
+    return importlib.import_module("torch").nn.Linear(width, 2)
+
+
+def _tf_layer(width):
+    layer = importlib.import_module("keras").layers.Dense(2)
+    layer.build((None, width))
+    return layer
+
+
+def _flax_layer(width):
+    nnx = importlib.import_module("flax").nnx
+    return nnx.Linear(width, 2, rngs=nnx.Rngs(0))
+
+
+OWN_LAYERS = {"torch": _torch_layer, "tf": _tf_layer, "flax": _flax_layer}
