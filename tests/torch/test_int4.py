@@ -71,6 +71,7 @@ def test_few_rows_are_rounded_and_many_are_not(out, width, has_bias):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_results_have_the_type_of_the_rows(dtype):
     layer, tensor = make_linear(37, 70)
+    assert layer.bias is not None
     # Processors with products in bfloat16 get the widened weight in it too.
     many = torch.from_numpy(tensor.dequantize()).to(product_dtype(dtype)).double()
     for rows, weight in ((1, kernels_weight(tensor)), (int4.FEW_ROWS + 1, many)):
