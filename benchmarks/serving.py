@@ -16,8 +16,10 @@ name stands for a model of that shape with random weights.
 With --alone fewer requests are also written one at a time, spread evenly over all; `ratio` then
 compares seconds per request. `cpu_ratio` compares the processor's time instead of the clock's,
 which is fair on a busy machine where there is one thread (OMP_NUM_THREADS=1). With --peer DIR all
-requests are greedy, and CTranslate2 writes them too, in float32 and by batches of as many; DIR is
-what its converter made of the model. `peer_ratio` is our speed by its.
+requests are greedy, and CTranslate2 writes them too, in float32, by batches of as many, with as
+many threads as OMP_NUM_THREADS says; DIR is what its converter made of the model. It reads prompts
+token by token from the end of a batch's shortest on: requests are sorted by their prompts' lengths
+for it, which no server could do. `peer_ratio` is our speed by its.
 """
 
 import argparse
@@ -131,26 +133,37 @@ def alone(model: Any, every: list[dict[str, Any]]) -> list[list[int]]:
 
 def peer_batch(
     folder: Path, every: list[dict[str, Any]], slots: int
-) -> tuple[float, list[list[int]]]:
+) -> tuple[Seconds, list[list[int]]]:
     """Seconds and texts of CTranslate2, by batches: a row ends where its request does."""
     import ctranslate2  # pyright: ignore[reportMissingImports]  # of another environment
 
-    threads = len(os.sched_getaffinity(0))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     generator = ctranslate2.Generator(
         str(folder), device="cpu", compute_type="float32", intra_threads=threads
     )
     words = json.loads((folder / "vocabulary.json").read_text())
-    texts, began = list[list[int]](), time.perf_counter()
+    texts, taken = dict[int, list[int]](), Seconds()
+    order = sorted(range(len(every)), key=lambda i: len(every[i]["input_ids"][0]))
     for start in range(0, len(every), slots):
-        batch = every[start : start + slots]
-        new = [call["max_new_tokens"] for call in batch]
-        found = generator.generate_batch(
-            [[words[i] for i in call["input_ids"][0]] for call in batch],
-            max_length=max(new), beam_size=1, include_prompt_in_result=False, end_token=[],
-            callback=partial(lambda new, step: step.step + 1 >= new[step.batch_id], new),
-        )  # fmt: skip
-        texts += [row.sequences_ids[0] for row in found]
-    return time.perf_counter() - began, texts
+        batch = [every[i] for i in order[start : start + slots]]
+        new, lengths = zip(
+            *((c["max_new_tokens"], len(c["input_ids"][0])) for c in batch), strict=True
+        )
+        # It counts steps from the end of the shortest prompt.
+        last = [
+            length - min(lengths) + count - 1 for length, count in zip(lengths, new, strict=True)
+        ]
+        with taken.counted():
+            found = generator.generate_batch(
+                [[words[i] for i in call["input_ids"][0]] for call in batch],
+                max_length=max(new), beam_size=1, include_prompt_in_result=False, end_token=[],
+                callback=partial(lambda last, step: step.step >= last[step.batch_id], last),
+            )  # fmt: skip
+        texts |= {
+            i: row.sequences_ids[0]
+            for i, row in zip(order[start : start + slots], found, strict=True)
+        }
+    return taken, [texts[i] for i in range(len(every))]
 
 
 def main() -> None:
@@ -204,8 +217,9 @@ def main() -> None:
     if options.peer:
         seconds, texts = peer_batch(options.peer, every, options.slots)
         figures |= {
-            "peer_tok_s": round(count / seconds, 1),
-            "peer_ratio": round(seconds / batched.clock, 2),
+            "peer_tok_s": round(count / seconds.clock, 1),
+            "peer_ratio": round(seconds.clock / batched.clock, 2),
+            "peer_cpu_ratio": round(seconds.processor / batched.processor, 2),
             "peer_differing": sum(row.made != t for row, t in zip(rows, texts, strict=True)),
         }  # fmt: skip
     figures |= {

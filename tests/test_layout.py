@@ -96,7 +96,7 @@ OWN_NAMES = {
                 "MANY_ROWS",
                 "WORTHWHILE",
             ),
-            *("packed", "forget_packed", "fingerprint", "product_dtype"),
+            *("packed", "pack", "using", "forget_packed", "fingerprint", "product_dtype"),
         },
     },
     "sharding.py": {

@@ -20,7 +20,10 @@ CHUNK = 256
 """Tokens of prompts that are read between two steps: about as long as three of those take."""
 
 PROGRAM_CHUNK = 64
-"""Tokens that a compiled program reads: it takes as long for fewer, hence not all of a chunk."""
+"""Tokens that a compiled program reads where few are left, for it takes as long for fewer.
+
+Another one reads a whole chunk, from half of it on: that takes as long as three of these.
+"""
 
 WORTHWHILE = 8
 """Tokens from which on a common beginning is copied."""
@@ -65,9 +68,10 @@ class Scheduler:
         self.rows: list[Row | None] = [None] * engine.slots
         self.waiting, self.reading = deque[Row](), dict[int, int]()  # and since which step
         self._free = list(range(engine.slots))  # the longest free one first
-        self._widths, self._program_chunk = [FEWEST_WIDTH], min(PROGRAM_CHUNK, chunk)
+        self._widths = [FEWEST_WIDTH]
         while self._widths[-1] < window:
             self._widths.append(2 * self._widths[-1])
+        self._chunks = [min(size, self._widths[-1]) for size in (min(PROGRAM_CHUNK, chunk), chunk)]
         self._calm = self._steps = 0
 
     @property
@@ -102,8 +106,9 @@ class Scheduler:
             engine.resize(width)
             engine.step(table)
             engine.copy(0, engine.slots - 1, 1)
-            for scores_prompt in (False, True):
-                engine.read(table, 0, 0, 1, self._program_chunk, scores_prompt)
+            for size in [chunk for chunk in self._chunks if chunk <= width]:
+                for scores_prompt in (False, True):
+                    engine.read(table, 0, 0, 1, size, scores_prompt)
 
     def _drop_cancelled(self) -> list[Event]:
         rows = [row for row in (*self.waiting, *self.rows) if row and row.is_cancelled]
@@ -151,7 +156,9 @@ class Scheduler:
             self._copy_beginning(row, slot)
         count = int(table.counts[slot])
         left = count - int(table.held[slot])
-        size = self._program_chunk if engine.is_compiled else min(left, budget)
+        small, large = self._chunks
+        is_long = left > large / 2 and budget >= large
+        size = (large if is_long else small) if engine.is_compiled else min(left, budget)
         # The widest cache may have no room for a whole chunk there: then some is read once more.
         start = min(int(table.held[slot]), self._widths[-1] - size)
         end = min(start + size, count)

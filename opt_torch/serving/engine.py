@@ -14,6 +14,7 @@ from opt_core.generation.request import Request
 from opt_core.generation.rules import Rules
 from opt_core.serving import engine
 from opt_core.serving.engine import ALTERNATIVES, Chosen, Scores, Table
+from opt_torch import linear
 from opt_torch.cache import KVCache
 from opt_torch.generation import loop, sampling
 from opt_torch.generation.fast_decode import make_rows_step
@@ -34,7 +35,9 @@ class Engine(engine.Engine):
         self.keys, self.values = cache.keys, cache.values
         self.rules: dict[int, tuple[Rules, torch.Generator]] = {}
         with torch.no_grad():
-            self.lean_step = make_rows_step(model)
+            self.orders = linear.pack(model, (torch.float32, torch.bfloat16))
+            with linear.using(self.orders):
+                self.lean_step = make_rows_step(model)
 
     def place(self, slot: int, request: Request) -> None:
         """Gives a row another request's rules, and its own source of random numbers."""
@@ -60,7 +63,8 @@ class Engine(engine.Engine):
         decoder, row = self.model.get_decoder(), slice(slot, slot + 1)
         keys, values = (tuple(x[row] for x in buffers) for buffers in (self.keys, self.values))
         ids = self._tensor(table.ids[row, start:end])
-        out = decoder(decoder.embed_tokens(ids), None, None, KVCache(keys, values, start))
+        with linear.using(self.orders):
+            out = decoder(decoder.embed_tokens(ids), None, None, KVCache(keys, values, start))
         hidden, scores = out.last_hidden_state[0], None
         if scores_prompt:
             following = self._tensor(table.ids[slot, start + 1 : min(end + 1, table.counts[slot])])

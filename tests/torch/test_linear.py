@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 
 import opt_torch  # noqa: E402
 from opt_torch import _private, linear  # noqa: E402
+from opt_torch.serving.engine import Engine  # noqa: E402
 from tests.support.configs import CONFIGS  # noqa: E402
 from tests.support.reference import make_prompts  # noqa: E402
 
@@ -206,6 +207,36 @@ def test_many_rows_of_a_wide_input_are_multiplied_with_a_whole_weight(monkeypatc
             linear.apply_linear(layer, states), expected, rtol=1e-5, atol=1e-5
         )
     assert len(wholes) == (rows >= linear.MANY_ROWS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_engines_multiply_several_rows_with_packed_weights(folder, monkeypatch, dtype):
+    """They give the same as where they lie; one float32 row is read there."""
+    if dtype == "bfloat16" and not packs():
+        pytest.skip("this machine's oneDNN has no bfloat16")
+    model, calls = model_of(folder, dtype=dtype), []
+    engine = Engine(model, 3)
+    layer, packed = next(iter(engine.orders.items()))
+    assert packed.is_mkldnn, "this test proves less than it should"
+    states = torch.randn(5, layer.in_features, dtype=model.dtype)
+    with torch.no_grad():
+        expected = linear.apply_linear(layer, states)
+        recorder = _Recorder(_private.mkldnn_linear, calls)
+        monkeypatch.setattr(_private, "mkldnn_linear", recorder)
+        with linear.using(engine.orders):
+            bound = linear.make_linear(layer)
+            for found in (linear.apply_linear(layer, states), bound(states)):
+                torch.testing.assert_close(found, expected)
+            assert [call[1] is packed for call in calls] == [True, True]
+            for found in (linear.apply_linear(layer, states[:1]), bound(states[:1])):
+                torch.testing.assert_close(found, expected[:1])
+        assert sum(call[1] is packed for call in calls) == (2 if dtype == "float32" else 4)
+    assert not linear._PACKED
+
+
+def test_engines_pack_only_where_memory_allows(folder, monkeypatch):
+    monkeypatch.setattr(linear, "available_memory", lambda: 0.0)
+    assert Engine(model_of(folder), 3).orders == {}
 
 
 class _Recorder:

@@ -260,7 +260,8 @@ def test_caches_are_as_wide_as_is_needed():
         assert scheduler.engine.width == (256 if patience > 2 * PATIENCE else 128)
 
 
-def test_programs_read_a_part_of_a_chunk():
+def test_programs_read_a_part_of_a_chunk_or_all_of_it():
+    """All of it where nothing of it was read and more than half of it is left."""
     scheduler = make_scheduler(2, chunk=128)
     scheduler.engine.is_compiled = True
     rows = [make_row([3] * 230, 2), make_row([4] * 10, 2)]
@@ -269,7 +270,7 @@ def test_programs_read_a_part_of_a_chunk():
     scheduler.step()
     assert scheduler.engine.sizes == [(10, 64), (64, 64)]
     run(scheduler)
-    assert scheduler.engine.sizes[2:] == [(64, 64), (64, 64), (38, 64)]
+    assert scheduler.engine.sizes[2:] == [(128, 128), (38, 64)]
     assert [row.made for row in rows] == [alone(row) for row in rows]
 
 

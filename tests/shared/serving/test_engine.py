@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from opt_core.generation.mixin import make_request
+from opt_core.serving import scheduler as scheduler_module
 from opt_core.serving.engine import ALTERNATIVES
 from opt_core.serving.row import Row
 from opt_core.serving.scheduler import Scheduler
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.dealt
 
 CONFIG = CONFIGS["post_ln"].replace(max_position_embeddings=200, vocab_size=199)
 """Two widths of the cache; more ids than a program of few candidates has."""
-SLOTS, CHUNK = 3, 16
+SLOTS, CHUNK, PROGRAM_CHUNK = 3, 16, 8
 RULES: dict[str, list[dict[str, Any]]] = {
     "greedy": [
         {},
@@ -32,6 +33,12 @@ RULES: dict[str, list[dict[str, Any]]] = {
         {"do_sample": True, "top_k": 0, "top_p": 0.8, "temperature": 1.5},
     ],
 }
+
+
+@pytest.fixture(autouse=True)
+def both_programs(monkeypatch):
+    """Prompts here are short: programs of both sizes read them all the same."""
+    monkeypatch.setattr(scheduler_module, "PROGRAM_CHUNK", PROGRAM_CHUNK)
 
 
 def make_scheduler(backend, folder, config=CONFIG):
