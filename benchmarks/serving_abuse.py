@@ -192,7 +192,8 @@ def resident(pid: int) -> float:
 async def run(url: str, process: Any, options: argparse.Namespace) -> dict[str, Any]:
     """All of it."""
     found = Found()
-    limits = httpx.Limits(max_connections=None)
+    # A connection that is kept may be closed in the very moment when it is used again.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120) as client:
         for stage in (
             silent(url, client, found, options.silent),
