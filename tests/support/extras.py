@@ -158,7 +158,8 @@ def serve() -> None:
     command = [sys.executable, "-P", "-m", "opt_cli", "serve", "mini", "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        url = process.stderr.readline().split()[-1]
+        words = (line.split()[-1:] for line in process.stderr)  # JAX may speak first
+        url = next(last for (last,) in filter(None, words) if last.startswith("http"))
         body = json.dumps({"model": "mini", "prompt": PROMPT, "max_tokens": NEW}).encode()
         request = Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
         with urlopen(request, timeout=120) as answer:
