@@ -22,11 +22,12 @@ def make_protocol(most: int, header_seconds: float) -> type[H11Protocol]:
 
     Args:
         most: Most connections at a time. One more than that takes the place of the one that has
-            been without a request for longest; where all have one, its own are refused.
+            been without a request for longest, if that is a quarter of `header_seconds` at least:
+            before, a request may be on its way. Where there is none, its own are refused.
         header_seconds: Most seconds from the first byte of a request, or from its connection, to
             the end of its headers.
     """
-    idle = dict[Connection, None]()  # the longest first
+    idle = dict[Connection, float]()  # since when, the longest first
     limits = {"most": most, "seconds": header_seconds, "idle": idle}
     return type("Connection", (Connection,), limits)
 
@@ -51,15 +52,15 @@ class Connection(H11Protocol):
 
     most: int
     seconds: float
-    idle: "dict[Connection, None]"
+    idle: "dict[Connection, float]"
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begins."""
         super().connection_made(transport)
         if len(self.connections) > self.most:
-            oldest = next(iter(self.idle), None)
-            if oldest is None:
+            oldest, since = next(iter(self.idle.items()), (None, 0.0))
+            if oldest is None or self.loop.time() - since < self.seconds / 4:
                 self.app = _refuse_all
             else:
                 oldest.transport.abort()
@@ -94,7 +95,7 @@ class Connection(H11Protocol):
             self.idle.pop(self, None)
             self._stop_timer()
         elif not self.transport.is_closing():
-            self.idle.setdefault(self)
+            self.idle.setdefault(self, self.loop.time())
             if has_timer and self._timer is None:
                 self._timer = self.loop.call_later(self.seconds, self._give_up)
 

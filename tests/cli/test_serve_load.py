@@ -78,13 +78,30 @@ def refusal_of(client: socket.socket) -> tuple[int, dict[str, Any]]:
 
 
 def test_connections_that_say_nothing(served):
-    """They make room for others at once, and are closed in time."""
+    """They make room for others, and are closed in time."""
     with ExitStack() as stack:
-        silent = [stack.enter_context(connect(served)) for _ in range(CONNECTIONS + 5)]
+        silent = [stack.enter_context(connect(served)) for _ in range(CONNECTIONS)]
+        time.sleep(HEADER_SECONDS / 3)
+        silent += [stack.enter_context(connect(served)) for _ in range(5)]
         assert httpx.get(f"{served.url}/health").status_code == 200
         assert silent[0].recv(10) == b"", "the oldest made room"
         status, error = refusal_of(silent[-1])
         assert (status, error["message"]) == (408, "no request came within 1 s")
+
+
+def test_a_crowd_is_answered_or_refused(served):
+    """Nobody makes room whose request is only just on its way."""
+    with ExitStack() as stack:
+        crowd = [stack.enter_context(connect(served)) for _ in range(CONNECTIONS + 5)]
+        found = []
+        for client in crowd:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        for client in crowd:
+            received = b""
+            while part := client.recv(10_000):
+                received += part
+            found.append(received[9:12])
+        assert found == [b"200"] * CONNECTIONS + [b"503"] * 5
 
 
 def test_headers_that_never_end(served):
