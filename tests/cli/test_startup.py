@@ -108,12 +108,3 @@ def programs(folder: Path) -> list[Path]:
     """Files with a program in them; JAX notes beside each when it was read last."""
     found = (p for p in folder.rglob("*") if p.is_file())
     return [p for p in found if not p.name.endswith(("-atime", ".lockfile"))]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("torch" not in BACKENDS, reason="it is about PyTorch")
-def test_training_on_one_device_imports_nothing_of_a_mesh():
-    names = ("torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.fsdp")
-    program = f"import opt_torch.trainer, sys; print(*(n for n in {names} if n in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr

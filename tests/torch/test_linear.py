@@ -214,10 +214,11 @@ def test_many_rows_of_a_wide_input_are_multiplied_with_a_whole_weight(monkeypatc
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_engines_multiply_several_rows_with_packed_weights(folder, monkeypatch, dtype):
     """They give the same as where they lie; one float32 row is read there."""
-    if dtype == "bfloat16" and not packs():
-        pytest.skip("this machine's oneDNN has no bfloat16")
     model, calls = model_of(folder, dtype=dtype), []
     engine = Engine(model, 3)
+    if dtype == "bfloat16" and not packs():  # an order that oneDNN has no use for is not made
+        assert engine.orders == {}
+        return
     first: Any = next(iter(engine.orders.items()))
     layer, packed = first
     assert packed.is_mkldnn, "this test proves less than it should"

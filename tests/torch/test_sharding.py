@@ -1,6 +1,8 @@
 """A model spread over processes computes what one process computes, each holding its own part."""
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -150,3 +152,11 @@ def test_meshes_that_cannot_be_used(monkeypatch):
             make(fsdp=size)
     with pytest.raises(ConfigError, match=r"expected a torch.distributed DeviceMesh, received int"):
         sharding.check_mesh(8)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.slow
+def test_training_on_one_device_imports_nothing_of_a_mesh():
+    names = ("torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.fsdp")
+    program = f"import opt_torch.trainer, sys; print(*(n for n in {names} if n in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
