@@ -1,7 +1,8 @@
 """Which framework a command computes with, and how it is loaded without its own chatter."""
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -13,6 +14,9 @@ from opt_cli import console
 FRAMEWORKS = {"torch": "torch", "tf": "tensorflow", "flax": "flax"}
 """The framework of each backend, the first choice first."""
 
+
+DISPENSABLE = ("IPython", "jax", "matplotlib", "pandas", "scipy", "sklearn")
+"""What TensorFlow and Keras import where they find it, though no command uses it through them."""
 
 AUTO = "auto"
 
@@ -58,13 +62,29 @@ def load_backend(name: str, model: str = "OPTForCausalLM") -> Any:
 
     if name == "torch":
         return backends.load_backend(name, model)
-    with _without_log_lines():
+    with _without_log_lines(), _without(DISPENSABLE if name == "tf" else ()):
         found = backends.load_backend(name, model)
         if name == "flax":  # libtpu, where it is installed, complains when JAX looks for devices
             import jax
 
             jax.devices()
         return found
+
+
+@contextmanager
+def _without(modules: Iterable[str]) -> Iterator[None]:
+    """Has modules that are not imported yet look as if they were not installed.
+
+    TensorFlow and Keras try to import them; that takes as long as all the rest of both.
+    """
+    imported: dict[str, Any] = sys.modules
+    hidden = [name for name in modules if name not in imported]
+    imported.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del imported[name]
 
 
 @contextmanager

@@ -277,7 +277,8 @@ def _fill(
     shape, sharding = _layout(model, group)
     part = _parts_of(group, arrays, shape, dtype)
     if model.mesh is None:  # not committed to the device: it goes where it is used
-        _assign(model, group, jnp.asarray(part(tuple(slice(size) for size in shape))))
+        # jnp.asarray would compile a program for every shape.
+        _assign(model, group, jax.device_put(part(tuple(slice(size) for size in shape))))
     else:
         _assign(model, group, _place(shape, sharding, part))
 

@@ -51,12 +51,17 @@ class Program:
 @cache
 def known_options() -> dict[str, Any]:
     """Those of `QUICKLY` that this version of XLA has: it refuses a program with any other."""
-    known: dict[str, Any] = {}
-    for name, value in QUICKLY.items():
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
-            known[name] = value
-    return known
+    if _is_known(QUICKLY):
+        return QUICKLY
+    return {name: value for name, value in QUICKLY.items() if _is_known({name: value})}
+
+
+def _is_known(options: dict[str, Any]) -> bool:
+    """Whether XLA takes all of some options."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+        return True
+    return False
 
 
 def _is_small(args: Any) -> bool:

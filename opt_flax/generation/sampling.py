@@ -31,8 +31,7 @@ def request_rules(model: "FlaxOPTForCausalLM", request: Request, key: Array | No
     structure, numbers = make_rules(request, is_compiled=True)
     if key is None:
         key = make_key(request.seed)
-    # On the device once, not at every call.
-    arrays = {name: jax.numpy.asarray(value) for name, value in numbers.items()}
+    arrays = jax.device_put(numbers)  # once, not at every call
     return Rules(structure, arrays | {"key": key})
 
 

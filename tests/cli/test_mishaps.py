@@ -185,6 +185,26 @@ def test_tensorflow_says_nothing_while_it_loads(tmp_path):
     assert done.stderr == "heard\n"
 
 
+def test_tensorflow_finds_no_libraries_that_it_can_do_without(tmp_path):
+    """A stand-in for opt_tf looks for one as Keras does; afterwards it is there again."""
+    for name in ("pandas", "jax"):  # the second is imported already: it stays
+        (tmp_path / f"{name}.py").touch()
+    (tmp_path / "opt_tf.py").write_text(
+        "try:\n    import pandas\nexcept ImportError:\n    pandas = None\n"
+        "import jax\nTFOPTForCausalLM = pandas, jax\n"
+    )
+    code = (
+        "import jax; from opt_cli.backends import load_backend\n"
+        "assert load_backend('tf') == (None, jax); import pandas; print(pandas.__file__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"{tmp_path / 'pandas.py'}\n"
+
+
 def test_the_flax_extra_has_what_its_export_needs():
     """TensorFlow brings flatbuffers too, and JAX does not ask for it."""
     import tomllib

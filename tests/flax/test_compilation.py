@@ -8,13 +8,14 @@ import pytest
 pytest.importorskip("jax")
 
 import jax
+from jax import monitoring
 
 from opt_core.training.config import TrainConfig
 from opt_flax import compilation, programs, training
 from opt_flax.generation import beam, loop, speculative
 from opt_flax.programs import SMALL, Program
 from tests.support.configs import CONFIGS
-from tests.support.flax_models import logits_of, model_of
+from tests.support.flax_models import MODEL, logits_of, model_of
 from tests.support.reference import make_mask, make_prompts
 
 STEP: Any = training._step
@@ -105,6 +106,24 @@ def test_options_of_another_version_are_left_out(monkeypatch):
     assert {"xla_backend_optimization_level", "xla_llvm_disable_expensive_passes"} <= known.keys()
     monkeypatch.setattr(programs, "QUICKLY", {"xla_of_another_version": True, **known})
     assert programs.known_options.__wrapped__() == known
+
+
+def test_loading_compiles_no_program_for_each_shape(folder):
+    """`jnp.asarray` has XLA copy each: a fifth of a second before the first text."""
+    model_of(folder, CONFIG)  # and what every model needs
+    config = CONFIG.replace(vocab_size=89, ffn_dim=40, max_position_embeddings=31)
+    path, compiled = folder(config), list[str]()
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(f"{duration_secs} {kwargs}")
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        MODEL.from_pretrained(path)
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
 
 
 def test_little_is_compiled_quickly():
