@@ -211,16 +211,14 @@ def _update(
 ) -> tuple[Any, Array, Array]:
     """Moves the weights, unless that would spoil them."""
     norm = optax.tree.norm(gradients)
-    graph, state = nnx.split((model, optimizer))
-
-    def move(state: Any) -> Any:
-        model, optimizer = nnx.merge(graph, state)
-        optimizer.update(model, gradients, learning_rate=rate)
-        return nnx.state((model, optimizer))
-
-    # A condition, not a choice among results: these would be held beside what they replace.
+    # A copy of the variables, which the update changes; not of their values.
+    before = jax.tree.map(lambda values: values, nnx.state((model, optimizer)))
+    optimizer.update(model, gradients, learning_rate=rate)
+    # Number by number, in the buffers there are. XLA's GPU compiler holds what a condition returns
+    # beside what it was given, and on a mesh whole on every device.
     is_sound = jnp.isfinite(loss) & jnp.isfinite(norm)
-    return jax.lax.cond(is_sound, move, lambda state: state, state), loss, norm
+    choose = partial(jnp.where, is_sound)
+    return jax.tree.map(choose, nnx.state((model, optimizer)), before), loss, norm
 
 
 @partial(jax.jit, static_argnames=("graph", "how"), donate_argnames="state")
