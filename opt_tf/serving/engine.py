@@ -7,6 +7,7 @@ cache; rows that come and go only change its inputs.
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -19,7 +20,7 @@ from opt_tf.cache import KVCache
 from opt_tf.compilation import compiled
 from opt_tf.generation import loop, sampling
 from opt_tf.linear import sizes
-from opt_tf.serving.cache import RowsCache
+from opt_tf.serving.cache import RowCache, RowsCache
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -55,7 +56,7 @@ class Engine(engine.Engine):
     def __init__(self, model: "TFOPTForCausalLM", slots: int):
         super().__init__(model, slots)
         cache = model.init_cache(slots, self.width)
-        self.keys, self.values = cache.keys, cache.values
+        self.keys, self.values = _variables((cache.keys, cache.values))
         self.rules = RowRules.allocate(slots, model.config.vocab_size)
         self.numbers: Any = None
 
@@ -68,15 +69,13 @@ class Engine(engine.Engine):
         """Gives every row another number of cache slots."""
         if width != self.width:
             program = compiled(self.model, _resize, width)
-            self.keys, self.values = program(self.keys, self.values)
+            self.keys, self.values = _variables(program(self.keys, self.values))
             self.width = width
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copies the first tokens of one row's cache to another row."""
-        rows = np.arange(self.slots, dtype=np.int32)
-        rows[target] = source
-        program = compiled(self.model, _copy)
-        self.keys, self.values = program(self.keys, self.values, tf.constant(rows))
+        buffers = self.keys, self.values
+        compiled(self.model, _copy)(buffers, _number(source), _number(target))
 
     def read(
         self, table: Table, slot: int, start: int, end: int, chunk: int, scores_prompt: bool
@@ -84,7 +83,7 @@ class Engine(engine.Engine):
         """Reads some tokens of a row into its cache."""
         last = table.ids.shape[1] - 1
         places = np.minimum(np.arange(start, start + chunk, dtype=np.int32), last - 1)
-        logits, hidden, self.keys, self.values = compiled(self.model, _read)(
+        logits, hidden = compiled(self.model, _read)(
             self.keys, self.values, _number(slot), _number(start), _number(end),
             tf.constant(places), tf.constant(table.ids[slot, places]),
         )  # fmt: skip
@@ -99,7 +98,7 @@ class Engine(engine.Engine):
 
     def step(self, table: Table) -> Chosen:
         """Reads the newest token of every active row and chooses the next."""
-        logits, self.keys, self.values = compiled(self.model, _step)(
+        logits = compiled(self.model, _step)(
             self.keys, self.values, tf.constant(table.newest), tf.constant(table.held)
         )
         rows = self._rows(table, table.is_active)
@@ -121,8 +120,8 @@ class Engine(engine.Engine):
 
 def _step(
     model: "TFOPTForCausalLM", keys: Any, values: Any, newest_R: tf.Tensor, held_R: tf.Tensor
-) -> tuple[tf.Tensor, Any, Any]:
-    """Logits (R, V) behind the newest token of every row, and the buffers with it."""
+) -> tf.Tensor:
+    """Logits (R, V) behind the newest token of every row; the buffers have it then."""
     width, decoder = sizes(keys[0])[2], model.get_decoder()
     window = model.config.max_position_embeddings
     seen = tf.range(width) <= held_R[:, None]
@@ -131,28 +130,20 @@ def _step(
     out = decoder(
         embeds, position_ids=positions[:, None], mask_BS=seen, cache=cache, training=False
     )
-    cache, logits = out.past_key_values, model.compute_logits(out.last_hidden_state[:, 0])
-    return logits, cache.keys, cache.values
+    return model.compute_logits(out.last_hidden_state[:, 0])
 
 
 def _read(
     model: "TFOPTForCausalLM", keys: Any, values: Any, slot: tf.Tensor, start: tf.Tensor,
     end: tf.Tensor, places_T: tf.Tensor, ids_T: tf.Tensor,
-) -> tuple[tf.Tensor, tf.Tensor, Any, Any]:  # fmt: skip
-    """Logits (1, V) behind the token before `end`, all hidden states, and the buffers."""
+) -> tuple[tf.Tensor, tf.Tensor]:  # fmt: skip
+    """Logits (1, V) behind the token before `end`, and all hidden states."""
     decoder = model.get_decoder()
-    row = tf.nest.map_structure(lambda x: tf.gather(x, slot[None]), (keys, values))
-    one = KVCache(*row, length=start)
+    one = RowCache(keys, values, start, row=slot)
     embeds, positions = decoder.embed_tokens(ids_T[None]), places_T[None]
     out = decoder(embeds, position_ids=positions, mask_BS=None, cache=one, training=False)
-    hidden, cache = out.last_hidden_state[0], out.past_key_values
-    logits = model.compute_logits(tf.gather(hidden, (end - start - 1)[None]))
-    is_row = tf.reshape(tf.range(sizes(keys[0])[0]) == slot, (-1, 1, 1, 1))
-    keys, values = tf.nest.map_structure(
-        lambda buffer, new: tf.where(is_row, new, buffer),
-        (tuple(keys), tuple(values)), (cache.keys, cache.values),
-    )  # fmt: skip
-    return logits, hidden, keys, values
+    hidden = out.last_hidden_state[0]
+    return model.compute_logits(tf.gather(hidden, (end - start - 1)[None])), hidden
 
 
 def _score(model: "TFOPTForCausalLM", hidden_TP: tf.Tensor, ids_T: tf.Tensor) -> Scores:
@@ -160,12 +151,11 @@ def _score(model: "TFOPTForCausalLM", hidden_TP: tf.Tensor, ids_T: tf.Tensor) ->
     return _scores(model.compute_logits(hidden_TP), ids_T)
 
 
-def _copy(
-    model: "TFOPTForCausalLM", keys: Any, values: Any, rows_R: tf.Tensor
-) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
-    """The buffers of other rows."""
-    cache = KVCache(tuple(keys), tuple(values)).select(rows_R)
-    return cache.keys, cache.values
+def _copy(model: "TFOPTForCausalLM", buffers: Any, source: tf.Tensor, target: tf.Tensor) -> None:
+    """Puts a row's tokens into another row too."""
+    write: Any = keras.ops.slice_update
+    for buffer in tf.nest.flatten(buffers):
+        buffer.assign(write(buffer, (target, 0, 0, 0), tf.gather(buffer, source[None])))
 
 
 def _resize(
@@ -175,6 +165,11 @@ def _resize(
     count, rows = min(width, sizes(keys[0])[2]), sizes(keys[0])[0]
     cache = KVCache(tuple(keys), tuple(values), count).resize(rows, width)
     return cache.keys, cache.values
+
+
+def _variables(buffers: Any) -> Any:
+    """Buffers that XLA writes in place: what goes into a program and comes out of it is copied."""
+    return tf.nest.map_structure(lambda x: tf.Variable(x, trainable=False), buffers)
 
 
 def _choose(model: "TFOPTForCausalLM", rows: _Rows, logits_XV: tf.Tensor) -> Chosen:
