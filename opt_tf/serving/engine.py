@@ -162,8 +162,10 @@ def _resize(
     model: "TFOPTForCausalLM", width: int, keys: Any, values: Any
 ) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
     """The buffers with another number of slots."""
+    # A slice of a variable, kept in the program's trace, would keep the variable.
+    keys, values = tf.nest.map_structure(tf.convert_to_tensor, (tuple(keys), tuple(values)))
     count, rows = min(width, sizes(keys[0])[2]), sizes(keys[0])[0]
-    cache = KVCache(tuple(keys), tuple(values), count).resize(rows, width)
+    cache = KVCache(keys, values, count).resize(rows, width)
     return cache.keys, cache.values
 
 
