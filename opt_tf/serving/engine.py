@@ -20,7 +20,7 @@ from opt_tf.cache import KVCache
 from opt_tf.compilation import compiled
 from opt_tf.generation import loop, sampling
 from opt_tf.linear import sizes
-from opt_tf.serving.cache import RowCache, RowsCache
+from opt_tf.serving.cache import RowCache, RowsCache, contents, make_variables
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -56,7 +56,7 @@ class Engine(engine.Engine):
     def __init__(self, model: "TFOPTForCausalLM", slots: int):
         super().__init__(model, slots)
         cache = model.init_cache(slots, self.width)
-        self.keys, self.values = _variables((cache.keys, cache.values))
+        self.keys, self.values = make_variables((cache.keys, cache.values))
         self.rules = RowRules.allocate(slots, model.config.vocab_size)
         self.numbers: Any = None
 
@@ -68,14 +68,16 @@ class Engine(engine.Engine):
     def resize(self, width: int) -> None:
         """Gives every row another number of cache slots."""
         if width != self.width:
-            program = compiled(self.model, _resize, width)
-            self.keys, self.values = _variables(program(self.keys, self.values))
+            buffers = self.keys, self.values
+            wide = compiled(self.model, _resize, self.width, width)(*buffers)
+            tf.nest.map_structure(lambda buffer, new: buffer.assign(new), buffers, wide)
             self.width = width
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copies the first tokens of one row's cache to another row."""
         buffers = self.keys, self.values
-        compiled(self.model, _copy)(buffers, _number(source), _number(target))
+        program = compiled(self.model, _copy, self.width)
+        program(buffers, _number(source), _number(target))
 
     def read(
         self, table: Table, slot: int, start: int, end: int, chunk: int, scores_prompt: bool
@@ -83,7 +85,7 @@ class Engine(engine.Engine):
         """Reads some tokens of a row into its cache."""
         last = table.ids.shape[1] - 1
         places = np.minimum(np.arange(start, start + chunk, dtype=np.int32), last - 1)
-        logits, hidden = compiled(self.model, _read)(
+        logits, hidden = compiled(self.model, _read, self.width)(
             self.keys, self.values, _number(slot), _number(start), _number(end),
             tf.constant(places), tf.constant(table.ids[slot, places]),
         )  # fmt: skip
@@ -98,7 +100,7 @@ class Engine(engine.Engine):
 
     def step(self, table: Table) -> Chosen:
         """Reads the newest token of every active row and chooses the next."""
-        logits = compiled(self.model, _step)(
+        logits = compiled(self.model, _step, self.width)(
             self.keys, self.values, tf.constant(table.newest), tf.constant(table.held)
         )
         rows = self._rows(table, table.is_active)
@@ -119,13 +121,13 @@ class Engine(engine.Engine):
 
 
 def _step(
-    model: "TFOPTForCausalLM", keys: Any, values: Any, newest_R: tf.Tensor, held_R: tf.Tensor
-) -> tf.Tensor:
+    model: "TFOPTForCausalLM", width: int, keys: Any, values: Any, newest_R: tf.Tensor,
+    held_R: tf.Tensor,
+) -> tf.Tensor:  # fmt: skip
     """Logits (R, V) behind the newest token of every row; the buffers have it then."""
-    width, decoder = sizes(keys[0])[2], model.get_decoder()
-    window = model.config.max_position_embeddings
+    decoder, window = model.get_decoder(), model.config.max_position_embeddings
     seen = tf.range(width) <= held_R[:, None]
-    cache = RowsCache(keys, values, width - 1, places=held_R)
+    cache = RowsCache(keys, values, width - 1, width=width, places=held_R)
     embeds, positions = decoder.embed_tokens(newest_R[:, None]), tf.minimum(held_R, window - 1)
     out = decoder(
         embeds, position_ids=positions[:, None], mask_BS=seen, cache=cache, training=False
@@ -134,12 +136,12 @@ def _step(
 
 
 def _read(
-    model: "TFOPTForCausalLM", keys: Any, values: Any, slot: tf.Tensor, start: tf.Tensor,
-    end: tf.Tensor, places_T: tf.Tensor, ids_T: tf.Tensor,
+    model: "TFOPTForCausalLM", width: int, keys: Any, values: Any, slot: tf.Tensor,
+    start: tf.Tensor, end: tf.Tensor, places_T: tf.Tensor, ids_T: tf.Tensor,
 ) -> tuple[tf.Tensor, tf.Tensor]:  # fmt: skip
     """Logits (1, V) behind the token before `end`, and all hidden states."""
     decoder = model.get_decoder()
-    one = RowCache(keys, values, start, row=slot)
+    one = RowCache(keys, values, start, width=width, row=slot)
     embeds, positions = decoder.embed_tokens(ids_T[None]), places_T[None]
     out = decoder(embeds, position_ids=positions, mask_BS=None, cache=one, training=False)
     hidden = out.last_hidden_state[0]
@@ -151,27 +153,23 @@ def _score(model: "TFOPTForCausalLM", hidden_TP: tf.Tensor, ids_T: tf.Tensor) ->
     return _scores(model.compute_logits(hidden_TP), ids_T)
 
 
-def _copy(model: "TFOPTForCausalLM", buffers: Any, source: tf.Tensor, target: tf.Tensor) -> None:
+def _copy(
+    model: "TFOPTForCausalLM", width: int, buffers: Any, source: tf.Tensor, target: tf.Tensor
+) -> None:
     """Puts a row's tokens into another row too."""
     write: Any = keras.ops.slice_update
     for buffer in tf.nest.flatten(buffers):
-        buffer.assign(write(buffer, (target, 0, 0, 0), tf.gather(buffer, source[None])))
+        value = contents(buffer, width)
+        buffer.assign(write(value, (target, 0, 0, 0), tf.gather(value, source[None])))
 
 
 def _resize(
-    model: "TFOPTForCausalLM", width: int, keys: Any, values: Any
+    model: "TFOPTForCausalLM", old: int, width: int, keys: Any, values: Any
 ) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
-    """The buffers with another number of slots."""
-    # A slice of a variable, kept in the program's trace, would keep the variable.
-    keys, values = tf.nest.map_structure(tf.convert_to_tensor, (tuple(keys), tuple(values)))
-    count, rows = min(width, sizes(keys[0])[2]), sizes(keys[0])[0]
-    cache = KVCache(keys, values, count).resize(rows, width)
+    """What the buffers hold with another number of slots."""
+    keys, values = (tuple(contents(x, old) for x in buffers) for buffers in (keys, values))
+    cache = KVCache(keys, values, min(old, width)).resize(sizes(keys[0])[0], width)
     return cache.keys, cache.values
-
-
-def _variables(buffers: Any) -> Any:
-    """Buffers that XLA writes in place: what goes into a program and comes out of it is copied."""
-    return tf.nest.map_structure(lambda x: tf.Variable(x, trainable=False), buffers)
 
 
 def _choose(model: "TFOPTForCausalLM", rows: _Rows, logits_XV: tf.Tensor) -> Chosen:
