@@ -25,7 +25,7 @@ def make_variables(buffers: Any) -> Any:
 
 
 def contents(buffer: tf.Variable, width: int) -> tf.Tensor:
-    """What a variable holds, which has so many slots now."""
+    """The tensor in a variable that has so many slots now."""
     value = buffer.read_value()
     value.set_shape((None, None, width, None))
     return value

@@ -166,7 +166,7 @@ def _copy(
 def _resize(
     model: "TFOPTForCausalLM", old: int, width: int, keys: Any, values: Any
 ) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
-    """What the buffers hold with another number of slots."""
+    """The buffers with another number of slots."""
     keys, values = (tuple(contents(x, old) for x in buffers) for buffers in (keys, values))
     cache = KVCache(keys, values, min(old, width)).resize(sizes(keys[0])[0], width)
     return cache.keys, cache.values

@@ -22,7 +22,7 @@ def make_engine(backend, folder) -> Any:
 
 
 def programs(backend, module, engine) -> dict[str, str]:
-    """What XLA makes of a step, of reading a prompt, and of copying a row."""
+    """The programs that XLA makes of a step, of reading a prompt, and of copying a row."""
     buffers, number = (engine.keys, engine.values), np.int32(1)
     rows, some = np.ones(SLOTS, np.int32), np.arange(CHUNK, dtype=np.int32)
     inputs: dict[str, tuple[Any, ...]] = {
