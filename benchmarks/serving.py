@@ -11,6 +11,7 @@ name stands for a model of that shape with random weights.
     idle_first_s    the same on an idle server, median: nobody else is served
     wait_p95        how much later a first token comes than on an idle server, its own prompt's time
                     taken off, in such medians: 95th percentile
+    cpu_wait_p95    the same in the processor's time
     compilations    programs that were made after the warm-up
 
 With --alone fewer requests are also written one at a time, spread evenly over all; `ratio` then
@@ -86,29 +87,34 @@ class Seconds:
         self.processor += time.process_time() - began[1]
 
 
-def together(scheduler: Scheduler, rows: list[Row]) -> list[float]:
-    """All requests, as many at a time as there are slots; seconds to the first token of each."""
-    first, waiting, starts, open_rows = dict[Row, float](), list(rows), dict[Row, float](), 0
+def now() -> np.ndarray:
+    """Seconds of the clock and of the processor."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def together(scheduler: Scheduler, rows: list[Row]) -> np.ndarray:
+    """All requests, as many at a time as there are slots; (R, 2) seconds to their first tokens."""
+    first, waiting, starts, open_rows = dict[Row, Any](), list(rows), dict[Row, Any](), 0
     while waiting or open_rows:
         while waiting and open_rows < scheduler.engine.slots:
             row = waiting.pop(0)
-            starts[row], open_rows = time.perf_counter(), open_rows + 1
+            starts[row], open_rows = now(), open_rows + 1
             scheduler.submit(row)
         for event in scheduler.step():
             if len(event.row.made) == 1:
-                first[event.row] = time.perf_counter() - starts[event.row]
+                first[event.row] = now() - starts[event.row]
             open_rows -= event.ended is not None
-    return [first[row] for row in rows]
+    return np.stack([first[row] for row in rows])
 
 
-def idle_first(model: Any, scheduler: Scheduler, every: list[dict[str, Any]]) -> list[float]:
-    """Seconds to the first token of each request where there is no other."""
-    found: list[float] = []
+def idle_first(model: Any, scheduler: Scheduler, every: list[dict[str, Any]]) -> np.ndarray:
+    """The same where there is no other."""
+    found: list[np.ndarray] = []
     for call in every:
         scheduler.table.held[:] = 0  # nothing is known of its beginning
         row = Row(make_request(model, **{**call, "max_new_tokens": 1}))
-        found += together(scheduler, [row])
-    return found
+        found.append(together(scheduler, [row])[0])
+    return np.stack(found)
 
 
 def programs(model: Any, backend: str) -> int:
@@ -196,11 +202,14 @@ def main() -> None:
     alone_count = len(every) if options.alone is None else options.alone
     part = range(0, len(every), max(1, len(every) // max(1, alone_count)))
     if alone_count:
-        some = [every[i] for i in part]
-        idle = idle_first(model, scheduler, some)
-        usual = statistics.median(idle)
-        waits = [(first[i] - own) / usual for i, own in zip(part, idle, strict=True)]
-        figures |= {"idle_first_s": round(usual, 3), "wait_p95": round(at_95(waits), 2)}
+        some, idle = [every[i] for i in part], idle_first(model, scheduler, every)
+        usual = np.median(idle, 0)
+        waits = (first - idle) / usual
+        figures |= {
+            "idle_first_s": round(usual[0], 3),
+            "wait_p95": round(at_95(waits[:, 0]), 2),
+            "cpu_wait_p95": round(at_95(waits[:, 1]), 2),
+        }
         figures["compilations"] = programs(model, options.backend) - made
         if engine.is_compiled:
             alone(model, some)  # every program is made now
@@ -223,15 +232,15 @@ def main() -> None:
             "peer_differing": sum(row.made != t for row, t in zip(rows, texts, strict=True)),
         }  # fmt: skip
     figures |= {
-        "first_s": round(statistics.median(first), 3),
-        "first_p95_s": round(at_95(first), 3),
+        "first_s": round(statistics.median(first[:, 0]), 3),
+        "first_p95_s": round(at_95(first[:, 0]), 3),
     }
     print(json.dumps(figures))
 
 
-def at_95(values: list[float]) -> float:
+def at_95(values: np.ndarray) -> float:
     """The 95th percentile."""
-    return sorted(values)[int(0.95 * len(values))]
+    return sorted(values.tolist())[int(0.95 * len(values))]
 
 
 def processor() -> str:

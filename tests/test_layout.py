@@ -113,6 +113,10 @@ OWN_NAMES = {
         },
         "tf.distribute has replicas": {"spread_values", "sum_replicas"},
     },
+    "serving/cache.py": {
+        "TensorFlow writes variables in place; PyTorch's rows are views, and Flax' buffers are "
+        "given away": {"VariableCache", "RowCache", "make_variables", "contents"},
+    },
     "generation/sampling.py": {"JAX draws by keys": {"as_key", "drawn_key", "make_key"}},
     "quantization.py": {
         "Keras builds a layer before it has weights": {"prepare"},

@@ -26,7 +26,10 @@ class Metrics:
         self.slots_used = Gauge("opt_slots_used", "Rows that have a slot", model, registry=registry)
         self.tokens = Counter("opt_generated_tokens", "Tokens written", model, registry=registry)
         self.rate = Gauge(
-            "opt_tokens_per_second", "Tokens of a step by its time", model, registry=registry
+            "opt_tokens_per_second",
+            "Tokens of the last step that made any, by its time",
+            model,
+            registry=registry,
         )
         self.first_token = Histogram(
             "opt_time_to_first_token_seconds", "From a request to its first token", model,
@@ -42,7 +45,8 @@ class Metrics:
         self.slots.labels(model).set(scheduler.engine.slots)
         self.slots_used.labels(model).set(sum(row is not None for row in scheduler.rows))
         self.tokens.labels(model).inc(made)
-        self.rate.labels(model).set(made / max(seconds, 1e-9))
+        if made:
+            self.rate.labels(model).set(made / max(seconds, 1e-9))
 
     def text(self) -> bytes:
         """All figures."""

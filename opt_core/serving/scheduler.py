@@ -1,9 +1,10 @@
 """Which rows are read and written, and when: they enter and leave a batch at any step.
 
-Each step writes one token of every row whose prompt is read, then reads a chunk of the prompts that
-wait for it: a long prompt keeps nobody waiting for long, and the shortest comes first. What another
-row has read of the same beginning is copied. Every row gets the tokens that `generate` gives its
-request alone.
+A step writes one token of every row whose prompt is read, or reads one prompt as far as its turn
+goes: a chunk of tokens is read before rows are written again, so that a long prompt keeps nobody
+waiting for long. The shortest prompt comes first, and its first token is told before another is
+read. What another row has read of the same beginning is copied. Every row gets the tokens that
+`generate` gives its request alone.
 """
 
 from collections import deque
@@ -17,7 +18,7 @@ from opt_core.serving.engine import FEWEST_WIDTH, Chosen, Engine, Table
 from opt_core.serving.row import Row, TokenScores
 
 CHUNK = 256
-"""Tokens of prompts that are read between two steps: about as long as three of those take."""
+"""Tokens of prompts that are read before rows are written: it takes as long as five new tokens."""
 
 PROGRAM_CHUNK = 64
 """Tokens that a compiled program reads where few are left, for it takes as long for fewer.
@@ -29,10 +30,10 @@ WORTHWHILE = 8
 """Tokens from which on a common beginning is copied."""
 
 HASTE = 4
-"""A step of waiting counts as much as a chunk by that less to read: no prompt waits for ever."""
+"""As many tokens read of others count as one less to read: no prompt waits for ever."""
 
 PATIENCE = 64
-"""Steps after which caches wider than any row needs are made narrower."""
+"""Times of reading or writing after which caches wider than any row needs are made narrower."""
 LONG_PATIENCE = 16 * PATIENCE
 """The same where no programs are compiled."""
 
@@ -58,7 +59,7 @@ class Scheduler:
 
     Args:
         engine: A backend's.
-        chunk: Tokens of prompts to read between two steps.
+        chunk: Tokens of prompts to read before rows are written again.
     """
 
     def __init__(self, engine: Engine, chunk: int = CHUNK) -> None:
@@ -66,13 +67,13 @@ class Scheduler:
         self.engine, self.chunk = engine, chunk
         self.table = Table(engine.slots, window)
         self.rows: list[Row | None] = [None] * engine.slots
-        self.waiting, self.reading = deque[Row](), dict[int, int]()  # and since which step
+        self.waiting, self.reading = deque[Row](), dict[int, int]()  # and what was read before
         self._free = list(range(engine.slots))  # the longest free one first
         self._widths = [FEWEST_WIDTH]
         while self._widths[-1] < window:
             self._widths.append(2 * self._widths[-1])
         self._chunks = [min(size, self._widths[-1]) for size in (min(PROGRAM_CHUNK, chunk), chunk)]
-        self._calm = self._steps = 0
+        self._calm = self._spent = self._budget = 0
 
     @property
     def is_idle(self) -> bool:
@@ -84,18 +85,22 @@ class Scheduler:
         self.waiting.append(row)
 
     def step(self) -> list[Event]:
-        """One more token of every row that is written, and some of the prompts read."""
+        """Writes one more token of every row that is written, or reads some of one prompt."""
         events = self._drop_cancelled()
         self._admit()
         table = self.table
-        if table.is_active.any():
+        is_writing = bool(table.is_active.any())
+        if not is_writing:
+            self._budget = self.chunk
+        if self.reading and self._budget > 0:
+            size = self._read(min(self.reading, key=self._urgency), self._budget, events)
+            self._budget, self._spent = self._budget - size, self._spent + size
+        elif is_writing:
             self._widen(int(table.counts[table.is_active].max()))
             chosen = self.engine.step(table)
             table.held[table.is_active] += 1
             events += [self._take(s, chosen, s) for s in np.flatnonzero(table.is_active).tolist()]
-        self._steps, budget = self._steps + 1, self.chunk
-        while self.reading and budget > 0:
-            budget -= self._read(min(self.reading, key=self._urgency), budget, events)
+            self._budget = self.chunk
         return events
 
     def warm_up(self) -> None:
@@ -134,7 +139,7 @@ class Scheduler:
             table.is_scored[slot] = row.is_scored
             self.rows[slot] = row
             self.engine.place(slot, row.request)
-            self.reading[slot] = self._steps
+            self.reading[slot] = self._spent
 
     def _common(self, row: Row, slot: int) -> int:
         """Tokens that a slot holds of the beginning of a row; its last one is always read."""
@@ -176,9 +181,9 @@ class Scheduler:
         return size
 
     def _urgency(self, slot: int) -> float:
-        """Tokens left to read of a row, less what it has waited; the least comes first."""
+        """Tokens left to read of a row, less a part of those read since; the least comes first."""
         left = int(self.table.counts[slot] - self.table.held[slot])
-        return left - (self._steps - self.reading[slot]) * self.chunk / HASTE
+        return left - (self._spent - self.reading[slot]) / HASTE
 
     def _copy_beginning(self, row: Row, slot: int) -> None:
         """Copies what another slot holds of a row's beginning, where that is more than its own."""

@@ -7,6 +7,7 @@ cache; rows that come and go only change its inputs.
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -19,7 +20,7 @@ from opt_tf.cache import KVCache
 from opt_tf.compilation import compiled
 from opt_tf.generation import loop, sampling
 from opt_tf.linear import sizes
-from opt_tf.serving.cache import RowsCache
+from opt_tf.serving.cache import RowCache, RowsCache, contents, make_variables
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -55,7 +56,7 @@ class Engine(engine.Engine):
     def __init__(self, model: "TFOPTForCausalLM", slots: int):
         super().__init__(model, slots)
         cache = model.init_cache(slots, self.width)
-        self.keys, self.values = cache.keys, cache.values
+        self.keys, self.values = make_variables((cache.keys, cache.values))
         self.rules = RowRules.allocate(slots, model.config.vocab_size)
         self.numbers: Any = None
 
@@ -67,16 +68,16 @@ class Engine(engine.Engine):
     def resize(self, width: int) -> None:
         """Gives every row another number of cache slots."""
         if width != self.width:
-            program = compiled(self.model, _resize, width)
-            self.keys, self.values = program(self.keys, self.values)
+            buffers = self.keys, self.values
+            wide = compiled(self.model, _resize, self.width, width)(*buffers)
+            tf.nest.map_structure(lambda buffer, new: buffer.assign(new), buffers, wide)
             self.width = width
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copies the first tokens of one row's cache to another row."""
-        rows = np.arange(self.slots, dtype=np.int32)
-        rows[target] = source
-        program = compiled(self.model, _copy)
-        self.keys, self.values = program(self.keys, self.values, tf.constant(rows))
+        buffers = self.keys, self.values
+        program = compiled(self.model, _copy, self.width)
+        program(buffers, _number(source), _number(target))
 
     def read(
         self, table: Table, slot: int, start: int, end: int, chunk: int, scores_prompt: bool
@@ -84,7 +85,7 @@ class Engine(engine.Engine):
         """Reads some tokens of a row into its cache."""
         last = table.ids.shape[1] - 1
         places = np.minimum(np.arange(start, start + chunk, dtype=np.int32), last - 1)
-        logits, hidden, self.keys, self.values = compiled(self.model, _read)(
+        logits, hidden = compiled(self.model, _read, self.width)(
             self.keys, self.values, _number(slot), _number(start), _number(end),
             tf.constant(places), tf.constant(table.ids[slot, places]),
         )  # fmt: skip
@@ -99,7 +100,7 @@ class Engine(engine.Engine):
 
     def step(self, table: Table) -> Chosen:
         """Reads the newest token of every active row and chooses the next."""
-        logits, self.keys, self.values = compiled(self.model, _step)(
+        logits = compiled(self.model, _step, self.width)(
             self.keys, self.values, tf.constant(table.newest), tf.constant(table.held)
         )
         rows = self._rows(table, table.is_active)
@@ -120,39 +121,31 @@ class Engine(engine.Engine):
 
 
 def _step(
-    model: "TFOPTForCausalLM", keys: Any, values: Any, newest_R: tf.Tensor, held_R: tf.Tensor
-) -> tuple[tf.Tensor, Any, Any]:
-    """Logits (R, V) behind the newest token of every row, and the buffers with it."""
-    width, decoder = sizes(keys[0])[2], model.get_decoder()
-    window = model.config.max_position_embeddings
+    model: "TFOPTForCausalLM", width: int, keys: Any, values: Any, newest_R: tf.Tensor,
+    held_R: tf.Tensor,
+) -> tf.Tensor:  # fmt: skip
+    """Logits (R, V) behind the newest token of every row; the buffers have it then."""
+    decoder, window = model.get_decoder(), model.config.max_position_embeddings
     seen = tf.range(width) <= held_R[:, None]
-    cache = RowsCache(keys, values, width - 1, places=held_R)
+    cache = RowsCache(keys, values, width - 1, width=width, places=held_R)
     embeds, positions = decoder.embed_tokens(newest_R[:, None]), tf.minimum(held_R, window - 1)
     out = decoder(
         embeds, position_ids=positions[:, None], mask_BS=seen, cache=cache, training=False
     )
-    cache, logits = out.past_key_values, model.compute_logits(out.last_hidden_state[:, 0])
-    return logits, cache.keys, cache.values
+    return model.compute_logits(out.last_hidden_state[:, 0])
 
 
 def _read(
-    model: "TFOPTForCausalLM", keys: Any, values: Any, slot: tf.Tensor, start: tf.Tensor,
-    end: tf.Tensor, places_T: tf.Tensor, ids_T: tf.Tensor,
-) -> tuple[tf.Tensor, tf.Tensor, Any, Any]:  # fmt: skip
-    """Logits (1, V) behind the token before `end`, all hidden states, and the buffers."""
+    model: "TFOPTForCausalLM", width: int, keys: Any, values: Any, slot: tf.Tensor,
+    start: tf.Tensor, end: tf.Tensor, places_T: tf.Tensor, ids_T: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor]:  # fmt: skip
+    """Logits (1, V) behind the token before `end`, and all hidden states."""
     decoder = model.get_decoder()
-    row = tf.nest.map_structure(lambda x: tf.gather(x, slot[None]), (keys, values))
-    one = KVCache(*row, length=start)
+    one = RowCache(keys, values, start, width=width, row=slot)
     embeds, positions = decoder.embed_tokens(ids_T[None]), places_T[None]
     out = decoder(embeds, position_ids=positions, mask_BS=None, cache=one, training=False)
-    hidden, cache = out.last_hidden_state[0], out.past_key_values
-    logits = model.compute_logits(tf.gather(hidden, (end - start - 1)[None]))
-    is_row = tf.reshape(tf.range(sizes(keys[0])[0]) == slot, (-1, 1, 1, 1))
-    keys, values = tf.nest.map_structure(
-        lambda buffer, new: tf.where(is_row, new, buffer),
-        (tuple(keys), tuple(values)), (cache.keys, cache.values),
-    )  # fmt: skip
-    return logits, hidden, keys, values
+    hidden = out.last_hidden_state[0]
+    return model.compute_logits(tf.gather(hidden, (end - start - 1)[None])), hidden
 
 
 def _score(model: "TFOPTForCausalLM", hidden_TP: tf.Tensor, ids_T: tf.Tensor) -> Scores:
@@ -161,19 +154,21 @@ def _score(model: "TFOPTForCausalLM", hidden_TP: tf.Tensor, ids_T: tf.Tensor) ->
 
 
 def _copy(
-    model: "TFOPTForCausalLM", keys: Any, values: Any, rows_R: tf.Tensor
-) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
-    """The buffers of other rows."""
-    cache = KVCache(tuple(keys), tuple(values)).select(rows_R)
-    return cache.keys, cache.values
+    model: "TFOPTForCausalLM", width: int, buffers: Any, source: tf.Tensor, target: tf.Tensor
+) -> None:
+    """Puts a row's tokens into another row too."""
+    write: Any = keras.ops.slice_update
+    for buffer in tf.nest.flatten(buffers):
+        value = contents(buffer, width)
+        buffer.assign(write(value, (target, 0, 0, 0), tf.gather(value, source[None])))
 
 
 def _resize(
-    model: "TFOPTForCausalLM", width: int, keys: Any, values: Any
+    model: "TFOPTForCausalLM", old: int, width: int, keys: Any, values: Any
 ) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
     """The buffers with another number of slots."""
-    count, rows = min(width, sizes(keys[0])[2]), sizes(keys[0])[0]
-    cache = KVCache(tuple(keys), tuple(values), count).resize(rows, width)
+    keys, values = (tuple(contents(x, old) for x in buffers) for buffers in (keys, values))
+    cache = KVCache(keys, values, min(old, width)).resize(sizes(keys[0])[0], width)
     return cache.keys, cache.values
 
 

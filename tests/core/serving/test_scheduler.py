@@ -180,9 +180,22 @@ def test_a_long_prompt_keeps_nobody_waiting():
     scheduler.submit(long)
     for step in range(10):
         assert not long.made
+        scheduler.step()  # 15 tokens are left to read at first
         scheduler.step()
         assert len(short.made) == step + 2
+    scheduler.step()
+    assert scheduler.engine.read_tokens == [1, 15, *[16] * 9, 1]
     assert long.ended == "length"
+
+
+def test_a_first_token_is_told_before_another_prompt_is_read():
+    scheduler = make_scheduler(3, chunk=64)
+    rows = [make_row([token] * 20, 9) for token in (3, 4)]
+    for row in rows:
+        scheduler.submit(row)
+    for row in rows:
+        assert [(event.row, event.token) for event in scheduler.step()] == [(row, alone(row)[0])]
+    assert [event.row for event in scheduler.step()] == rows  # nothing is left to read
 
 
 def test_short_prompts_come_first_and_long_ones_come():
@@ -267,7 +280,8 @@ def test_programs_read_a_part_of_a_chunk_or_all_of_it():
     rows = [make_row([3] * 230, 2), make_row([4] * 10, 2)]
     for row in rows:
         scheduler.submit(row)
-    scheduler.step()
+    for _ in rows:
+        scheduler.step()
     assert scheduler.engine.sizes == [(10, 64), (64, 64)]
     run(scheduler)
     assert scheduler.engine.sizes[2:] == [(128, 128), (38, 64)]
