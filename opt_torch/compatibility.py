@@ -18,6 +18,7 @@ from opt_core.generation.compatibility import FILE
 from opt_core.generation.config import GenerationConfig
 from opt_core.json_files import write_json
 from opt_core.params import ParamSpec, param_specs
+from opt_core.quantization import check_not_quantized
 from opt_torch import _private, attention, checkpoint
 
 if TYPE_CHECKING:
@@ -122,6 +123,25 @@ class ModelMethods(MethodsMixin):
         base: Any = super()
         base._configure(*args)
         vars(self)["name_or_path"] = self.name_or_path  # PEFT looks for it nowhere else
+
+    def named_modules(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Every module with its name; of PEFT's "all-linear" the head is none, as it is there.
+
+        Raises:
+            ConfigError: PEFT is to adapt quantised layers.
+        """
+        base: Any = super()
+        found, step = base.named_modules(*args, **kwargs), _private.peft_step()
+        if step is None:
+            return found
+        check_not_quantized(self, "PEFT")
+        name, values = step
+        if name != "_maybe_include_all_linear_layers":
+            return found
+        head = self.get_output_embeddings()
+        if getattr(values.get("peft_config"), "task_type", None) == "SEQ_CLS":
+            head = getattr(self, "score", head)
+        return (item for item in found if item[1] is not head)
 
     def tie_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         """Makes a tied head the token embedding, and both layers say how many rows they have."""
