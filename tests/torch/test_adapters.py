@@ -132,5 +132,5 @@ def test_live_peft_leaves_the_same_heads_out_of_all_linear(head, folder):
 def test_live_peft_is_told_that_quantised_weights_only_run(folder):
     peft = pytest.importorskip("peft")
     model = TORCH.load(folder(CONFIG), quantize="int8")
-    with pytest.raises(ConfigError, match="^PEFT: .* can only be run; load it without quantize$"):
+    with pytest.raises(ConfigError, match=r"^PEFT: .* can only be run; load it without quantize$"):
         peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
