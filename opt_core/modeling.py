@@ -175,7 +175,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         """
         self.check_config()
         self.config.validate()
-        warn_of_own_layers(self, "written")
+        warn_of_own_layers(self)
         options = read_saving(folder, max_shard_size, arguments)
         if is_quantized(self):
             refuse_of_quantized(options)

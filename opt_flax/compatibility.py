@@ -31,6 +31,7 @@ from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import check_not_quantized
 from opt_flax import attention, checkpoint
 from opt_flax.linear import Linear
+from opt_flax.own_layers import OwnLayers
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
@@ -69,7 +70,7 @@ def split_mode(
     return rest, {"deterministic": deterministic, "rngs": rngs}
 
 
-class ModelMethods(MethodsMixin):
+class ModelMethods(OwnLayers, MethodsMixin):
     """Parameters outside of the model, and what else there is beside `nnx.Module`'s own."""
 
     framework: ClassVar[str] = "flax"
@@ -205,10 +206,6 @@ class ModelMethods(MethodsMixin):
     def _decoder_layers(self) -> Iterator[Any]:
         layers = self._decoder.layers
         return iter([layers] if self._decoder.scan_layers else layers)
-
-    def _parameter_paths(self: Any) -> Iterator[str]:
-        for path, _ in nnx.to_flat_state(nnx.state(self, nnx.Param)):
-            yield ".".join(map(str, path))
 
     def _as_tensor(self, array: NDArray[Any]) -> Array:
         return jnp.asarray(array)

@@ -123,6 +123,12 @@ def replace_buffer(state: dict[str, Any], name: str, value: Tensor | None) -> di
     return state | {"_buffers": state["_buffers"] | {name: value}}
 
 
+def kept(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own buffers that are saved; all of them where that cannot be told."""
+    lost = getattr(module, "_non_persistent_buffers_set", ())
+    return {name: b for name, b in module.named_buffers(recurse=False) if name not in lost}
+
+
 def trainers_folder() -> str | None:
     """The folder that the Trainer of `transformers` is saving a model in right now, or None.
 

@@ -20,6 +20,7 @@ from opt_core.json_files import write_json
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import check_not_quantized
 from opt_torch import _private, attention, checkpoint
+from opt_torch.own_layers import OwnLayers
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
@@ -109,7 +110,7 @@ def serve_trainer(module: Any, state: dict[str, Any], prefix: str, metadata: Any
             settings.to_json_file(Path(folder, FILE))
 
 
-class ModelMethods(MethodsMixin):
+class ModelMethods(OwnLayers, MethodsMixin):
     """Methods of every model, beside `torch.nn.Module`'s own."""
 
     framework: ClassVar[str] = "pt"
@@ -252,9 +253,6 @@ class ModelMethods(MethodsMixin):
 
     def _decoder_layers(self) -> Iterator[Any]:
         return iter(self._decoder.layers)
-
-    def _parameter_paths(self: Any) -> Iterator[str]:
-        return (name for name, _ in self.named_parameters())
 
     def _as_tensor(self: Any, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).long().to(self.device)

@@ -28,6 +28,7 @@ OWN_FILES = {
         "compilation.py": "generation is compiled by XLA",
         "keras_fit.py": "Keras' compile, fit, evaluate and predict",
         "keras_hub.py": "names and habits of KerasHub, which is Keras'",
+        "named_inputs.py": "Keras' inputs come in dicts and tuples, and by place as tensors alone",
     },
     "opt_flax": {
         "compilation.py": "generation is compiled by XLA",
