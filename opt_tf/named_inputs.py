@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from opt_core.compatibility import keras_hub
 from opt_core.compatibility.calls import OPTIONS
 from opt_core.errors import ArgumentError
-from opt_tf import keras_hub
 
 
 def name_inputs(

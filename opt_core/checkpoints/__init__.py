@@ -33,7 +33,8 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "load": ["Checkpoint", "LoadPlan", "open_checkpoint", "plan_load"],
+        "load": ["Checkpoint", "open_checkpoint"],
+        "plan": ["LoadPlan", "plan_load"],
         "safetensors_format": ["PendingTensor", "read_safetensors", "write_safetensors"],
         "save": ["save_checkpoint"],
         "tensors": ["LazyTensor", "StoredTensor"],

@@ -95,7 +95,8 @@ def is_beside_model(name: str) -> bool:
     """Whether a name is that of a part beside the model, and of none within it or around it."""
     parts = name.split(".")
     inner = {*_AROUND, *_IN_FRONT, "decoder", "lm_head", "score", "qa_outputs"}
-    return inner.isdisjoint(parts) and "lora_" not in name
+    is_plain = re.fullmatch(r"[\w.]+", name, re.ASCII) is not None
+    return is_plain and inner.isdisjoint(parts) and "lora_" not in name
 
 
 def _canonical(match: re.Match[str]) -> str | None:
