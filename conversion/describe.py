@@ -280,7 +280,7 @@ def _parts(tensors: Iterable[Tensor], copied: set[str]) -> Iterator[Part]:
 def _weight_problems(
     checkpoint: Checkpoint, config: OPTConfig | None, head: Head, notes: list[str]
 ) -> Iterator[str]:
-    """What keeps weights from being loaded; what is left aside then is added to the notes."""
+    """Reasons for which weights cannot be loaded; what would be left aside goes into the notes."""
     if config is None:
         return
     try:

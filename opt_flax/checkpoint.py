@@ -261,7 +261,8 @@ def _layout(
     spec, shape = group[0], _shape(model, group)
     stacked = len(shape) > len(spec.shape)
     if model.mesh is None:
-        return shape, SingleDeviceSharding(jnp.zeros(()).device)
+        with jax.ensure_compile_time_eval():  # a model may be made while something is traced
+            return shape, SingleDeviceSharding(jnp.zeros(()).device)
     parts = sharding.partition(spec, model.config, model.mesh)
     return shape, NamedSharding(model.mesh, PartitionSpec(None, *parts) if stacked else parts)
 

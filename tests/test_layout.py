@@ -32,6 +32,7 @@ OWN_FILES = {
     },
     "opt_flax": {
         "compilation.py": "generation is compiled by XLA",
+        "linen_params.py": "trees of parameters, which Flax' users keep outside of a model",
         "programs.py": "how well XLA compiles is chosen program by program",
         "training_checkpoints.py": "Orbax' checkpoints of a training on a mesh",
     },

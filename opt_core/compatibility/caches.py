@@ -138,7 +138,7 @@ class CacheMixin:
         cache: Any = self
         return -1 if self.grows else cache.max_length
 
-    def get_max_length(self) -> int | None:
+    def get_max_length(self, layer_idx: int = 0) -> int | None:
         """Slots there are; None where the cache grows."""
         cache: Any = self
         return None if self.grows else cache.max_length

@@ -112,8 +112,9 @@ def test_settings_of_another_library_are_taken(backend, model, greedy):
 def test_arguments_that_change_nothing_are_taken(backend, model, greedy):
     positions = np.arange(6, dtype=np.int32)[None].repeat(2, 0)
     found = backend.generate(
-        model, IDS, token_type_ids=np.zeros_like(IDS), logits_to_keep=1, position_ids=positions,
-        cache_implementation="static", trace=True, custom_generate="contrastive-search", **SETTINGS,
+        model, IDS, token_type_ids=np.zeros_like(IDS), labels=IDS, logits_to_keep=1,
+        position_ids=positions, cache_implementation="static", trace=True,
+        custom_generate="contrastive-search", **SETTINGS,
     )  # fmt: skip
     np.testing.assert_array_equal(found, greedy)
 

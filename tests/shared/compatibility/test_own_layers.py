@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 import pytest
 
-from opt_core.errors import MismatchError
+from opt_core.errors import InputError, MismatchError
 from tests.support.backends import BACKENDS
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_prompts
@@ -116,6 +116,44 @@ def test_layers_put_on_a_model_of_ours_are_named_where_files_leave_them_out(
     with pytest.warns(UserWarning, match=r"layers of its own are not written, .*: extra\."):
         made.save_pretrained(tmp_path)
     assert not backend.load(tmp_path)._own_tensors()
+
+
+@pytest.mark.filterwarnings("ignore:.*freshly initialised")
+@pytest.mark.skipif("flax" not in BACKENDS, reason="Flax' parameters outside of a model")
+def test_flaxs_params_have_them_too(folder):
+    jax = pytest.importorskip("jax")
+    base = importlib.import_module("opt_flax").FlaxOPTForCausalLM
+
+    class Scored(base):
+        def __init__(self, config, **options):
+            super().__init__(config, **options)
+            self.v_head, self.norm = flax_layers()
+
+        def __call__(self, *args, **kwargs):
+            out = super().__call__(*args, **kwargs)
+            out["value"] = self.v_head(out.logits[..., :WIDTH])
+            return out
+
+    model = Scored.from_pretrained(folder(CONFIG))
+    params = model.params
+    assert params["v_head"]["kernel"].shape == (WIDTH, 5)
+    assert set(params["norm"]) == {"bias", "scale"}  # and no statistics, which are not trained
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
+    assert jax.tree.map(lambda s: (s.shape, s.dtype), model.params_shape_tree) == shapes
+    slope = jax.jit(jax.grad(lambda params: model(IDS, params=params)["value"].sum()))(params)
+    expected = np.asarray(model(IDS).logits[..., :WIDTH]).sum((0, 1))
+    found = np.asarray(slope["v_head"]["kernel"])
+    np.testing.assert_allclose(found, expected[:, None].repeat(5, 1), rtol=1e-5)
+    other = {**params, "v_head": {"kernel": np.zeros((WIDTH, 5)), "bias": np.ones(5)}}
+    np.testing.assert_array_equal(model(IDS, params=other)["value"], 1)
+    assert np.any(np.asarray(model(IDS)["value"]) != 1)
+    model.params = other
+    np.testing.assert_array_equal(model(IDS)["value"], 1)
+    with pytest.raises(InputError, match=r"params: 2 missing, such as v_head/"):
+        model(IDS, params={name: params[name] for name in ("model", "norm")})
+    wrong = {**params, "v_head": {**params["v_head"], "bias": np.ones(4)}}
+    with pytest.raises(InputError, match=r"v_head/bias: expected shape \(5,\), received \(4,\)"):
+        model(IDS, params=wrong)
 
 
 @pytest.mark.filterwarnings("ignore:.*freshly initialised")
