@@ -5,11 +5,11 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
-import keras  # noqa: E402
+import keras
 
-from opt_tf import TFOPTModel  # noqa: E402
-from tests.support.configs import CONFIGS  # noqa: E402
-from tests.support.reference import make_prompts  # noqa: E402
+from opt_tf import TFOPTModel
+from tests.support.configs import CONFIGS
+from tests.support.reference import make_prompts
 
 CONFIG = CONFIGS["pre_ln"].replace(num_hidden_layers=1)
 IDS, MASK = make_prompts(CONFIG, 2, 5), np.array([[1] * 5, [1, 1, 1, 0, 0]])
