@@ -74,6 +74,7 @@ class ModelMethods(OwnLayers, MethodsMixin):
     """Parameters outside of the model, and what else there is beside `nnx.Module`'s own."""
 
     framework: ClassVar[str] = "flax"
+    _steps = frozenset({"__call__"})
     input_shape: ClassVar[tuple[int, int]] = (1, 1)
     """Shape that `transformers` has `init_weights` take; no parameter depends on it."""
 

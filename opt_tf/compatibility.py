@@ -35,12 +35,13 @@ class ModelMethods(KerasHubMethods, OwnLayers, MethodsMixin):
     """Methods of every model, beside `keras.Model`'s own."""
 
     framework: ClassVar[str] = "tf"
+    _steps = frozenset({"call"})
     supports_xla_generation: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if "call" in vars(cls):
-            cls.call = uncovering(vars(cls)["call"])
+            cls.call = uncovering(vars(cls)["call"], getattr(super(cls, cls), "call", None))
 
     def __repr__(self: Any) -> str:
         return self._described()

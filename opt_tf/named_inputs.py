@@ -83,11 +83,13 @@ class _Covered:
         self.tensor = tensor
 
 
-def uncovering(call: Callable[..., Any]) -> Callable[..., Any]:
+def uncovering(call: Callable[..., Any], extended: Any) -> Callable[..., Any]:
     """A `call` that finds the tensors again that `name_inputs` covered, and takes several at once.
 
     Args:
         call: As a class has it.
+        extended: That of the class it extends, whose parameters Keras is shown where a call names
+            none: it refuses tensors and others in one `**kwargs`.
     """
     signature = _without_self(call)
 
@@ -98,6 +100,8 @@ def uncovering(call: Callable[..., Any]) -> Callable[..., Any]:
         found = {k: v.tensor if isinstance(v, _Covered) else v for k, v in options.items()}
         return call(self, *args, **found)
 
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        vars(run)["__signature__"] = inspect.signature(extended)
     return run
 
 

@@ -93,6 +93,12 @@ def has_hooks(module: nn.Module) -> bool:
         return True
 
 
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether there are hooks on a module that are not PyTorch's own, such as FSDP's."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
+
+
 def register_output(cls: Any) -> None:
     """Lets outputs through PyTorch's pytrees (`torch.export`, DDP, FSDP) and `torch.jit.trace`.
 

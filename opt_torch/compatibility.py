@@ -114,6 +114,7 @@ class ModelMethods(OwnLayers, MethodsMixin):
     """Methods of every model, beside `torch.nn.Module`'s own."""
 
     framework: ClassVar[str] = "pt"
+    _steps = frozenset({"forward", "prepare_inputs_for_generation"})
     _tied_weights_keys: ClassVar[Any] = None
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -251,6 +252,10 @@ class ModelMethods(OwnLayers, MethodsMixin):
         mask = head_mask if head_mask.dim() == 2 else head_mask.expand(num_hidden_layers, -1)
         return mask[:, None, :, None, None].to(self.dtype)
 
+    def _is_patched(self: Any) -> bool:
+        is_changed = not self._steps.isdisjoint(vars(self)) and not hasattr(self, "_hf_hook")
+        return is_changed or _private.has_own_hooks(self)
+
     def _decoder_layers(self) -> Iterator[Any]:
         return iter(self._decoder.layers)
 
@@ -344,12 +349,14 @@ class GenerationMethods:
             past_key_values: A cache that holds the first of them, or None.
             attention_mask: (B, S); positions follow from it.
             inputs_embeds: Used in place of the ids where there is no cache yet.
-            cache_position: Without effect, like the next two: the cache says what it holds.
+            cache_position: Without effect, like the next one: the cache says what it holds.
             is_first_iteration: See there.
-            next_sequence_length: See there.
+            next_sequence_length: New ids, where a cache holds more than the ids before them.
             **kwargs: Passed on.
         """
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if past and next_sequence_length is not None:
+            past = input_ids.shape[1] - next_sequence_length
         if inputs_embeds is not None and not past:
             inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds}
         else:

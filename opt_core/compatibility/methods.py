@@ -31,6 +31,8 @@ class MethodsMixin(ModelNames, UploadMixin):
     main_input_name: ClassVar[str] = "input_ids"
     supports_gradient_checkpointing: ClassVar[bool] = True
     backend: ClassVar[Any]
+    _steps: ClassVar[frozenset[str]] = frozenset()
+    """Methods that a step of generation calls in `transformers`."""
     config: OPTConfig
     attn_implementation: str
 
@@ -279,6 +281,10 @@ class MethodsMixin(ModelNames, UploadMixin):
     def _decoder_layers(self) -> Iterator[Any]:
         """The decoder's layers."""
         raise NotImplementedError
+
+    def _is_patched(self) -> bool:
+        """Whether a caller put a function or a hook in the way of the model's call."""
+        return False
 
     def _own_tensors(self) -> dict[str, Any]:
         """Tensors that are none of OPT's, by their paths, with dots between."""

@@ -55,8 +55,13 @@ _PARTS = ("model", "decoder", "lm_head", "score", "qa_outputs")
 
 def is_own_class(cls: type) -> bool:
     """Whether a model's class is a caller's, and not one of this library's."""
-    classes = (kind for kind in cls.__mro__ if hasattr(kind, "from_pretrained"))
-    return any(kind.__module__.partition(".")[0] not in _LIBRARIES for kind in classes)
+    return any(map(is_own, cls.__mro__))
+
+
+def is_own(kind: type) -> bool:
+    """Whether one of the classes that a model's extends is a caller's model."""
+    is_model = hasattr(kind, "from_pretrained")
+    return is_model and kind.__module__.partition(".")[0] not in _LIBRARIES
 
 
 def warn_of_own_layers(model: Any) -> None:
