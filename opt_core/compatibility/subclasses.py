@@ -53,7 +53,7 @@ _PARTS = ("model", "decoder", "lm_head", "score", "qa_outputs")
 """Attributes that hold OPT's own parameters."""
 
 
-def is_own_class(cls: type) -> bool:
+def is_own_class(cls: Any) -> bool:
     """Whether a model's class is a caller's, and not one of this library's."""
     return any(map(is_own, cls.__mro__))
 

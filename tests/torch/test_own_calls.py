@@ -72,3 +72,4 @@ def test_prompts_that_peft_has_trained(folder, kind, beams):
         np.testing.assert_array_equal(found, ids)
     plain = model.get_base_model().generate(IDS, num_beams=beams, **SETTINGS)
     assert not torch.equal(found, plain)
+    assert not model.get_base_model()._is_patched()  # PEFT has put back what it took
