@@ -40,7 +40,7 @@ class OfNames(TFOPTModel):
 
 
 class OfAnything(TFOPTModel):
-    """What is passed is passed on."""
+    """A call that passes on what it is given."""
 
     def __init__(self, config):
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""What a caller puts in the way of a model's call is seen by generation too."""
+"""Functions, hooks and inputs of a caller's in the way of a model's call: generation sees them too."""
 
 import numpy as np
 import pytest
