@@ -1,4 +1,4 @@
-"""Functions, hooks and inputs of a caller's in the way of a model's call: generation sees them too."""
+"""Functions, hooks and inputs of a caller's in the way of a model's call: generation sees them."""
 
 import numpy as np
 import pytest
