@@ -14,7 +14,7 @@ from conversion.readers import SourceCheckpoint, open_any_checkpoint
 from conversion.sidecar_files import copy_sidecar_files
 from conversion.writers import WRITERS, write_weights
 from opt_core.checkpoints.atomic import check_is_new, new_folder
-from opt_core.checkpoints.load import LoadPlan
+from opt_core.checkpoints.plan import LoadPlan
 from opt_core.checkpoints.quantized.tensor import PackedTensor, numbers_of
 from opt_core.checkpoints.quantized.writing import Fetch, written_scheme
 from opt_core.checkpoints.save import save_quantized_checkpoint
@@ -123,7 +123,7 @@ def convert(
         files = write_quantized(
             found, plan, new, quantize, wanted, max_shard_size, fetch, gptq_bits
         )
-        notes = found.notes
+        notes = (*found.notes, *plan.notes)
     return Conversion(
         new,
         found.checkpoint.format,
@@ -182,7 +182,8 @@ def write_checkpoint(
             values |= {"architectures": [_ARCHITECTURES[head]]}
             write_json(stage / "config.json", values)
         files = {name: (stage / name).stat().st_size for name in names}
-    notes = [*found.notes, *filter(None, [writer.note and writer.note(plan.config)])]
+    notes = [*found.notes, *plan.notes]
+    notes += filter(None, [writer.note and writer.note(plan.config)])
     notes += [f"{name}: {count} values are NaN or infinite" for name, count in not_finite.items()]
     return files, tuple(notes)
 

@@ -16,7 +16,8 @@ from conversion.remote_headers import download_headers
 from conversion.sidecar_files import is_keras_hub
 from opt_core.adapters.settings import CONFIG_FILE
 from opt_core.adapters.tensors import is_adapter, read_adapter
-from opt_core.checkpoints.load import Checkpoint, plan_load
+from opt_core.checkpoints.load import Checkpoint
+from opt_core.checkpoints.plan import plan_load
 from opt_core.checkpoints.quantized.tensor import PackedTensor
 from opt_core.checkpoints.tensors import LazyTensor
 from opt_core.config import OPTConfig
@@ -157,7 +158,7 @@ def describe(path_or_hub_id: str | PathLike[str], **hub: Any) -> Description:
 def _describe(path: Path, names: Collection[str] | None = None) -> Description:
     """Describes a folder, in which files of these names are, or would be if it were complete."""
     folder = path if path.is_dir() else path.parent
-    problems: list[str] = []
+    problems, notes = list[str](), list[str]()
     config = source = checkpoint = head = vocabulary = weights_error = None
     try:
         source = open_any_checkpoint(path)
@@ -175,7 +176,7 @@ def _describe(path: Path, names: Collection[str] | None = None) -> Description:
         problems.append(str(weights_error))
     if checkpoint is not None:
         head = head_of(checkpoint)
-        problems += _weight_problems(checkpoint, config, head)
+        problems += _weight_problems(checkpoint, config, head, notes)
     if not is_keras_hub(folder) and any(
         (folder / name).exists() for name in ("vocab.json", "tokenizer.json")
     ):
@@ -205,7 +206,7 @@ def _describe(path: Path, names: Collection[str] | None = None) -> Description:
         tensors=tensors,
         vocabulary=vocabulary,
         problems=tuple(problems),
-        notes=source.notes if source is not None else (),
+        notes=(*(source.notes if source is not None else ()), *notes),
         quantization=_quantization(checkpoint),
     )
 
@@ -276,7 +277,10 @@ def _parts(tensors: Iterable[Tensor], copied: set[str]) -> Iterator[Part]:
             yield Part(name, len(members), parameters, sum(t.nbytes for t in members))
 
 
-def _weight_problems(checkpoint: Checkpoint, config: OPTConfig | None, head: Head) -> Iterator[str]:
+def _weight_problems(
+    checkpoint: Checkpoint, config: OPTConfig | None, head: Head, notes: list[str]
+) -> Iterator[str]:
+    """Reasons for which weights cannot be loaded; what would be left aside goes into the notes."""
     if config is None:
         return
     try:
@@ -284,6 +288,7 @@ def _weight_problems(checkpoint: Checkpoint, config: OPTConfig | None, head: Hea
     except CheckpointError as error:
         yield str(error)
         return
+    notes += plan.notes
     if plan.config.tie_word_embeddings != config.tie_word_embeddings:
         yield (
             f"{checkpoint.folder}: lm_head.weight differs from the token embedding, but "

@@ -26,7 +26,8 @@ from conversion.readers import open_any_checkpoint
 from conversion.smoothquant import check_text
 from conversion.streaming.lazy_tensors import MemoryTensor
 from opt_core.checkpoints.atomic import check_is_new
-from opt_core.checkpoints.load import LoadPlan, open_checkpoint, plan_load
+from opt_core.checkpoints.load import open_checkpoint
+from opt_core.checkpoints.plan import LoadPlan, plan_load
 from opt_core.checkpoints.quantized.tensor import numbers_of
 from opt_core.checkpoints.quantized.writing import written_scheme
 from opt_core.errors import CheckpointError, ConfigError

@@ -22,13 +22,12 @@ from opt_core.adapters.tensors import AdapterFolder
 from opt_core.checkpoints.load import (
     Checkpoint,
     Format,
-    LoadPlan,
     canonical_name,
     open_checkpoint,
-    plan_load,
     read_files,
     read_index,
 )
+from opt_core.checkpoints.plan import LoadPlan, plan_load
 from opt_core.checkpoints.safetensors_format import read_safetensors
 from opt_core.checkpoints.tensors import LazyTensor
 from opt_core.config import OPTConfig

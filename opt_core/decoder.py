@@ -22,7 +22,7 @@ class DecoderMixin(DecoderNames):
     def _enter(self, embeds: Any, rows: Any) -> Any:
         """The layers' input (B, T, D) of embeddings (B, T, P) and rows of the position table."""
         hidden = embeds if self.project_in is None else self._project(self.project_in, embeds)
-        return hidden + self.embed_positions(rows)
+        return hidden + self.embed_positions(rows, None)
 
     def _leave(self, hidden: Any) -> Any:
         """The output (B, T, P) of the last layer's states (B, T, D)."""

@@ -235,10 +235,21 @@ def check_cache_size(rows: int | None, slots: int | None) -> None:
         raise InputError(f"a cache needs at least 1 row and 1 slot, received {rows} x {slots}")
 
 
-def check_crop(length: int, used: int | None) -> None:
-    """Refuses to go back to more slots of a cache than are in use."""
-    if used is not None and not 0 <= length <= used:
+def cropped_length(length: int, used: int | None) -> int:
+    """The slots to go back to, of those in use; less than 0 counts from their end.
+
+    Raises:
+        InputError: There are not so many.
+    """
+    if used is None:
+        if isinstance(length, int) and length < 0:
+            raise InputError(
+                f"crop: expected a length of at least 0 in a compiled program, received {length}"
+            )
+        return length
+    if not -used <= length <= used:
         raise InputError(f"crop: expected a length in 0..{used}, received {length}")
+    return used + length if length < 0 else length
 
 
 def check_resize(held: int | None, used: int | None, rows: int, max_length: int) -> None:

@@ -21,7 +21,7 @@ from opt_core.compatibility.methods import MethodsMixin
 from opt_core.compatibility.saving import read_saving, refuse_of_quantized
 from opt_core.compatibility.subclasses import warn_of_own_layers
 from opt_core.config import OPTConfig
-from opt_core.errors import ConfigError, InputError, UnsupportedError
+from opt_core.errors import AbsentError, ConfigError, InputError, UnsupportedError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.mixin import GenerationMixin
 from opt_core.params import Head
@@ -64,11 +64,24 @@ class Backend(NamedTuple):
     prefill: Any
 
 
+_NO_HEAD = (
+    "{}: a class of your own extends OPTModel or one of the heads, not the base of them: "
+    "super().__init__(config) makes their layers, and yours come behind"
+)
+
+
+class _NoHead:
+    """The head of a class that has none, such as one of the caller's that extends the base."""
+
+    def __get__(self, model: Any, owner: type) -> Any:
+        raise AbsentError(_NO_HEAD.format(owner.__name__))
+
+
 class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
     """The part of all models that is no framework's: settings, counting, saving, decoding."""
 
     backend: ClassVar[Backend]
-    head: ClassVar[Head]
+    head: ClassVar[Head] = _NoHead()  # type: ignore[assignment]
     accepts_loss_kwargs: ClassVar[bool] = False
     """Whether the loss heeds `num_items_in_batch`: the Trainer of `transformers` asks."""
     config: OPTConfig
@@ -82,10 +95,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
             ConfigError: No such attention implementation, or a malformed configuration.
         """
         if not isinstance(getattr(type(self), "head", None), str):
-            raise UnsupportedError(
-                f"{type(self).__name__}: a class of your own extends OPTModel or one of the heads, "
-                "not the base of them"
-            )
+            raise UnsupportedError(_NO_HEAD.format(type(self).__name__))
         config = OPTConfig.from_any(config)
         config.validate()
         check_fixed(config)
@@ -175,7 +185,7 @@ class PreTrainedMixin(MethodsMixin, Generic[Decoder]):
         """
         self.check_config()
         self.config.validate()
-        warn_of_own_layers(self, "written")
+        warn_of_own_layers(self)
         options = read_saving(folder, max_shard_size, arguments)
         if is_quantized(self):
             refuse_of_quantized(options)

@@ -127,10 +127,16 @@ class KVCache(CacheMixin):
     def crop(self, length: int) -> "KVCache":
         """Goes back to the first `length` slots: what is behind them is overwritten.
 
+        Args:
+            length: How many; less than 0: so many are given up.
+
+        Returns:
+            The cache that goes on; this one stays as it is.
+
         Raises:
             InputError: There are not so many.
         """
-        rules.check_crop(length, self.known_length)
+        length = rules.cropped_length(length, self.known_length)
         mask = self.mask
         if mask is not None:
             mask = mask | (jnp.arange(self.max_length) >= length)

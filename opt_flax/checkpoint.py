@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.tensors import cast_array
 from opt_core.compatibility.saving import SaveOptions, refuse_unsafe
-from opt_core.compatibility.subclasses import make_model
+from opt_core.compatibility.subclasses import is_own_class, make_model
 from opt_core.dialects import NNX, follow
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
@@ -61,7 +61,13 @@ def from_pretrained(
 ) -> Any:
     """Loads a checkpoint tensor by tensor; see `FlaxOPTPreTrainedModel.from_pretrained`."""
     source = pretrained.open_pretrained(
-        cls.head, path_or_hub_id, dtype, config, quantize, **arguments
+        cls.head,
+        path_or_hub_id,
+        dtype,
+        config,
+        quantize,
+        has_own_layers=is_own_class(cls),
+        **arguments,
     )
     if source.quantize is not None and (mesh is not None or scan_layers):
         other = "scan_layers" if mesh is None else "mesh"
@@ -255,7 +261,8 @@ def _layout(
     spec, shape = group[0], _shape(model, group)
     stacked = len(shape) > len(spec.shape)
     if model.mesh is None:
-        return shape, SingleDeviceSharding(jnp.zeros(()).device)
+        with jax.ensure_compile_time_eval():  # a model may be made while something is traced
+            return shape, SingleDeviceSharding(jnp.zeros(()).device)
     parts = sharding.partition(spec, model.config, model.mesh)
     return shape, NamedSharding(model.mesh, PartitionSpec(None, *parts) if stacked else parts)
 

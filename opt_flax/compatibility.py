@@ -24,13 +24,14 @@ from opt_core.compatibility.linen import Tree
 from opt_core.compatibility.methods import MethodsMixin, refuse_to_generate
 from opt_core.compatibility.refusals import refuse_attributes
 from opt_core.compatibility.sequences import Sequences
-from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, UnsupportedError
 from opt_core.generation.config import GenerationConfig
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import check_not_quantized
 from opt_flax import attention, checkpoint
 from opt_flax.linear import Linear
+from opt_flax.linen_params import cast_tree, draw_values, turn
+from opt_flax.own_layers import OwnLayers
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTPreTrainedModel
@@ -69,10 +70,11 @@ def split_mode(
     return rest, {"deterministic": deterministic, "rngs": rngs}
 
 
-class ModelMethods(MethodsMixin):
+class ModelMethods(OwnLayers, MethodsMixin):
     """Parameters outside of the model, and what else there is beside `nnx.Module`'s own."""
 
     framework: ClassVar[str] = "flax"
+    _steps = frozenset({"__call__"})
     input_shape: ClassVar[tuple[int, int]] = (1, 1)
     """Shape that `transformers` has `init_weights` take; no parameter depends on it."""
 
@@ -90,19 +92,21 @@ class ModelMethods(MethodsMixin):
         """
         check_not_quantized(self, "params")
         _check_initialized(self)
-        return self._tree(lambda spec: checkpoint.get_parameter(self, spec))
+        tree = self._tree(lambda spec: checkpoint.get_parameter(self, spec))
+        return self._add_own(tree, lambda variable: variable.get_value())
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         if name == "params":  # NNX would have refused arrays before it came to a property's setter
             _check_initialized(self)
-            checkpoint.set_arrays(self, linen.read_tree(self.config, self.head, value, _turn))
+            self._set_params(value)
         else:
             super().__setattr__(name, value)
 
     @property
     def params_shape_tree(self: Any) -> dict[str, Any]:
         """Shapes and types of `params`, as `jax.ShapeDtypeStruct`."""
-        return self._tree(lambda spec: jax.ShapeDtypeStruct(spec.shape, self.dtype))
+        tree = self._tree(lambda spec: jax.ShapeDtypeStruct(spec.shape, self.dtype))
+        return self._add_own(tree, lambda own: jax.ShapeDtypeStruct(own.shape, own.dtype))
 
     @property
     def required_params(self) -> set[tuple[str, ...]]:
@@ -126,27 +130,30 @@ class ModelMethods(MethodsMixin):
     ) -> dict[str, Any]:
         """Fresh parameters, as `params` gives them; the model keeps its own.
 
+        Those of layers that a class of the user's adds are as they are.
+
         Args:
             rng: Random key.
             input_shape: Without effect: no parameter depends on it.
             params: Take those that are here over.
         """
-        fresh = self._tree(_draw_values(self.config, rng))
+        fresh = self._tree(draw_values(self.config, rng))
+        fresh = self._add_own(fresh, lambda variable: variable.get_value())
         if params is None:
             return fresh
         return linen.merge_trees(fresh, params)
 
     def to_bf16(self, params: Tree, mask: Any = None) -> Any:
         """Parameters in bfloat16; a mask (a tree of bools) leaves some out where it is False."""
-        return _cast_tree(params, jnp.bfloat16, mask)
+        return cast_tree(params, jnp.bfloat16, mask)
 
     def to_fp16(self, params: Tree, mask: Any = None) -> Any:
         """Parameters in float16; a mask (a tree of bools) leaves some out where it is False."""
-        return _cast_tree(params, jnp.float16, mask)
+        return cast_tree(params, jnp.float16, mask)
 
     def to_fp32(self, params: Tree, mask: Any = None) -> Any:
         """Parameters in float32; a mask (a tree of bools) leaves some out where it is False."""
-        return _cast_tree(params, jnp.float32, mask)
+        return cast_tree(params, jnp.float32, mask)
 
     def with_params(self: Any, params: Tree | None) -> Any:
         """A model of other parameters that shares all else; None: this model.
@@ -161,12 +168,17 @@ class ModelMethods(MethodsMixin):
             _check_initialized(self)
             return self
         check_not_quantized(self, "params")
-        arrays = linen.read_tree(self.config, self.head, params, _turn)
         graph, state = nnx.split(self)
         # Variables of its own, that a program which is being traced may set.
         other = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
-        checkpoint.set_arrays(other, arrays)
+        other._set_params(params)
         return other
+
+    def _set_params(self: Any, params: Tree) -> None:
+        rest, own = self._split_own(params)
+        checkpoint.set_arrays(self, linen.read_tree(self.config, self.head, rest, turn))
+        for variable, value in own:
+            variable.set_value(value)
 
     def save_pretrained(self, *args: Any, params: Tree | None = None, **options: Any):
         """As in every backend.
@@ -194,7 +206,7 @@ class ModelMethods(MethodsMixin):
     __str__ = __repr__
 
     def _tree(self: Any, values: Callable[[ParamSpec], Any]) -> dict[str, Any]:
-        return linen.make_tree(self.config, self.head, values, _turn)
+        return linen.make_tree(self.config, self.head, values, turn)
 
     def _without_params(self: Any) -> tuple[Any, dict[str, Any]]:
         """The model, with shapes in place of parameters, and its parameters."""
@@ -205,10 +217,6 @@ class ModelMethods(MethodsMixin):
     def _decoder_layers(self) -> Iterator[Any]:
         layers = self._decoder.layers
         return iter([layers] if self._decoder.scan_layers else layers)
-
-    def _parameter_paths(self: Any) -> Iterator[str]:
-        for path, _ in nnx.to_flat_state(nnx.state(self, nnx.Param)):
-            yield ".".join(map(str, path))
 
     def _as_tensor(self, array: NDArray[Any]) -> Array:
         return jnp.asarray(array)
@@ -256,7 +264,7 @@ class ModelMethods(MethodsMixin):
                 yield leaf.nbytes
 
     def _cast(self: Any, dtype: Any) -> "FlaxOPTPreTrainedModel":
-        nnx.update(self, _cast_tree(nnx.state(self, nnx.Param), dtype, None))
+        nnx.update(self, cast_tree(nnx.state(self, nnx.Param), dtype, None))
         return self
 
     def _check_flash(self: Any) -> None:
@@ -362,38 +370,3 @@ def _check_initialized(model: Any) -> None:
         raise ConfigError(
             "the model was made with _do_init=False and has no parameters; pass params="
         )
-
-
-def _draw_values(config: OPTConfig, rng: Array) -> Callable[[ParamSpec], Array]:
-    """Fresh values of parameters, drawn one after another."""
-    keys = iter(range(2**31))
-
-    def draw(spec: ParamSpec) -> Array:
-        if spec.name.endswith(".bias"):
-            return jnp.zeros(spec.shape)
-        if spec.kind == "norm":
-            return jnp.ones(spec.shape)
-        key = jax.random.fold_in(rng, next(keys))
-        values = config.init_std * jax.random.normal(key, spec.shape)
-        if spec.name.endswith("embed_tokens.weight") and config.pad_token_id is not None:
-            values = values.at[config.pad_token_id].set(0)
-        return values
-
-    return draw
-
-
-def _cast_tree(params: Any, dtype: Any, mask: Any) -> Any:
-    """Floating-point leaves in another type, where the mask has them."""
-
-    def cast(leaf: Any, wanted: bool = True) -> Any:
-        is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        return jnp.asarray(leaf, dtype) if wanted and is_float else leaf
-
-    return jax.tree.map(cast, params) if mask is None else jax.tree.map(cast, params, mask)
-
-
-def _turn(kernel: Any) -> Any:
-    """A kernel with its two dimensions exchanged."""
-    if isinstance(kernel, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(kernel.shape[::-1], kernel.dtype)
-    return jnp.asarray(kernel).T

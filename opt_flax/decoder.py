@@ -12,11 +12,12 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
 
-from opt_core.compatibility.parts import run_by_model
+from opt_core.compatibility.parts import PositionTable, run_by_model
 from opt_core.config import OPTConfig
 from opt_core.decoder import DecoderLayerMixin, DecoderMixin
 from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
+from opt_flax import inputs
 from opt_flax.attention import FlaxOPTAttention, make_bias
 from opt_flax.cache import KVCache, position_rows
 from opt_flax.linear import Embedding, Linear, apply_dropout
@@ -90,6 +91,35 @@ class FlaxOPTDecoderLayer(DecoderLayerMixin, nnx.Module):
         return hidden, weights, buffers
 
 
+class PositionEmbedding(PositionTable, Embedding):
+    """The table of positions."""
+
+    _check_ranges = staticmethod(inputs.check_ranges)
+
+    @staticmethod
+    def _rows_of(mask_BS: Array, past: int) -> Array:
+        return position_rows(mask_BS.astype(bool), past, mask_BS.shape[1] - past)
+
+    def __call__(
+        self,
+        attention_mask: Array,
+        past_key_values_length: int | None = 0,
+        position_ids: Array | None = None,
+    ) -> Array:
+        """Looks positions up.
+
+        Args:
+            attention_mask: (B, S) 1 for tokens, 0 for padding; positions follow from it.
+            past_key_values_length: Tokens at its beginning that were looked up before. None: what
+                comes first are rows of the table themselves, as the decoder knows them.
+            position_ids: (B, T) positions, which the mask then does not say.
+
+        Raises:
+            InputError: The mask is none.
+        """
+        return super().__call__(self._rows(attention_mask, past_key_values_length, position_ids))
+
+
 class FlaxOPTDecoder(DecoderMixin, nnx.Module):
     """Embeddings, the layers, the last norm and the projections around them.
 
@@ -109,10 +139,9 @@ class FlaxOPTDecoder(DecoderMixin, nnx.Module):
         self.deterministic = True
         self.rngs = nnx.Rngs(dropout=0)
         self.embed_tokens = Embedding(config.vocab_size, P, config.pad_token_id, mesh)
-        self.embed_positions = Embedding(
+        self.embed_positions = PositionEmbedding(
             config.max_position_embeddings + POSITION_OFFSET, D, mesh=mesh, axis="position"
         )
-        self.embed_positions.offset = POSITION_OFFSET
         self.project_out = Linear(D, P, False, mesh) if config.has_projections else None
         self.project_in = Linear(P, D, False, mesh) if config.has_projections else None
         self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None

@@ -12,7 +12,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh, Sharding
 
-from opt_core.compatibility.linen import check_seed
+from opt_core.compatibility.linen import check_seed, warn_of_dtype
 from opt_core.compatibility.linen import refuse_linen as __getattr__  # noqa: F401
 from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized
@@ -76,6 +76,7 @@ class FlaxOPTPreTrainedModel(ModelMethods, PreTrainedMixin[FlaxOPTDecoder], nnx.
         self._make_layers()
         self.get_decoder().rngs = nnx.Rngs(dropout=seed or 0)
         wanted = jnp.dtype(dtype or jnp.float32)
+        warn_of_dtype(wanted)
         checkpoint.init_abstract(self, wanted)
         if seed is not None and _do_init:
             checkpoint.initialize(self, seed, wanted)

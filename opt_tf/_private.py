@@ -85,6 +85,13 @@ def replace_layer(parent: Any, name: str, new: keras.layers.Layer) -> None:
         tracker.lock()
 
 
+def unlock(model: Any) -> None:
+    """Lets a built model have more layers; without this Keras refuses them in its own words."""
+    tracker = getattr(model, "_tracker", None)
+    if tracker is not None:
+        tracker.unlock()
+
+
 def has_compiled_loss(model: keras.Model) -> bool:
     """Whether `compile` was given a loss; without the attribute, its settings are written out."""
     if hasattr(model, "_compile_loss"):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from opt_core.checkpoints import pretrained
 from opt_core.checkpoints.tensors import cast_array, float_dtype
 from opt_core.compatibility.saving import SaveOptions, refuse_unsafe
-from opt_core.compatibility.subclasses import make_model
+from opt_core.compatibility.subclasses import is_own_class, make_model
 from opt_core.config_checks import DTYPES
 from opt_core.dialects import KERAS
 from opt_core.initialization import initial_value
@@ -46,11 +46,13 @@ def from_pretrained(
 ) -> Any:
     """Loads a checkpoint tensor by tensor; see `TFOPTPreTrainedModel.from_pretrained`."""
     source = pretrained.open_pretrained(
-        cls.head, path_or_hub_id, dtype, config, quantize, _DTYPES, **arguments
-    )
+        cls.head, path_or_hub_id, dtype, config, quantize, _DTYPES,
+        has_own_layers=is_own_class(cls), **arguments,
+    )  # fmt: skip
     source.check_place("tf.device")
     source.check_in_memory()
-    policy = keras.dtype_policies.get(source.dtype)
+    is_default = source.dtype == keras.config.dtype_policy().name
+    policy = None if is_default else keras.dtype_policies.get(source.dtype)
     model = make_model(
         cls, source.config, seed=None, attn_implementation=attn_implementation,
         quantize=source.quantize, dtype=policy,

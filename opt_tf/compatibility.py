@@ -1,7 +1,5 @@
 """The layer for code written for `transformers` and KerasHub: what TensorFlow has to do for it."""
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -13,17 +11,18 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from opt_core.compatibility import keras_hub, keras_two
-from opt_core.compatibility.calls import OPTIONS
+from opt_core.compatibility import keras_two
 from opt_core.compatibility.methods import MethodsMixin, refuse_to_generate
 from opt_core.compatibility.refusals import refuse_attributes, refuse_methods
 from opt_core.dialects import KERAS
-from opt_core.errors import ArgumentError, ConfigError, UnsupportedError
+from opt_core.errors import ConfigError, UnsupportedError
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import check_not_quantized
 from opt_tf import _private, checkpoint, losses
 from opt_tf.keras_hub import KerasHubMethods
 from opt_tf.linear import Embedding, Linear
+from opt_tf.named_inputs import uncovering
+from opt_tf.own_layers import OwnLayers
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTPreTrainedModel
@@ -32,81 +31,17 @@ _ALIASES = ("base_model", "backbone", "_decoder", "token_embedding", "input", "o
 """Properties that are parts of a model under other names."""
 
 
-def name_inputs(
-    model: Any, first: Any, others: tuple[Any, ...], named: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The arguments of a model's call by name: Keras takes positional ones for tensors.
-
-    Args:
-        model: The model.
-        first: Its first argument: ids, or, as Keras and `transformers` have it, several inputs in a
-            mapping, or in a tuple or list in the order of the parameters.
-        others: Its other positional arguments.
-        named: Arguments by name.
-
-    Raises:
-        ArgumentError: The third input may be one of two, and nothing tells which.
-    """
-    explicit = named
-    if isinstance(first, Mapping):
-        renamed = {keras_hub.INPUTS.get(str(name), name): value for name, value in first.items()}
-        values = explicit = {**renamed, **named}
-    else:
-        if isinstance(first, tuple | list) and first and len(getattr(first[0], "shape", ())) == 2:
-            first, others = first[0], tuple(first[1:])
-        if others and _is_cache(others[0]):  # transformers' order
-            filled = (*others, *(None,) * (5 - len(others)))
-            past, mask, places, heads, embeds, *rest = filled
-            others = (mask, places, embeds, past, *rest[:1])
-            named = {"head_mask": heads, **named}
-        elif len(others) > 1 and others[0] is None and others[1] is not None:
-            raise ArgumentError(
-                "the third input, without a second, is attention_mask in transformers and "
-                "position_ids here; pass it by name"
-            )
-        values = {**inspect.signature(model.call).bind_partial(first, *others).arguments, **named}
-    if any(isinstance(value, keras.KerasTensor) for value in values.values()):
-        values.setdefault("use_cache", False)  # a functional model knows its outputs beforehand
-    elif explicit.get("past_key_values", False) is None and values.get("use_cache") is None:
-        # Whoever passes what is None so far goes on with what is returned, traced or not.
-        values["use_cache"] = model.config.use_cache and not values.get("training")
-    return {k: _Covered(v) if k in OPTIONS and tf.is_tensor(v) else v for k, v in values.items()}
-
-
-class _Covered:
-    """A tensor among a call's options, which Keras refuses to see beside what is none."""
-
-    def __init__(self, tensor: Any):
-        self.tensor = tensor
-
-
-def _uncovering(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A `call` that finds the tensors again."""
-
-    @functools.wraps(call)
-    def run(self: Any, *args: Any, **options: Any) -> Any:
-        found = {k: v.tensor if isinstance(v, _Covered) else v for k, v in options.items()}
-        return call(self, *args, **found)
-
-    return run
-
-
-def _is_cache(value: Any) -> bool:
-    """Whether it is a cache, or keys and values, and no mask."""
-    is_pairs = isinstance(value, tuple | list) and value and isinstance(value[0], tuple | list)
-    return hasattr(value, "keys") or bool(is_pairs and hasattr(value[0][0], "shape"))
-
-
-class ModelMethods(KerasHubMethods, MethodsMixin):
+class ModelMethods(KerasHubMethods, OwnLayers, MethodsMixin):
     """Methods of every model, beside `keras.Model`'s own."""
 
     framework: ClassVar[str] = "tf"
+    _steps = frozenset({"call"})
     supports_xla_generation: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if "call" in vars(cls):
-            cls.call = _uncovering(vars(cls)["call"])
+            cls.call = uncovering(vars(cls)["call"], getattr(super(cls, cls), "call", None))
 
     def __repr__(self: Any) -> str:
         return self._described()
@@ -333,11 +268,6 @@ class ModelMethods(KerasHubMethods, MethodsMixin):
 
     def _decoder_layers(self) -> Iterator[Any]:
         return iter(self._decoder.blocks)
-
-    def _parameter_paths(self) -> Iterator[str]:
-        for name, part in vars(self).items():
-            if isinstance(part, keras.layers.Layer):
-                yield from (f"{name}.{variable.name}" for variable in part.variables)
 
     def _as_tensor(self, array: NDArray[Any]) -> tf.Tensor:
         return tf.constant(array)

@@ -7,11 +7,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from opt_core.compatibility.parts import run_by_model
+from opt_core.compatibility.parts import PositionTable, run_by_model
 from opt_core.config import OPTConfig
 from opt_core.decoder import DecoderLayerMixin, DecoderMixin
 from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
+from opt_tf import inputs
 from opt_tf._private import register_pytree
 from opt_tf.attention import TFOPTAttention, make_bias
 from opt_tf.cache import KVCache, position_rows
@@ -87,6 +88,41 @@ class TFOPTDecoderLayer(DecoderLayerMixin, keras.layers.Layer):
         return hidden, weights, buffers
 
 
+class PositionEmbedding(PositionTable, Embedding):
+    """The table of positions."""
+
+    _check_ranges = staticmethod(inputs.check_ranges)
+
+    @staticmethod
+    def _rows_of(mask_BS: tf.Tensor, past: int) -> tf.Tensor:
+        return position_rows(tf.cast(mask_BS, tf.bool), past, sizes(mask_BS)[1] - past)
+
+    def __call__(self, attention_mask: Any, past_key_values_length: Any = 0, **kwargs: Any) -> Any:
+        """Looks positions up (`call`); Keras itself takes no numbers by place."""
+        return super().__call__(
+            attention_mask, past_key_values_length=past_key_values_length, **kwargs
+        )
+
+    def call(
+        self,
+        attention_mask: tf.Tensor,
+        past_key_values_length: int | None = 0,
+        position_ids: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Looks positions up.
+
+        Args:
+            attention_mask: (B, S) 1 for tokens, 0 for padding; positions follow from it.
+            past_key_values_length: Tokens at its beginning that were looked up before. None: what
+                comes first are rows of the table themselves, as the decoder knows them.
+            position_ids: (B, T) positions, which the mask then does not say.
+
+        Raises:
+            InputError: The mask is none.
+        """
+        return super().call(self._rows(attention_mask, past_key_values_length, position_ids))
+
+
 class TFOPTDecoder(DecoderMixin, keras.layers.Layer):
     """Embeddings, the layers, the last norm and the projections around them."""
 
@@ -99,13 +135,12 @@ class TFOPTDecoder(DecoderMixin, keras.layers.Layer):
         self.embed_tokens = Embedding(
             config.vocab_size, P, config.pad_token_id, name="embed_tokens", dtype=dtype
         )
-        self.embed_positions = Embedding(
+        self.embed_positions = PositionEmbedding(
             config.max_position_embeddings + POSITION_OFFSET,
             D,
             name="embed_positions",
             dtype=dtype,
         )
-        self.embed_positions.offset = POSITION_OFFSET
         self.project_out = self.project_in = self.final_layer_norm = None
         if config.has_projections:
             self.project_out = Linear(D, P, False, name="project_out", dtype=dtype)

@@ -16,12 +16,13 @@ from opt_core.modeling import Backend, CausalLMMixin, PreTrainedMixin
 from opt_core.quantization import check_not_quantized, check_scheme
 from opt_tf import _private, attention, checkpoint, inputs, losses, quantization
 from opt_tf.cache import KVCache, init_cache
-from opt_tf.compatibility import ModelMethods, name_inputs
+from opt_tf.compatibility import ModelMethods
 from opt_tf.decoder import TFOPTDecoder, TFOPTOutput
 from opt_tf.generation import beam, loop, prefill, sampling, speculative
 from opt_tf.keras_fit import Fitted
 from opt_tf.keras_hub import GenerationMethods
 from opt_tf.linear import Linear, sizes
+from opt_tf.named_inputs import name_inputs
 
 
 class _Untracked(UserDict[Any, Any]):
@@ -72,6 +73,7 @@ class TFOPTPreTrainedModel(ModelMethods, PreTrainedMixin[TFOPTDecoder], Fitted):
         self._make_layers()
         quantization.prepare(self, quantize)
         self.build()
+        _private.unlock(self)  # a class of a user's adds layers of its own
         weights = None if self.programs.pop("backbone") is None else backbone.get_weights()
         if seed is not None:
             checkpoint.initialize(self, seed)

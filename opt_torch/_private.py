@@ -93,6 +93,12 @@ def has_hooks(module: nn.Module) -> bool:
         return True
 
 
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether there are hooks on a module that are not PyTorch's own, such as FSDP's."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
+
+
 def register_output(cls: Any) -> None:
     """Lets outputs through PyTorch's pytrees (`torch.export`, DDP, FSDP) and `torch.jit.trace`.
 
@@ -123,6 +129,12 @@ def replace_buffer(state: dict[str, Any], name: str, value: Tensor | None) -> di
     return state | {"_buffers": state["_buffers"] | {name: value}}
 
 
+def kept(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own buffers that are saved; all of them where that cannot be told."""
+    lost = getattr(module, "_non_persistent_buffers_set", ())
+    return {name: b for name, b in module.named_buffers(recurse=False) if name not in lost}
+
+
 def trainers_folder() -> str | None:
     """The folder that the Trainer of `transformers` is saving a model in right now, or None.
 
@@ -135,3 +147,15 @@ def trainers_folder() -> str | None:
         if name == "transformers.trainer" and frame.f_code.co_name in ("_save", "save_model"):
             return frame.f_locals.get("output_dir")
     return None
+
+
+def peft_step() -> tuple[str, dict[str, Any]] | None:
+    """The function of PEFT, with its variables, that asks a model for its modules; else None.
+
+    It leaves heads out of "all-linear" for the classes of `transformers` alone (seen in PEFT 0.21);
+    without these frames it adapts the head too, and says of quantised layers that it knows none.
+    """
+    frame = sys._getframe(2)
+    if frame.f_globals.get("__name__") != "peft.tuners.tuners_utils":
+        return None
+    return frame.f_code.co_name, frame.f_locals

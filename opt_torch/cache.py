@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opt_core import inputs as rules
-from opt_core.compatibility.caches import CacheMixin
+from opt_core.compatibility.caches import WrittenCacheMixin
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.params import POSITION_OFFSET
@@ -17,7 +17,7 @@ USED_UP = -1
 
 
 @dataclass(frozen=True, repr=False)
-class KVCache(CacheMixin):
+class KVCache(WrittenCacheMixin):
     """Keys and values of the tokens seen so far.
 
     The buffers are written in place and shared between a cache and its successors; `length` says
@@ -101,18 +101,24 @@ class KVCache(CacheMixin):
     def crop(self, length: int) -> "KVCache":
         """Goes back to the first `length` slots: what was behind them is given up.
 
-        This cache and all others on the same buffers are used up; the returned one goes on.
+        Others on the same buffers are used up.
+
+        Args:
+            length: How many; less than 0: so many are given up.
+
+        Returns:
+            This very cache.
 
         Raises:
             InputError: There are not so many, or they are no longer this cache's.
         """
-        rules.check_crop(length, self.length)
+        length = rules.cropped_length(length, self.length)
         self.check_intact()
         mask = None if self.mask is None else self.mask.clone()
         if mask is not None:
             mask[:, length:] = True
         self.frontier[0] = USED_UP
-        return replace(self, length=length, mask=mask, frontier=[length])
+        return self.become(replace(self, length=length, mask=mask, frontier=[length]))
 
     def resize(self, rows: int, max_length: int) -> "KVCache":
         """A cache of other buffers that holds the same, so that one prompt can have many endings.

@@ -17,7 +17,7 @@ from opt_core.checkpoints.load import open_checkpoint
 from opt_core.checkpoints.offload import make_read_ahead, stays_in_file
 from opt_core.checkpoints.save import INDEX_FILE
 from opt_core.compatibility.saving import SaveOptions
-from opt_core.compatibility.subclasses import make_model
+from opt_core.compatibility.subclasses import is_own_class, make_model
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
 from opt_core.json_files import read_json, write_json
@@ -63,7 +63,7 @@ def from_pretrained(
     sharding.check_mesh(mesh)
     source = pretrained.open_pretrained(
         cls.head, path_or_hub_id, dtype, config, quantize, as_array=as_array, offload=offload,
-        **arguments,
+        has_own_layers=is_own_class(cls), **arguments,
     )  # fmt: skip
     wanted = getattr(torch, source.dtype)
     if mesh is None:
@@ -173,7 +173,7 @@ def _pickle(folder: Path) -> None:
     checkpoint, old = open_checkpoint(folder), folder / INDEX_FILE
     places = read_json(old)["weight_map"] if old.exists() else {}
     shards: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in {**checkpoint.tensors, **checkpoint.aside}.items():
         file = _pickled_name(places.get(name, "model.safetensors"))
         shards.setdefault(file, {})[name] = as_tensor(tensor.read())
     for file, tensors in shards.items():

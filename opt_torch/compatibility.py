@@ -18,7 +18,9 @@ from opt_core.generation.compatibility import FILE
 from opt_core.generation.config import GenerationConfig
 from opt_core.json_files import write_json
 from opt_core.params import ParamSpec, param_specs
+from opt_core.quantization import check_not_quantized
 from opt_torch import _private, attention, checkpoint
+from opt_torch.own_layers import OwnLayers
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTPreTrainedModel
@@ -108,10 +110,11 @@ def serve_trainer(module: Any, state: dict[str, Any], prefix: str, metadata: Any
             settings.to_json_file(Path(folder, FILE))
 
 
-class ModelMethods(MethodsMixin):
+class ModelMethods(OwnLayers, MethodsMixin):
     """Methods of every model, beside `torch.nn.Module`'s own."""
 
     framework: ClassVar[str] = "pt"
+    _steps = frozenset({"forward", "prepare_inputs_for_generation"})
     _tied_weights_keys: ClassVar[Any] = None
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -122,6 +125,25 @@ class ModelMethods(MethodsMixin):
         base: Any = super()
         base._configure(*args)
         vars(self)["name_or_path"] = self.name_or_path  # PEFT looks for it nowhere else
+
+    def named_modules(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Every module with its name; of PEFT's "all-linear" the head is none, as it is there.
+
+        Raises:
+            ConfigError: PEFT is to adapt quantised layers.
+        """
+        base: Any = super()
+        found, step = base.named_modules(*args, **kwargs), _private.peft_step()
+        if step is None:
+            return found
+        check_not_quantized(self, "PEFT")
+        name, values = step
+        if name != "_maybe_include_all_linear_layers":
+            return found
+        head = self.get_output_embeddings()
+        if getattr(values.get("peft_config"), "task_type", None) == "SEQ_CLS":
+            head = getattr(self, "score", head)
+        return (item for item in found if item[1] is not head)
 
     def tie_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         """Makes a tied head the token embedding, and both layers say how many rows they have."""
@@ -230,11 +252,15 @@ class ModelMethods(MethodsMixin):
         mask = head_mask if head_mask.dim() == 2 else head_mask.expand(num_hidden_layers, -1)
         return mask[:, None, :, None, None].to(self.dtype)
 
+    def _is_patched(self: Any) -> bool:
+        put = {name: vars(self)[name] for name in self._steps & vars(self).keys()}
+        if hasattr(self, "_hf_hook"):  # accelerate's, which moves inputs
+            put.pop("forward", None)
+        others = (getattr(f, "__func__", f) is not getattr(type(self), k) for k, f in put.items())
+        return any(others) or _private.has_own_hooks(self)
+
     def _decoder_layers(self) -> Iterator[Any]:
         return iter(self._decoder.layers)
-
-    def _parameter_paths(self: Any) -> Iterator[str]:
-        return (name for name, _ in self.named_parameters())
 
     def _as_tensor(self: Any, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).long().to(self.device)
@@ -326,12 +352,14 @@ class GenerationMethods:
             past_key_values: A cache that holds the first of them, or None.
             attention_mask: (B, S); positions follow from it.
             inputs_embeds: Used in place of the ids where there is no cache yet.
-            cache_position: Without effect, like the next two: the cache says what it holds.
+            cache_position: Without effect, like the next one: the cache says what it holds.
             is_first_iteration: See there.
-            next_sequence_length: See there.
+            next_sequence_length: New ids, where a cache holds more than the ids before them.
             **kwargs: Passed on.
         """
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if past and next_sequence_length is not None:
+            past = input_ids.shape[1] - next_sequence_length
         if inputs_embeds is not None and not past:
             inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds}
         else:

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from opt_core.compatibility.parts import run_by_model
+from opt_core.compatibility.parts import PositionTable, run_by_model
 from opt_core.config import OPTConfig
 from opt_core.decoder import DecoderLayerMixin, DecoderMixin
 from opt_core.outputs import ModelOutput
 from opt_core.params import POSITION_OFFSET
-from opt_torch import _private
+from opt_torch import _private, inputs
 from opt_torch.attention import OPTAttention, make_bias
 from opt_torch.cache import KVCache, position_rows
 from opt_torch.linear import apply_linear
@@ -84,6 +84,35 @@ class OPTDecoderLayer(DecoderLayerMixin, nn.Module):
         return hidden, weights
 
 
+class PositionEmbedding(PositionTable, nn.Embedding):
+    """The table of positions."""
+
+    _check_ranges = staticmethod(inputs.check_ranges)
+
+    @staticmethod
+    def _rows_of(mask_BS: Tensor, past: int) -> Tensor:
+        return position_rows(mask_BS.bool(), past, mask_BS.shape[1] - past, mask_BS.device)
+
+    def forward(
+        self,
+        attention_mask: Tensor,
+        past_key_values_length: int | None = 0,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Looks positions up.
+
+        Args:
+            attention_mask: (B, S) 1 for tokens, 0 for padding; positions follow from it.
+            past_key_values_length: Tokens at its beginning that were looked up before. None: what
+                comes first are rows of the table themselves, as the decoder knows them.
+            position_ids: (B, T) positions, which the mask then does not say.
+
+        Raises:
+            InputError: The mask is none.
+        """
+        return super().forward(self._rows(attention_mask, past_key_values_length, position_ids))
+
+
 class OPTDecoder(DecoderMixin, nn.Module):
     """Embeddings, the layers, the last norm and the projections around them."""
 
@@ -95,9 +124,10 @@ class OPTDecoder(DecoderMixin, nn.Module):
         self.config = config
         self.implementation = implementation
         self.gradient_checkpointing = config.gradient_checkpointing
-        self.embed_tokens = _make_embedding(config.vocab_size, P, config.pad_token_id)
-        self.embed_positions = _make_embedding(config.max_position_embeddings + POSITION_OFFSET, D)
-        self.embed_positions.offset = POSITION_OFFSET
+        self.embed_tokens = _make_embedding(nn.Embedding, config.vocab_size, P, config.pad_token_id)
+        self.embed_positions = _make_embedding(
+            PositionEmbedding, config.max_position_embeddings + POSITION_OFFSET, D
+        )
         self.project_out = nn.Linear(D, P, bias=False) if config.has_projections else None
         self.project_in = nn.Linear(P, D, bias=False) if config.has_projections else None
         self.final_layer_norm = make_norm(config) if config.has_final_layer_norm else None
@@ -160,10 +190,12 @@ class OPTDecoder(DecoderMixin, nn.Module):
         )
 
 
-def _make_embedding(rows: int, width: int, padding_idx: int | None = None) -> nn.Embedding:
+def _make_embedding(
+    kind: type[nn.Embedding], rows: int, width: int, padding_idx: int | None = None
+) -> nn.Embedding:
     """A table without values: to draw some on the meta device PyTorch imports its compiler."""
     table = torch.empty(rows, width)
-    return nn.Embedding.from_pretrained(table, freeze=False, padding_idx=padding_idx)
+    return kind.from_pretrained(table, freeze=False, padding_idx=padding_idx)
 
 
 def make_norm(config: OPTConfig) -> nn.LayerNorm:

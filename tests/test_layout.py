@@ -28,9 +28,11 @@ OWN_FILES = {
         "compilation.py": "generation is compiled by XLA",
         "keras_fit.py": "Keras' compile, fit, evaluate and predict",
         "keras_hub.py": "names and habits of KerasHub, which is Keras'",
+        "named_inputs.py": "Keras' inputs come in dicts and tuples, and by place as tensors alone",
     },
     "opt_flax": {
         "compilation.py": "generation is compiled by XLA",
+        "linen_params.py": "trees of parameters, which Flax' users keep outside of a model",
         "programs.py": "how well XLA compiles is chosen program by program",
         "training_checkpoints.py": "Orbax' checkpoints of a training on a mesh",
     },

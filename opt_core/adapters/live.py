@@ -13,7 +13,7 @@ from opt_core.adapters.merging import EMBEDDING, AdaptedTensor, LowRank, merge_a
 from opt_core.adapters.settings import CONFIG_FILE
 from opt_core.adapters.targets import LM_HEAD
 from opt_core.adapters.tensors import AdapterFolder, is_adapter, read_adapter
-from opt_core.checkpoints.load import LoadPlan
+from opt_core.checkpoints.plan import LoadPlan
 from opt_core.checkpoints.tensors import HeldTensor, LazyTensor
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from opt_core.adapters.settings import Initialization
 from opt_core.adapters.targets import LM_HEAD, adapted_names, saved_names, token_rows
 from opt_core.adapters.tensors import PREFIX, AdapterFolder, Parts
-from opt_core.checkpoints.load import LoadPlan
+from opt_core.checkpoints.plan import LoadPlan
 from opt_core.checkpoints.tensors import LazyTensor, StoredTensor
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from opt_core.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from opt_core.checkpoints.load import Checkpoint, LoadPlan, open_checkpoint, plan_load
+    from opt_core.checkpoints.load import Checkpoint, open_checkpoint
+    from opt_core.checkpoints.plan import LoadPlan, plan_load
     from opt_core.checkpoints.safetensors_format import (
         PendingTensor,
         read_safetensors,
@@ -32,7 +33,8 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "load": ["Checkpoint", "LoadPlan", "open_checkpoint", "plan_load"],
+        "load": ["Checkpoint", "open_checkpoint"],
+        "plan": ["LoadPlan", "plan_load"],
         "safetensors_format": ["PendingTensor", "read_safetensors", "write_safetensors"],
         "save": ["save_checkpoint"],
         "tensors": ["LazyTensor", "StoredTensor"],

@@ -6,29 +6,23 @@ tensors move, one at a time.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import numpy as np
+from typing import Literal, cast
 
 from opt_core.checkpoints.missing_weights import no_weights
 from opt_core.checkpoints.quantized.reading import dequantized
-from opt_core.checkpoints.quantized.tensor import numbers_of
-from opt_core.checkpoints.report import describe_mismatch, printable
+from opt_core.checkpoints.report import printable
 from opt_core.checkpoints.safetensors_format import read_safetensors
 from opt_core.checkpoints.save import save_checkpoint
-from opt_core.checkpoints.tensors import LazyTensor, cast_array, float_dtype
+from opt_core.checkpoints.tensors import LazyTensor
 from opt_core.checkpoints.torch_format import is_torch_file, read_torch_file
 from opt_core.checkpoints.wrappers import unwrap_names
-from opt_core.config import OPTConfig
-from opt_core.errors import CheckpointError, MismatchError, MissingFileError
+from opt_core.errors import CheckpointError, MissingFileError
 from opt_core.json_files import parse_json_object
-from opt_core.params import HEAD_PARAMETERS, Head, ParamSpec, param_specs
-from opt_core.quantization import scheme_of
 
-__all__ = ["Checkpoint", "LoadPlan", "open_checkpoint", "plan_load", "save_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "save_checkpoint"]
 
 Format = Literal[
     "safetensors", "torch-bin", "tf-h5", "flax-msgpack", "metaseq", "keras-hub", "deepspeed",
@@ -62,6 +56,7 @@ class Checkpoint:
         tensors: Canonical name -> where the tensor lies.
         format: What they are written in; the models themselves load the first two.
         notes: What was not taken as it is, one line each.
+        aside: Tensors of a value head, which are no part of the model, by their names.
         quantization: Whose way of quantising it is, such as "gptq"; None: it is not quantised.
     """
 
@@ -70,60 +65,8 @@ class Checkpoint:
     tensors: Mapping[str, LazyTensor]
     format: Format
     notes: tuple[str, ...] = ()
+    aside: Mapping[str, LazyTensor] = field(default_factory=dict[str, LazyTensor])
     quantization: str | None = None
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """A checkpoint that fits a model, ready to be loaded.
-
-    Attributes:
-        config: The configuration to build; untied if the checkpoint's head differs from its
-            embedding.
-        entries: Each parameter and where it lies, in the order of the modules.
-        fresh: Parameters of a head the checkpoint does not have, and those of another shape there,
-            for the caller to initialise.
-        misshapen: Of the latter, name -> shape in the checkpoint.
-        aside: Names of the checkpoint's tensors that are another head's.
-    """
-
-    config: OPTConfig
-    entries: list[tuple[ParamSpec, LazyTensor]]
-    fresh: list[ParamSpec]
-    misshapen: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
-    aside: list[str] = field(default_factory=list[str])
-
-    def stream(
-        self,
-        dtype: str | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        quantize: str | None = None,
-    ) -> Iterator[tuple[ParamSpec, Any]]:
-        """Reads the tensors one at a time, in the order they lie in the files.
-
-        Args:
-            dtype: Type to convert to ("float32", "bfloat16", ...), or None for the stored one. A
-                tensor that has it already is a view of the file (see `StoredTensor.read`).
-            progress: Called after each tensor with the bytes read so far and in all.
-            quantize: The scheme to keep weights by (`opt_core.quantization.scheme_of`), or None.
-
-        Yields:
-            Each parameter with its array, in the canonical (torch) layout, or its
-            `QuantizedTensor`.
-
-        Raises:
-            CheckpointError: A value is out of the new type's range, or cannot be quantised.
-        """
-        target = None if dtype is None else float_dtype(dtype)
-        total, done = sum(stored.nbytes for _, stored in self.entries), 0
-        for spec, stored in sorted(self.entries, key=lambda e: (str(e[1].file), e[1].offset)):
-            if scheme := scheme_of(spec, quantize):
-                yield spec, numbers_of(spec.name, stored, scheme)
-            else:
-                yield spec, cast_array(spec.name, stored.read(), target or stored.dtype)
-            done += stored.nbytes
-            if progress is not None:
-                progress(done, total)
 
 
 def has_own_format(path: Path) -> bool:
@@ -216,9 +159,8 @@ def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
     if wrappers:
         parts = ", ".join(printable(f"{part}.") for part in wrappers)
         notes.append(f"{checkpoint.folder}: names of weights are read without {parts} in them")
-    if aside:
-        notes.append(f"{checkpoint.folder}: a value head is left aside{_named(list(aside))}")
-    return replace(checkpoint, tensors=tensors, notes=tuple(notes))
+    kept = {**checkpoint.aside, **{name: checkpoint.tensors[name] for name in aside}}
+    return replace(checkpoint, tensors=tensors, notes=tuple(notes), aside=kept)
 
 
 def _add(tensors: dict[str, LazyTensor], canonical: str | None, tensor: LazyTensor) -> None:
@@ -260,7 +202,7 @@ def read_index(path: Path) -> dict[str, set[str]]:
             shards.setdefault(shard, set()).add(name)
     missing = [shard for shard in shards if not (path.parent / shard).exists()]
     if missing:
-        raise CheckpointError(f"{path}: missing shards: {_shorten(missing)}; download them again")
+        raise CheckpointError(f"{path}: missing shards: {shorten(missing)}; download them again")
     return shards
 
 
@@ -316,80 +258,11 @@ def read_files(
     return Checkpoint(folder, tuple(folder / shard for shard in shards), tensors, kind)
 
 
-def _shorten(names: list[str], limit: int = 8) -> str:
+def shorten(names: Sequence[str], limit: int = 8) -> str:
+    """Names out of files for a message, the first of many."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(printable(name) for name in names[:limit]) + more
 
 
 def _named(names: list[str]) -> str:
-    return f" ({_shorten(names)})" if names else ""
-
-
-def plan_load(
-    checkpoint: Checkpoint, config: OPTConfig, head: Head, skip_misshapen: bool = False
-) -> LoadPlan:
-    """Compares a checkpoint with a model, by names and shapes, and says how to load it.
-
-    Tensors of another head are left out. A classification or question-answering head that is absent
-    as a whole is listed in `fresh`. A language-model head that equals the embedding is left out; if
-    it differs it is honoured, by a configuration that does not tie them. If a tied head is there
-    alone, it is the embedding too.
-
-    Args:
-        checkpoint: From `open_checkpoint`.
-        config: The model's configuration.
-        head: The head that is to sit on the decoder.
-        skip_misshapen: Whether tensors of another shape are left out, their parameters `fresh`.
-
-    Raises:
-        CheckpointError: Tensors are missing, unexpected, or of another shape; all are listed.
-    """
-    if config.num_hidden_layers > max(_MANY_LAYERS, len(checkpoint.tensors)):
-        raise CheckpointError(
-            f"{checkpoint.folder}: config.json says {config.num_hidden_layers} layers, the weights "
-            f"are {len(checkpoint.tensors)} tensors"
-        )
-    stored = dict(checkpoint.tensors)
-    if config.tie_word_embeddings and _EMBEDDING not in stored and _LM_HEAD in stored:
-        stored[_EMBEDDING] = stored.pop(_LM_HEAD)  # as safetensors' save_model keeps a tied pair
-    tensors = {name: tensor for name, tensor in stored.items() if _belongs(name, head)}
-    if head == "causal_lm" and config.tie_word_embeddings and {*tensors} >= _TIED:
-        if _equal(tensors[_LM_HEAD], tensors[_EMBEDDING]):
-            del tensors[_LM_HEAD]
-        else:
-            config = config.replace(tie_word_embeddings=False)
-    specs = param_specs(config, head)
-    fresh: list[ParamSpec] = []
-    if head in ("sequence_classification", "question_answering"):
-        fresh = [spec for spec in specs if spec.name in HEAD_PARAMETERS[head]]
-        if any(spec.name in tensors for spec in fresh):
-            fresh = []
-    misshapen: dict[str, tuple[int, ...]] = {}
-    if skip_misshapen:
-        given = [spec for spec in specs if spec.name in tensors]
-        wrong = [spec for spec in given if spec.shape != tensors[spec.name].shape]
-        misshapen = {spec.name: tensors.pop(spec.name).shape for spec in wrong}
-        fresh = [*fresh, *wrong]
-    specs = [spec for spec in specs if spec not in fresh]
-    if mismatch := describe_mismatch(checkpoint.folder, config, specs, tensors):
-        raise MismatchError(mismatch)
-    entries = [(spec, tensors[spec.name]) for spec in specs]
-    aside = [name for name in stored if not _belongs(name, head)]
-    return LoadPlan(config, entries, fresh, misshapen, aside)
-
-
-def _belongs(name: str, head: Head) -> bool:
-    others = {n for h, names in HEAD_PARAMETERS.items() if h != head for n in names}
-    return name not in others
-
-
-def _equal(a: LazyTensor, b: LazyTensor) -> bool:
-    if a.is_same_as(b):
-        return True
-    if a.shape != b.shape or not a.shape or not a.nbytes:
-        return False
-    rows = max(1, _COMPARED_BYTES // a.rows(0, 1).nbytes)
-    return all(
-        np.array_equal(a.rows(i, i + rows).read(), b.rows(i, i + rows).read())
-        for i in range(0, a.shape[0], rows)
-    )
+    return f" ({shorten(names)})" if names else ""

@@ -7,7 +7,7 @@ in the type of the file. A computation of a wider type widens one weight at a ti
 
 from typing import Any
 
-from opt_core.checkpoints.load import LoadPlan
+from opt_core.checkpoints.plan import LoadPlan
 from opt_core.checkpoints.read_ahead import ReadAhead
 from opt_core.checkpoints.tensors import LazyTensor, StoredTensor, float_dtype
 from opt_core.compatibility.notices import notice

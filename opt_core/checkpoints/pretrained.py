@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from opt_core.adapters.folders import split_adapter
 from opt_core.adapters.merging import merge_adapter
-from opt_core.checkpoints.load import LoadPlan, plan_load
 from opt_core.checkpoints.offload import must_offload
+from opt_core.checkpoints.plan import LoadPlan, plan_load
 from opt_core.checkpoints.quantized.tensor import stored_scheme
 from opt_core.checkpoints.save import save_checkpoint, save_quantized_checkpoint
 from opt_core.checkpoints.sources import held_checkpoint, open_any
 from opt_core.compatibility.loading import LoadOptions, choose_file, read_arguments
 from opt_core.compatibility.notices import notice
 from opt_core.compatibility.saving import SaveOptions
-from opt_core.compatibility.subclasses import warn_of_own_layers
+from opt_core.compatibility.subclasses import own_values, read_own_values
 from opt_core.config import OPTConfig
 from opt_core.config_checks import DTYPES
 from opt_core.config_values import dtype_name
@@ -142,7 +142,7 @@ class Pretrained:
             The model; with `output_loading_info`, it and a dict; with `_do_init=False`, it and its
             parameters.
         """
-        warn_of_own_layers(model, "read")
+        fresh = read_own_values(model, self.plan, self.path)
         home, given = _home(self.path), self.options.generation_config
         if given is not None:
             model.generation_config = GenerationConfig.from_any(given)
@@ -154,7 +154,7 @@ class Pretrained:
             return model
         shapes, misshapen = {s.name: s.shape for s in self.plan.fresh}, self.plan.misshapen
         return model, {
-            "missing_keys": [name for name in shapes if name not in misshapen],
+            "missing_keys": [*(name for name in shapes if name not in misshapen), *fresh],
             "unexpected_keys": self.plan.aside,
             "mismatched_keys": [(name, had, shapes[name]) for name, had in misshapen.items()],
             "error_msgs": [],
@@ -170,6 +170,7 @@ def open_pretrained(
     dtypes: Sequence[str] = DTYPES,
     adapter: str | PathLike[str] | None = None,
     as_array: Callable[[Any], NDArray[Any]] = np.asarray,
+    has_own_layers: bool = False,
     **arguments: Any,
 ) -> Pretrained:
     """Finds a checkpoint and compares it with a model; no tensor is read.
@@ -184,6 +185,7 @@ def open_pretrained(
         dtypes: What the backend can load as.
         adapter: A PEFT adapter's folder or hub id, which is merged into the weights.
         as_array: Turns a tensor of a `state_dict` into an array.
+        has_own_layers: Whether the model is of a class that a caller wrote.
         **arguments: As `opt_core.compatibility.loading` sorts them.
 
     Raises:
@@ -216,8 +218,8 @@ def open_pretrained(
     if options.changes:
         config = config.replace(**options.changes)
     config.name_or_path = str(path_or_hub_id or "")
-    plan = plan_load(checkpoint, config, head, options.skip_misshapen)
-    for note in (*checkpoint.notes, *notes):
+    plan = plan_load(checkpoint, config, head, options.skip_misshapen, has_own_layers)
+    for note in (*checkpoint.notes, *notes, *plan.notes):
         notice(note)
     stored = plan.entries[0][1].dtype.name
     name = stored if name == "auto" else name
@@ -271,6 +273,7 @@ def save_pretrained(
         dtype=dtype,
         max_shard_size=options.max_shard_size,
         architecture=_architecture(model),
+        more=own_values(model, options.state_dict),
     )
     GenerationConfig.from_any(model.generation_config).save_pretrained(options.folder)
 
@@ -300,6 +303,7 @@ def save_quantized(
         fetch(a_layer_s).scheme,
         options.max_shard_size,
         _architecture(model),
+        more=own_values(model),
     )
     GenerationConfig.from_any(model.generation_config).save_pretrained(options.folder)
 

@@ -33,6 +33,7 @@ def save_checkpoint(
     dtype: str,
     max_shard_size: int | str = "5GB",
     architecture: str = "OPTForCausalLM",
+    more: Sequence[PendingTensor] = (),
 ) -> None:
     """Writes config.json and the weights of a model, readable by `transformers`.
 
@@ -49,6 +50,7 @@ def save_checkpoint(
         max_shard_size: Most bytes of tensors per file, as a number or as "5GB", "200MB", "10GiB";
             a larger tensor gets a file of its own.
         architecture: Class name for `transformers`.
+        more: Tensors that are none of OPT's, to be written behind them.
 
     Raises:
         CheckpointError: A tensor is missing, unknown or misshapen, the size is malformed, or the
@@ -64,7 +66,7 @@ def save_checkpoint(
         return PendingTensor(spec.name, spec.shape, target, fetch)
 
     values = config.replace(dtype=dtype).to_dict() | {"architectures": [architecture]}
-    write_folder(folder, [pending(spec) for spec in specs], values, max_shard_size)
+    write_folder(folder, [*map(pending, specs), *more], values, max_shard_size)
 
 
 def save_quantized_checkpoint(
@@ -77,6 +79,7 @@ def save_quantized_checkpoint(
     max_shard_size: int | str = "5GB",
     architecture: str = "OPTForCausalLM",
     gptq_bits: int | None = None,
+    more: Sequence[PendingTensor] = (),
 ) -> None:
     """Writes config.json and the weights of a quantised model, as compressed-tensors has them.
 
@@ -90,6 +93,7 @@ def save_quantized_checkpoint(
         max_shard_size: As in `save_checkpoint`.
         architecture: Class name for `transformers`.
         gptq_bits: Bits of a number in GPTQ's layout, which they are written in then.
+        more: As in `save_checkpoint`.
 
     Raises:
         CheckpointError: The size is malformed, or the disk refuses.
@@ -98,7 +102,7 @@ def save_quantized_checkpoint(
     files = quantized_files(specs, fetch, scheme, float_dtype(dtype), gptq_bits)
     values = config.replace(dtype=dtype).to_dict() | {"architectures": [architecture]}
     values |= {"quantization_config": files.config}
-    write_folder(folder, files.main, values, max_shard_size, files.side)
+    write_folder(folder, [*files.main, *more], values, max_shard_size, files.side)
 
 
 def write_folder(

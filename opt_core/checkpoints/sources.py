@@ -1,5 +1,6 @@
 """Where a model's tensors come from: its own formats, those that `conversion` reads, or memory."""
 
+import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +19,8 @@ from opt_core.checkpoints.tensors import HeldTensor
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError
 
+_KERNEL = re.compile(r"\bfc1[./]kernel(:0)?$")
+
 
 def open_any(path: Path) -> tuple[Checkpoint, Callable[[], OPTConfig], tuple[str, ...]]:
     """Opens a checkpoint in any format, straight from its files.
@@ -33,7 +36,9 @@ def open_any(path: Path) -> tuple[Checkpoint, Callable[[], OPTConfig], tuple[str
         CheckpointError: There are no weights, or they are damaged, or nothing here reads them.
     """
     checkpoint = open_checkpoint(path) if has_own_format(path) else None
-    if checkpoint is None or any(t.name.endswith("kernel") for t in checkpoint.tensors.values()):
+    if checkpoint is None or any(
+        map(_KERNEL.search, (t.name for t in checkpoint.tensors.values()))
+    ):
         # Kernels in safetensors: a model of TensorFlow or Flax saved them, under its names.
         readers = _other_formats()
         if readers is not None:

@@ -91,6 +91,14 @@ def unwrap_names(names: Collection[str]) -> Unwrapped:
     return Unwrapped({name: known.get(name, name) for name in names}, tuple(removed), tuple(aside))
 
 
+def is_beside_model(name: str) -> bool:
+    """Whether a name is that of a part beside the model, and of none within it or around it."""
+    parts = name.split(".")
+    inner = {*_AROUND, *_IN_FRONT, "decoder", "lm_head", "score", "qa_outputs"}
+    is_plain = re.fullmatch(r"[\w.]+", name, re.ASCII) is not None
+    return is_plain and inner.isdisjoint(parts) and "lora_" not in name
+
+
 def _canonical(match: re.Match[str]) -> str | None:
     return f"model.decoder.{match['part']}" if match["part"] else match["head"]
 

@@ -1,7 +1,7 @@
 """Caches as code written for `transformers` uses them."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any, Self, cast
 
@@ -120,6 +120,15 @@ class CacheMixin:
         """Each layer's keys and values, (B, H, length, K)."""
         return tuple(self)
 
+    @classmethod
+    def from_legacy_cache(cls, past_key_values: Any = None) -> Self:
+        """A cache that grows, of one pair of keys and values (B, H, S, K) for each layer, or empty.
+
+        Raises:
+            InputError: It is something else.
+        """
+        return cast(Self, cls.adopt(past_key_values, starts=True))
+
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens it holds, padding included: as many for each layer."""
         return self.length
@@ -128,6 +137,20 @@ class CacheMixin:
         """Slots there are; -1 where the cache grows."""
         cache: Any = self
         return -1 if self.grows else cache.max_length
+
+    def get_max_length(self, layer_idx: int = 0) -> int | None:
+        """Slots there are; None where the cache grows."""
+        cache: Any = self
+        return None if self.grows else cache.max_length
+
+    def get_usable_length(self, new_seq_length: int, layer_idx: int = 0) -> Any:
+        """Tokens it holds: none is given up for new ones."""
+        return self.length
+
+    @property
+    def seen_tokens(self) -> Any:
+        """Tokens it holds, as older versions call it."""
+        return self.length
 
     @property
     def layers(self) -> list[SimpleNamespace]:
@@ -160,3 +183,43 @@ REFUSED = {
 
 # Who ignores what a method returns would not see that nothing changed.
 refuse_methods(CacheMixin, REFUSED, InputError, "{name}: a cache is not changed in place; {advice}")
+
+
+class WrittenCacheMixin(CacheMixin):
+    """A cache that is written in place, and changed so too, as those of `transformers` are."""
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Makes `beam_idx[i]` row i.
+
+        Args:
+            beam_idx: (any,) row numbers.
+        """
+        if self.keys:
+            self.become(cast(Any, self).select(beam_idx))
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keeps these rows.
+
+        Args:
+            indices: (any,) row numbers.
+        """
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row.
+
+        Args:
+            repeats: How often.
+        """
+        rows = range(self.keys[0].shape[0] * repeats) if self.keys else ()
+        self.reorder_cache([row // repeats for row in rows])
+
+    def reset(self) -> None:
+        """Forgets all it holds."""
+        cast(Any, self).crop(0)
+
+    def become(self, other: Self) -> Self:
+        """Takes over what another cache holds; returns itself."""
+        for field in fields(cast(Any, self)):
+            object.__setattr__(self, field.name, getattr(other, field.name))
+        return self

@@ -11,7 +11,9 @@ from opt_core.errors import GenerationError
 from opt_core.generation import filters
 from opt_core.text.adapter import as_tokenizer
 
-_WITHOUT_EFFECT = ("token_type_ids", "logits_to_keep", "num_logits_to_keep", "trust_remote_code")
+_WITHOUT_EFFECT = (
+    *("token_type_ids", "labels", "logits_to_keep", "num_logits_to_keep", "trust_remote_code"),
+)
 _REFUSED = {
     "head_mask": "heads are switched off in a call of the model alone",
     "generator": "pass seed=, or the framework's own generator as seed=",

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from opt_core.compatibility.notices import notice
 from opt_core.config import OPTConfig
 from opt_core.dialects import LINEN
 from opt_core.errors import ArgumentError, InputError, UnsupportedError
@@ -45,11 +46,8 @@ def make_tree(
     """
     tree: dict[str, Any] = {}
     for spec in param_specs(config, head):
-        *folders, name = LINEN.path(spec, head)
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = transpose(values(spec)) if _is_kernel(spec) else values(spec)
+        value = transpose(values(spec)) if _is_kernel(spec) else values(spec)
+        put(tree, tuple(LINEN.path(spec, head)), value)
     return tree
 
 
@@ -90,6 +88,33 @@ def read_tree(
     }
 
 
+def put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Puts a leaf into a tree."""
+    *folders, name = path
+    for folder in folders:
+        tree = tree.setdefault(folder, {})
+    tree[name] = value
+
+
+def take(params: Any, paths: list[tuple[str, ...]]) -> tuple[Any, dict[tuple[str, ...], Any]]:
+    """A tree without some leaves, and these by their paths.
+
+    Raises:
+        InputError: One of them is missing.
+    """
+    if not paths or not isinstance(params, Mapping):
+        return params, {}
+    leaves = dict(flat(cast(Tree, params)))
+    missing = [path for path in paths if path not in leaves]
+    if missing:
+        raise InputError(f"params: {len(missing)} missing, such as {'/'.join(missing[0])}")
+    taken = {path: leaves.pop(path) for path in paths}
+    rest: dict[str, Any] = {}
+    for path, value in leaves.items():
+        put(rest, path, value)
+    return rest, taken
+
+
 def merge_trees(first: Tree, second: Tree) -> dict[str, Any]:
     """Leaves of two trees, those of the second where both have one."""
     merged = dict(first)
@@ -118,6 +143,19 @@ def check_seed(seed: Any) -> None:
         raise ArgumentError(
             f"seed: expected an integer, received {seed!r}; pass input_shape=, seed= and dtype= "
             "by name"
+        )
+
+
+def warn_of_dtype(dtype: Any) -> None:
+    """Says what `dtype=` is where a model is made, if that makes a difference.
+
+    Args:
+        dtype: As a NumPy type.
+    """
+    if dtype.itemsize < 4:
+        notice(
+            f"dtype={dtype.name}: the weights are made in it; in transformers it was the type of "
+            "computation, of float32 weights: opt_flax.training has precision="
         )
 
 

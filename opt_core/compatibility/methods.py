@@ -31,6 +31,8 @@ class MethodsMixin(ModelNames, UploadMixin):
     main_input_name: ClassVar[str] = "input_ids"
     supports_gradient_checkpointing: ClassVar[bool] = True
     backend: ClassVar[Any]
+    _steps: ClassVar[frozenset[str]] = frozenset()
+    """Methods that a step of generation calls in `transformers`."""
     config: OPTConfig
     attn_implementation: str
 
@@ -280,8 +282,27 @@ class MethodsMixin(ModelNames, UploadMixin):
         """The decoder's layers."""
         raise NotImplementedError
 
-    def _parameter_paths(self) -> Iterator[str]:
-        """Where each parameter is, by attributes of this model, with dots between."""
+    def _is_patched(self) -> bool:
+        """Whether a caller put a function or a hook in the way of the model's call."""
+        return False
+
+    def _own_tensors(self) -> dict[str, Any]:
+        """Tensors that are none of OPT's, by their paths, with dots between."""
+        raise NotImplementedError
+
+    def _own_array(self, tensor: Any) -> NDArray[Any]:
+        """The values of one of these, on the host."""
+        raise NotImplementedError
+
+    def _build_own(self) -> None:
+        """Makes those that are made in a first call, where the backend has such layers."""
+
+    def _put_own(self, values: Mapping[str, NDArray[Any]]) -> None:
+        """Puts these tensors where the model is, in its type, and gives some of them values.
+
+        Args:
+            values: Canonical name -> values.
+        """
         raise NotImplementedError
 
     def _as_tensor(self, array: NDArray[Any]) -> Any:

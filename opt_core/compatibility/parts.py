@@ -6,6 +6,8 @@ from typing import Any
 
 from opt_core.config import OPTConfig
 from opt_core.errors import ArgumentError
+from opt_core.inputs import Range
+from opt_core.params import POSITION_OFFSET
 
 
 class DecoderNames:
@@ -78,6 +80,36 @@ class AttentionNames:
     def scaling(self) -> float:
         """The factor that queries are multiplied by."""
         return self.head_dim**-0.5
+
+
+class PositionTable:
+    """A position table, which is called with a mask as `transformers` calls its own."""
+
+    offset = POSITION_OFFSET
+
+    @staticmethod
+    def _check_ranges(ranges: list[Range]) -> None:
+        """The backend's `check_ranges`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _rows_of(mask_BS: Any, past: Any) -> Any:
+        """The backend's `position_rows` for all tokens behind the first ones, of numbers."""
+        raise NotImplementedError
+
+    def _rows(self, given: Any, past: Any, position_ids: Any) -> Any:
+        """Rows of the table; see the call's arguments.
+
+        Raises:
+            InputError: The mask is none.
+        """
+        if past is None:
+            return given
+        if position_ids is not None:
+            return position_ids + self.offset
+        what = "1 for tokens and 0 for padding; positions are passed as position_ids="
+        self._check_ranges([Range("attention_mask", given, 0, 1, what)])
+        return self._rows_of(given, past)
 
 
 def run_by_model(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from opt_core.compatibility.generate_calls import (
 )
 from opt_core.config import OPTConfig
 from opt_core.errors import GenerationError
-from opt_core.generation import contrastive, host_beams, observed
+from opt_core.generation import contrastive, host_beams, observed, own_calls
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.hooks import Deadline, Hooks
 from opt_core.generation.outputs import GenerateOutput
@@ -178,6 +178,11 @@ class GenerationMixin:
 
         What depends on values cannot be checked then, and rows keep their full width.
         """
+        if own_calls.has_own_call(self):
+            raise GenerationError(
+                f"inside jax.jit or tf.function generate does not call {type(self).__name__} "
+                "itself, whose call is a caller's; call generate outside"
+            )
         seed = overrides.pop("prng_key", None) if seed is None else seed
         hooks = Hooks(**{name: overrides.pop(name, None) for name in _HOOKS})
         settings = merge_settings(self.generation_config, generation_config, **overrides)
@@ -282,7 +287,7 @@ def make_request(
     _check_kept(settings)
     request = replace(
         request, seed=_seed(model, seed, settings.do_sample), hooks=hooks, embeds=embeds,
-        is_bare=is_bare,
+        is_bare=is_bare, calls_model=own_calls.has_own_call(model),
     )  # fmt: skip
     if settings.guidance_scale is not None and settings.guidance_scale != 1:
         request = replace(request, guide=_guide(model, request, negative, negative_mask))
@@ -296,6 +301,11 @@ def make_request(
             name, kind = type(model).__name__, type(assistant).__name__
             raise GenerationError(f"assistant_model: expected an {name}, received {kind}")
         check_assistant(settings, config, assistant.config)
+    if request.calls_model and settings.penalty_alpha:
+        raise GenerationError(
+            f"penalty_alpha: contrastive search does not call {type(model).__name__} itself, whose "
+            "call, or hooks on it, are a caller's"
+        )
     return replace(request, past=past_key_values, assistant=assistant)
 
 

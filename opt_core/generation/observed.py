@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opt_core.generation import filters
+from opt_core.generation import filters, own_calls
 from opt_core.generation.hooks import Deadline
 from opt_core.generation.outputs import GenerateOutput, Later, make_output
 from opt_core.generation.request import Ids, Mask, Request, allocate_tokens, check_logits
@@ -65,6 +65,11 @@ class Steps:
         return self.prompt + self.made
 
     @property
+    def cache(self) -> Any:
+        """The cache of what was read; None: nothing was."""
+        return self._cache
+
+    @property
     def ids(self) -> Any:
         """(R, L) ids so far, the framework's; only new ones where the prompts are embeddings."""
         start = self.prompt if self.request.is_bare else 0
@@ -79,7 +84,9 @@ class Steps:
         settings, request = self.settings, self.request
         observe = self.backend.prefill.observe
         flags = settings.output_attentions, settings.output_hidden_states or keeps_states
-        if self.made == 0:
+        if request.calls_model:
+            found = own_calls.read(self, *flags)
+        elif self.made == 0:
             mask = None if request.mask is None else request.mask.repeat(self.copies, 0)
             ids = None if request.embeds is not None else self.history[:, : self.prompt]
             copies = self.copies if ids is None else 1  # the history has its copies
@@ -170,7 +177,10 @@ class Steps:
     def select(self, rows_R: Ids) -> None:
         """Other rows in place of these: `rows_R[i]` becomes row i."""
         self.history, self.mask = self.history[rows_R], self.mask[rows_R]
-        self._cache = self._cache.select(self.tensor(rows_R))
+        if hasattr(self._cache, "select"):
+            self._cache = self._cache.select(self.tensor(rows_R))
+        else:  # a cache of `transformers`, which a call of the caller's makes
+            self._cache.reorder_cache(self.tensor(rows_R))
         if self._guide is not None:
             self._guide.select(rows_R)
 

@@ -45,6 +45,7 @@ class Request:
         embeds: (B, T, P) embeddings of the prompts in place of those of `ids`, or None.
         is_bare: Whether there are embeddings alone: `ids` are padding then.
         guide: The prompts to go away from, or None.
+        calls_model: Whether the model itself is called for each token (`own_calls`).
     """
 
     ids: Ids
@@ -62,6 +63,7 @@ class Request:
     embeds: Any = None
     is_bare: bool = False
     guide: "Request | None" = None
+    calls_model: bool = False
 
     @property
     def is_observed(self) -> bool:
@@ -76,7 +78,7 @@ class Request:
             or settings.max_time is not None
         )  # fmt: skip
         return bool(
-            (outputs and settings.return_dict_in_generate) or has_hard_beams
+            self.calls_model or (outputs and settings.return_dict_in_generate) or has_hard_beams
             or not self.hooks.is_empty or self.embeds is not None or self.guide is not None
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from opt_core.params import POSITION_OFFSET
 from opt_torch.attention import OPTAttention, make_bias
 from opt_torch.cache import KVCache, position_rows
-from opt_torch.decoder import ACTIVATIONS, OPTDecoder, OPTDecoderLayer
+from opt_torch.decoder import ACTIVATIONS, OPTDecoder, OPTDecoderLayer, PositionEmbedding
 from opt_torch.linear import apply_linear, has_custom_call, is_eager
 from opt_torch.quantization import (
     QuantizedEmbedding,
@@ -37,6 +37,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _KNOWN = {
     *(OPTDecoder, OPTDecoderLayer, OPTAttention, nn.ModuleList, nn.LayerNorm, nn.Embedding),
+    PositionEmbedding,
     *(nn.Linear, QuantizedLinear, QuantizedEmbedding, QuantizedWeight),
 }
 

@@ -10,7 +10,8 @@ import pytest
 import conversion.gptq as rounding
 from conversion.calibration import perplexity, run_layers
 from conversion.readers import open_any_checkpoint
-from opt_core.checkpoints.load import open_checkpoint, plan_load
+from opt_core.checkpoints.load import open_checkpoint
+from opt_core.checkpoints.plan import plan_load
 from opt_core.checkpoints.quantized.tensor import numbers_of, stored_scheme
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, ConfigError

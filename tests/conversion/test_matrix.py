@@ -10,7 +10,7 @@ import pytest
 import conversion
 from conversion.readers import open_any_checkpoint
 from conversion.writers import WRITERS
-from opt_core.checkpoints.load import plan_load
+from opt_core.checkpoints.plan import plan_load
 from opt_core.config import OPTConfig
 from opt_core.errors import OPTError
 from tests.support.files.checkpoint_fixtures import (

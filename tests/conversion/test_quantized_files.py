@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import conversion
-from opt_core.checkpoints.load import open_checkpoint, plan_load
+from opt_core.checkpoints.load import open_checkpoint
+from opt_core.checkpoints.plan import plan_load
 from opt_core.checkpoints.save import save_checkpoint
 from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError

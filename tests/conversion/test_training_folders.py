@@ -21,7 +21,7 @@ import conversion
 import opt_torch
 from conversion.readers import open_any_checkpoint
 from opt_cli.main import main
-from opt_core.checkpoints.load import plan_load
+from opt_core.checkpoints.plan import plan_load
 from opt_core.errors import CheckpointError
 from tests.support.files.checkpoint_fixtures import (
     EMBEDDING,

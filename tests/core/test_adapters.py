@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from opt_core.adapters.folders import split_adapter, tokenizer_folder
 from opt_core.adapters.merging import AdaptedTensor, merge_adapter
 from opt_core.adapters.tensors import read_adapter
-from opt_core.checkpoints.load import open_checkpoint, plan_load
+from opt_core.checkpoints.load import open_checkpoint
+from opt_core.checkpoints.plan import plan_load
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError
 from opt_core.hub import model_files

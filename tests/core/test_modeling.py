@@ -178,7 +178,7 @@ def test_projections_and_the_last_norm_are_there_or_not(has):
     decoder = DecoderMixin()
     decoder.project_in = decoder.final_layer_norm = (lambda x: x + 1) if has else None
     decoder.project_out = (lambda x: x * 10) if has else None
-    decoder.embed_positions = lambda rows: rows * 100
+    decoder.embed_positions = lambda rows, past: rows * 100
     assert decoder._enter(5, 2) == 205 + has
     assert decoder._leave(5) == (60 if has else 5)
 

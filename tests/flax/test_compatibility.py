@@ -179,7 +179,8 @@ def test_parameters_come_apart_when_they_are_loaded(folder):
     )
     with pytest.raises(ConfigError, match="pass params="):
         model(ids)
-    made = opt_flax.FlaxOPTForCausalLM(CONFIG, dtype=jnp.bfloat16)
+    with pytest.warns(UserWarning, match="^dtype=bfloat16: the weights are made in it; in transf"):
+        made = opt_flax.FlaxOPTForCausalLM(CONFIG, dtype=jnp.bfloat16)
     assert made.dtype == jnp.bfloat16
 
 

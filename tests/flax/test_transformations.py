@@ -8,10 +8,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from opt_flax import FlaxOPTForCausalLM
 from tests.support.configs import CONFIGS
 from tests.support.flax_models import SILENT, close, close_gradients, gradients, logits_of, model_of
 from tests.support.reference import make_mask, make_prompts
 from tests.support.tiers import tiered
+
+
+def test_models_are_made_while_something_is_traced():
+    config = CONFIGS["pre_ln"].replace(num_hidden_layers=1)
+    shapes = nnx.eval_shape(lambda: FlaxOPTForCausalLM(config))
+    table = shapes.get_decoder().embed_tokens.embedding.get_value()
+    assert isinstance(table, jax.ShapeDtypeStruct)
+    expected = FlaxOPTForCausalLM(config)
+    made = nnx.jit(lambda: FlaxOPTForCausalLM(config))()
+    ids = make_prompts(config, 1, 4)
+    close(made(ids).logits, expected(ids).logits)
 
 
 @pytest.mark.parametrize("variant", tiered(CONFIGS, lambda variant: variant == "pre_ln"))

@@ -140,3 +140,4 @@ def test_a_cache_goes_back(backend, load, mask):
     np.testing.assert_allclose(out.logits, expected, rtol=0, atol=SAME)
     with pytest.raises(InputError, match=r"crop: expected a length in 0\.\.9, received 10"):
         out.past_key_values.crop(10)
+    assert int(out.past_key_values.crop(-2).length) == 7

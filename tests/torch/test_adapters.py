@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from opt_core.errors import ConfigError
 from opt_torch import lora
 from tests.support.backends import ORACLE_TOLERANCE, make_backend
 from tests.support.configs import CONFIGS
-from tests.support.files.peft_adapters import make_adapter, ours_logits
+from tests.support.files.peft_adapters import TASKS, make_adapter, ours_logits, theirs
 from tests.support.reference import make_prompts
 from tests.support.tiers import tiered
 
@@ -113,3 +114,23 @@ def test_pissa(folder, tmp_path):
 
 def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, atol=ORACLE_TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("head", ["causal_lm", "sequence_classification"])
+def test_live_peft_leaves_the_same_heads_out_of_all_linear(head, folder):
+    peft = pytest.importorskip("peft")
+    settings = {"r": 2, "target_modules": "all-linear", "task_type": TASKS[head]}
+    names = [
+        set(peft.get_peft_model(model, peft.LoraConfig(**settings)).targeted_module_names)
+        for model in (TORCH.load(folder(CONFIG), head), theirs(folder(CONFIG), head))
+    ]
+    assert names[0] == names[1]
+    assert len(names[0]) == 14  # of two layers, and the two projections
+
+
+def test_live_peft_is_told_that_quantised_weights_only_run(folder):
+    peft = pytest.importorskip("peft")
+    model = TORCH.load(folder(CONFIG), quantize="int8")
+    with pytest.raises(ConfigError, match=r"^PEFT: .* can only be run; load it without quantize$"):
+        peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opt_core.checkpoints.load import open_checkpoint, plan_load
+from opt_core.checkpoints.load import open_checkpoint
+from opt_core.checkpoints.plan import plan_load
 from opt_core.errors import CheckpointError
 from opt_core.params import param_specs
 from tests.support.files.checkpoint_fixtures import (

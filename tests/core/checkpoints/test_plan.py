@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from opt_core.checkpoints.load import Checkpoint, open_checkpoint, plan_load
+from opt_core.checkpoints.load import Checkpoint, open_checkpoint
+from opt_core.checkpoints.plan import plan_load
 from opt_core.errors import CheckpointError
 from opt_core.params import Head, param_specs
 from tests.support.files.checkpoint_fixtures import (

@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from opt_core.checkpoints.load import open_checkpoint, plan_load
+from opt_core.checkpoints.load import open_checkpoint
+from opt_core.checkpoints.plan import plan_load
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError
 from tests.support.files import quantized_fixtures as files

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from opt_core.checkpoints.load import open_checkpoint, plan_load
+from opt_core.checkpoints.load import open_checkpoint
+from opt_core.checkpoints.plan import plan_load
 from opt_core.checkpoints.pretrained import open_pretrained
 from opt_core.checkpoints.quantized.bits import pack_bits, unpack_bits
 from opt_core.checkpoints.quantized.settings import (

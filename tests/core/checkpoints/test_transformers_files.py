@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opt_core.checkpoints.load import LoadPlan, open_checkpoint, plan_load, save_checkpoint
+from opt_core.checkpoints.load import open_checkpoint, save_checkpoint
+from opt_core.checkpoints.plan import LoadPlan, plan_load
 from opt_core.config import OPTConfig
 from opt_core.params import Head, param_specs
 from tests.support.files.checkpoint_fixtures import (

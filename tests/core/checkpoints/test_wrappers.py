@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opt_core.checkpoints.load import open_checkpoint, plan_load
+from opt_core.checkpoints.load import open_checkpoint
+from opt_core.checkpoints.plan import plan_load
 from opt_core.checkpoints.pretrained import open_pretrained
 from opt_core.errors import CheckpointError
 from opt_core.params import Head

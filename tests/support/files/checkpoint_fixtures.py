@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from opt_core.checkpoints.load import LoadPlan, open_checkpoint, plan_load
+from opt_core.checkpoints.load import open_checkpoint
+from opt_core.checkpoints.plan import LoadPlan, plan_load
 from opt_core.config import OPTConfig
 from opt_core.params import Head, param_specs
 
