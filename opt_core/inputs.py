@@ -235,7 +235,7 @@ def check_cache_size(rows: int | None, slots: int | None) -> None:
         raise InputError(f"a cache needs at least 1 row and 1 slot, received {rows} x {slots}")
 
 
-def cropped_length(length: int, used: int | None) -> int:
+def cropped_length(length: Any, used: int | None) -> Any:
     """The slots to go back to, of those in use; less than 0 counts from their end.
 
     Raises:

@@ -24,7 +24,7 @@ class OfInputs(TFOPTModel):
 
     def call(self, inputs, training=False, **kwargs):
         out = super().call(inputs, training=training, **kwargs)
-        return self.classifier(out.last_hidden_state[:, 0])
+        return self.classifier(out[0][:, 0])
 
 
 class OfNames(TFOPTModel):
@@ -47,7 +47,7 @@ class OfAnything(TFOPTModel):
         self.classifier = keras.layers.Dense(3, kernel_initializer="ones")
 
     def call(self, *args, **kwargs):
-        return self.classifier(super().call(*args, **kwargs).last_hidden_state[:, 0])
+        return self.classifier(super().call(*args, **kwargs)[0][:, 0])
 
 
 @pytest.mark.filterwarnings("ignore:.*freshly initialised")
