@@ -6,6 +6,8 @@ import os
 from importlib import metadata
 from pathlib import Path
 
+from opt_core.processor import instructions
+
 LIMIT = 1 << 30
 """Bytes of JAX's programs that are kept: those used last."""
 
@@ -32,10 +34,5 @@ def keep_programs() -> None:
 def programs_folder() -> Path:
     """Where programs for this processor are."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    about = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    kind = hashlib.sha256(about.encode()).hexdigest()[:12]
+    kind = hashlib.sha256(instructions().encode()).hexdigest()[:12]
     return Path(cache, "opt-lm", "programs", kind)

@@ -5,7 +5,8 @@ to three quarters of the rate oneDNN reaches. A batch of products with parts of 
 than either: MKL gives each part to one core, and a call of oneDNN takes 40 microseconds before it
 begins, where this takes 3. With AVX2 that holds for any number of rows, wide inputs (out <= in) of
 256 rows and more aside, where a whole product of MKL's is the best; with wider instructions it is
-known of single rows only. For bfloat16 oneDNN is nearly twice as fast once the weights are in its
+known of single rows only, and MKL is the best for 256 rows and more, but not on AMD's processors.
+For bfloat16 oneDNN is nearly twice as fast once the weights are in its
 own blocked order. That is a second copy: it is made where memory allows, used while a model
 generates, kept for the next time, and checked against the parameters before every use. The
 parameters themselves are never touched. Float32 has the same for several rows, where a batch is
@@ -22,13 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_core.memory import available_memory
+from opt_core.processor import maker
 from opt_torch import _private
 
 WORTHWHILE = 32
 """Tokens to generate from which on packing is done; it costs what about 16 tokens save."""
 
 MANY_ROWS = 256
-"""From so many rows on MKL's float32 product with a whole weight is faster than oneDNN's."""
+"""From so many rows on MKL's float32 product with a whole weight is faster than oneDNN's; where
+`_is_mkl_slow`, it is 6 to 30 % slower even for 2048."""
 
 _PARTS = 8
 """Parts of a weight that float32 rows are multiplied with, at least one per thread."""
@@ -220,7 +223,7 @@ def _make_float32_linear(
         return _bind_mkldnn(order, bias)
     if has_parts and _has_avx2_only() and not (is_many and out <= width):
         return _make_rows_linear(weight, bias, parts)
-    if is_many:
+    if is_many and not _is_mkl_slow():
         return lambda input: F.linear(input, weight, bias)
     return _bind_mkldnn(weight, bias)
 
@@ -303,3 +306,9 @@ def _has_bfloat16() -> bool:
 @cache
 def _has_avx2_only() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+@cache
+def _is_mkl_slow() -> bool:
+    """Whether MKL leaves the widest instructions unused, as it does on AMD's processors."""
+    return maker() == "AuthenticAMD" and not _has_avx2_only()

@@ -172,10 +172,12 @@ def test_bfloat16_without_instructions_is_rounded_once(monkeypatch, rows, bias):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "bare"])
 @pytest.mark.parametrize("out", [40, 50], ids=["divides", "does not"])
 @pytest.mark.parametrize("rows", [1, 3, 300])
-@pytest.mark.parametrize("avx2_only", [True, False], ids=["avx2", "wider"])
-def test_float32_rows_are_multiplied_part_by_part(monkeypatch, avx2_only, rows, out, bias):
-    """With wider instructions than AVX2 only a single one is."""
+@pytest.mark.parametrize("processor", ["AVX2", "wider", "wider, AMD's"])
+def test_float32_rows_are_multiplied_part_by_part(monkeypatch, processor, rows, out, bias):
+    """With wider instructions than AVX2 only a single one is; MKL is not taken for AMD's then."""
+    avx2_only, is_slow = processor == "AVX2", processor == "wider, AMD's"
     monkeypatch.setattr(linear, "_has_avx2_only", lambda: avx2_only)
+    monkeypatch.setattr(linear, "_is_mkl_slow", lambda: is_slow)
     monkeypatch.setattr(linear, "_COLUMNS", 16)
     torch.manual_seed(0)
     layer, states = torch.nn.Linear(33, out, bias=bias), torch.randn(rows, 1, 33)
@@ -193,7 +195,8 @@ def test_float32_rows_are_multiplied_part_by_part(monkeypatch, avx2_only, rows, 
         ):
             torch.testing.assert_close(found, expected, **close)
         is_whole = out % linear._PARTS > 0 or (rows > 1 and not avx2_only)
-        assert [bool(calls), bool(wholes)] == [is_whole and rows < 256, is_whole and rows > 256]
+        by_mkl = rows > 256 and not is_slow
+        assert [bool(calls), bool(wholes)] == [is_whole and not by_mkl, is_whole and by_mkl]
         layer.weight.data = layer.weight.data.T.contiguous().T  # parts of this are no views
         torch.testing.assert_close(linear.apply_linear(layer, states), expected, **close)
 
