@@ -27,7 +27,7 @@ def measure(backend: str, model: Path, turns: int, new: int) -> dict[str, Any]:
     """Takes turns at reading and decoding `new` tokens."""
     import torch
 
-    config, block = OPTConfig.from_pretrained(model), torch.zeros(READ_BYTES // 4)
+    config, block = OPTConfig.from_pretrained(model), torch.ones(READ_BYTES // 4)
     ids = prompt("decode", config, new + 1)
     work = BACKENDS[backend](model, "float32", ids)
 
