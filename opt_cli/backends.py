@@ -16,7 +16,7 @@ FRAMEWORKS = {"torch": "torch", "tf": "tensorflow", "flax": "flax"}
 
 
 DISPENSABLE = ("IPython", "jax", "matplotlib", "pandas", "scipy", "sklearn")
-"""What TensorFlow and Keras import where they find it, though no command uses it through them."""
+"""Libraries that TensorFlow and Keras import where they find them, though no command needs it."""
 
 AUTO = "auto"
 

@@ -6,7 +6,7 @@ import os
 from importlib import metadata
 from pathlib import Path
 
-from opt_core.processor import instructions
+from opt_core.machine import instructions
 
 LIMIT = 1 << 30
 """Bytes of JAX's programs that are kept: those used last."""

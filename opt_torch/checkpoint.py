@@ -21,7 +21,7 @@ from opt_core.compatibility.subclasses import is_own_class, make_model
 from opt_core.errors import CheckpointError, ConfigError
 from opt_core.initialization import initial_value
 from opt_core.json_files import read_json, write_json
-from opt_core.memory import available_memory
+from opt_core.machine import available_memory
 from opt_core.params import ParamSpec, param_specs
 from opt_core.quantization import QuantizedTensor, is_quantized
 from opt_core.training.lora import check_merged

@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opt_core.memory import available_memory
-from opt_core.processor import maker
+from opt_core.machine import available_memory, maker
 from opt_torch import _private
 
 WORTHWHILE = 32

@@ -59,9 +59,9 @@ def test_results_hold_what_is_promised():
 
 
 def test_a_training_step_puts_no_weights_through_a_condition():
-    """What one returns lies beside what it was given, and whole on every device of a mesh.
+    """XLA's GPU compiler holds what one returns beside what it is given, whole on every device.
 
-    So the GPU compiler said: opt-6.7b's step took 61 GiB on each of four devices, now it takes 16.
+    So opt-6.7b's step took 61 GiB on each of four; it takes 16.
     """
     model = FlaxOPTForCausalLM(CONFIGS["pre_ln"].replace(num_hidden_layers=1), seed=None)
     optimizer = nnx.eval_shape(lambda: training.make_optimizer(model, TrainConfig()))

@@ -92,8 +92,9 @@ def test_rows_of_a_cache_that_grows_are_chosen(backend, model, right):
     next_ids = IDS[::-1, FIRST : FIRST + 1].copy()
     out = backend.run(model, input_ids=next_ids, past_key_values=cache)
     close(out.logits, right["bare"][::-1, FIRST : FIRST + 1])
-    with pytest.raises(InputError, match=r"use cache = cache\.select"):
-        cache.reorder_cache([0, 1])
+    if backend.name != "torch":  # whose caches are changed in place: tests/torch/test_cache.py
+        with pytest.raises(InputError, match=r"use cache = cache\.select"):
+            cache.reorder_cache([0, 1])
 
 
 def test_outputs_are_tuples_where_that_is_asked_for(backend, model, right):

@@ -204,6 +204,7 @@ def test_float32_rows_are_multiplied_part_by_part(monkeypatch, processor, rows, 
 @pytest.mark.parametrize("rows", [255, 256])
 def test_many_rows_of_a_wide_input_are_multiplied_with_a_whole_weight(monkeypatch, rows):
     monkeypatch.setattr(linear, "_has_avx2_only", lambda: True)
+    monkeypatch.setattr(linear, "_is_mkl_slow", lambda: False)
     layer, states, wholes = torch.nn.Linear(48, 48), torch.randn(rows, 48), []
     expected = layer(states)
     monkeypatch.setattr(linear.F, "linear", _Recorder(torch.nn.functional.linear, wholes))

@@ -1,6 +1,8 @@
-"""Memory that a process can still have."""
+"""The machine, as its system describes it: memory that can still be had, and the processor."""
 
+import platform
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 _PROC = Path("/proc")
@@ -56,3 +58,25 @@ def _left_of(group: Path, limit: str, used: str, kept: tuple[str, ...]) -> float
         return float("inf")
     numbers = dict(line.split() for line in lines)
     return max(0.0, most - taken + sum(float(numbers.get(name, 0)) for name in kept))
+
+
+def maker() -> str:
+    """Maker of the processor, as it says ("AuthenticAMD"); "" where the system does not tell."""
+    # Linux has a line for it; on Windows it ends the processor's name.
+    return _about_processor("vendor_id") or platform.processor().rpartition(", ")[2]
+
+
+def instructions() -> str:
+    """Instructions that the processor has, as Linux names them; "" elsewhere."""
+    return _about_processor("flags") or _about_processor("Features")
+
+
+@cache
+def _about_processor(name: str) -> str:
+    """First value that Linux gives under a name."""
+    try:
+        lines = (_PROC / "cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return ""
+    found = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in found if key.strip() == name), "")
