@@ -23,7 +23,8 @@ from tests.support.configs import CONFIGS  # noqa: E402
 PAGE = Path(__file__).parents[2] / "docs" / "devices.md"
 GPU, TPU = gpu_compile.GPU(), tpu_compile.TPU()
 MOVED, SMALL = 1.05, {"opt-125m", "opt-350m", "opt-1.3b"}
-"""Most bytes moved in a decode step, to weights and cache; sizes that move a little more."""
+"""Most bytes moved in a decode step, to weights and cache; sizes that move a little more, as do
+weights spread by "fsdp" (1.051, of opt-175b on 16 H100)."""
 SMALL_MOVED = 1.07
 TEMPORARIES = 0.05
 """Of a prompt's attention, to those of the plain one."""
@@ -46,9 +47,12 @@ def test_results_hold_what_is_promised():
     steps = [row for row in rows if row.program == "decode step"]
     assert steps
     for row in steps:
-        limit = SMALL_MOVED if row.size in SMALL else MOVED
+        is_spread = row.mesh.split(" x ")[1] != "1"  # partial sums come from other devices too
+        limit = SMALL_MOVED if row.size in SMALL or is_spread else MOVED
         assert row.moved <= limit * row.arguments, row.key
         assert row.copies == 0, row.key
+    promised = set(compiled_programs._ordered(GPU))
+    assert {row.key for row in rows} == promised  # nothing is left out
     for row in rows:
         assert row.error is None, row.key
         if row.program == "prefill":
