@@ -46,9 +46,11 @@ def test_the_compiler_finds_the_same(name):
     task = "train" if row["program"] == "training step" else "generate"
     config, work = OPTConfig.from_preset(row["size"]), Work(task, "bfloat16", row["batch"], 2048)
     found = plan(config, work, {"data": data, "fsdp": fsdp, "model": model})
-    assert found.resident == pytest.approx(row["arguments"], rel=2e-3)
+    # These are Flax' programs, which split a cache's rows; PyTorch holds all on every process.
+    elsewhere = found.cache * (1 - 1 / (data * fsdp))
+    assert found.resident - elsewhere == pytest.approx(row["arguments"], rel=2e-3)
     if count_parameters(config) > MANY:
-        assert found.total == pytest.approx(row["peak"], rel=CLOSE)
+        assert found.total - elsewhere == pytest.approx(row["peak"], rel=CLOSE)
     else:
         assert found.total > (1 - CLOSE) * row["peak"]
 
