@@ -167,6 +167,15 @@ def test_the_backend_is_one_that_is_installed(monkeypatch, capsys):
         assert capsys.readouterr().err == f"backend: {expected}; torch is not installed\n"
 
 
+def run_beside(folder, code):
+    """A process that finds the modules of a folder before others of their names."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder, env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+
 def test_tensorflow_says_nothing_while_it_loads(tmp_path):
     """A stand-in for it writes to file descriptor 2, as TensorFlow does, and not by Python."""
     (tmp_path / "opt_tf").mkdir()
@@ -177,12 +186,7 @@ def test_tensorflow_says_nothing_while_it_loads(tmp_path):
         "import sys; from opt_cli.backends import load_backend\n"
         "assert load_backend('tf') == 5; print('heard', file=sys.stderr)"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stderr == "heard\n"
+    assert run_beside(tmp_path, code).stderr == "heard\n"
 
 
 def test_tensorflow_finds_no_libraries_that_it_can_do_without(tmp_path):
@@ -197,12 +201,7 @@ def test_tensorflow_finds_no_libraries_that_it_can_do_without(tmp_path):
         "import jax; from opt_cli.backends import load_backend\n"
         "assert load_backend('tf') == (None, jax); import pandas; print(pandas.__file__)"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout == f"{tmp_path / 'pandas.py'}\n"
+    assert run_beside(tmp_path, code).stdout == f"{tmp_path / 'pandas.py'}\n"
 
 
 def test_the_flax_extra_has_what_its_export_needs():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from opt_core.errors import GenerationError, OPTError
+from tests.support.backends import BACKENDS
 from tests.support.configs import CONFIGS
 from tests.support.reference import make_mask, make_prompts
 
@@ -58,9 +59,8 @@ def test_one_that_changes_nothing_writes_the_same(backend, folder, beams):
         own.generate(IDS, penalty_alpha=0.5, top_k=3, do_sample=False, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("backend", [n for n in BACKENDS if n != "torch"], indirect=True)
 def test_inside_a_program_it_is_refused(backend, favouring):
-    if backend.name == "torch":
-        pytest.skip("PyTorch has no such programs")
     if backend.name == "flax":
         import jax
 
